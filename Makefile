@@ -1,0 +1,32 @@
+# make demo: install, train a small Segmenter with and without merging, show a table and pictures
+# make test: install, run the whole test suite
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint system clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml | system
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# opencv-python needs two libraries that slim images lack.
+system:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is too old: install Python 3.11 or newer, or give make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ctypes; [ctypes.CDLL(name) for name in ("libGL.so.1", "libglib-2.0.so.0")]' 2>/dev/null \
+		|| { echo "OpenCV needs libGL and libglib: apt-get install libgl1 libglib2.0-0"; exit 1; }
+
+clean:
+	rm -rf .venv build *.egg-info
