@@ -1,0 +1,1 @@
+"""Segmenter: plain-ViT semantic segmentation, its training, evaluation and measuring."""

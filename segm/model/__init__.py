@@ -1,0 +1,1 @@
+"""The Segmenter (Strudel et al., 2021) around timm's vision transformers."""

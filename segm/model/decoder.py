@@ -1,0 +1,101 @@
+"""Decoders: tokens in, class scores per token out. They know nothing of the patch grid."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import nn
+
+
+class LinearDecoder(nn.Module):
+    """One linear layer per token (Segmenter, section 3.2)."""
+
+    def __init__(self, dim, n_cls):
+        super().__init__()
+        self.head = nn.Linear(dim, n_cls)
+        self.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        """x: (B, M, D) patch tokens -> scores (B, M, n_cls)."""
+        return self.head(x)
+
+
+class MaskTransformer(nn.Module):
+    """Class embeddings attend together with the patch tokens; a score is the product of a patch feature and a
+    class feature (Segmenter, section 3.2).
+
+    Args:
+        dim: width of the encoder and of the decoder.
+        n_cls: number of classes.
+        n_layers: number of transformer blocks.
+        n_heads: attention heads per block.
+        dropout: dropout in attention and MLP.
+        drop_path_rate: stochastic depth, rising linearly over the blocks.
+    """
+
+    def __init__(self, dim, n_cls, n_layers=2, n_heads=None, dropout=0.1, drop_path_rate=0.0):
+        super().__init__()
+        self.n_cls = n_cls
+        self.cls_emb = nn.Parameter(torch.zeros(1, n_cls, dim))
+        self.proj_dec = nn.Linear(dim, dim)
+        self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
+        self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
+        drop_paths = torch.linspace(0, drop_path_rate, n_layers).tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads=n_heads or max(1, dim // 64),
+                qkv_bias=True,
+                proj_drop=dropout,
+                attn_drop=dropout,
+                drop_path=drop_path,
+                norm_layer=nn.LayerNorm,
+            )
+            for drop_path in drop_paths
+        )
+        self.decoder_norm = nn.LayerNorm(dim)
+        self.mask_norm = nn.LayerNorm(n_cls)
+        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.cls_emb, std=0.02)
+
+    def forward(self, x):
+        """x: (B, M, D) patch tokens -> scores (B, M, n_cls)."""
+        x = self.proj_dec(x)
+        x = torch.cat([x, self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        patches, classes = x[:, : -self.n_cls], x[:, -self.n_cls :]
+        patches = F.normalize(patches @ self.proj_patch, dim=-1)
+        classes = F.normalize(classes @ self.proj_classes, dim=-1)
+        return self.mask_norm(patches @ classes.transpose(1, 2))
+
+
+def _init_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+DECODERS = ("linear", "mask_transformer")
+
+
+def create_decoder(dim, n_cls, settings):
+    """Build a decoder.
+
+    Args:
+        dim: width of the encoder.
+        n_cls: number of classes.
+        settings: `name` and, for `mask_transformer`, optionally `n_layers`, `dropout`, `drop_path_rate`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    name = settings.get("name")
+    if name == "linear":
+        return LinearDecoder(dim, n_cls)
+    if name == "mask_transformer":
+        names = ("n_layers", "dropout", "drop_path_rate")
+        return MaskTransformer(dim, n_cls, **{k: settings[k] for k in names if settings.get(k) is not None})
+    raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(DECODERS)}")

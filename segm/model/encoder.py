@@ -1,0 +1,196 @@
+"""The encoder: timm's plain ViTs, with the position embedding of the released Segmenter.
+
+Everything but the resizing of the position embedding is timm's.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
+# not with timm's 1e-6; every other timm name keeps timm's value.
+RELEASED = (
+    "vit_tiny_patch16_384",
+    "vit_small_patch16_384",
+    "vit_base_patch16_384",
+    "vit_large_patch16_384",
+    "vit_small_patch32_384",
+    "vit_base_patch32_384",
+    "vit_large_patch32_384",
+    "vit_base_patch8_384",
+    "deit_tiny_distilled_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "deit_base_distilled_patch16_384",
+)
+# Released names that timm does not know, and the timm model whose definition and weights they use.
+ALIASES = {"vit_base_patch8_384": "vit_base_patch8_224"}
+
+
+def resize_position_embedding(embedding, grid, new_grid, prefix):
+    """Resize a learned position embedding bilinearly (without antialiasing), as the released models do.
+
+    Args:
+        embedding: (1, prefix + gh·gw, D).
+        grid, new_grid: patches per side (gh, gw), before and after.
+        prefix: embeddings in front that belong to prefix tokens and stay as they are.
+
+    Returns:
+        (1, prefix + new_gh·new_gw, D).
+    """
+    if tuple(grid) == tuple(new_grid):
+        return embedding
+    front, patches = embedding[:, :prefix], embedding[:, prefix:]
+    patches = patches.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=tuple(new_grid), mode="bilinear", align_corners=False)
+    return torch.cat([front, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class _BilinearPositionEmbedding:
+    """Replaces timm's `_pos_embed` (bicubic with antialiasing) in a model with `dynamic_img_size`."""
+
+    def _pos_embed(self, x):
+        """Add prefix tokens and position embedding; x: (B, gh, gw, D) -> (B, P + gh·gw, D)."""
+        tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
+        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
+        grid, x = x.shape[1:3], x.flatten(1, 2)
+        if self.pos_embed is None:
+            return self.pos_drop(torch.cat([*prefix, x], dim=1))
+        embedded_prefix = position_prefix(self)
+        position = resize_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid, embedded_prefix)
+        if embedded_prefix == 0:
+            return self.pos_drop(torch.cat([*prefix, x + position], dim=1))
+        return self.pos_drop(torch.cat([*prefix, x], dim=1) + position)
+
+
+def position_prefix(encoder):
+    """Number of prefix tokens that have a position embedding of their own."""
+    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+
+
+class Encoder(_BilinearPositionEmbedding, VisionTransformer):
+    """timm's VisionTransformer for any image size."""
+
+
+class DistilledEncoder(_BilinearPositionEmbedding, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled (DeiT) for any image size."""
+
+
+_ENCODERS = {VisionTransformer: Encoder, VisionTransformerDistilled: DistilledEncoder}
+
+
+def create_encoder(net_kwargs, pretrained=False):
+    """Build the encoder of a Segmenter.
+
+    Args:
+        net_kwargs: `backbone` (a timm name), and optionally `image_size`, `patch_size`, `d_model`, `n_heads`,
+            `n_layers`, `dropout`, `drop_path_rate`, `distilled`; what is given wins over the name's value.
+        pretrained: False: random weights. True: the weights that timm has for the name. A path: the weights
+            in that file (.pth, .safetensors, or the .npz of the AugReg release).
+
+    Raises:
+        ValueError: unknown or unsupported backbone, or weights that do not fit.
+        FileNotFoundError: `pretrained` names a file that is not there.
+        ConnectionError: timm's weights cannot be fetched.
+    """
+    backbone = net_kwargs["backbone"]
+    encoder = _create(backbone, **_overrides(net_kwargs))
+    if net_kwargs.get("distilled") and not isinstance(encoder, DistilledEncoder):
+        raise ValueError(f"backbone {backbone} has no distillation token: set distilled to false")
+    if pretrained:
+        _load_pretrained(encoder, backbone, pretrained)
+    _freeze_unused(encoder)
+    return encoder
+
+
+def _overrides(net_kwargs):
+    """What net_kwargs say about the architecture, in timm's words."""
+    names = {"patch_size": "patch_size", "d_model": "embed_dim", "n_layers": "depth", "n_heads": "num_heads"}
+    overrides = {timm_name: net_kwargs[name] for name, timm_name in names.items() if net_kwargs.get(name)}
+    size = net_kwargs.get("image_size")
+    if size:
+        overrides["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    dropout = net_kwargs.get("dropout") or 0.0
+    overrides |= {f"{kind}_drop_rate": dropout for kind in ("pos", "proj", "attn")}
+    return overrides | {"drop_path_rate": net_kwargs.get("drop_path_rate") or 0.0}
+
+
+def _create(backbone, **overrides):
+    if backbone in RELEASED:
+        overrides["norm_layer"] = partial(nn.LayerNorm, eps=1e-5)
+        if backbone in ALIASES:
+            overrides.setdefault("img_size", (384, 384))
+    name = ALIASES.get(backbone, backbone)
+    if not timm.is_model(name):
+        raise ValueError(f"unknown backbone {backbone!r}: use a released name ({', '.join(RELEASED)}) or a ViT of timm")
+    try:
+        model = timm.create_model(name, pretrained=False, dynamic_img_size=True, **overrides)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {backbone} with {overrides}: {_one_line(error)}") from error
+    if type(model) not in _ENCODERS:
+        raise ValueError(f"{backbone} is a {type(model).__name__}, not a plain ViT: choose a timm VisionTransformer")
+    # timm's registry has no place for another class; the subclasses only override one method.
+    model.__class__ = _ENCODERS[type(model)]
+    return model
+
+
+def _load_pretrained(encoder, backbone, source):
+    """Copy pretrained weights into the encoder; the position embedding is resized to its grid."""
+    donor = _pretrained_donor(ALIASES.get(backbone, backbone), source)
+    weights = donor.state_dict()
+    if "pos_embed" in weights and encoder.pos_embed is not None:
+        weights["pos_embed"] = resize_position_embedding(
+            weights["pos_embed"],
+            donor.patch_embed.grid_size,
+            encoder.patch_embed.grid_size,
+            position_prefix(donor),
+        )
+    try:
+        encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained weights of {backbone} do not fit the requested width, depth, heads or patch size "
+            f"({_one_line(error)}): use --no-pretrained"
+        ) from error
+
+
+def _pretrained_donor(name, source):
+    """timm's own model of that name at its own image size, with pretrained weights."""
+    if source is True:
+        try:
+            return timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub client raises many unrelated types when it cannot connect
+            raise ConnectionError(
+                f"cannot fetch timm's weights for {name} ({_one_line(error)}): "
+                "use --pretrained FILE for weights on disk, or --no-pretrained"
+            ) from error
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained weights {path} not found")
+    overlay = {"file": str(path), "custom_load": path.suffix == ".npz"}
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ValueError(f"cannot read {path} as weights of {name}: {_one_line(error)}") from error
+
+
+def _freeze_unused(encoder):
+    """Freeze what the features do not use (classifier, pooling): DistributedDataParallel waits for every
+    parameter that wants a gradient. The 1000-class head itself stays, since released checkpoints have it."""
+    for name in ("head", "head_dist", "fc_norm", "attn_pool"):
+        module = getattr(encoder, name, None)
+        if module is not None:
+            module.requires_grad_(False)
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__

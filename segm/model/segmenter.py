@@ -1,0 +1,96 @@
+"""The Segmenter: encoder, decoder, and the way back to pixels."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from segm.model.attention import recorded_attention
+from segm.model.upsample import label_map, upsample
+
+
+class TokensToGrid(nn.Module):
+    """Puts token scores on the patch grid. A module of its own, so that merging can be undone in its place."""
+
+    def forward(self, scores, grid):
+        """scores: (B, gh·gw, C) in row-major order, grid: (gh, gw) -> (B, C, gh, gw), classes innermost in memory."""
+        return scores.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class Segmenter(nn.Module):
+    """Segmenter (Strudel et al., 2021): a ViT encoder and a decoder that scores every patch token.
+
+    Args:
+        encoder: from `segm.model.encoder.create_encoder`.
+        decoder: from `segm.model.decoder.create_decoder`.
+        n_cls: number of classes.
+    """
+
+    def __init__(self, encoder, decoder, n_cls):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.to_grid = TokensToGrid()
+        self.n_cls = n_cls
+
+    @property
+    def patch_size(self):
+        """Pixels per patch, (height, width)."""
+        return tuple(self.encoder.patch_embed.patch_size)
+
+    def grid_scores(self, images):
+        """Class scores per patch: the model without the upsampling.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            (B, n_cls, ceil(H / ph), ceil(W / pw)).
+        """
+        images = self._pad(images)
+        grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
+        tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
+        return self.to_grid(self.decoder(tokens), grid)
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised, any size -> logits (B, n_cls, H, W)."""
+        height, width = images.shape[-2:]
+        scores = self.grid_scores(images)
+        return upsample(scores, self._pixels(scores))[..., :height, :width]
+
+    def predict(self, images):
+        """images: (B, 3, H, W), normalised, any size -> label map (B, H, W), int64.
+
+        Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
+        """
+        height, width = images.shape[-2:]
+        return label_map(self.grid_scores(images), self.patch_size)[:, :height, :width]
+
+    def attention(self, images, layer_id, part="encoder"):
+        """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            layer_id: 0-based index of the block.
+            part: "encoder" (prefix tokens first) or "decoder" (patch tokens first, then one per class).
+
+        Returns:
+            (B, heads, L, L), rows are queries and sum to 1; L counts the tokens that the layer sees.
+
+        Raises:
+            ValueError: unknown part or layer.
+        """
+        if part not in ("encoder", "decoder"):
+            raise ValueError(f"part is {part!r}: choose encoder or decoder")
+        blocks = getattr(self, part).blocks
+        if not 0 <= layer_id < len(blocks):
+            raise ValueError(f"layer_id {layer_id}: the {part} has {len(blocks)} layers, counted from 0")
+        with recorded_attention(blocks[layer_id].attn) as record:
+            self.grid_scores(images)
+        return record.weights
+
+    def _pad(self, images):
+        """Zeros at the right and bottom up to whole patches."""
+        missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
+        return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
+
+    def _pixels(self, scores):
+        return tuple(side * patch for side, patch in zip(scores.shape[-2:], self.patch_size, strict=True))
