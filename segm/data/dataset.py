@@ -1,0 +1,102 @@
+"""What all data sets have in common: training items, evaluation samples, resized views."""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from segm.data.normalization import get_normalization, normalize
+from segm.data.sample import Sample
+from segm.data.seeding import mix_seeds, seeded
+
+
+class SegmentationDataset(Dataset):
+    """A data set for semantic segmentation; subclasses say how many samples there are and load one.
+
+    `ds[index]` is the evaluation sample, `ds[(epoch, index)]` the augmented training item of that epoch,
+    which depends on (seed, epoch, index) alone.
+
+    classes: names, by label; palette: uint8 RGB (C, 3); image_size: pixels of the shorter side, or the
+    (height, width) of `shapes`; crop_size: pixels; resize_factor: longer side at most this times the shorter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        classes: tuple[str, ...],
+        palette: np.ndarray,
+        *,
+        image_size: int | tuple[int, int],
+        crop_size: int,
+        resize_factor: int,
+        normalization: str,
+        seed: int,
+    ) -> None:
+        get_normalization(normalization)
+        self.name, self.split, self.classes = name, split, tuple(classes)
+        self.palette = np.asarray(palette, dtype=np.uint8)
+        self.image_size, self.crop_size, self.resize_factor = image_size, crop_size, resize_factor
+        self.normalization, self.seed = normalization, seed
+
+    @property
+    def n_cls(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, index: int) -> Sample:
+        """The sample at `index` in [0, len), at its original size."""
+        raise NotImplementedError
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Sample | dict[str, torch.Tensor]:
+        if isinstance(item, (tuple, list)):
+            epoch, index = item
+            return self.train_item(index, mix_seeds(self.seed, epoch))
+        return self.load(self._checked(item))
+
+    def train_item(self, index: int, seed: int) -> dict[str, torch.Tensor]:
+        """Augmented item: image float32 (3, crop, crop), label int64 (crop, crop), 255 = ignore.
+
+        Raises:
+            ValueError: the split has no labels.
+        """
+        index = self._checked(index)
+        sample = self.load(index)
+        if sample.label is None:
+            raise ValueError(f"the split {self.split!r} of {self.name} has no labels to train with")
+        with seeded(seed, index):
+            return self._train_transform(sample.image, sample.label)
+
+    def view(self, image: np.ndarray, ratio: float = 1.0) -> torch.Tensor:
+        """What the model gets to see of a uint8 RGB image (H, W, 3): float32 (3, h, w).
+
+        Resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`, then
+        normalised.
+        """
+        from segm.data.transforms import resize_keep_ratio
+
+        long, short = self._scale
+        resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))
+        return normalize(resized, self.normalization)
+
+    @property
+    def _scale(self) -> tuple[int, int]:
+        """(long, short) side in pixels."""
+        short = min(self.image_size) if isinstance(self.image_size, tuple) else self.image_size
+        return self.resize_factor * short, short
+
+    @cached_property
+    def _train_transform(self):
+        from segm.data.transforms import TrainTransform
+
+        return TrainTransform(self._scale, self.crop_size, self.normalization)
+
+    def _checked(self, index: int) -> int:
+        """`index` as a plain int, negative ones counted from the end."""
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"index {index} is out of range: {self.name} {self.split} has {count} samples")
+        return int(index) % count

@@ -1,0 +1,35 @@
+"""The one place that imports mmcv and mmseg, so that their import stays silent.
+
+`mmseg` prints two lines about OneDL and warns about compiled operators that nothing here needs. The classes
+are used directly, not by name, so nothing has to be registered and no global scope is set.
+"""
+
+import contextlib
+import io
+import warnings
+
+with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import mmseg.datasets as mmseg_datasets
+    from mmcv import imresize
+    from mmcv.image import rescale_size
+    from mmcv.transforms import LoadImageFromFile, Normalize, Pad, RandomResize
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion, RandomCrop
+    from mmseg.datasets.transforms.transforms import RandomFlip, Resize
+
+__all__ = [
+    "BaseSegDataset",
+    "LoadAnnotations",
+    "LoadImageFromFile",
+    "Normalize",
+    "Pad",
+    "PhotoMetricDistortion",
+    "RandomCrop",
+    "RandomFlip",
+    "RandomResize",
+    "Resize",
+    "imresize",
+    "mmseg_datasets",
+    "rescale_size",
+]

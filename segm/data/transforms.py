@@ -1,0 +1,66 @@
+"""What happens to an image before the model sees it: mmcv's and mmseg's transforms, put together.
+
+Imports mmseg: import this module only where images are transformed.
+"""
+
+import cv2
+import numpy as np
+import torch
+
+from segm.data.normalization import get_normalization
+from segm.data.openmmlab import (
+    Normalize,
+    Pad,
+    PhotoMetricDistortion,
+    RandomCrop,
+    RandomFlip,
+    RandomResize,
+    Resize,
+    imresize,
+    rescale_size,
+)
+from segm.data.sample import IGNORE_LABEL
+
+
+class TrainTransform:
+    """The published training pipeline (Segmenter, after mmsegmentation).
+
+    Random resize 0.5-2.0, random crop in which no class covers more than 75 %, flip, photometric distortion,
+    normalisation, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
+    """
+
+    def __init__(self, scale: tuple[int, int], crop_size: int, normalization: str) -> None:
+        """scale: (long, short) side in pixels at ratio 1; crop_size: pixels."""
+        mean, std = (255 * np.array(v) for v in get_normalization(normalization))
+        self.steps = (
+            RandomResize(scale, ratio_range=(0.5, 2.0), resize_type=Resize, keep_ratio=True),
+            RandomCrop(crop_size, cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
+            RandomFlip(prob=0.5),
+            PhotoMetricDistortion(),
+            Normalize(mean, std, to_rgb=True),
+            Pad(size=(crop_size, crop_size), pad_val={"img": 0, "seg": IGNORE_LABEL}),
+        )
+
+    def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:
+        """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, crop, crop), label int64."""
+        # The transforms expect OpenCV's BGR, as mmcv's loader gives it; Normalize turns it back to RGB.
+        results = {
+            "img": cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
+            "img_shape": image.shape[:2],
+            "gt_seg_map": label,
+            "seg_fields": ["gt_seg_map"],
+        }
+        for step in self.steps:
+            results = step(results)
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1))),
+            "label": torch.from_numpy(results["gt_seg_map"].astype(np.int64)),
+        }
+
+
+def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
+    """Largest bilinear resize of a uint8 image (H, W, 3) that fits within (long, short), ratio kept."""
+    height, width = image.shape[:2]
+    size = rescale_size((width, height), (long, short))
+    # A very thin image would get a side of 0 pixels.
+    return imresize(image, tuple(max(side, 1) for side in size), interpolation="bilinear", backend="cv2")
