@@ -1,0 +1,40 @@
+"""The attention bias of merged tokens."""
+
+import pytest
+import torch
+
+from g2tm import attention_bias
+
+SIZES = torch.tensor([[1.0, 4.0, 2.0], [7.0, 1.0, 0.0]])
+PADDING = torch.tensor([[False, False, False], [False, False, True]])
+
+
+def test_proportional_counts_a_token_as_often_as_it_has_patches():
+    """Attention over merged tokens equals attention over their copies."""
+    sizes, keys, values = torch.tensor([[3, 1, 2]]), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    query = torch.randn(1, 1, 5, 4)
+    bias = attention_bias(sizes.float(), "proportional")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    merged = attend(query, keys[None], values[None], attn_mask=bias)
+    copies = [t.repeat_interleave(sizes[0], dim=1)[None] for t in (keys, values)]
+    torch.testing.assert_close(merged, attend(query, *copies))
+
+
+def test_inverse_is_the_opposite():
+    assert torch.equal(attention_bias(SIZES[:1], "inverse"), -attention_bias(SIZES[:1], "proportional"))
+
+
+@pytest.mark.parametrize("mode", ["none", "proportional", "inverse"])
+def test_padding_is_never_seen(mode):
+    bias = attention_bias(SIZES, mode, PADDING)
+    assert bias.shape == (2, 1, 1, 3)
+    assert torch.equal(bias[:, 0, 0] == float("-inf"), PADDING)
+
+
+def test_nothing_to_add_is_none():
+    assert attention_bias(SIZES, "none") is None
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="proportional"):
+        attention_bias(SIZES, "prop")
