@@ -1,0 +1,115 @@
+"""timm's `Block` with merging, and the state that the blocks of one model share."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from g2tm import attention_bias
+from patch.registry import Step
+
+
+class Merging:
+    """What happened to the tokens of the current forward pass.
+
+    Attributes:
+        method, settings: from `patch.registry.resolve`.
+        prefix: number of prefix tokens of the encoder.
+        grid: (gh, gw) of the current images.
+        reduction: from all patches to the current tokens; None while nothing was merged.
+    """
+
+    def __init__(self, name, method, settings, prefix):
+        self.name = name
+        self.method = method
+        self.settings = settings
+        self.prefix = prefix
+        self.grid = None
+        self.reduction = None
+        self._bias = None
+
+    def begin(self, grid):
+        """Forget the last forward pass."""
+        self.grid, self.reduction, self._bias = tuple(grid), None, None
+
+    def reduce(self, x, layer):
+        """One merge step; x: (B, P + N, D) -> (B, P + M, D)."""
+        prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
+        sizes = None if self.reduction is None else self.reduction.sizes
+        step = self.method.merge(Step(patches, self.grid, sizes, layer, self.settings))
+        self.reduction = step if self.reduction is None else self.reduction.then(step)
+        self._bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)
+        return torch.cat([prefix, step.merge(patches)], dim=1)
+
+    def bias(self, before, after, dtype):
+        """Additive bias of the next attention, (B, 1, 1, before + M + after), or None.
+
+        Args:
+            before, after: tokens in front of and behind the patch tokens, which count as one patch each.
+            dtype: that of the tokens.
+        """
+        return None if self._bias is None else F.pad(self._bias, (before, after)).to(dtype)
+
+
+class PatchedBlock(Block):
+    """timm's `Block` after a patch: the bias of merged tokens goes into the attention, and in the layers of the
+    method the tokens merge between attention and MLP."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        """x: (B, L, D) -> (B, L', D), with L' ≤ L where tokens merge."""
+        bias = self.merging.bias(*self.neighbours, x.dtype)
+        mask = attn_mask if bias is None else bias if attn_mask is None else attn_mask + bias
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal)))
+        if self.merge_layer is not None:
+            x = self.merging.reduce(x, self.merge_layer)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def patch_block(block, merging, *, before=0, after=0, merge_layer=None):
+    """Turn a timm block into a `PatchedBlock`; its parameters stay the objects they are.
+
+    Args:
+        block: an unpatched `Block`.
+        merging: the shared state.
+        before, after: number of tokens in front of and behind the patch tokens.
+        merge_layer: 1-based layer if tokens merge here, else None.
+    """
+    block.merging, block.neighbours, block.merge_layer = merging, (before, after), merge_layer
+    block.__class__ = PatchedBlock
+
+
+def unpatch_block(block):
+    """Undo `patch_block`."""
+    del block.merging, block.neighbours, block.merge_layer
+    block.__class__ = Block
+
+
+def check_block(block):
+    """Raise a ValueError if a block is not exactly timm's `Block`."""
+    if type(block) is not Block:
+        raise ValueError(f"cannot patch a {type(block).__name__}: only timm's Block is known")
+
+
+class Unmerge(nn.Module):
+    """Stands in for the submodule that puts tokens on the grid, and undoes the merge before it."""
+
+    def __init__(self, to_grid, merging):
+        super().__init__()
+        self.to_grid = to_grid
+        self.merging = merging
+
+    def forward(self, scores, grid):
+        """scores: (B, M, C) -> (B, C, gh, gw)."""
+        if self.merging.reduction is not None:
+            scores = self.merging.reduction.unmerge(scores)
+        return self.to_grid(scores, grid)
+
+
+class BeginPass:
+    """Forward hook of the patch embedding, where every pass begins: notes the grid and forgets the last pass."""
+
+    def __init__(self, merging):
+        self.merging = merging
+
+    def __call__(self, patch_embed, inputs, output):
+        self.merging.begin(output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size)

@@ -1,0 +1,1 @@
+"""Evaluation: sliding windows, scores, and what a model costs."""

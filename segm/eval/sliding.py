@@ -1,0 +1,107 @@
+"""Sliding-window inference, as in the released evaluation of Segmenter."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from segm.model.upsample import upsample
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How an image is cut into windows.
+
+    Attributes:
+        size: pixels per side.
+        stride: pixels between windows.
+        batch_size: windows per forward pass.
+    """
+
+    size: int
+    stride: int
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if self.size < 1 or not 1 <= self.stride <= self.size:
+            raise ValueError(f"window {self.size} with stride {self.stride}: give 1 ≤ stride ≤ window")
+        if self.batch_size < 1:
+            raise ValueError(f"window batch size {self.batch_size}: give at least 1")
+
+
+def window_starts(side, window, stride):
+    """First pixels of the windows along one side: multiples of the stride, and one flush with the far edge."""
+    last = max(side - window, 0)
+    return [*range(0, last, stride), last]
+
+
+def sliding_logits(model, image, windows):
+    """Logits of an image of any size, averaged where windows overlap.
+
+    Args:
+        model: images (B, 3, h, w) -> logits (B, C, h, w).
+        image: (3, H, W), normalised.
+        windows: `Windows`.
+
+    Returns:
+        (C, H', W'); an image whose shorter side is below the window is scaled up to it first.
+    """
+    image = _at_least(image.unsqueeze(0), windows.size)
+    height, width = image.shape[-2:]
+    rows = window_starts(height, windows.size, windows.stride)
+    columns = window_starts(width, windows.size, windows.stride)
+    corners = [(top, left) for top in rows for left in columns]
+    total, count = None, image.new_zeros(height, width)
+    for first in range(0, len(corners), windows.batch_size):
+        some = corners[first : first + windows.batch_size]
+        crops = torch.cat([image[..., t : t + windows.size, left : left + windows.size] for t, left in some])
+        logits = model(crops).float()
+        if total is None:
+            if len(corners) == 1:
+                return logits[0]
+            total = logits.new_zeros(logits.shape[1], height, width)
+        for (top, left), window_logits in zip(some, logits, strict=True):
+            total[:, top : top + windows.size, left : left + windows.size] += window_logits
+            count[top : top + windows.size, left : left + windows.size] += 1
+    return total.div_(count)
+
+
+def _at_least(image, side):
+    """Scale (1, 3, H, W) up until its shorter side has `side` pixels."""
+    height, width = image.shape[-2:]
+    if min(height, width) >= side:
+        return image
+    size = (side, int(width / height * side)) if height < width else (int(height / width * side), side)
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def view_logits(model, image, flipped, windows, size):
+    """Logits of one view of an image, at the image's original size.
+
+    Args:
+        model: images (B, 3, h, w) -> logits (B, C, h, w).
+        image: (3, H, W), normalised, and mirrored if `flipped`; the logits are mirrored back.
+        windows: `Windows`.
+        size: original (height, width).
+
+    Returns:
+        (C, height, width).
+    """
+    logits = upsample(sliding_logits(model, image, windows).unsqueeze(0), size)[0]
+    return logits.flip(-1) if flipped else logits
+
+
+def predict_labels(model, views, windows, size):
+    """Label map from the summed class probabilities of all views of an image.
+
+    Args:
+        model, windows, size: see `view_logits`.
+        views: list of (image, flipped).
+
+    Returns:
+        (height, width), int64.
+    """
+    logits = (view_logits(model, image, flipped, windows, size) for image, flipped in views)
+    if len(views) == 1:  # a softmax does not change which class is largest
+        return next(logits).argmax(0)
+    return sum(one.softmax(0) for one in logits).argmax(0)

@@ -1,0 +1,159 @@
+"""Training settings: from options, a saved `variant.yml` and the data set's defaults to one `variant.yml`."""
+
+import timm
+
+from segm.config import load_config
+from segm.data.defaults import dataset_defaults
+from segm.model.encoder import ALIASES
+
+# option of train.py -> its place in variant.yml (the layout of Segmenter)
+PLACES = {
+    "dataset": ("dataset_kwargs", "dataset"),
+    "im_size": ("dataset_kwargs", "image_size"),
+    "crop_size": ("dataset_kwargs", "crop_size"),
+    "normalization": ("dataset_kwargs", "normalization"),
+    "num_workers": ("dataset_kwargs", "num_workers"),
+    "backbone": ("net_kwargs", "backbone"),
+    "decoder": ("net_kwargs", "decoder", "name"),
+    "patch_size": ("net_kwargs", "patch_size"),
+    "d_model": ("net_kwargs", "d_model"),
+    "n_heads": ("net_kwargs", "n_heads"),
+    "n_layers": ("net_kwargs", "n_layers"),
+    "dropout": ("net_kwargs", "dropout"),
+    "drop_path": ("net_kwargs", "drop_path_rate"),
+    "optimizer": ("optimizer_kwargs", "opt"),
+    "scheduler": ("optimizer_kwargs", "sched"),
+    "learning_rate": ("optimizer_kwargs", "lr"),
+    "minlearning_rate": ("optimizer_kwargs", "min_lr"),
+    "weight_decay": ("optimizer_kwargs", "weight_decay"),
+    "warmup_epochs": ("optimizer_kwargs", "warmup_epochs"),
+    "start_factor": ("optimizer_kwargs", "start_factor"),
+    "epochs": ("algorithm_kwargs", "num_epochs"),
+    "eval_freq": ("algorithm_kwargs", "eval_freq"),
+    "batch_size": ("world_batch_size",),
+    "window_size": ("inference_kwargs", "window_size"),
+    "window_stride": ("inference_kwargs", "window_stride"),
+    "amp": ("amp",),
+    "seed": ("seed",),
+}
+BACKBONE_SETTINGS = ("patch_size", "d_model", "n_heads", "n_layers", "normalization")
+DEFAULTS = {
+    "decoder": "mask_transformer",
+    "dropout": 0.0,
+    "drop_path": 0.1,
+    "optimizer": "sgd",
+    "scheduler": "polynomial",
+    "minlearning_rate": 1e-5,
+    "weight_decay": 0.0,
+    "warmup_epochs": 0,
+    "start_factor": 1.0,
+    "amp": False,
+    "seed": 0,
+    "num_workers": 2,
+}
+
+
+def read_settings(variant):
+    """The options of train.py that a `variant.yml` records, as a flat dict without missing ones."""
+    settings = {}
+    for option, place in PLACES.items():
+        value = variant
+        for key in place:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            settings[option] = value
+    return settings
+
+
+def complete_settings(given, saved):
+    """Settings of a training: what was given, then what was saved, then the defaults of data set and backbone.
+
+    Args:
+        given: option -> value, without options that were not given.
+        saved: the same from a `variant.yml`, or {}.
+
+    Returns:
+        A dict with every key of `PLACES`, and `distilled`.
+
+    Raises:
+        ValueError: no data set or backbone, or an unknown one.
+    """
+    chosen = saved | given
+    for name in ("dataset", "backbone"):
+        if name not in chosen:
+            raise ValueError(f"no {name}: give --{name} or a --config that names one")
+    backbone = backbone_settings(chosen["backbone"])
+    if given.get("backbone", saved.get("backbone")) != saved.get("backbone"):
+        chosen = {name: value for name, value in chosen.items() if name not in BACKBONE_SETTINGS or name in given}
+    if "d_model" in given and "n_heads" not in given:  # heads of 64 channels, as in every ViT
+        chosen = chosen | {"n_heads": max(1, given["d_model"] // 64)}
+    data = dataset_defaults(chosen["dataset"])
+    data = {name: value for name, value in data.items() if name in PLACES}
+    if "crop_size" in given:  # a window of the training's size, unless one is given
+        data["window_size"] = given["crop_size"]
+        data["window_stride"] = min(data["window_stride"], given["crop_size"])
+    return DEFAULTS | {k: v for k, v in backbone.items() if k != "image_size"} | data | chosen
+
+
+def backbone_settings(name):
+    """Patch size, width, heads, layers, normalisation of a released backbone or of any ViT of timm.
+
+    Raises:
+        ValueError: timm does not know the name either.
+    """
+    released = load_config("backbones")
+    if name in released:
+        return released[name]
+    if not timm.is_model(ALIASES.get(name, name)):
+        raise ValueError(f"unknown backbone {name!r}: use a released name ({', '.join(released)}) or a ViT of timm")
+    model = timm.create_model(name, pretrained=False, device="meta")
+    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+        raise ValueError(f"backbone {name} is a {type(model).__name__}, not a plain ViT")
+    half = all(abs(value - 0.5) < 1e-6 for value in model.pretrained_cfg["mean"])
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "d_model": model.embed_dim,
+        "n_heads": model.blocks[0].attn.num_heads,
+        "n_layers": len(model.blocks),
+        "normalization": "vit" if half else "deit",
+        "distilled": hasattr(model, "dist_token"),
+    }
+
+
+def build_variant(settings, n_cls, merging, saved_decoder=None):
+    """The content of `variant.yml`.
+
+    Args:
+        settings: from `complete_settings`.
+        n_cls: classes of the data set.
+        merging: entries of `dataset_kwargs` about merging.
+        saved_decoder: the decoder's `net_kwargs` of the run that goes on, or None.
+    """
+    variant = {"version": "normal"}
+    for option, place in PLACES.items():
+        section = variant
+        for key in place[:-1]:
+            section = section.setdefault(key, {})
+        section[place[-1]] = settings[option]
+    crop = settings["crop_size"]
+    variant["net_kwargs"] |= {
+        "image_size": [crop, crop],
+        "n_cls": n_cls,
+        "distilled": settings["distilled"],
+        "normalization": settings["normalization"],
+    }
+    variant["net_kwargs"]["decoder"] = _decoder_settings(settings["decoder"], saved_decoder) | {"n_cls": n_cls}
+    variant["inference_kwargs"]["im_size"] = settings["im_size"]
+    variant["dataset_kwargs"] |= {"split": "train", "batch_size": settings["batch_size"]} | merging
+    variant["algorithm_kwargs"] |= {"batch_size": settings["batch_size"], "start_epoch": 0}
+    variant["optimizer_kwargs"] |= {"momentum": 0.9, "poly_power": 0.9, "epochs": settings["epochs"]}
+    return variant
+
+
+def _decoder_settings(name, saved):
+    if saved and saved.get("name") == name:
+        return dict(saved)
+    known = load_config("decoders")
+    if name not in known:
+        raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(known)}")
+    return {"name": name, **known[name]}
