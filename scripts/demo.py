@@ -1,0 +1,147 @@
+"""The demo behind `make demo`: train, merge, measure and look, on the built-in `shapes` data set.
+
+Trains a small Segmenter without merging, goes on from it with graph merging, scores both on scenes that neither has
+seen, and writes one table and two sheets of pictures to runs/demo. A finished training is not done again.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import cv2
+import torch
+import yaml
+
+import patch
+from segm.checkpoint import LAST
+from segm.data import create_dataset
+from segm.eval.cost import count_gflops, images_per_second
+from segm.eval.evaluate import evaluate
+from segm.eval.runs import evaluation_windows
+from segm.metrics import segmentation_scores
+from segm.options import Command, default_device, load_patched
+from vis import colorize, fill_tokens, outline_tokens, picture_sheet
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = ["--patch-size", "8", "--d-model", "96", "--n-heads", "3", "--n-layers", "4", "--no-pretrained"]
+SCHEDULE = ["--optimizer", "adamw", "--scheduler", "cosine", "--weight-decay", "0.01", "--drop-path", "0"]
+COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "0"]
+THRESHOLD = 0.9
+TRAININGS = {
+    "pure": [*NETWORK, "--learning-rate", "1e-3", "--epochs", "4", "--eval-freq", "4"],
+    "graph": [
+        *["--finetune", "{pure}", "--patch-type", "graph", "--selected-layer", "2", "--threshold", str(THRESHOLD)],
+        *["--learning-rate", "3e-4", "--epochs", "1"],
+    ],
+}
+N_PICTURES = 4
+
+
+@click.command(cls=Command)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "runs/demo", help="Where results go."
+)
+def main(out):
+    """Train, evaluate and picture a small Segmenter, plain and with graph merging."""
+    device = torch.device(default_device())
+    for name, options in TRAININGS.items():
+        train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
+    models = {name: load_patched(out / name, {}, device) for name in TRAININGS}
+    dataset = create_dataset("shapes", "val")
+    rows = measure(models, dataset, device)
+    (out / "results.json").write_text(json.dumps(rows, indent=2))
+    samples = [dataset[index] for index in range(N_PICTURES)]
+    save(out / "tokens.png", token_sheet(models["graph"][0], dataset, samples, device))
+    save(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
+    show_table(rows)
+    click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png")
+
+
+def train_once(name, folder, options):
+    """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
+    if (folder / LAST).exists():
+        epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]
+        if torch.load(folder / LAST, weights_only=True)["epoch"] + 1 == epochs:
+            click.echo(f"{name}: trained already, in {folder}; remove it to train anew")
+            return
+        options = ["--resume"]
+    command = ["segm/train.py", "--log-dir", str(folder), *COMMON, *SCHEDULE, *options]
+    click.echo(f"{name}: python {' '.join(command)}")
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise ValueError(f"the training of {name} failed, see above")
+
+
+def measure(models, dataset, device):
+    """One row per method: tokens, GFLOPs, images/s of `predict` at batch size 1, mIoU."""
+    views = [dataset.view(dataset[index].image).unsqueeze(0).to(device) for index in range(20)]
+    rates = images_per_second({name: model.predict for name, (model, _) in models.items()}, views, device)
+    rows = []
+    for name, (model, variant) in models.items():
+        tokens, gflops = zip(*(tokens_and_gflops(model, view) for view in views), strict=True)
+        confusion = evaluate(model, dataset, evaluation_windows(variant), device=device, progress=True)
+        rows.append(
+            {
+                "method": name,
+                "tokens": sum(tokens) / len(tokens),
+                "gflops": sum(gflops) / len(gflops),
+                "images_per_second": rates[name],
+                "mean_iou": segmentation_scores(confusion)["mean_iou"],
+            }
+        )
+    return rows
+
+
+def tokens_and_gflops(model, image):
+    """Patch tokens that are left at the end of the encoder, and operations, of one image (1, 3, H, W)."""
+    gflops = count_gflops(model, image)
+    if patch.is_patched(model):
+        return patch.reduction(model).counts.item(), gflops
+    rows, columns = (side // size for side, size in zip(image.shape[-2:], model.patch_size, strict=True))
+    return rows * columns, gflops
+
+
+def token_sheet(model, dataset, samples, device):
+    """Input, merged tokens filled with their mean color, and their outlines on the input."""
+    rows, titles = [], []
+    for sample in samples:
+        view = dataset.view(sample.image).unsqueeze(0).to(device)
+        with torch.inference_mode():
+            model.grid_scores(view)
+        reduction = patch.reduction(model)
+        grid = tuple(side // size for side, size in zip(view.shape[-2:], model.patch_size, strict=True))
+        place = (reduction.assignment[0].cpu().numpy(), grid, model.patch_size)
+        rows.append([sample.image, fill_tokens(sample.image, *place), outline_tokens(sample.image, *place)])
+        titles.append(f"{reduction.counts.item()} of {grid[0] * grid[1]} tokens")
+    return picture_sheet(rows, ["input", "merged tokens", "their outlines"], titles)
+
+
+def prediction_sheet(models, dataset, samples, device):
+    """Input, truth, and what every model predicts."""
+    rows = []
+    for sample in samples:
+        view = dataset.view(sample.image).unsqueeze(0).to(device)
+        with torch.inference_mode():
+            predicted = [model.predict(view)[0].cpu().numpy() for model, _ in models.values()]
+        rows.append([sample.image, *(colorize(labels, dataset.palette) for labels in (sample.label, *predicted))])
+    return picture_sheet(rows, ["input", "truth", *models])
+
+
+def save(file, picture):
+    """Write an RGB picture (H, W, 3)."""
+    cv2.imwrite(str(file), picture[..., ::-1])
+
+
+def show_table(rows):
+    """Print the rows."""
+    click.echo(f"\n{'method':10} {'tokens':>8} {'GFLOPs':>8} {'images/s':>9} {'mIoU':>6}")
+    for row in rows:
+        click.echo(
+            f"{row['method']:10} {row['tokens']:8.1f} {row['gflops']:8.3f} {row['images_per_second']:9.1f}"
+            f" {row['mean_iou']:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

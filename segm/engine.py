@@ -1,0 +1,154 @@
+"""The training loop. It knows neither files nor merging; what a caller wants to happen comes as a callback."""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from segm import parallel
+
+IGNORE_LABEL = 255
+SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
+
+
+class EpochSampler(Sampler):
+    """Shuffled (epoch, index) pairs of this process.
+
+    The order depends on the seed and the epoch alone, and the epoch travels with the index, so that the data set
+    can augment every image by (seed, epoch, index): a resumed training sees what an uninterrupted one sees,
+    whatever the number of workers.
+    """
+
+    def __init__(self, n_images, batch_size, seed=0):
+        self.n_images = n_images
+        self.seed = seed
+        self.epoch = 0
+        self.per_process = max(n_images // parallel.world_size(), min(n_images, batch_size))
+
+    def __len__(self):
+        return self.per_process
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.n_images, generator=generator)
+        share = order.roll(-parallel.rank() * self.per_process)[: self.per_process]
+        return iter([(self.epoch, index) for index in share.tolist()])
+
+
+def create_loader(dataset, batch_size, seed=0, workers=0, pin_memory=False):
+    """Training batches of this process: dicts of `image` (B, 3, h, w) and `label` (B, h, w)."""
+    return DataLoader(
+        dataset,
+        batch_size=min(batch_size, len(dataset)),
+        sampler=EpochSampler(len(dataset), batch_size, seed),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        drop_last=True,
+    )
+
+
+@dataclass
+class Precision:
+    """Mixed precision: bfloat16 where the device has it, else float16 with a loss scaler; or none.
+
+    Attributes:
+        device_type: "cpu" or "cuda".
+        dtype: that of the forward pass, None for float32.
+        scaler: gradient scaler, inactive unless dtype is float16.
+    """
+
+    device_type: str
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def choose(cls, device, amp):
+        """Precision for a device; amp: whether mixed precision is wanted."""
+        has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = (torch.bfloat16 if has_bfloat16 else torch.float16) if amp else None
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        return cls(device.type, dtype, scaler)
+
+    def autocast(self):
+        """Context of the forward pass."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
+
+
+def segmentation_loss(logits, labels):
+    """Mean cross-entropy over the labelled pixels; a batch without any gives 0 instead of NaN.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W), int64, 255 is ignored.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
+    return total / (labels != IGNORE_LABEL).sum().clamp(min=1)
+
+
+def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, device, seed=0, progress=True):
+    """Train for one epoch.
+
+    Args:
+        model: images -> logits; may be wrapped in DistributedDataParallel.
+        loader: from `create_loader`.
+        scheduler: from `segm.optim.create_scheduler`.
+        precision: `Precision`.
+        epoch: counted from 0.
+
+    Returns:
+        dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
+        (so far), `images_per_second`, and `memory_mb` (peak of the device, None on the CPU).
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    torch.manual_seed(seed * 1_000_003 + 1000 * epoch + parallel.rank())  # dropout as in an uninterrupted run
+    loader.sampler.epoch = epoch
+    model.train()
+    scheduler.step(epoch)
+    n_updates = epoch * len(loader)
+    total_loss = torch.zeros(2, dtype=torch.float64, device=device)
+    start = time.perf_counter()
+    bar = tqdm(loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=not progress)
+    for batch in bar:
+        scheduler.step_update(n_updates)
+        loss = _update(model, batch, optimizer, precision, device)
+        n_updates += 1
+        total_loss += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        if n_updates % SHOW_EVERY == 0:
+            lr = optimizer.param_groups[0]["lr"]
+            bar.set_postfix(loss=f"{_finite(loss.item()):.3f}", lr=f"{lr:.2e}", refresh=False)
+    seconds = time.perf_counter() - start
+    loss_sum, n_batches = parallel.sum_over_processes(total_loss).tolist()
+    return {
+        "train_loss": _finite(loss_sum / n_batches),
+        "train_learning_rate": optimizer.param_groups[0]["lr"],
+        "num_updates": n_updates,
+        "images_per_second": len(loader) * loader.batch_size * parallel.world_size() / seconds,
+        "memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+    }
+
+
+def _update(model, batch, optimizer, precision, device):
+    """One optimizer step; returns the loss, detached."""
+    images = batch["image"].to(device, non_blocking=True)
+    labels = batch["label"].to(device, non_blocking=True)
+    with precision.autocast():
+        loss = segmentation_loss(model(images), labels)
+    optimizer.zero_grad(set_to_none=True)
+    precision.scaler.scale(loss).backward()
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    return loss.detach()
+
+
+def _finite(loss):
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: lower the learning rate")
+    return loss

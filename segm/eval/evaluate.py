@@ -1,0 +1,77 @@
+"""Evaluate a model on a data set: one confusion matrix, image by image."""
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from segm import parallel
+from segm.eval.sliding import predict_labels
+from segm.metrics import confusion_matrix
+
+MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+def image_views(dataset, image, ratios=(1.0,), flip=False, device=None):
+    """The scaled and mirrored versions of an image that are evaluated together.
+
+    Args:
+        dataset: gives `view(image, ratio)`.
+        image: (H, W, 3), uint8, RGB.
+        ratios: scales relative to the size of the evaluation.
+        flip: also take the mirror image of each.
+
+    Returns:
+        List of (tensor (3, h, w), flipped).
+    """
+    views = [(dataset.view(image, ratio).to(device), False) for ratio in ratios]
+    return views + [(view.flip(-1), True) for view, _ in views] if flip else views
+
+
+@torch.inference_mode()
+def evaluate(
+    model,
+    dataset,
+    windows,
+    *,
+    ratios=(1.0,),
+    flip=False,
+    device="cpu",
+    n_images=None,
+    workers=0,
+    on_image=None,
+    progress=False,
+):
+    """Confusion matrix of a model over a data set, summed over all processes.
+
+    Every image is predicted once, at its original size; nothing but the matrix is kept.
+
+    Args:
+        model: images -> logits, in evaluation mode.
+        dataset: an evaluation split of `segm.data`.
+        windows: `segm.eval.sliding.Windows`.
+        ratios, flip: see `image_views`.
+        n_images: only the first so many images.
+        workers: processes that read images.
+        progress: show a bar.
+        on_image: called with (sample, label map (H, W) int64 on the CPU) after every image of this process.
+
+    Returns:
+        (C, C), int64, on the CPU; rows are true classes.
+    """
+    n_images = len(dataset) if n_images is None else min(n_images, len(dataset))
+    mine = range(parallel.rank(), n_images, parallel.world_size())
+    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, collate_fn=_as_is)
+    confusion = torch.zeros(dataset.n_cls, dataset.n_cls, dtype=torch.long, device=device)
+    for sample in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
+        views = image_views(dataset, sample.image, ratios, flip, device)
+        labels = predict_labels(model, views, windows, sample.image.shape[:2])
+        if sample.label is not None:
+            truth = torch.from_numpy(sample.label).to(device)
+            confusion += confusion_matrix(labels, truth, dataset.n_cls)
+        if on_image is not None:
+            on_image(sample, labels.cpu())
+    return parallel.sum_over_processes(confusion).cpu()
+
+
+def _as_is(sample):
+    return sample

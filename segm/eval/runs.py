@@ -1,0 +1,68 @@
+"""The data set and windows with which a run is evaluated."""
+
+import numpy as np
+
+from segm.data import class_info, create_dataset, dataset_defaults, normalize
+from segm.data.transforms import resize_keep_ratio
+from segm.eval.sliding import Windows
+
+
+def open_evaluation(variant, name=None, *, split="val", window_size=None, window_stride=None, window_batch_size=4):
+    """Evaluation split and windows of a run.
+
+    Args:
+        variant: content of `variant.yml`.
+        name: a data set; None: that of the training. Another one is read at its own image size.
+        window_size, window_stride: pixels; None: those of the run.
+
+    Returns:
+        (data set, `Windows`).
+
+    Raises:
+        ValueError: the data set has another number of classes than the model.
+    """
+    trained_on = variant["dataset_kwargs"]["dataset"]
+    name = name or trained_on
+    dataset = create_dataset(
+        name,
+        split,
+        image_size=evaluation_size(variant) if name == trained_on else None,
+        normalization=run_normalization(variant),
+    )
+    n_cls = variant["net_kwargs"]["n_cls"]
+    if dataset.n_cls != n_cls:
+        raise ValueError(f"{dataset.name} has {dataset.n_cls} classes, the model {n_cls}: choose its own data set")
+    return dataset, evaluation_windows(variant, window_size, window_stride, window_batch_size)
+
+
+def evaluation_windows(variant, window_size=None, window_stride=None, window_batch_size=4):
+    """`Windows` of a run; what is None comes from its `inference_kwargs`, or else from its crop size."""
+    saved = variant.get("inference_kwargs", {})
+    size = window_size or saved.get("window_size") or variant["dataset_kwargs"]["crop_size"]
+    stride = window_stride or min(saved.get("window_stride") or size, size)
+    return Windows(size, stride, window_batch_size)
+
+
+def evaluation_size(variant):
+    """Shorter side of the images of a run at evaluation, pixels."""
+    return variant.get("inference_kwargs", {}).get("im_size") or variant["dataset_kwargs"]["image_size"]
+
+
+def run_normalization(variant):
+    """Name of the normalisation that a run was trained with."""
+    return variant["net_kwargs"].get("normalization") or variant["dataset_kwargs"]["normalization"]
+
+
+def photo_view(variant, image):
+    """What the model of a run gets to see of a photograph: uint8 RGB (H, W, 3) -> float32 (3, h, w)."""
+    factor = dataset_defaults(variant["dataset_kwargs"]["dataset"])["resize_factor"]
+    side = evaluation_size(variant)
+    return normalize(resize_keep_ratio(image, factor * side, side), run_normalization(variant))
+
+
+def class_colors(variant):
+    """Class names and palette, (C, 3) uint8 RGB, of a run; those of the user's own data stand in its variant."""
+    own = variant["dataset_kwargs"].get("classes")
+    if own:
+        return tuple(c["name"] for c in own), np.array([c["color"] for c in own], dtype=np.uint8)
+    return class_info(variant["dataset_kwargs"]["dataset"])

@@ -1,0 +1,61 @@
+"""Segment photographs that have no labels."""
+
+from pathlib import Path
+
+import click
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from segm.data.files import read_image
+from segm.eval.runs import class_colors, evaluation_windows, photo_view
+from segm.eval.sliding import predict_labels
+from segm.options import Command, device_option, load_patched, patch_options
+from vis import blend, colorize
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
+@click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of labels in the blends.")
+@device_option
+@patch_options
+@torch.inference_mode()
+def main(checkpoint, source, target, opacity, device, **given):
+    """Segment every photograph in a folder with CHECKPOINT, a file or a run directory.
+
+    Writes NAME.png (8-bit class indices) and NAME_blend.jpg for every photograph NAME.
+    """
+    photographs = _find_photographs(source)
+    model, variant = load_patched(checkpoint, given, device)
+    windows, (_, palette) = evaluation_windows(variant), class_colors(variant)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in tqdm(photographs, desc="inference", unit="image", leave=False):
+        image = read_image(file)
+        view = photo_view(variant, image).to(device)
+        labels = predict_labels(model, [(view, False)], windows, image.shape[:2]).cpu().numpy().astype(np.uint8)
+        cv2.imwrite(str(target / f"{file.stem}.png"), labels)
+        cv2.imwrite(str(target / f"{file.stem}_blend.jpg"), blend(image, colorize(labels, palette), opacity)[..., ::-1])
+    click.echo(f"{len(photographs)} photographs segmented, written to {target}")
+
+
+def _find_photographs(folder):
+    """Photographs of a folder by name; their names without suffix must differ, since the results bear them."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give one with photographs")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"no photograph in {folder}: expected files ending in {', '.join(SUFFIXES)}")
+    stems = [file.stem for file in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{folder} holds several photographs named {twice}: rename them, the results would collide")
+    return files
+
+
+if __name__ == "__main__":
+    main()

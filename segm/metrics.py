@@ -1,0 +1,45 @@
+"""Segmentation scores from one confusion matrix."""
+
+import torch
+
+
+def confusion_matrix(prediction, label, n_cls):
+    """Count pixels by true and predicted class.
+
+    Args:
+        prediction, label: integer tensors of one shape; labels outside [0, n_cls) are ignored.
+        n_cls: number of classes.
+
+    Returns:
+        (n_cls, n_cls), int64; rows are true classes.
+    """
+    known = (label >= 0) & (label < n_cls)
+    pairs = label[known].long() * n_cls + prediction[known].long()
+    return torch.bincount(pairs, minlength=n_cls**2).view(n_cls, n_cls)
+
+
+def segmentation_scores(confusion):
+    """Scores in percent, with two decimals, as mmsegmentation computes them.
+
+    A class that occurs neither in the truth nor in the prediction has no IoU (NaN) and is left out of the mean;
+    likewise a class that does not occur in the truth has no accuracy.
+
+    Args:
+        confusion: (C, C), rows are true classes.
+
+    Returns:
+        dict with `pixel_accuracy`, `mean_accuracy`, `mean_iou` (floats) and `per_class_iou` (list of C floats).
+    """
+    confusion = confusion.double()
+    hit, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    iou = hit / (truth + predicted - hit)
+    return {
+        "pixel_accuracy": _percent(hit.sum() / truth.sum()),
+        "mean_accuracy": _percent((hit / truth).nanmean()),
+        "mean_iou": _percent(iou.nanmean()),
+        "per_class_iou": [_percent(value) for value in iou],
+    }
+
+
+def _percent(fraction):
+    return round(100 * fraction.item(), 2)

@@ -1,0 +1,539 @@
+"""The preparation scripts on tiny archives with the inner structure of the real ones; no network."""
+
+import hashlib
+import http.server
+import importlib.util
+import io
+import os
+import pickle
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from scipy.io import savemat
+
+from segm.data.public import list_public
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ("prepare_common", "prepare_ade20k", "prepare_cityscapes", "prepare_pascal_context", "prepare_coco_stuff")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules by name; `scripts` is no package, so they are loaded by path."""
+    modules = {}
+    for name in NAMES:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        modules[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    yield modules
+    for name in NAMES:
+        del sys.modules[name]
+
+
+def run(module, *args, check=False):
+    options = [] if check else ["--no-check"]
+    return CliRunner().invoke(module.main, [str(arg) for arg in (*args, *options)])
+
+
+def ok(module, *args, check=False):
+    result = run(module, *args, check=check)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(module, *args, check=False):
+    """The one line of an expected failure."""
+    result = run(module, *args, check=check)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), result.exception
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
+def image_bytes(values, kind="PNG"):
+    """A picture whose first row holds `values`; size 4 × 3, colour for JPEG."""
+    array = np.zeros((3, 4), np.uint8)
+    array[0, : len(values)] = values
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert("RGB" if kind == "JPEG" else "L").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def photo():
+    return image_bytes([9, 99, 199], "JPEG")
+
+
+def make_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def first_row(path):
+    image = Image.open(path)
+    assert image.mode == "L"
+    return np.array(image)[0].tolist()
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def snapshot(folder):
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in paths}
+
+
+def sha1(path):
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- archives
+
+
+@pytest.fixture
+def store(tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return folder
+
+
+def ade_zip(folder):
+    top = "ADEChallengeData2016"
+    files = {f"{top}/sceneCategories.txt": b"ADE_train_00000001 bedroom\n"}
+    for split, short in (("training", "train"), ("validation", "val")):
+        for number in (1, 2):
+            name = f"ADE_{short}_{number:08d}"
+            files[f"{top}/images/{split}/{name}.jpg"] = photo()
+            files[f"{top}/annotations/{split}/{name}.png"] = image_bytes([0, 1, 150])
+    return make_zip(folder / "ADEChallengeData2016.zip", files)
+
+
+def cityscapes_zips(folder):
+    labels, images = {"license.txt": b"terms", "README": b"read"}, {"license.txt": b"terms"}
+    for split, city in (("train", "aachen"), ("val", "munster"), ("test", "bonn")):
+        stem = f"{city}/{city}_000000_000019"
+        images[f"leftImg8bit/{split}/{stem}_leftImg8bit.png"] = image_bytes([5, 6])
+        labels[f"gtFine/{split}/{stem}_gtFine_labelIds.png"] = image_bytes([7, 33, 29, 0])
+        labels[f"gtFine/{split}/{stem}_gtFine_polygons.json"] = b"{}"
+    return (
+        make_zip(folder / "gtFine_trainvaltest.zip", labels),
+        make_zip(folder / "leftImg8bit_trainvaltest.zip", images),
+    )
+
+
+def pascal_files(folder, zip_format=True):
+    root = "VOCdevkit/VOC2010"
+    names = {"train": ("2008_000002", "2008_000015"), "val": ("2010_003456",)}
+    photos = {f"{root}/JPEGImages/{name}.jpg": photo() for split in names.values() for name in split}
+    make_tar(folder / "VOCtrainval_03-May-2010.tar", {**photos, f"{root}/Annotations/x.xml": b"<x/>"})
+    for split, stems in names.items():
+        maps = {int(stem.replace("_", "")): Image.open(io.BytesIO(image_bytes([0, 59, 7]))) for stem in stems}
+        maps = {key: Image.fromarray(np.array(image)) for key, image in maps.items()}
+        torch.save(maps, folder / f"{split}.pth", _use_new_zipfile_serialization=zip_format)
+    return folder
+
+
+def coco_10k_zip(folder):
+    files = {"imageLists/all.txt": b"", "cocostuff-labels.txt": b"0: unlabeled\n"}
+    for split, number in (("train", 77), ("test", 285)):
+        name = f"COCO_train2014_{number:012d}"
+        files[f"imageLists/{split}.txt"] = f"{name}\n".encode()
+        files[f"images/{name}.jpg"] = photo()
+        buffer = io.BytesIO()
+        ids = np.zeros((3, 4), np.uint16)
+        ids[0] = [0, 1, 13, 182]
+        savemat(buffer, {"S": ids, "names": np.array(["unlabeled"], dtype=object)})
+        files[f"annotations/{name}.mat"] = buffer.getvalue()
+    return make_zip(folder / "cocostuff-10k-v1.1.zip", files)
+
+
+def coco_164k_zips(folder):
+    maps = {}
+    for split, name in (("train2017", "000000000009"), ("val2017", "000000000139")):
+        make_zip(folder / f"{split}.zip", {f"{split}/{name}.jpg": photo()})
+        maps[f"{split}/{name}.png"] = image_bytes([0, 12, 181, 255])
+    return make_zip(folder / "stuffthingmaps_trainval2017.zip", maps)
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+def test_ade20k_from_url(scripts, store, tmp_path):
+    archive, out = ade_zip(store), tmp_path / "ade20k"
+    ok(scripts["prepare_ade20k"], out, "--url", archive.as_uri())
+    assert len(files_below(out / "images" / "training")) == 2
+    assert first_row(out / "annotations" / "validation" / "ADE_val_00000002.png") == [0, 1, 150, 0]
+    assert (out / "downloads" / archive.name).read_bytes() == archive.read_bytes()
+    assert not list(out.rglob("*.part"))
+    assert len(list_public("ade20k", "train", out)) == 2
+
+
+def test_ade20k_leaves_a_complete_release_folder_alone(scripts, tmp_path, monkeypatch):
+    counts = {"images/training/*.jpg": 1}
+    monkeypatch.setattr(scripts["prepare_ade20k"], "COUNTS", counts)
+    file = tmp_path / "ADEChallengeData2016" / "images" / "training" / "a.jpg"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(photo())
+    assert "already complete" in ok(scripts["prepare_ade20k"], tmp_path, "--url", "file:///nowhere")
+    assert files_below(tmp_path) == {"ADEChallengeData2016/images/training/a.jpg"}
+
+
+def test_ade20k_test_set(scripts, store, tmp_path):
+    ade_zip(store)
+    make_zip(store / "release_test.zip", {"release_test/testing/ADE_test_00000001.jpg": photo()})
+    ok(scripts["prepare_ade20k"], tmp_path / "out", "--url", store.as_uri(), "--test-set")
+    assert (tmp_path / "out" / "release_test" / "testing" / "ADE_test_00000001.jpg").is_file()
+
+
+def test_cityscapes(scripts, store, tmp_path):
+    labels, images = cityscapes_zips(store)
+    out = tmp_path / "cityscapes"
+    ok(scripts["prepare_cityscapes"], out, "--archive", labels, "--archive", images)
+    stem = "train/aachen/aachen_000000_000019"
+    assert first_row(out / "gtFine" / f"{stem}_gtFine_labelTrainIds.png") == [0, 18, 255, 255]
+    assert first_row(out / "gtFine" / f"{stem}_gtFine_labelIds.png") == [7, 33, 29, 0]
+    assert {path.name for path in out.iterdir()} == {"gtFine", "leftImg8bit"}
+    assert len(list_public("cityscapes", "val", out)) == 1
+
+
+def test_cityscapes_without_archives_says_where_to_get_them(scripts, tmp_path):
+    line = refused(scripts["prepare_cityscapes"], tmp_path / "out")
+    assert "https://www.cityscapes-dataset.com" in line
+    assert str(tmp_path / "out" / "downloads") in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_cityscapes_train_ids_are_those_of_the_class_list(scripts):
+    from mmseg.datasets import CityscapesDataset
+
+    table = scripts["prepare_cityscapes"].TRAIN_ID_OF
+    assert sorted(table.values()) == list(range(len(CityscapesDataset.METAINFO["classes"])))
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_pascal_context(scripts, store, tmp_path, zip_format):
+    pascal_files(store, zip_format)
+    out = tmp_path / "pascal_context"
+    ok(scripts["prepare_pascal_context"], out, "--url", store.as_uri())
+    root = out / "VOCdevkit" / "VOC2010"
+    lists = root / "ImageSets" / "SegmentationContext"
+    assert (lists / "train.txt").read_text() == "2008_000002\n2008_000015\n"
+    assert (lists / "val.txt").read_text() == "2010_003456\n"
+    assert first_row(root / "SegmentationClassContext" / "2010_003456.png") == [0, 59, 7, 0]
+    assert not (root / "Annotations").exists()
+    assert len(list_public("pascal_context", "train", out)) == 2
+
+
+class Harmful:
+    """A pickle of it makes a file when it is loaded by an unguarded unpickler."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_pascal_context_refuses_code_in_pickles(scripts, store, tmp_path, zip_format):
+    pascal_files(store)
+    trap = tmp_path / "trap"
+    torch.save({2008000002: Harmful(trap)}, store / "train.pth", _use_new_zipfile_serialization=zip_format)
+    line = refused(scripts["prepare_pascal_context"], tmp_path / "out", "--url", store.as_uri())
+    assert "train.pth refused" in line
+    assert "asks for posix.mkdir" in line or "asks for nt.mkdir" in line
+    assert "weights_only" not in line
+    assert not trap.exists()
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {2008000002: np.full((2, 2), 60, np.uint8)},
+        {2008000002: Image.new("RGB", (2, 2))},
+        {2008000002: torch.zeros(2, 2)},
+        {"../../x": np.zeros((2, 2), np.uint8)},
+        [1],
+    ],
+    ids=["label", "colour", "tensor", "name", "list"],
+)
+def test_pascal_context_refuses_other_contents(scripts, store, tmp_path, content):
+    torch.save(content, pascal_files(store) / "train.pth")
+    line = refused(scripts["prepare_pascal_context"], tmp_path / "out", "--url", store.as_uri())
+    assert "dictionary of label images" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk", b"\x80\x02junk"])
+def test_pascal_context_refuses_damaged_files(scripts, store, tmp_path, content):
+    (pascal_files(store) / "train.pth").write_bytes(content)
+    line = refused(scripts["prepare_pascal_context"], tmp_path / "out", "--url", store.as_uri())
+    assert "train.pth refused" in line
+
+
+def test_pascal_context_reads_plain_arrays(scripts, store, tmp_path):
+    torch.save({2008000002: np.full((2, 2), 3, np.uint8)}, pascal_files(store) / "train.pth")
+    ok(scripts["prepare_pascal_context"], tmp_path / "out", "--url", store.as_uri())
+    maps = tmp_path / "out" / "VOCdevkit" / "VOC2010" / "SegmentationClassContext"
+    assert first_row(maps / "2008_000002.png") == [3, 3]
+
+
+def test_pascal_context_needs_the_photographs(scripts, store, tmp_path):
+    torch.save({2009000001: Image.new("L", (2, 2))}, pascal_files(store) / "train.pth")
+    line = refused(scripts["prepare_pascal_context"], tmp_path / "out", "--url", store.as_uri())
+    assert "2009_000001.jpg" in line
+
+
+def test_coco_stuff_10k(scripts, store, tmp_path):
+    out = tmp_path / "coco_stuff10k"
+    ok(scripts["prepare_coco_stuff"], out, "--archive", coco_10k_zip(store))
+    names = {
+        "images/train2014/COCO_train2014_000000000077.jpg",
+        "images/test2014/COCO_train2014_000000000285.jpg",
+        "annotations/train2014/COCO_train2014_000000000077_labelTrainIds.png",
+        "annotations/test2014/COCO_train2014_000000000285_labelTrainIds.png",
+    }
+    assert files_below(out) == names
+    assert first_row(out / sorted(names)[0]) == [0, 1, 12, 171]
+    assert len(list_public("coco_stuff", "val", out)) == 1
+
+
+def test_coco_stuff_164k(scripts, store, tmp_path):
+    coco_164k_zips(store)
+    out = tmp_path / "coco_stuff164k"
+    ok(scripts["prepare_coco_stuff"], out, "--version", "164k", "--url", store.as_uri())
+    labels = out / "annotations"
+    assert first_row(labels / "train2017" / "000000000009_labelTrainIds.png") == [0, 11, 170, 255]
+    assert (out / "images" / "val2017" / "000000000139.jpg").is_file()
+    assert not list(labels.rglob("*[0-9].png"))
+    assert len(list_public("coco_stuff164k", "train", out)) == 1
+
+
+def test_coco_stuff_tables_have_171_classes_in_order(scripts):
+    coco = scripts["prepare_coco_stuff"]
+    assert [label for label in coco.TABLE_10K.tolist() if label] == list(range(1, 172))
+    assert [label for label in coco.TABLE_164K.tolist() if label != 255] == list(range(171))
+    # The two versions count the same things, one apart.
+    assert all(coco.TABLE_10K[id_] == coco.TABLE_164K[id_ - 1] + 1 for id_ in coco.USED_IDS)
+
+
+# -------------------------------------------------------------------------------------------------- second run
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "options"),
+    [
+        ("prepare_ade20k", ade_zip, ()),
+        ("prepare_pascal_context", pascal_files, ()),
+        ("prepare_cityscapes", cityscapes_zips, ()),
+        ("prepare_coco_stuff", coco_10k_zip, ()),
+        ("prepare_coco_stuff", coco_164k_zips, ("--version", "164k")),
+    ],
+)
+def test_second_run_changes_nothing(scripts, store, tmp_path, name, make, options):
+    make(store)
+    out = tmp_path / "out"
+    ok(scripts[name], out, "--url", store.as_uri(), *options)
+    before = snapshot(out)
+    ok(scripts[name], out, "--url", "file:///nowhere", *options)
+    assert snapshot(out) == before
+
+
+def test_interrupted_run_goes_on(scripts, store, tmp_path):
+    out = tmp_path / "out"
+    ok(scripts["prepare_ade20k"], out, "--archive", ade_zip(store))
+    lost = out / "images" / "training" / "ADE_train_00000001.jpg"
+    emptied = out / "annotations" / "training" / "ADE_train_00000001.png"
+    lost.unlink()
+    emptied.write_bytes(b"")
+    kept = {path: value for path, value in snapshot(out).items() if path != emptied}
+    ok(scripts["prepare_ade20k"], out, "--archive", ade_zip(store))
+    assert lost.read_bytes() == photo()
+    assert first_row(emptied) == [0, 1, 150, 0]
+    assert kept.items() <= snapshot(out).items()
+
+
+def test_own_file_in_the_place_of_one_is_kept(scripts, store, tmp_path):
+    own = tmp_path / "out" / "images" / "training" / "ADE_train_00000001.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    assert "move it away" in refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", ade_zip(store))
+    assert files_below(tmp_path / "out") == {"images/training/ADE_train_00000001.jpg"}
+    assert own.read_bytes() == b"mine"
+
+
+def test_photograph_without_label_map_is_an_error(scripts, store, tmp_path):
+    archive = make_zip(store / "a.zip", {"ADEChallengeData2016/images/training/a.jpg": photo()})
+    assert "have no label map" in refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", archive)
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def test_sha1_mismatch_of_a_download_leaves_nothing(scripts, store, tmp_path):
+    out = tmp_path / "out"
+    line = refused(scripts["prepare_ade20k"], out, "--url", ade_zip(store).as_uri(), check=True)
+    assert "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7" in line
+    assert not out.exists()
+
+
+def test_sha1_mismatch_of_a_local_archive_leaves_it_alone(scripts, store, tmp_path):
+    archive = ade_zip(store)
+    assert "SHA-1" in refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", archive, check=True)
+    assert archive.is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_matching_sha1_is_accepted(scripts, store, tmp_path, monkeypatch):
+    module, archive = scripts["prepare_ade20k"], ade_zip(store)
+    known = type(module.TRAINVAL)(archive.name, archive.as_uri(), sha1(archive))
+    monkeypatch.setattr(module, "TRAINVAL", known)
+    ok(module, tmp_path / "out", check=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.txt",
+        "ADEChallengeData2016/images/../../../evil.txt",
+        "/evil.txt",
+        "C:/evil.txt",
+        "..\\evil.txt",
+    ],
+)
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_archive_that_leaves_the_folder_is_refused(scripts, store, tmp_path, name, make):
+    files = {"ADEChallengeData2016/images/training/a.jpg": photo(), name: b"evil"}
+    archive = make(store / "a.zip", files)
+    assert "would leave the folder" in refused(
+        scripts["prepare_ade20k"], tmp_path / "deep" / "out", "--archive", archive
+    )
+    assert not (tmp_path / "deep").exists()
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_links_in_archives_are_refused(scripts, store, tmp_path):
+    link = zipfile.ZipInfo("ADEChallengeData2016/images/training")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(store / "a.zip", "w") as archive:
+        archive.writestr(link, "/tmp")
+    with tarfile.open(store / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("ADEChallengeData2016/images/training")
+        info.type, info.linkname = tarfile.SYMTYPE, "/tmp"
+        archive.addfile(info)
+    for file in ("a.zip", "a.tar"):
+        line = refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", store / file)
+        assert "is a link" in line
+
+
+def test_wrong_files_give_one_line(scripts, store, tmp_path):
+    ade, city, out = scripts["prepare_ade20k"], scripts["prepare_cityscapes"], tmp_path / "out"
+    text = store / "a.zip"
+    text.write_text("no archive")
+    assert "neither a zip nor a tar" in refused(ade, out, "--archive", text)
+    assert "right archive" in refused(ade, out, "--archive", make_zip(store / "b.zip", {"x.txt": b"x"}))
+    assert "expected the name gtFine_trainvaltest.zip" in refused(city, out, "--archive", text)
+    assert "http, https or file" in refused(ade, out, "--url", "ftp://host/folder")
+    refused(ade, out, "--url", (store / "missing").as_uri())
+    assert not out.exists()
+
+
+def test_damaged_archive_gives_one_line_and_no_half_file(scripts, store, tmp_path):
+    archive = ade_zip(store)
+    data = bytearray(archive.read_bytes())
+    at = data.find(b"\xff\xd8\xff")  # start of a JPEG, stored uncompressed
+    data[at + 4] ^= 0xFF
+    archive.write_bytes(data)
+    refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", archive)
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+# -------------------------------------------------------------------------------------------------- download
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, from an offset if asked; sends only `cut` bytes of it while that is set."""
+
+    content, cut, asked = b"", None, []
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        if start >= len(self.content):
+            self.send_error(416)
+            return
+        body = self.content[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    handler = type("Handler", (Ranges,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_broken_download_goes_on_where_it_stopped(scripts, store, tmp_path, server):
+    handler, url = server
+    archive, out = ade_zip(store), tmp_path / "out"
+    handler.content, handler.cut = archive.read_bytes(), 500
+    assert "run again to go on" in refused(scripts["prepare_ade20k"], out, "--url", url)
+    assert files_below(out) == {f"downloads/{archive.name}.part"}
+    handler.cut = None
+    ok(scripts["prepare_ade20k"], out, "--url", url)
+    assert handler.asked == [None, "bytes=500-"]
+    assert (out / "downloads" / archive.name).read_bytes() == archive.read_bytes()
+
+
+def test_download_starts_again_behind_the_end(scripts, store, tmp_path, server):
+    handler, url = server
+    archive, out = ade_zip(store), tmp_path / "out"
+    handler.content = archive.read_bytes()
+    (out / "downloads").mkdir(parents=True)
+    (out / "downloads" / f"{archive.name}.part").write_bytes(b"x" * (len(handler.content) + 5))
+    ok(scripts["prepare_ade20k"], out, "--url", url)
+    assert handler.asked[-1] is None
+    assert sha1(out / "downloads" / archive.name) == sha1(archive)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_help_shows_the_defaults(scripts, name):
+    output = CliRunner().invoke(scripts[name].main, ["--help"]).output
+    assert "DIR" in output
+    assert "--archive" in output
+    assert "[default: check]" in " ".join(output.split())
+
+
+def test_harmful_pickle_is_harmful(tmp_path):
+    """The trap of the tests above works where nothing guards against it."""
+    pickle.loads(pickle.dumps(Harmful(tmp_path / "trap")))
+    assert (tmp_path / "trap").is_dir()

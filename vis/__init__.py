@@ -1,0 +1,7 @@
+"""Pictures: merged tokens, label maps, tables of pictures. Arrays in, images out; knows no model and no file."""
+
+from vis.labels import blend, colorize, legend
+from vis.sheet import picture_sheet
+from vis.tokens import fill_tokens, outline_tokens
+
+__all__ = ["blend", "colorize", "fill_tokens", "legend", "outline_tokens", "picture_sheet"]

@@ -1,0 +1,34 @@
+"""Several pictures on one sheet."""
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def picture_sheet(rows, columns, row_titles=None, inches=2.2):
+    """Pictures in rows and columns, with titles.
+
+    Args:
+        rows: list of rows of (H, W, 3) uint8 pictures.
+        columns: a title for every column.
+        row_titles: a title for every row, or None.
+        inches: side of one picture on the sheet, at 100 dots per inch.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(inches * len(columns), inches * len(rows) + 0.3), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots(len(rows), len(columns), squeeze=False)
+        for index, (row, row_axes) in enumerate(zip(rows, axes, strict=True)):
+            for column, (picture, axis) in enumerate(zip(row, row_axes, strict=True)):
+                axis.imshow(picture, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                if index == 0:
+                    axis.set_title(columns[column], fontsize=9)
+                if column == 0 and row_titles is not None:
+                    axis.set_ylabel(row_titles[index], fontsize=9)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
