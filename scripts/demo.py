@@ -26,7 +26,10 @@ from vis import colorize, fill_tokens, outline_tokens, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = ["--patch-size", "8", "--d-model", "96", "--n-heads", "3", "--n-layers", "4", "--no-pretrained"]
-SCHEDULE = ["--optimizer", "adamw", "--scheduler", "cosine", "--weight-decay", "0.01", "--drop-path", "0"]
+SCHEDULE = [
+    *["--optimizer", "adamw", "--scheduler", "cosine", "--weight-decay", "0.01"],
+    *["--drop-path", "0", "--decoder-dropout", "0"],  # too short a training to overfit
+]
 COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "0"]
 THRESHOLD = 0.9
 TRAININGS = {

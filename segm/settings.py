@@ -73,7 +73,7 @@ def complete_settings(given, saved):
         saved: the same from a `variant.yml`, or {}.
 
     Returns:
-        A dict with every key of `PLACES`, and `distilled`.
+        A dict with every key of `PLACES` (`decoder_dropout` only if it is not the decoder's own), and `distilled`.
 
     Raises:
         ValueError: no data set or backbone, or an unknown one.
@@ -131,10 +131,11 @@ def build_variant(settings, n_cls, merging, saved_decoder=None):
     """
     variant = {"version": "normal"}
     for option, place in PLACES.items():
-        section = variant
-        for key in place[:-1]:
-            section = section.setdefault(key, {})
-        section[place[-1]] = settings[option]
+        if option in settings:
+            section = variant
+            for key in place[:-1]:
+                section = section.setdefault(key, {})
+            section[place[-1]] = settings[option]
     crop = settings["crop_size"]
     variant["net_kwargs"] |= {
         "image_size": [crop, crop],
@@ -142,7 +143,7 @@ def build_variant(settings, n_cls, merging, saved_decoder=None):
         "distilled": settings["distilled"],
         "normalization": settings["normalization"],
     }
-    variant["net_kwargs"]["decoder"] = _decoder_settings(settings["decoder"], saved_decoder) | {"n_cls": n_cls}
+    variant["net_kwargs"]["decoder"] = _decoder_settings(settings, saved_decoder) | {"n_cls": n_cls}
     variant["inference_kwargs"]["im_size"] = settings["im_size"]
     variant["dataset_kwargs"] |= {"split": "train", "batch_size": settings["batch_size"]} | merging
     variant["algorithm_kwargs"] |= {"batch_size": settings["batch_size"], "start_epoch": 0}
@@ -150,10 +151,14 @@ def build_variant(settings, n_cls, merging, saved_decoder=None):
     return variant
 
 
-def _decoder_settings(name, saved):
-    if saved and saved.get("name") == name:
-        return dict(saved)
-    known = load_config("decoders")
+def _decoder_settings(settings, saved):
+    """`net_kwargs` of the decoder: its defaults, then what was saved for the same decoder, then what was given."""
+    name, known = settings["decoder"], load_config("decoders")
     if name not in known:
         raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(known)}")
-    return {"name": name, **known[name]}
+    decoder = {"name": name, **known[name]}
+    if saved and saved.get("name") == name:
+        decoder |= saved
+    if "dropout" in decoder and "decoder_dropout" in settings:
+        decoder["dropout"] = settings["decoder_dropout"]
+    return decoder

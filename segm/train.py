@@ -95,6 +95,7 @@ def read_config(ctx, param, value):
 @click.option("--warmup-epochs", type=click.IntRange(min=0), help="Epochs of linear warm-up.  [default: 0]")
 @click.option("--start-factor", type=RATE, help="Where the warm-up starts, × learning rate.  [default: 1]")
 @click.option("--dropout", type=click.FloatRange(0, 1), help="In the encoder.  [default: 0]")
+@click.option("--decoder-dropout", type=click.FloatRange(0, 1), help="In the decoder.  [default: 0.1]")
 @click.option("--drop-path", type=click.FloatRange(0, 1), help="Stochastic depth in the encoder.  [default: 0.1]")
 @click.option("--batch-size", type=POSITIVE, help="Images per update, over all processes.  [default: the data set's]")
 @click.option("--epochs", type=POSITIVE, help="[default: the data set's]")

@@ -1,6 +1,6 @@
 """Build a Segmenter from its settings or from a run directory."""
 
-from segm.checkpoint import load_checkpoint, read_variant
+from segm.checkpoint import checkpoint_file, load_checkpoint, read_variant
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
 from segm.model.segmenter import Segmenter
@@ -39,6 +39,7 @@ def load_model(path):
         FileNotFoundError: no checkpoint or no `variant.yml`.
         ValueError: a damaged file, or weights that do not fit `variant.yml`.
     """
+    checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
     variant = read_variant(path)
     model = create_segmenter(variant["net_kwargs"])
     weights = load_checkpoint(path)["model"]

@@ -1,0 +1,133 @@
+"""Checkpoints and variant files: released, damaged, missing, hostile."""
+
+import pytest
+import torch
+import yaml
+
+from segm.checkpoint import copy_weights, load_checkpoint, read_variant, save_checkpoint, write_variant
+from segm.model.factory import create_segmenter, load_model
+
+
+@pytest.fixture
+def run(tmp_path, small_net):
+    """A run directory with random weights."""
+    model = create_segmenter(small_net)
+    save_checkpoint({"model": model.state_dict(), "epoch": 0}, tmp_path / "checkpoint.pth")
+    write_variant({"net_kwargs": small_net, "dataset_kwargs": {}}, tmp_path)
+    return tmp_path, model
+
+
+def test_a_run_is_loaded_by_folder_and_by_file(run):
+    folder, model = run
+    for path in (folder, folder / "checkpoint.pth", str(folder)):
+        loaded, variant = load_model(path)
+        assert not loaded.training and variant["net_kwargs"]["n_cls"] == 5
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_variant_yaml_and_tuples_are_read(run):
+    folder, _ = run
+    text = (
+        (folder / "variant.yml")
+        .read_text()
+        .replace("image_size:\n  - 32\n  - 32", "image_size: !!python/tuple [32, 32]")
+    )
+    assert "python/tuple" in text
+    (folder / "variant.yml").unlink()
+    (folder / "variant.yaml").write_text(text)
+    assert read_variant(folder)["net_kwargs"]["image_size"] == (32, 32)
+    load_model(folder)
+
+
+def test_no_other_tag_is_executed(run, tmp_path):
+    folder, _ = run
+    flag = tmp_path / "executed"
+    (folder / "variant.yml").write_text(f"net_kwargs: !!python/object/apply:os.mkdir ['{flag}']")
+    with pytest.raises(ValueError, match=r"variant\.yml"):
+        read_variant(folder)
+    assert not flag.exists()
+
+
+def test_pickled_code_is_not_executed(tmp_path):
+    import pickle
+
+    flag = tmp_path / "executed"
+
+    class Hostile:
+        def __reduce__(self):
+            import os
+
+            return os.mkdir, (str(flag),)
+
+    (tmp_path / "checkpoint.pth").write_bytes(pickle.dumps({"model": Hostile()}))
+    with pytest.raises(ValueError, match="damaged or no PyTorch checkpoint"):
+        load_checkpoint(tmp_path)
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
+def test_damaged_checkpoints_are_named_in_one_line(run, damage):
+    file = run[0] / "checkpoint.pth"
+    content = file.read_bytes()
+    if damage == "other":
+        torch.save({"weights": 1}, file)
+    else:
+        file.write_bytes({"cut": content[: len(content) // 2], "text": b"hello", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"checkpoint\.pth") as error:
+        load_model(run[0])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_are_named(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+    (run[0] / "variant.yml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"variant\.yml"):
+        load_model(run[0])
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a", "a: 1", "\x00"])
+def test_damaged_variants_are_named(run, text):
+    (run[0] / "variant.yml").write_text(text)
+    with pytest.raises(ValueError, match=r"variant\.yml"):
+        read_variant(run[0])
+
+
+def test_weights_that_do_not_fit_are_refused(run, small_net):
+    write_variant({"net_kwargs": small_net | {"n_layers": 2}}, run[0])
+    with pytest.raises(ValueError, match="net_kwargs") as error:
+        load_model(run[0])
+    assert "\n" not in str(error.value)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(run, monkeypatch):
+    file = run[0] / "checkpoint.pth"
+    before = file.read_bytes()
+
+    def interrupted(checkpoint, target):
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint({"model": {}}, file)
+    assert file.read_bytes() == before
+
+
+def test_fine_tuning_with_other_classes_keeps_everything_else(run, small_net):
+    folder, old = run
+    new = create_segmenter(small_net | {"n_cls": 3})
+    classes = new.decoder.cls_emb.clone()
+    copy_weights(new, folder)
+    assert torch.equal(new.decoder.cls_emb, classes)
+    assert torch.equal(new.encoder.blocks[1].mlp.fc1.weight, old.encoder.blocks[1].mlp.fc1.weight)
+    assert torch.equal(new.decoder.proj_dec.weight, old.decoder.proj_dec.weight)
+    with pytest.raises(ValueError, match="does not fit"):
+        copy_weights(create_segmenter(small_net | {"n_layers": 2}), folder)
+
+
+def test_a_variant_survives_writing_and_reading(tmp_path):
+    variant = {"net_kwargs": {"a": [1, 2], "b": None}, "amp": True, "dataset_kwargs": {"threshold": 0.88}}
+    write_variant(variant, tmp_path)
+    assert read_variant(tmp_path) == variant == yaml.safe_load((tmp_path / "variant.yml").read_text())

@@ -1,0 +1,117 @@
+"""The training loop: order of data, precision, loss."""
+
+import pytest
+import torch
+
+from segm.data import create_dataset
+from segm.engine import EpochSampler, Precision, create_loader, segmentation_loss, train_one_epoch
+from segm.model.factory import create_segmenter
+from segm.optim import create_optimizer, create_scheduler
+
+
+def train(net, epochs, *, start=0, state=None, workers=0, amp=False):
+    """Train on a few shapes; returns the model, what a checkpoint holds, and the last entry."""
+    torch.manual_seed(0)
+    model = create_segmenter(net)
+    loader = create_loader(create_dataset("shapes", "train", image_size=32, length=10), 4, workers=workers)
+    optimizer = create_optimizer(model, "sgd", 0.05)
+    scheduler = create_scheduler(optimizer, "polynomial", epochs=4, updates_per_epoch=len(loader), learning_rate=0.05)
+    if state is not None:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+    device = torch.device("cpu")
+    for epoch in range(start, epochs):
+        entry = train_one_epoch(
+            model, loader, optimizer, scheduler, Precision.choose(device, amp), epoch, device=device, progress=False
+        )
+    return model, (model.state_dict(), optimizer.state_dict()), entry
+
+
+def equal_weights(a, b):
+    return all(torch.equal(a.state_dict()[key], b.state_dict()[key]) for key in a.state_dict())
+
+
+@pytest.fixture
+def net(small_net):
+    """With dropout and drop path, so that random numbers matter."""
+    return small_net | {"n_cls": 11, "drop_path_rate": 0.3, "decoder": {"name": "mask_transformer", "dropout": 0.1}}
+
+
+def test_a_resumed_training_ends_with_the_same_weights(net):
+    whole, _, last = train(net, 4)
+    half, state, _ = train(net, 2)
+    resumed, _, resumed_last = train(net, 4, start=2, state=copy_of(state))
+    assert equal_weights(whole, resumed) and not equal_weights(whole, half)
+    assert {**last, "images_per_second": 0} == {**resumed_last, "images_per_second": 0}
+
+
+def copy_of(state):
+    import copy
+
+    return copy.deepcopy(state)
+
+
+def test_the_number_of_workers_changes_nothing(net):
+    assert equal_weights(train(net, 1)[0], train(net, 1, workers=2)[0])
+
+
+def test_the_entry_says_what_happened(net):
+    _, _, entry = train(net, 2)
+    assert entry["num_updates"] == 4 and entry["train_loss"] > 0 and entry["images_per_second"] > 0
+    assert 1e-5 < entry["train_learning_rate"] < 0.05
+
+
+def test_the_loss_falls_in_mixed_precision(net):
+    first = train(net, 1, amp=True)[2]["train_loss"]
+    last = train(net, 4, amp=True)[2]["train_loss"]
+    assert last < first
+
+
+def test_precision_is_bfloat16_on_the_cpu_if_wanted():
+    device = torch.device("cpu")
+    assert Precision.choose(device, False).dtype is None
+    assert Precision.choose(device, True).dtype == torch.bfloat16
+    assert not Precision.choose(device, True).scaler.is_enabled()
+
+
+def test_loss_is_the_mean_over_labelled_pixels():
+    logits, labels = torch.randn(2, 5, 6, 7), torch.randint(5, (2, 6, 7))
+    labels[0, :3] = 255
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(segmentation_loss(logits, labels), expected)
+    assert segmentation_loss(logits, torch.full_like(labels, 255)) == 0
+
+
+def test_a_diverging_training_stops(net):
+    model = create_segmenter(net)
+    torch.nn.init.constant_(model.decoder.mask_norm.weight, float("nan"))
+    loader = create_loader(create_dataset("shapes", "train", image_size=32, length=4), 4)
+    optimizer = create_optimizer(model, "sgd", 0.1)
+    scheduler = create_scheduler(optimizer, "polynomial", epochs=1, updates_per_epoch=1, learning_rate=0.1)
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        train_one_epoch(model, loader, optimizer, scheduler, Precision.choose(device, False), 0, device=device)
+
+
+def test_every_image_is_seen_once_per_epoch_in_another_order():
+    sampler = EpochSampler(10, 4)
+    epochs = []
+    for epoch in range(2):
+        sampler.epoch = epoch
+        pairs = list(sampler)
+        assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(10))
+        epochs.append([i for _, i in pairs])
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(("n_images", "share"), [(10, 5), (11, 5), (3, 3)])
+def test_processes_share_the_images(monkeypatch, n_images, share):
+    """Disjoint shares of one size; only with fewer images than a batch do they overlap."""
+    monkeypatch.setattr("segm.parallel.world_size", lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("segm.parallel.rank", lambda rank=rank: rank)
+        seen.append([i for _, i in EpochSampler(n_images, 4)])
+    assert len(seen[0]) == len(seen[1]) == share
+    if n_images >= 8:
+        assert not set(seen[0]) & set(seen[1])

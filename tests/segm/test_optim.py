@@ -1,0 +1,77 @@
+"""Optimizers and schedules."""
+
+import math
+
+import pytest
+import torch
+
+from segm.model.factory import create_segmenter
+from segm.optim import create_optimizer, create_scheduler
+
+
+def rates(name, epochs=10, per_epoch=7, lr=0.01, **settings):
+    """Learning rate of every update, stepped as the engine does."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([parameter], lr=lr)
+    scheduler = create_scheduler(
+        optimizer, name, epochs=epochs, updates_per_epoch=per_epoch, learning_rate=lr, **settings
+    )
+    seen = []
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        for update in range(per_epoch):
+            scheduler.step_update(epoch * per_epoch + update)
+            seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+def poly(t, total, warmup, lr, low=1e-5, start=1.0):
+    """The published formula."""
+    if t < warmup:
+        return lr * start + (lr - lr * start) * t / warmup
+    return (lr - low) * (1 - (t - warmup) / (total - warmup)) ** 0.9 + low
+
+
+@pytest.mark.parametrize(("warmup", "start"), [(0, 1.0), (2, 0.1)])
+def test_polynomial_counts_iterations(warmup, start):
+    seen = rates("polynomial", warmup_epochs=warmup, start_factor=start)
+    expected = [poly(t, 70, 7 * warmup, 0.01, start=start) for t in range(70)]
+    assert seen == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("warmup", "start"), [(0, 1.0), (3, 0.25)])
+def test_polynomial_epoch_counts_epochs(warmup, start):
+    seen = rates("polynomial_epoch", warmup_epochs=warmup, start_factor=start)
+    expected = [poly(t // 7, 10, warmup, 0.01, start=start) for t in range(70)]
+    assert seen == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine_falls_from_the_rate_to_the_minimum():
+    seen = rates("cosine", min_lr=1e-4)
+    expected = [1e-4 + (0.01 - 1e-4) * (1 + math.cos(math.pi * t / 70)) / 2 for t in range(70)]
+    assert seen == pytest.approx(expected, rel=1e-9)
+
+
+def test_sgd_is_plain_momentum_over_what_learns(small_net):
+    model = create_segmenter(small_net)
+    optimizer = create_optimizer(model, "sgd", 0.01)
+    assert all(g["momentum"] == 0.9 and not g["nesterov"] and g["weight_decay"] == 0 for g in optimizer.param_groups)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    assert id(model.encoder.head.weight) not in held
+
+
+def test_adamw_decays_matrices_alone(small_net):
+    optimizer = create_optimizer(create_segmenter(small_net), "adamw", 1e-3, weight_decay=0.05)
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            assert all(parameter.ndim > 1 for parameter in group["params"])
+
+
+def test_unknown_names_and_endless_warmups_are_refused(small_net):
+    with pytest.raises(ValueError, match="sgd or adamw"):
+        create_optimizer(create_segmenter(small_net), "lion", 1e-3)
+    with pytest.raises(ValueError, match="polynomial, polynomial_epoch, cosine"):
+        rates("step")
+    with pytest.raises(ValueError, match="warm-up"):
+        rates("cosine", warmup_epochs=10)

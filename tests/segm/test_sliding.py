@@ -1,0 +1,77 @@
+"""Sliding windows and the views of an image."""
+
+import numpy as np
+import pytest
+import torch
+
+from segm.data import create_dataset
+from segm.eval.evaluate import MULTISCALE, evaluate, image_views
+from segm.eval.sliding import Windows, predict_labels, sliding_logits, view_logits, window_starts
+
+
+def by_pixel(images):
+    """A 'model' whose logits are the pixels themselves, so that windows can be checked by their result."""
+    return images * 2
+
+
+@pytest.mark.parametrize(
+    ("side", "window", "stride", "starts"),
+    [(10, 10, 5, [0]), (11, 10, 5, [0, 1]), (20, 10, 5, [0, 5, 10]), (23, 10, 10, [0, 10, 13]), (8, 10, 5, [0])],
+)
+def test_windows_lie_at_the_stride_and_at_the_far_edge(side, window, stride, starts):
+    assert window_starts(side, window, stride) == starts
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("size", [(16, 16), (20, 37), (33, 16)])
+def test_every_pixel_is_covered_and_averaged(size, batch_size):
+    image = torch.randn(3, *size)
+    torch.testing.assert_close(sliding_logits(by_pixel, image, Windows(16, 7, batch_size)), image * 2)
+
+
+def test_a_small_image_is_scaled_up_to_the_window():
+    logits = sliding_logits(by_pixel, torch.randn(3, 10, 25), Windows(16, 16))
+    assert logits.shape == (3, 16, 40)
+
+
+def test_a_view_comes_back_at_the_original_size_and_unflipped():
+    image = torch.randn(3, 16, 16)
+    plain = view_logits(by_pixel, image, False, Windows(16, 16), (16, 16))
+    mirrored = view_logits(by_pixel, image.flip(-1), True, Windows(16, 16), (16, 16))
+    torch.testing.assert_close(plain, mirrored)
+    assert view_logits(by_pixel, image, False, Windows(16, 16), (30, 20)).shape == (3, 30, 20)
+
+
+def test_probabilities_of_all_views_are_summed():
+    images = [torch.randn(3, 16, 16) for _ in range(3)]
+    windows = Windows(16, 16)
+    expected = sum((2 * image).softmax(0) for image in images).argmax(0)
+    assert torch.equal(predict_labels(by_pixel, [(image, False) for image in images], windows, (16, 16)), expected)
+
+
+def test_multiscale_has_six_scales_and_their_mirror_images():
+    dataset = create_dataset("shapes", "val", image_size=64)
+    views = image_views(dataset, dataset[0].image, MULTISCALE, flip=True)
+    assert [tuple(v.shape[-2:]) for v, _ in views[:6]] == [(s, s) for s in (32, 48, 64, 80, 96, 112)]
+    assert [flipped for _, flipped in views] == [False] * 6 + [True] * 6
+    assert torch.equal(views[0][0].flip(-1), views[6][0])
+
+
+def test_evaluation_counts_every_pixel_of_every_image_once():
+    dataset, seen = create_dataset("shapes", "val", image_size=32, length=5), []
+
+    def constant(images):
+        return torch.zeros(len(images), 11, *images.shape[-2:]).index_fill(1, torch.tensor([4]), 1)
+
+    confusion = evaluate(constant, dataset, Windows(32, 32), on_image=lambda s, labels: seen.append((s.name, labels)))
+    truth = np.bincount(np.concatenate([dataset[i].label.ravel() for i in range(5)]), minlength=11)
+    assert torch.equal(confusion.sum(1), torch.from_numpy(truth)) and confusion[:, 4].sum() == 5 * 32 * 32
+    assert [name for name, _ in seen] == [dataset[i].name for i in range(5)]
+    assert all(labels.shape == (32, 32) and (labels == 4).all() for _, labels in seen)
+    assert evaluate(constant, dataset, Windows(32, 32), n_images=2).sum() == 2 * 32 * 32
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (16, 0), (16, 17), (16, 16, 0)])
+def test_impossible_windows_are_refused(arguments):
+    with pytest.raises(ValueError, match="window"):
+        Windows(*arguments)
