@@ -25,10 +25,9 @@ def component_roots(start, end, n_nodes, backend="auto"):
     Raises:
         ValueError: unknown backend.
     """
+    check_backend(backend)
     if backend == "auto":
         backend = "scipy" if start.device.type == "cpu" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](start, end, n_nodes)
 
 
@@ -67,6 +66,12 @@ def _torch_roots(start, end, n_nodes):
 
 
 BACKENDS = {"scipy": _scipy_roots, "torch": _torch_roots, "networkx": _networkx_roots}
+
+
+def check_backend(backend):
+    """Raise a ValueError for an unknown backend."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
 
 
 def spanning_forest(start, end, weight, n_nodes):

@@ -5,9 +5,11 @@ import torch.nn.functional as F
 
 from g2tm.components import component_roots, spanning_forest
 from g2tm.reduction import Reduction
+from g2tm.selection import selection
 from g2tm.validation import check_batch, check_grid, check_threshold
 
 
+@selection
 def edge_similarities(x, grid):
     """Cosine similarity of neighbouring patches.
 
@@ -16,16 +18,16 @@ def edge_similarities(x, grid):
         grid: (gh, gw).
 
     Returns:
-        (right, down): (B, gh, gw-1) and (B, gh-1, gw), float32 (float64 for float64 tokens).
+        (right, down): (B, gh, gw-1) and (B, gh-1, gw), float32 (float64 for float64 tokens), at most 1.
     """
     x = x if x.dtype == torch.float64 else x.float()
     x = F.normalize(x, dim=-1).unflatten(1, tuple(grid))
     right = torch.linalg.vecdot(x[:, :, :-1], x[:, :, 1:])
     down = torch.linalg.vecdot(x[:, :-1], x[:, 1:])
-    return right, down
+    return right.clamp(max=1), down.clamp(max=1)
 
 
-@torch.no_grad()
+@selection
 def graph_merge(x, grid, threshold, *, sizes=None, batch="ragged", backend="auto"):
     """Merge every connected component of similar neighbours into one token (G2TM).
 
@@ -88,8 +90,7 @@ def _from_roots(roots, shape, sizes):
     rank = is_root.view(shape).cumsum(1)
     counts = rank[:, -1]
     assignment = (rank.flatten() - 1)[roots].view(shape)
-    low, width = torch.stack(torch.aminmax(counts)).tolist()
-    return Reduction(assignment, counts, width, sizes, padded=low < width)
+    return Reduction.of_counts(assignment, counts, sizes)
 
 
 def _strongest_edges(start, end, similarity, shape, n_merges):

@@ -26,6 +26,12 @@ class Reduction:
         weights = torch.ones_like(assignment, dtype=torch.float32) if sizes is None else self._weights
         self.sizes = weights.new_zeros(len(assignment), width).scatter_add_(1, assignment, weights)
 
+    @classmethod
+    def of_counts(cls, assignment, counts, sizes=None):
+        """Reduction to `counts` groups per image; waits for the device once, to learn the largest."""
+        low, width = torch.stack(torch.aminmax(counts)).tolist()
+        return cls(assignment, counts, width, sizes, padded=low < width)
+
     @property
     def padding(self):
         """(B, M), bool: True where a slot holds no token; None if no image has padding."""
@@ -59,6 +65,12 @@ class Reduction:
         """This step followed by `second`, which acts on the M groups, seen as one step from N tokens."""
         assignment = second.assignment.gather(1, self.assignment)
         return Reduction(assignment, second.counts, second.sizes.shape[1], self._weights, second.padded)
+
+    def without_prefix(self, prefix):
+        """The same step for the patch tokens alone, where `prefix` tokens come first before and after it."""
+        weights = None if self._weights is None else self._weights[:, prefix:]
+        assignment = (self.assignment[:, prefix:] - prefix).clamp(min=0)  # padding may point at a prefix token
+        return Reduction(assignment, self.counts - prefix, self.sizes.shape[1] - prefix, weights, self.padded)
 
     def _flat_assignment(self):
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""

@@ -1,11 +1,13 @@
 """Checks of arguments that the merging methods share; each raises a ValueError that says what is allowed."""
 
+from numbers import Real
+
 BATCH_MODES = ("ragged", "uniform")
 
 
 def check_threshold(threshold, name="threshold"):
     """A cosine similarity."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
         raise ValueError(f"{name} {threshold!r}: give a cosine similarity from -1 to 1")
 
 
@@ -20,3 +22,13 @@ def check_grid(grid, n_tokens):
     gh, gw = grid
     if gh * gw != n_tokens:
         raise ValueError(f"a grid of {gh}×{gw} patches does not hold {n_tokens} tokens: give patch tokens alone")
+
+
+def check_window(window, grid=None):
+    """A window of at least two patches, no larger than the grid."""
+    if len(window) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in window):
+        raise ValueError(f"window {tuple(window)}: give its height and width in patches")
+    if window[0] * window[1] < 2:
+        raise ValueError("a window of one patch has nothing to merge: give at least two patches")
+    if grid is not None and (window[0] > grid[0] or window[1] > grid[1]):
+        raise ValueError(f"window {window[0]}×{window[1]} is larger than the grid of {grid[0]}×{grid[1]} patches")

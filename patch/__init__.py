@@ -5,19 +5,26 @@ patch.reduction(model)   # of the last forward pass
 patch.remove(model)
 """
 
-from patch.apply import is_patched, reduction, remove, segmenter, set_threshold, settings
+import patch.methods  # noqa: F401 - fills the registry
+from patch.apply import check, is_patched, method, reduction, remove, segmenter, set_threshold, settings, timm
 from patch.curriculum import Curriculum
+from patch.observe import mean_and_std, similarities
 from patch.registry import METHODS, Step, register
 
 __all__ = [
     "METHODS",
     "Curriculum",
     "Step",
+    "check",
     "is_patched",
+    "mean_and_std",
+    "method",
     "reduction",
     "register",
     "remove",
     "segmenter",
     "set_threshold",
     "settings",
+    "similarities",
+    "timm",
 ]

@@ -1,7 +1,13 @@
-"""Put a merging method into a Segmenter and take it out again."""
+"""Put a merging method into a model and take it out again."""
+
+from functools import cache
+
+import torch
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 
 from patch.blocks import BeginPass, Merging, Unmerge, check_block, patch_block, unpatch_block
-from patch.registry import resolve
+from patch.registry import Encoder, resolve
 
 
 def segmenter(model, method, **options):
@@ -16,7 +22,9 @@ def segmenter(model, method, **options):
             layers: 1-based layers in which to merge, ascending;
             attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;
             batch: "ragged" (every image keeps its own number of tokens) or "uniform".
-            graph also takes threshold (cosine similarity, 0.88) and backend.
+            graph also takes threshold (cosine similarity, 0.88) and backend;
+            algm takes threshold, window (patches; None: every layer is GBM) and gbm_threshold ("adaptive", "tau" or
+            a number); tome takes r (tokens per layer, a list with one per layer, or a pair (r, inflection)).
 
     Returns:
         The model.
@@ -24,37 +32,106 @@ def segmenter(model, method, **options):
     Raises:
         ValueError: the model is patched already or cannot be patched, or an option is not allowed.
     """
-    if is_patched(model):
-        raise ValueError(f"the model is patched with {model.merging.name} already: call patch.remove first")
-    encoder, decoder = model.encoder, model.decoder
-    entry, settings = resolve(method, len(encoder.blocks), options)
-    for block in (*encoder.blocks, *decoder.blocks):
-        check_block(block)
-    merging = Merging(method, entry, settings, encoder.num_prefix_tokens)
-    for layer, block in enumerate(encoder.blocks, start=1):
-        patch_block(block, merging, before=merging.prefix, merge_layer=layer if layer in settings["layers"] else None)
-    for block in decoder.blocks:
+    merging = _install(model, model.encoder, method, options, model.decoder.blocks)
+    for block in model.decoder.blocks:
         patch_block(block, merging, after=model.n_cls)
     model.to_grid = Unmerge(model.to_grid, merging)
-    model.merging = merging
-    model.merging_hook = encoder.patch_embed.register_forward_hook(BeginPass(merging))
     return model
 
 
+def timm(vit, method, **options):
+    """Patch a plain ViT of timm in place.
+
+    `forward_features` gives back all tokens, each with the features of the token that carries it; what `forward`
+    pools is therefore weighted by size, and padding takes no part.
+
+    Args:
+        vit: a timm `VisionTransformer` (DeiT, DINOv2, SigLIP, DeiT-III, ... included).
+        method, options: see `segmenter`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `segmenter`, and for a model that is no plain ViT.
+    """
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"cannot patch a {type(vit).__name__}: only timm's VisionTransformer is known")
+    _install(vit, vit, method, options)
+    vit.__class__ = _unmerging(type(vit))
+    return vit
+
+
+class _UnmergedFeatures:
+    """Undoes the merge at the end of the features of a ViT."""
+
+    def forward_features(self, x, *args, **kwargs):
+        """images -> (B, P + N, D)"""
+        x = super().forward_features(x, *args, **kwargs)
+        if self.merging.reduction is None:
+            return x
+        prefix = self.merging.prefix
+        return torch.cat([x[:, :prefix], self.merging.reduction.unmerge(x[:, prefix:])], dim=1)
+
+
+@cache
+def _unmerging(vit_class):
+    return type(f"Patched{vit_class.__name__}", (_UnmergedFeatures, vit_class), {})
+
+
+def _install(model, encoder, method, options, more_blocks=()):
+    """Check everything, then let the blocks of an encoder merge; returns the shared state."""
+    if is_patched(model):
+        raise ValueError(f"the model is patched with {model.merging.name} already: call patch.remove first")
+    target = Encoder(len(encoder.blocks), tuple(encoder.patch_embed.grid_size))
+    entry, settings = resolve(method, target, options)
+    for block in (*encoder.blocks, *more_blocks):
+        check_block(block)
+    if getattr(encoder, "grad_checkpointing", False):
+        raise ValueError("cannot patch a model with gradient checkpointing: it would merge twice; turn that off first")
+    if isinstance(encoder.patch_drop, PatchDropout):
+        raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
+    merging = Merging(method, entry, settings, target, encoder.num_prefix_tokens)
+    for layer, block in enumerate(encoder.blocks, start=1):
+        patch_block(block, merging, before=merging.prefix, merge_layer=layer if layer in settings["layers"] else None)
+    model.merging = merging
+    model.merging_hook = encoder.patch_embed.register_forward_hook(BeginPass(merging))
+    return merging
+
+
+def check(method, depth, grid, **options):
+    """Check a method and its options without a model.
+
+    Args:
+        method, options: see `segmenter`.
+        depth: number of blocks of the encoder.
+        grid: (gh, gw), patches of the images that it is made for.
+
+    Raises:
+        ValueError: what `segmenter` would refuse.
+    """
+    resolve(method, Encoder(depth, tuple(grid)), options)
+
+
 def remove(model):
-    """Undo `segmenter`: the model is exactly what it was before. Without a patch, nothing happens."""
+    """Undo `segmenter` or `timm`: the model is exactly what it was before. Without a patch, nothing happens."""
     if not is_patched(model):
         return model
-    for block in (*model.encoder.blocks, *model.decoder.blocks):
+    if isinstance(model, _UnmergedFeatures):
+        model.__class__ = type(model).__mro__[2]
+        blocks = model.blocks
+    else:
+        model.to_grid = model.to_grid.to_grid
+        blocks = (*model.encoder.blocks, *model.decoder.blocks)
+    for block in blocks:
         unpatch_block(block)
-    model.to_grid = model.to_grid.to_grid
     model.merging_hook.remove()
     del model.merging, model.merging_hook
     return model
 
 
 def is_patched(model):
-    """Whether `segmenter` was applied."""
+    """Whether `segmenter` or `timm` was applied."""
     return hasattr(model, "merging")
 
 
@@ -67,6 +144,15 @@ def reduction(model):
         ValueError: the model is not patched.
     """
     return _merging(model).reduction
+
+
+def method(model):
+    """Name of the method in force.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return _merging(model).name
 
 
 def settings(model):
@@ -88,11 +174,11 @@ def set_threshold(model, threshold):
     if "threshold" not in merging.settings:
         raise ValueError(f"{merging.name} has no threshold")
     changed = merging.settings | {"threshold": threshold}
-    merging.method.check(changed)
+    merging.method.check(changed, merging.encoder)
     merging.settings = changed
 
 
 def _merging(model):
     if not is_patched(model):
-        raise ValueError("the model is not patched: call patch.segmenter first")
+        raise ValueError("the model is not patched: call patch.segmenter or patch.timm first")
     return model.merging

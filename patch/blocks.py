@@ -14,32 +14,37 @@ class Merging:
 
     Attributes:
         method, settings: from `patch.registry.resolve`.
+        encoder: what new settings are checked against.
         prefix: number of prefix tokens of the encoder.
         grid: (gh, gw) of the current images.
         reduction: from all patches to the current tokens; None while nothing was merged.
+        keys: (B, L, head dim) of the current attention, if the method wants them.
     """
 
-    def __init__(self, name, method, settings, prefix):
+    def __init__(self, name, method, settings, encoder, prefix):
         self.name = name
         self.method = method
         self.settings = settings
+        self.encoder = encoder
         self.prefix = prefix
         self.grid = None
         self.reduction = None
+        self.keys = None
         self._bias = None
 
     def begin(self, grid):
         """Forget the last forward pass."""
-        self.grid, self.reduction, self._bias = tuple(grid), None, None
+        self.grid, self.reduction, self.keys, self._bias = tuple(grid), None, None, None
 
-    def reduce(self, x, layer):
+    def reduce(self, x, layer, training):
         """One merge step; x: (B, P + N, D) -> (B, P + M, D)."""
-        prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         sizes = None if self.reduction is None else self.reduction.sizes
-        step = self.method.merge(Step(patches, self.grid, sizes, layer, self.settings))
-        self.reduction = step if self.reduction is None else self.reduction.then(step)
+        batch = self.settings["batch"] or ("uniform" if training else "ragged")
+        step = Step(x, self.keys, self.prefix, self.grid, sizes, layer, self.encoder.depth, batch, self.settings)
+        merged, self.keys = self.method.merge(step), None
+        self.reduction = merged if self.reduction is None else self.reduction.then(merged)
         self._bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)
-        return torch.cat([prefix, step.merge(patches)], dim=1)
+        return torch.cat([x[:, : self.prefix], merged.merge(step.x)], dim=1)
 
     def bias(self, before, after, dtype):
         """Additive bias of the next attention, (B, 1, 1, before + M + after), or None.
@@ -61,7 +66,7 @@ class PatchedBlock(Block):
         mask = attn_mask if bias is None else bias if attn_mask is None else attn_mask + bias
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal)))
         if self.merge_layer is not None:
-            x = self.merging.reduce(x, self.merge_layer)
+            x = self.merging.reduce(x, self.merge_layer, self.training)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -75,11 +80,16 @@ def patch_block(block, merging, *, before=0, after=0, merge_layer=None):
         merge_layer: 1-based layer if tokens merge here, else None.
     """
     block.merging, block.neighbours, block.merge_layer = merging, (before, after), merge_layer
+    if merge_layer is not None and merging.method.needs_keys:
+        block.keys_hook = block.attn.k_norm.register_forward_hook(KeepKeys(merging))
     block.__class__ = PatchedBlock
 
 
 def unpatch_block(block):
     """Undo `patch_block`."""
+    if hasattr(block, "keys_hook"):
+        block.keys_hook.remove()
+        del block.keys_hook
     del block.merging, block.neighbours, block.merge_layer
     block.__class__ = Block
 
@@ -113,3 +123,13 @@ class BeginPass:
 
     def __call__(self, patch_embed, inputs, output):
         self.merging.begin(output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size)
+
+
+class KeepKeys:
+    """Forward hook of an attention's `k_norm`, through which its keys pass: keeps their mean over the heads."""
+
+    def __init__(self, merging):
+        self.merging = merging
+
+    def __call__(self, k_norm, inputs, keys):
+        self.merging.keys = keys.detach().float().mean(1)

@@ -1,31 +1,52 @@
 """The methods that can be patched in: one entry each, in one registry."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
-from g2tm import BATCH_MODES, Reduction, check_threshold, graph_merge
+import torch.nn.functional as F
+from torch import Tensor
+
+from g2tm import BATCH_MODES, Reduction
 from g2tm.attention import check_attention
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a method gets to see at one layer.
+    """What a method gets to see at one layer, between attention and MLP.
 
     Attributes:
-        x: (B, N, D), the patch tokens after attention, prefix tokens left out.
+        tokens: (B, P + N, D), the residual stream after attention, prefix tokens first.
+        keys: (B, P + N, head dim), keys of this attention averaged over the heads; None unless the method asked.
+        prefix: P, number of prefix tokens.
         grid: (gh, gw), patches of the padded image.
-        sizes: (B, N), patches per token, 0 for padding; None before the first merge.
-        layer: 1-based.
+        sizes: (B, N), patches per patch token, 0 for padding; None before the first merge.
+        layer, depth: this layer, 1-based, and how many there are.
+        batch: "ragged" or "uniform".
         settings: the options of the patch.
     """
 
-    x: Any
+    tokens: Tensor
+    keys: Tensor | None
+    prefix: int
     grid: tuple[int, int]
-    sizes: Any
+    sizes: Tensor | None
     layer: int
+    depth: int
+    batch: str
     settings: Mapping[str, Any]
+
+    @property
+    def x(self):
+        """(B, N, D), the patch tokens alone."""
+        return self.tokens[:, self.prefix :]
+
+    @property
+    def sequence_sizes(self):
+        """(B, P + N), sizes of the whole sequence, prefix tokens counting 1; None before the first merge."""
+        return None if self.sizes is None else F.pad(self.sizes, (self.prefix, 0), value=1.0)
 
 
 @dataclass(frozen=True)
@@ -34,43 +55,59 @@ class Method:
 
     Attributes:
         merge: from a `Step` to a `Reduction` of its patch tokens.
-        defaults: the options of the method and their values; among them always `layers` (1-based, ascending),
-            `attention` and `batch`.
+        defaults: the options of the method and their values; among them always `layers`, `attention` and `batch`.
         check: raises a ValueError if the options of the method itself are not allowed.
+        needs_keys: whether `Step.keys` is wanted.
+        nullable: options for which None is a value of its own; elsewhere it means the default.
     """
 
     merge: Callable[[Step], Reduction]
     defaults: Mapping[str, Any]
-    check: Callable[[Mapping[str, Any]], None] = field(default=lambda settings: None)
+    check: Callable[[Mapping[str, Any]], None]
+    needs_keys: bool = False
+    nullable: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """What the options are checked against: number of blocks, and the grid that the model was made for."""
+
+    depth: int
+    grid: tuple[int, int]
+
+
+# layers None: every layer. batch None: uniform in training, so that no padding arises, ragged otherwise.
 COMMON = {"layers": None, "attention": "none", "batch": "ragged"}
 METHODS: dict[str, Method] = {}
 
 
-def register(name, merge, *, check=None, **defaults):
+def register(name, merge, *, check=None, needs_keys=False, nullable=(), **defaults):
     """Make a method available by name to `patch.segmenter` and to `--patch-type` of every command.
 
     Args:
         name: its name.
-        merge: from a `Step` to a `Reduction`.
-        check: raises a ValueError for options that are not allowed.
-        defaults: the options that it takes with their defaults, besides `layers`, `attention` and `batch`.
+        merge: from a `Step` to a `Reduction` of its patch tokens.
+        check: called with the completed options and, as `encoder`, what they are checked against; raises a
+            ValueError for options that are not allowed.
+        needs_keys: whether `Step.keys` is wanted.
+        nullable: options for which None is a value of its own.
+        defaults: the options that it takes with their defaults, besides `layers` (1-based, ascending; None: all),
+            `attention` and `batch`.
 
     Raises:
         ValueError: the name is taken.
     """
     if name in METHODS or name == "pure":
         raise ValueError(f"method {name!r} is registered already")
-    METHODS[name] = Method(merge, COMMON | defaults, check or (lambda settings: None))
+    METHODS[name] = Method(merge, COMMON | defaults, check or (lambda settings, encoder: None), needs_keys, nullable)
 
 
-def resolve(name, depth, options):
+def resolve(name, encoder, options):
     """Complete and check the options of a method.
 
     Args:
         name: a registered method.
-        depth: number of blocks of the encoder.
+        encoder: `Encoder`.
         options: what the user gave; None means the method's default.
 
     Returns:
@@ -85,40 +122,25 @@ def resolve(name, depth, options):
     unknown = sorted(set(options) - set(method.defaults))
     if unknown:
         raise ValueError(f"{name} takes no {', '.join(unknown)}: its options are {', '.join(method.defaults)}")
-    settings = dict(method.defaults) | {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None or key in method.nullable}
+    settings = dict(method.defaults) | given
     check_attention(settings["attention"])
-    if settings["batch"] not in BATCH_MODES:
+    if settings["batch"] not in (None, *BATCH_MODES):
         raise ValueError(f"batch {settings['batch']!r}: choose {' or '.join(BATCH_MODES)}")
-    settings["layers"] = _check_layers(settings["layers"], depth)
-    method.check(settings)
+    settings["layers"] = _check_layers(settings["layers"], encoder.depth)
+    method.check(settings, encoder)
     return method, settings
 
 
 def _check_layers(layers, depth):
-    layers = tuple(range(1, depth + 1)) if layers is None else tuple(layers)
-    if not layers or not all(isinstance(layer, int) and 1 <= layer <= depth for layer in layers):
+    layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    layers = tuple(layers)
+    if not layers or not all(_is_index(layer) and 1 <= layer <= depth for layer in layers):
         raise ValueError(f"layers {list(layers)}: the encoder has layers 1 to {depth}")
     if any(first >= second for first, second in pairwise(layers)):
         raise ValueError(f"layers {list(layers)}: give each layer once, in ascending order")
-    return layers
+    return tuple(int(layer) for layer in layers)
 
 
-def _merge_graph(step):
-    settings = step.settings
-    return graph_merge(
-        step.x,
-        step.grid,
-        settings["threshold"],
-        sizes=step.sizes,
-        batch=settings["batch"],
-        backend=settings["backend"],
-    )
-
-
-def _check_graph(settings):
-    check_threshold(settings["threshold"])
-    if len(settings["layers"]) != 1:
-        raise ValueError(f"graph merges once: give one layer, not {list(settings['layers'])}")
-
-
-register("graph", _merge_graph, check=_check_graph, layers=(2,), threshold=0.88, backend="auto")
+def _is_index(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)

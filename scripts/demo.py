@@ -1,7 +1,8 @@
 """The demo behind `make demo`: train, merge, measure and look, on the built-in `shapes` data set.
 
-Trains a small Segmenter without merging, goes on from it with graph merging, scores both on scenes that neither has
-seen, and writes one table and two sheets of pictures to runs/demo. A finished training is not done again.
+Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
+it is, scores all on scenes that none has seen, and writes one table and two sheets of pictures to runs/demo. A finished
+training is not done again.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import click
-import cv2
+import numpy as np
 import torch
 import yaml
 
@@ -22,7 +23,8 @@ from segm.eval.evaluate import evaluate
 from segm.eval.runs import evaluation_windows
 from segm.metrics import segmentation_scores
 from segm.options import Command, default_device, load_patched
-from vis import colorize, fill_tokens, outline_tokens, picture_sheet
+from segm.pictures import write_picture
+from vis import colorize, fill_tokens, legend, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = ["--patch-size", "8", "--d-model", "96", "--n-heads", "3", "--n-layers", "4", "--no-pretrained"]
@@ -39,6 +41,10 @@ TRAININGS = {
         *["--learning-rate", "3e-4", "--epochs", "1"],
     ],
 }
+APPLIED = {
+    "algm": {"patch_type": "algm", "selected_layers": (1, 3), "threshold": THRESHOLD},
+    "tome": {"patch_type": "tome", "r": (32,)},
+}
 N_PICTURES = 4
 
 
@@ -52,12 +58,13 @@ def main(out):
     for name, options in TRAININGS.items():
         train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
     models = {name: load_patched(out / name, {}, device) for name in TRAININGS}
+    models |= {name: load_patched(out / "pure", options, device) for name, options in APPLIED.items()}
     dataset = create_dataset("shapes", "val")
     rows = measure(models, dataset, device)
     (out / "results.json").write_text(json.dumps(rows, indent=2))
     samples = [dataset[index] for index in range(N_PICTURES)]
-    save(out / "tokens.png", token_sheet(models["graph"][0], dataset, samples, device))
-    save(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
+    write_picture(out / "tokens.png", token_sheet(models, dataset, samples, device))
+    write_picture(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
     show_table(rows)
     click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png")
 
@@ -105,19 +112,23 @@ def tokens_and_gflops(model, image):
     return rows * columns, gflops
 
 
-def token_sheet(model, dataset, samples, device):
-    """Input, merged tokens filled with their mean color, and their outlines on the input."""
-    rows, titles = [], []
+def token_sheet(models, dataset, samples, device):
+    """Input, and for every merging method its tokens, filled with their mean color, with their number."""
+    merging = {name: model for name, (model, _) in models.items() if patch.is_patched(model)}
+    rows, captions = [], []
     for sample in samples:
         view = dataset.view(sample.image).unsqueeze(0).to(device)
-        with torch.inference_mode():
-            model.grid_scores(view)
-        reduction = patch.reduction(model)
-        grid = tuple(side // size for side, size in zip(view.shape[-2:], model.patch_size, strict=True))
-        place = (reduction.assignment[0].cpu().numpy(), grid, model.patch_size)
-        rows.append([sample.image, fill_tokens(sample.image, *place), outline_tokens(sample.image, *place)])
-        titles.append(f"{reduction.counts.item()} of {grid[0] * grid[1]} tokens")
-    return picture_sheet(rows, ["input", "merged tokens", "their outlines"], titles)
+        row, caption = [sample.image], [""]
+        for model in merging.values():
+            with torch.inference_mode():
+                model.grid_scores(view)
+            reduction = patch.reduction(model)
+            grid = tuple(side // size for side, size in zip(view.shape[-2:], model.patch_size, strict=True))
+            row.append(fill_tokens(sample.image, reduction.assignment[0].cpu().numpy(), grid, model.patch_size))
+            caption.append(f"{reduction.counts.item()} of {grid[0] * grid[1]} tokens")
+        rows.append(row)
+        captions.append(caption)
+    return picture_sheet(rows, ["input", *merging], captions)
 
 
 def prediction_sheet(models, dataset, samples, device):
@@ -128,12 +139,10 @@ def prediction_sheet(models, dataset, samples, device):
         with torch.inference_mode():
             predicted = [model.predict(view)[0].cpu().numpy() for model, _ in models.values()]
         rows.append([sample.image, *(colorize(labels, dataset.palette) for labels in (sample.label, *predicted))])
-    return picture_sheet(rows, ["input", "truth", *models])
-
-
-def save(file, picture):
-    """Write an RGB picture (H, W, 3)."""
-    cv2.imwrite(str(file), picture[..., ::-1])
+    sheet = picture_sheet(rows, ["input", "truth", *models])
+    names = legend(dataset.classes, dataset.palette)
+    below = sheet.shape[0] - names.shape[0]
+    return np.hstack([sheet, np.pad(names, ((0, below), (0, 0), (0, 0)), constant_values=255)])
 
 
 def show_table(rows):

@@ -1,12 +1,9 @@
 """Run directories: `checkpoint.pth`, `checkpoint_best.pth` and `variant.yml`, the format of Segmenter."""
 
-import logging
 from pathlib import Path
 
 import torch
 import yaml
-
-logger = logging.getLogger(__name__)
 
 LAST, BEST, VARIANT = "checkpoint.pth", "checkpoint_best.pth", "variant.yml"
 
@@ -48,8 +45,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in zip, pickle or torch, each with errors of its own
         raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise ValueError(f"{file} is no Segmenter checkpoint: it has no entry 'model'")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"{file} is no Segmenter checkpoint: it has no weights under 'model'")
     return checkpoint
 
 
@@ -59,30 +56,6 @@ def save_checkpoint(checkpoint, file):
     partial = file.with_name(file.name + ".part")
     torch.save(checkpoint, partial)
     partial.replace(file)
-
-
-def copy_weights(model, path):
-    """Copy the weights of another run into a model, to fine-tune it.
-
-    What belongs to the classes keeps its initial values if the numbers of classes differ.
-
-    Args:
-        model: a Segmenter.
-        path: checkpoint or run directory.
-
-    Raises:
-        ValueError: the architectures differ.
-    """
-    weights = load_checkpoint(path)["model"]
-    own = model.state_dict()
-    of_classes = {k for k in own if k.startswith(("decoder.cls_emb", "decoder.mask_norm", "decoder.head"))}
-    if any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
-        logger.warning("%s has another number of classes: what belongs to the classes is learned anew", path)
-        weights = weights | {k: own[k] for k in of_classes}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the requested model: {_one_line(error)}") from error
 
 
 def restore(path, model, optimizer, scaler):
@@ -100,14 +73,15 @@ def restore(path, model, optimizer, scaler):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["loss_scaler"])
         return checkpoint["epoch"] + 1, checkpoint["best_mean_iou"]
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"cannot resume {path} ({_one_line(error)}): start a new run from it with --finetune"
+            f"cannot resume {path} ({one_line(error)}): start a new run from it with --finetune"
         ) from error
 
 
-def _one_line(error):
-    return " ".join(str(error).split())[:300]
+def one_line(error):
+    """An error's message in at most 300 characters without line breaks."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_variant(path):
@@ -129,6 +103,9 @@ def read_variant(path):
         raise ValueError(f"{file} is not a readable variant file: {' '.join(str(error).split())}") from error
     if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
         raise ValueError(f"{file} has no net_kwargs")
+    for section in ("dataset_kwargs", "inference_kwargs", "optimizer_kwargs", "algorithm_kwargs"):
+        if not isinstance(variant.get(section, {}), dict):
+            raise ValueError(f"{file}: {section} is no mapping")
     return variant
 
 

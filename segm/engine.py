@@ -1,6 +1,7 @@
 """The training loop. It knows neither files nor merging; what a caller wants to happen comes as a callback."""
 
 import math
+import resource
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from segm import parallel
+from segm.data.sample import IGNORE_LABEL
 
-IGNORE_LABEL = 255
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 
 
@@ -103,7 +104,7 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
 
     Returns:
         dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
-        (so far), `images_per_second`, and `memory_mb` (peak of the device, None on the CPU).
+        (so far), `images_per_second`, and `memory_mb` (peak of the device; on the CPU of the process).
 
     Raises:
         ValueError: the loss is not finite.
@@ -131,7 +132,7 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
         "train_learning_rate": optimizer.param_groups[0]["lr"],
         "num_updates": n_updates,
         "images_per_second": len(loader) * loader.batch_size * parallel.world_size() / seconds,
-        "memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        "memory_mb": _peak_memory(device),
     }
 
 
@@ -146,6 +147,13 @@ def _update(model, batch, optimizer, precision, device):
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach()
+
+
+def _peak_memory(device):
+    """MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
 
 
 def _finite(loss):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -12,6 +11,7 @@ from segm.data.files import read_image
 from segm.eval.runs import class_colors, evaluation_windows, photo_view
 from segm.eval.sliding import predict_labels
 from segm.options import Command, device_option, load_patched, patch_options
+from segm.pictures import write_picture
 from vis import blend, colorize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -30,16 +30,19 @@ def main(checkpoint, source, target, opacity, device, **given):
 
     Writes NAME.png (8-bit class indices) and NAME_blend.jpg for every photograph NAME.
     """
+    if source.resolve() == target.resolve():
+        raise click.UsageError(
+            f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
+        )
     photographs = _find_photographs(source)
     model, variant = load_patched(checkpoint, given, device)
     windows, (_, palette) = evaluation_windows(variant), class_colors(variant)
-    target.mkdir(parents=True, exist_ok=True)
     for file in tqdm(photographs, desc="inference", unit="image", leave=False):
         image = read_image(file)
         view = photo_view(variant, image).to(device)
         labels = predict_labels(model, [(view, False)], windows, image.shape[:2]).cpu().numpy().astype(np.uint8)
-        cv2.imwrite(str(target / f"{file.stem}.png"), labels)
-        cv2.imwrite(str(target / f"{file.stem}_blend.jpg"), blend(image, colorize(labels, palette), opacity)[..., ::-1])
+        write_picture(target / f"{file.stem}.png", labels)
+        write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, palette), opacity))
     click.echo(f"{len(photographs)} photographs segmented, written to {target}")
 
 

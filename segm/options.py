@@ -27,7 +27,15 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(_one_line(error)) from error
+
+
+def _one_line(error):
+    """The message; of an error in a data loader's worker, which carries its traceback, only the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught ") and "Traceback" in str(error):
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(" ".join(lines).split())
 
 
 def repeat_option(args, names):
@@ -84,6 +92,29 @@ class Device(click.ParamType):
         return device
 
 
+AUTO = "auto"
+
+
+class NumberOr(click.ParamType):
+    """A number, or one of some words."""
+
+    name = "number"
+
+    def __init__(self, *words):
+        self.words = words
+
+    def convert(self, value, param, ctx):
+        if value in self.words:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r}: give a number or {' or '.join(self.words)}", param, ctx)
+
+    def get_metavar(self, param, ctx=None):
+        return "|".join(("FLOAT", *self.words))
+
+
 def default_device():
     """CUDA where it is there, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +145,19 @@ patch_options = _stack(
     click.option("--patch-type", type=MethodName(), help="Merging method; pure: none."),
     click.option("--selected-layer", type=int, help="Layer in which to merge, counted from 1."),
     click.option("--selected-layers", cls=Numbers, type=int, help="Layers in which to merge, counted from 1."),
-    click.option("--threshold", type=float, help="Cosine similarity (-1 to 1) above which tokens may merge."),
+    click.option(
+        "--threshold",
+        type=NumberOr(AUTO),
+        help="Cosine similarity (-1 to 1) above which tokens may merge; auto (train.py --from): mean + std.",
+    ),
+    click.option(
+        "--gbm-threshold", type=NumberOr("adaptive", "tau"), help="algm: that of GBM; tau: the same as --threshold."
+    ),
+    click.option("--merging-window-size", type=int, nargs=2, help="algm: patches per window; 0 0: GBM in every layer."),
+    click.option("--r", cls=Numbers, type=int, help="tome: tokens that a layer removes; or one number per layer."),
+    click.option(
+        "--r-inflection", type=float, help="tome: from fewer to more over the layers (1), or the other way (-1)."
+    ),
     click.option(
         "--batch-mode",
         type=click.Choice(["ragged", "uniform"]),
@@ -132,6 +175,10 @@ PATCH_NAMES = (
     "selected_layer",
     "selected_layers",
     "threshold",
+    "gbm_threshold",
+    "merging_window_size",
+    "r",
+    "r_inflection",
     "batch_mode",
     "prop_attn",
     "iprop_attn",
@@ -170,10 +217,14 @@ def _read_variant_options(saved):
     options = {
         "layers": [layers] if isinstance(layers, int) else layers,
         "threshold": saved.get("threshold"),
+        "gbm_threshold": saved.get("gbm_threshold"),
+        "r": _schedule(saved.get("r"), saved.get("r_inflection")),
         "attention": saved.get("attention"),
         "batch": saved.get("batch_mode"),
     }
-    return {name: value for name, value in options.items() if value is not None}
+    if saved.get("patch_type") == "tome" and options["attention"] is None:
+        options["attention"] = "none"  # a model that was trained with ToMe has learned to go without
+    return _set_options(options) | _window(saved.get("merging_window_size"))
 
 
 def _read_given_options(given):
@@ -181,14 +232,36 @@ def _read_given_options(given):
         raise ValueError("--selected-layer and --selected-layers: give one of them")
     if given.get("prop_attn") and given.get("iprop_attn"):
         raise ValueError("--prop-attn and --iprop-attn: choose one of them")
-    layer = given.get("selected_layer")
+    if given.get("threshold") == AUTO:
+        raise ValueError("--threshold auto: give it to train.py, with --from and an unpatched checkpoint")
+    layer, r = given.get("selected_layer"), list(given.get("r") or ())
     options = {
         "layers": [layer] if layer is not None else list(given.get("selected_layers") or ()) or None,
         "threshold": given.get("threshold"),
+        "gbm_threshold": given.get("gbm_threshold"),
+        "r": _schedule(r[0] if len(r) == 1 else r or None, given.get("r_inflection")),
         "attention": _given_attention(given),
         "batch": given.get("batch_mode"),
     }
+    return _set_options(options) | _window(given.get("merging_window_size"))
+
+
+def _set_options(options):
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _window(size):
+    """The window, if a size is known: 0 0 stands for none."""
+    return {} if not size else {"window": tuple(size) if any(size) else None}
+
+
+def _schedule(r, inflection):
+    """r as `patch` takes it: a number, a list per layer, or a pair with the inflection."""
+    if inflection is None:
+        return r
+    if not isinstance(r, int):
+        raise ValueError(f"an inflection of r goes with one number for all layers: give one --r, not {r}")
+    return (r, inflection)
 
 
 def _given_attention(given):
@@ -209,7 +282,21 @@ def variant_settings(method, settings):
         return entries | {"selected_layer": None}
     layers = list(settings["layers"])
     entries |= {"selected_layer": layers[0]} if len(layers) == 1 else {"selected_layers": layers}
+    if "window" in settings:
+        entries["merging_window_size"] = list(settings["window"] or (0, 0))
+    if "gbm_threshold" in settings:
+        entries["gbm_threshold"] = settings["gbm_threshold"]
+    if "r" in settings:
+        pair = isinstance(settings["r"], tuple)
+        entries |= {"r": settings["r"][0], "r_inflection": settings["r"][1]} if pair else {"r": settings["r"]}
     return entries | {"attention": settings["attention"], "batch_mode": settings["batch"]}
+
+
+def merging_of(model):
+    """What `variant_settings` says of a model, patched or not."""
+    if not patch.is_patched(model):
+        return variant_settings(PURE, {})
+    return variant_settings(patch.method(model), patch.settings(model))
 
 
 def apply_patch(model, method, options):

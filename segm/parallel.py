@@ -47,9 +47,3 @@ def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def wait_for_all():
-    """Go on when every process is here."""
-    if dist.is_initialized():
-        dist.barrier()

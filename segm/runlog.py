@@ -1,6 +1,7 @@
 """The record of a training: `variant.yml`, `log.txt`, TensorBoard events."""
 
 import json
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -24,19 +25,24 @@ class RunLog:
 
     Args:
         log_dir: the run directory; it is made.
+        start_epoch: entries from this epoch on are forgotten: an interrupted epoch is done again.
         variant: content of `variant.yml`.
     """
 
-    def __init__(self, log_dir, variant):
+    def __init__(self, log_dir, variant, start_epoch=0):
         self.file = Path(log_dir) / "log.txt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_variant(variant, log_dir)
+        if self.file.exists():
+            lines = self.file.read_text().splitlines(keepends=True)
+            self.file.write_text("".join(line for line in lines if json.loads(line)["epoch"] < start_epoch))
         self.events = SummaryWriter(log_dir)
 
     def write(self, entry):
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(finite) + "\n")
         for key, curve in CURVES.items():
             if entry.get(key) is not None:
                 self.events.add_scalar(curve, entry[key], entry["epoch"])

@@ -5,6 +5,7 @@ import timm
 from segm.config import load_config
 from segm.data.defaults import dataset_defaults
 from segm.model.encoder import ALIASES
+from segm.optim import MOMENTUM, POWER
 
 # option of train.py -> its place in variant.yml (the layout of Segmenter)
 PLACES = {
@@ -20,6 +21,7 @@ PLACES = {
     "n_heads": ("net_kwargs", "n_heads"),
     "n_layers": ("net_kwargs", "n_layers"),
     "dropout": ("net_kwargs", "dropout"),
+    "decoder_dropout": ("net_kwargs", "decoder", "dropout"),
     "drop_path": ("net_kwargs", "drop_path_rate"),
     "optimizer": ("optimizer_kwargs", "opt"),
     "scheduler": ("optimizer_kwargs", "sched"),
@@ -36,6 +38,20 @@ PLACES = {
     "amp": ("amp",),
     "seed": ("seed",),
 }
+CURRICULUM_KEYS = ("start_threshold", "curriculum_start", "curriculum_period")
+# What cannot change when a run is resumed: its weights and the optimizer's state belong to these.
+FIXED = ("dataset", "backbone", "decoder", "patch_size", "d_model", "n_heads", "n_layers", "crop_size", "optimizer")
+FIXED += ("weight_decay", "batch_size")
+DATA_SETTINGS = (
+    "im_size",
+    "crop_size",
+    "window_size",
+    "window_stride",
+    "batch_size",
+    "epochs",
+    "eval_freq",
+    "learning_rate",
+)
 BACKBONE_SETTINGS = ("patch_size", "d_model", "n_heads", "n_layers", "normalization")
 DEFAULTS = {
     "decoder": "mask_transformer",
@@ -65,6 +81,21 @@ def read_settings(variant):
     return settings
 
 
+def finetuning_defaults(variant):
+    """What a new run takes over from the one that it starts from: network, data, merging; no schedule."""
+    data = {k: v for k, v in variant.get("dataset_kwargs", {}).items() if k not in CURRICULUM_KEYS}
+    kept = {name: variant[name] for name in ("net_kwargs", "inference_kwargs") if name in variant}
+    return kept | {"dataset_kwargs": data}
+
+
+def check_resumable(given, saved):
+    """Raise a ValueError if an option would make a resumed run another run."""
+    changed = [name for name in FIXED if name in given and given[name] != saved.get(name)]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise ValueError(f"{flags}: a resumed run keeps these; start a new one with --finetune to change them")
+
+
 def complete_settings(given, saved):
     """Settings of a training: what was given, then what was saved, then the defaults of data set and backbone.
 
@@ -85,14 +116,19 @@ def complete_settings(given, saved):
     backbone = backbone_settings(chosen["backbone"])
     if given.get("backbone", saved.get("backbone")) != saved.get("backbone"):
         chosen = {name: value for name, value in chosen.items() if name not in BACKBONE_SETTINGS or name in given}
+    if given.get("dataset", saved.get("dataset")) != saved.get("dataset"):
+        chosen = {name: value for name, value in chosen.items() if name not in DATA_SETTINGS or name in given}
     if "d_model" in given and "n_heads" not in given:  # heads of 64 channels, as in every ViT
         chosen = chosen | {"n_heads": max(1, given["d_model"] // 64)}
     data = dataset_defaults(chosen["dataset"])
     data = {name: value for name, value in data.items() if name in PLACES}
     if "crop_size" in given:  # a window of the training's size, unless one is given
         data["window_size"] = given["crop_size"]
-        data["window_stride"] = min(data["window_stride"], given["crop_size"])
-    return DEFAULTS | {k: v for k, v in backbone.items() if k != "image_size"} | data | chosen
+        chosen = {k: v for k, v in chosen.items() if k not in ("window_size", "window_stride") or k in given}
+    settings = DEFAULTS | {k: v for k, v in backbone.items() if k != "image_size"} | data | chosen
+    if "window_stride" not in given:
+        settings["window_stride"] = min(settings["window_stride"], settings["window_size"])
+    return settings
 
 
 def backbone_settings(name):
@@ -120,13 +156,11 @@ def backbone_settings(name):
     }
 
 
-def build_variant(settings, n_cls, merging, saved_decoder=None):
-    """The content of `variant.yml`.
+def build_variant(settings, saved_decoder=None):
+    """The content of `variant.yml`, but for the number of classes and the merging.
 
     Args:
         settings: from `complete_settings`.
-        n_cls: classes of the data set.
-        merging: entries of `dataset_kwargs` about merging.
         saved_decoder: the decoder's `net_kwargs` of the run that goes on, or None.
     """
     variant = {"version": "normal"}
@@ -139,15 +173,14 @@ def build_variant(settings, n_cls, merging, saved_decoder=None):
     crop = settings["crop_size"]
     variant["net_kwargs"] |= {
         "image_size": [crop, crop],
-        "n_cls": n_cls,
         "distilled": settings["distilled"],
         "normalization": settings["normalization"],
     }
-    variant["net_kwargs"]["decoder"] = _decoder_settings(settings, saved_decoder) | {"n_cls": n_cls}
+    variant["net_kwargs"]["decoder"] = _decoder_settings(settings, saved_decoder)
     variant["inference_kwargs"]["im_size"] = settings["im_size"]
-    variant["dataset_kwargs"] |= {"split": "train", "batch_size": settings["batch_size"]} | merging
+    variant["dataset_kwargs"] |= {"split": "train", "batch_size": settings["batch_size"]}
     variant["algorithm_kwargs"] |= {"batch_size": settings["batch_size"], "start_epoch": 0}
-    variant["optimizer_kwargs"] |= {"momentum": 0.9, "poly_power": 0.9, "epochs": settings["epochs"]}
+    variant["optimizer_kwargs"] |= {"momentum": MOMENTUM, "poly_power": POWER, "epochs": settings["epochs"]}
     return variant
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 import click
 import torch
 import yaml
+from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 
 import patch
 from segm import parallel
-from segm.checkpoint import BEST, LAST, copy_weights, load_checkpoint, read_variant, restore, save_checkpoint
+from segm.auto_threshold import automatic_thresholds
+from segm.checkpoint import BEST, LAST, load_checkpoint, read_variant, restore, save_checkpoint
 from segm.config import config_dir
 from segm.data import DATASETS, create_dataset
 from segm.engine import Precision, create_loader, train_one_epoch
@@ -17,9 +19,10 @@ from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.metrics import segmentation_scores
 from segm.model.decoder import DECODERS
-from segm.model.factory import create_segmenter
+from segm.model.factory import copy_weights, create_segmenter
 from segm.optim import OPTIMIZERS, SCHEDULERS, create_optimizer, create_scheduler
 from segm.options import (
+    AUTO,
     PATCH_NAMES,
     PURE,
     Command,
@@ -30,7 +33,14 @@ from segm.options import (
     variant_settings,
 )
 from segm.runlog import RunLog
-from segm.settings import PLACES, build_variant, complete_settings, read_settings
+from segm.settings import (
+    PLACES,
+    build_variant,
+    check_resumable,
+    complete_settings,
+    finetuning_defaults,
+    read_settings,
+)
 
 CURRICULUM = {
     "start_thresh": "start_threshold",
@@ -45,9 +55,10 @@ def read_config(ctx, param, value):
     """Make the entries of a recipe the defaults of the options."""
     if value is None:
         return
-    file = next((f for f in (Path(value), config_dir() / "recipes" / value) if f.is_file()), None)
+    recipes = config_dir() / "recipes"
+    file = next((f for f in (Path(value), recipes / value, recipes / f"{value}.yml") if f.is_file()), None)
     if file is None:
-        names = ", ".join(sorted(f.name for f in (config_dir() / "recipes").glob("*.yml")))
+        names = ", ".join(sorted(f.stem for f in recipes.glob("*.yml")))
         raise click.BadParameter(f"no file {value}; recipes in configs/recipes: {names}", ctx, param)
     try:
         recipe = yaml.safe_load(file.read_text())
@@ -107,24 +118,34 @@ def read_config(ctx, param, value):
 @click.option("--finetune", type=click.Path(exists=True, path_type=Path), help="Start from this checkpoint or run.")
 @device_option
 @patch_options
+@click.option(
+    "--from",
+    "unpatched",
+    type=click.Path(exists=True, path_type=Path),
+    help="Unpatched checkpoint or run that --threshold auto looks at.",
+)
 @click.option("--start-thresh", type=float, help="Curriculum: threshold at the start.")
 @click.option("--curric-warmup", type=click.IntRange(min=0), help="Curriculum: epochs at the start threshold.")
 @click.option("--curric-period", type=POSITIVE, help="Curriculum: epochs between steps of -0.01.")
-def main(log_dir, pretrained, no_pretrained, resume, finetune, device, **given):
+@click.pass_context
+def main(ctx, log_dir, pretrained, no_pretrained, resume, finetune, unpatched, device, **given):
     """Train a Segmenter and write checkpoints, variant.yml, log.txt and TensorBoard events to the run directory.
 
     Every option that is not given comes from --config, then from the run that is resumed or fine-tuned, then from
     the defaults of the data set.
     """
     with parallel.process_group(device) as device:
+        weights = _pretrained(pretrained, no_pretrained, resume, finetune)
         saved = _saved_variant(log_dir, resume, finetune)
-        variant, merging, curriculum = _plan(given, saved)
+        given = _drop_recipe_merging(ctx, given)
+        given["threshold"] = _threshold_of(given, saved, unpatched, device)
+        variant, merging, curriculum = _plan(given, saved, resume)
         settings = read_settings(variant)
         _check_batch(settings["batch_size"])
         train_set, val_set = _open_datasets(settings)
         _record_classes(variant, train_set)
         torch.manual_seed(settings["seed"])
-        model = create_segmenter(variant["net_kwargs"], _pretrained(pretrained, no_pretrained, resume, finetune))
+        model = create_segmenter(variant["net_kwargs"], weights)
         if finetune is not None:
             copy_weights(model, finetune)
         apply_patch(model, *merging)
@@ -155,7 +176,7 @@ def train(model, train_set, val_set, variant, log_dir, device, curriculum=None, 
     wrapped = DistributedDataParallel(model) if parallel.world_size() > 1 else model
     windows = Windows(settings["window_size"], settings["window_stride"])
     main_process = parallel.is_main()
-    log = RunLog(log_dir, variant) if main_process else None
+    log = RunLog(log_dir, variant, start_epoch) if main_process else None
 
     for epoch in range(start_epoch, epochs):
         if curriculum is not None:
@@ -172,8 +193,10 @@ def train(model, train_set, val_set, variant, log_dir, device, curriculum=None, 
             scores = segmentation_scores(confusion)
             entry |= {f"val_{key}": scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou")}
         if main_process:
-            is_best = entry.get("val_mean_iou", -1.0) > best
-            best = max(best, entry.get("val_mean_iou", -1.0))
+            # Scores at a threshold that merges less than the final one do not compete.
+            final = curriculum is None or entry["threshold"] == curriculum.target
+            score = entry.get("val_mean_iou", -1.0) if final else -1.0
+            is_best, best = score > best, max(score, best)
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -183,9 +206,10 @@ def train(model, train_set, val_set, variant, log_dir, device, curriculum=None, 
                 "best_mean_iou": best,
                 "n_cls": model.n_cls,
             }
-            for name in (LAST, BEST) if is_best else (LAST,):
-                save_checkpoint(state, log_dir / name)
+            if is_best:
+                save_checkpoint(state, log_dir / BEST)
             log.write(entry)
+            save_checkpoint(state, log_dir / LAST)  # at the end: what it holds need not be done again
             _show(entry, epochs)
     if main_process:
         log.close()
@@ -216,7 +240,7 @@ def _show(entry, epochs):
 
 
 def _saved_variant(log_dir, resume, finetune):
-    """The variant whose settings are the defaults: that of the resumed run or of the fine-tuned checkpoint."""
+    """The variant whose settings are the defaults: all of the resumed run's, or what fine-tuning keeps."""
     if (log_dir / LAST).exists() and not resume:
         raise click.UsageError(f"{log_dir} holds a run: continue it with --resume, or choose another --log-dir")
     if resume and finetune is not None:
@@ -224,28 +248,62 @@ def _saved_variant(log_dir, resume, finetune):
     if resume:
         load_checkpoint(log_dir)
         return read_variant(log_dir)
-    return read_variant(finetune) if finetune is not None else {}
+    return finetuning_defaults(read_variant(finetune)) if finetune is not None else {}
 
 
-def _plan(given, saved):
+def _drop_recipe_merging(ctx, given):
+    """With another --patch-type than the recipe's, forget what the recipe says about merging."""
+    recipe = ctx.default_map or {}
+    if given["patch_type"] == recipe.get("patch_type"):
+        return given
+    from_recipe = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP}
+    return given | dict.fromkeys(from_recipe & {*PATCH_NAMES, *CURRICULUM})
+
+
+def _threshold_of(given, saved, unpatched, device):
+    """The threshold that was given; for "auto" that of the first merging layer of an unpatched run."""
+    if given["threshold"] != AUTO:
+        return given["threshold"]
+    if unpatched is None:
+        raise click.UsageError("--threshold auto: name an unpatched run with --from")
+    names = {name: given[name] for name in PATCH_NAMES} | {"threshold": None}
+    method, merging = merging_settings(names, saved.get("dataset_kwargs"))
+    layer = merging.get("layers", patch.METHODS[method].defaults["layers"] or [1])[0] if method != PURE else 1
+    threshold = round(automatic_thresholds(unpatched, given["dataset"], [layer], device)[layer].threshold, 4)
+    if parallel.is_main():
+        click.echo(f"threshold {threshold}, from layer {layer} of {unpatched}")
+    return threshold
+
+
+def _plan(given, saved, resume):
     """All settings of the run.
 
     Returns:
-        (variant without n_cls, (method, options), curriculum or None).
+        (variant without what only data and model tell, (method, options), curriculum or None).
     """
     options = {name: given[name] for name in PLACES if given.get(name) is not None}
-    settings = complete_settings(options, read_settings(saved))
+    before = read_settings(saved)
+    if resume:
+        check_resumable(options, before)
+    settings = complete_settings(options, before)
     saved_data = saved.get("dataset_kwargs", {})
     method, merging = merging_settings({name: given[name] for name in PATCH_NAMES}, saved_data)
+    if method != PURE:
+        side = settings["crop_size"] // settings["patch_size"]
+        patch.check(method, settings["n_layers"], (side, side), **merging)
     curriculum = _curriculum(given, saved_data, method, merging)
-    decoder = saved.get("net_kwargs", {}).get("decoder")
-    return build_variant(settings, None, {}, decoder), (method, merging), curriculum
+    if curriculum is not None and curriculum.epochs > settings["epochs"]:
+        raise click.UsageError(
+            f"the curriculum reaches its threshold and trains with it in {curriculum.epochs} epochs, "
+            f"not in {settings['epochs']}: give more --epochs or a shorter curriculum"
+        )
+    return build_variant(settings, saved.get("net_kwargs", {}).get("decoder")), (method, merging), curriculum
 
 
 def _curriculum(given, saved, method, merging):
     """Threshold curriculum from the options, or from the run that goes on with the same method."""
     values = {name: given[name] for name in CURRICULUM}
-    if method == saved.get("patch_type"):
+    if method != PURE and method == saved.get("patch_type"):
         values = {k: saved.get(CURRICULUM[k]) if v is None else v for k, v in values.items()}
     if all(value is None for value in values.values()):
         return None
@@ -294,9 +352,10 @@ def _record_classes(variant, dataset):
 
 def _pretrained(file, disabled, resume, finetune):
     """Where the encoder's first weights come from: a file, timm (True), or nowhere (False)."""
-    if file is not None:
-        return file
-    return not (disabled or resume or finetune is not None)
+    without = disabled or resume or finetune is not None
+    if file is not None and without:
+        raise click.UsageError("--pretrained goes neither with --no-pretrained nor with --resume or --finetune")
+    return file or not without
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def picture_sheet(rows, columns, row_titles=None, inches=2.2):
-    """Pictures in rows and columns, with titles.
+def picture_sheet(rows, columns, captions=None, inches=2.2):
+    """Pictures in rows and columns, with titles and captions.
 
     Args:
         rows: list of rows of (H, W, 3) uint8 pictures.
         columns: a title for every column.
-        row_titles: a title for every row, or None.
+        captions: rows of texts below the pictures, or None.
         inches: side of one picture on the sheet, at 100 dots per inch.
 
     Returns:
@@ -28,7 +28,7 @@ def picture_sheet(rows, columns, row_titles=None, inches=2.2):
                 axis.set(xticks=[], yticks=[])
                 if index == 0:
                     axis.set_title(columns[column], fontsize=9)
-                if column == 0 and row_titles is not None:
-                    axis.set_ylabel(row_titles[index], fontsize=9)
+                if captions is not None:
+                    axis.set_xlabel(captions[index][column], fontsize=8)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -52,9 +52,11 @@ def list_folder(split: str, root: str | Path | None, classes: str | Path | None)
     """
     if split not in SPLITS:
         raise ValueError(f"folder has no split {split!r}; allowed: {', '.join(SPLITS)}")
-    base = dataset_root("folder", root)
-    if not (base / "images").is_dir():
-        raise FileNotFoundError(f"folder not found: {base / 'images'} does not exist; set DATASET to its parent")
+    given = dataset_root("folder", root)
+    base = next((folder for folder in (given, given / "folder") if (folder / "images").is_dir()), None)
+    if base is None:
+        tried = f"{given / 'images'} and {given / 'folder/images'}"
+        raise FileNotFoundError(f"folder not found: tried {tried}; set DATASET to the folder that holds images")
     metainfo = read_classes(find_classes(base, classes))
     image_dir, images = _split_images(base, split)
     label_dir = base / "annotations" / image_dir.relative_to(base / "images")

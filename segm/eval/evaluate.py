@@ -60,7 +60,7 @@ def evaluate(
     """
     n_images = len(dataset) if n_images is None else min(n_images, len(dataset))
     mine = range(parallel.rank(), n_images, parallel.world_size())
-    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, collate_fn=_as_is)
+    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, collate_fn=as_is)
     confusion = torch.zeros(dataset.n_cls, dataset.n_cls, dtype=torch.long, device=device)
     for sample in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
         views = image_views(dataset, sample.image, ratios, flip, device)
@@ -73,5 +73,6 @@ def evaluate(
     return parallel.sum_over_processes(confusion).cpu()
 
 
-def _as_is(sample):
+def as_is(sample):
+    """Collate function of a loader without batches."""
     return sample

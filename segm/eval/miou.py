@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-import cv2
 import yaml
 
 from segm.checkpoint import checkpoint_file
@@ -11,8 +10,9 @@ from segm.data import DATASETS
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.runs import open_evaluation
 from segm.metrics import segmentation_scores
-from segm.options import Command, device_option, load_patched, max_images_option, patch_options
+from segm.options import Command, device_option, load_patched, max_images_option, merging_of, patch_options
 from segm.parallel import is_main, process_group
+from segm.pictures import write_picture
 from vis import blend, colorize
 
 
@@ -64,6 +64,7 @@ def main(
         folder = checkpoint_file(checkpoint).parent
         save = _image_writer(folder / f"images_{suffix}", dataset.palette, blended) if save_images else None
         part = max(1, round(frac_dataset * len(dataset)))
+        n_images = min(part, max_images or part)
         confusion = evaluate(
             model,
             dataset,
@@ -71,27 +72,25 @@ def main(
             ratios=(1.0,) if singlescale else MULTISCALE,
             flip=not singlescale,
             device=device,
-            n_images=min(part, max_images or part),
+            n_images=n_images,
             on_image=save,
             progress=is_main(),
         )
         if is_main():
             scores = segmentation_scores(confusion)
+            scores |= {"checkpoint": str(checkpoint), "split": split, "n_images": n_images, **merging_of(model)}
             scores["per_class_iou"] = dict(zip(dataset.classes, scores["per_class_iou"], strict=True))
             _report(scores, folder / f"scores_{suffix}.yml")
 
 
 def _image_writer(folder, palette, blended):
     """Callback of `evaluate` that writes the label map and the blend of an image."""
-    folder.mkdir(parents=True, exist_ok=True)
 
     def write(sample, labels):
         labels = labels.numpy().astype("uint8")
-        (folder / sample.name).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / f"{sample.name}.png"), labels)
+        write_picture(folder / f"{sample.name}.png", labels)
         if blended:
-            picture = blend(sample.image, colorize(labels, palette))
-            cv2.imwrite(str(folder / f"{sample.name}_blend.jpg"), picture[..., ::-1])
+            write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.image, colorize(labels, palette)))
 
     return write
 

@@ -1,5 +1,6 @@
 """The data set and windows with which a run is evaluated."""
 
+import cv2
 import numpy as np
 
 from segm.data import class_info, create_dataset, dataset_defaults, normalize
@@ -21,12 +22,11 @@ def open_evaluation(variant, name=None, *, split="val", window_size=None, window
     Raises:
         ValueError: the data set has another number of classes than the model.
     """
-    trained_on = variant["dataset_kwargs"]["dataset"]
-    name = name or trained_on
+    name = name or trained_on(variant)
     dataset = create_dataset(
         name,
         split,
-        image_size=evaluation_size(variant) if name == trained_on else None,
+        image_size=evaluation_size(variant) if name == trained_on(variant) else None,
         normalization=run_normalization(variant),
     )
     n_cls = variant["net_kwargs"]["n_cls"]
@@ -36,11 +36,19 @@ def open_evaluation(variant, name=None, *, split="val", window_size=None, window
 
 
 def evaluation_windows(variant, window_size=None, window_stride=None, window_batch_size=4):
-    """`Windows` of a run; what is None comes from its `inference_kwargs`, or else from its crop size."""
-    saved = variant.get("inference_kwargs", {})
-    size = window_size or saved.get("window_size") or variant["dataset_kwargs"]["crop_size"]
-    stride = window_stride or min(saved.get("window_stride") or size, size)
+    """`Windows` of a run; what is None comes from its `inference_kwargs`, or else from the data set's defaults."""
+    saved, table = variant.get("inference_kwargs", {}), dataset_defaults(trained_on(variant))
+    size = window_size or saved.get("window_size") or table["window_size"]
+    stride = window_stride or min(saved.get("window_stride") or table["window_stride"], size)
     return Windows(size, stride, window_batch_size)
+
+
+def trained_on(variant):
+    """Name of the data set of a run."""
+    name = variant.get("dataset_kwargs", {}).get("dataset")
+    if name is None:
+        raise ValueError("variant.yml names no dataset in its dataset_kwargs")
+    return name
 
 
 def evaluation_size(variant):
@@ -55,14 +63,26 @@ def run_normalization(variant):
 
 def photo_view(variant, image):
     """What the model of a run gets to see of a photograph: uint8 RGB (H, W, 3) -> float32 (3, h, w)."""
-    factor = dataset_defaults(variant["dataset_kwargs"]["dataset"])["resize_factor"]
+    factor = dataset_defaults(trained_on(variant))["resize_factor"]
     side = evaluation_size(variant)
     return normalize(resize_keep_ratio(image, factor * side, side), run_normalization(variant))
 
 
 def class_colors(variant):
     """Class names and palette, (C, 3) uint8 RGB, of a run; those of the user's own data stand in its variant."""
-    own = variant["dataset_kwargs"].get("classes")
+    own = variant.get("dataset_kwargs", {}).get("classes")
     if own:
         return tuple(c["name"] for c in own), np.array([c["color"] for c in own], dtype=np.uint8)
-    return class_info(variant["dataset_kwargs"]["dataset"])
+    return class_info(trained_on(variant))
+
+
+def square_view(image, side, normalization):
+    """An image resized to side × side (ratio not kept), as the measuring commands feed it.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+
+    Returns:
+        (1, 3, side, side), float32, normalised.
+    """
+    return normalize(cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR), normalization).unsqueeze(0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from segm.model.upsample import upsample
+from segm.model.upsample import resized_label_map, upsample
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def predict_labels(model, views, windows, size):
     Returns:
         (height, width), int64.
     """
-    logits = (view_logits(model, image, flipped, windows, size) for image, flipped in views)
     if len(views) == 1:  # a softmax does not change which class is largest
-        return next(logits).argmax(0)
+        image, flipped = views[0]
+        labels = resized_label_map(sliding_logits(model, image, windows), size)
+        return labels.flip(-1) if flipped else labels
+    logits = (view_logits(model, image, flipped, windows, size) for image, flipped in views)
     return sum(one.softmax(0) for one in logits).argmax(0)

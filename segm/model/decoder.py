@@ -36,6 +36,9 @@ class MaskTransformer(nn.Module):
 
     def __init__(self, dim, n_cls, n_layers=2, n_heads=None, dropout=0.1, drop_path_rate=0.0):
         super().__init__()
+        n_heads = n_heads or max(1, dim // 64)
+        if dim % n_heads:
+            raise ValueError(f"decoder of width {dim}: {n_heads} heads do not divide it, choose a multiple of 64")
         self.n_cls = n_cls
         self.cls_emb = nn.Parameter(torch.zeros(1, n_cls, dim))
         self.proj_dec = nn.Linear(dim, dim)
@@ -45,7 +48,7 @@ class MaskTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 dim,
-                num_heads=n_heads or max(1, dim // 64),
+                num_heads=n_heads,
                 qkv_bias=True,
                 proj_drop=dropout,
                 attn_drop=dropout,

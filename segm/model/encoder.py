@@ -3,18 +3,20 @@
 Everything but the resizing of the position embedding is timm's.
 """
 
-import logging
+import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import load_state_dict
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from segm.checkpoint import one_line
 
 # The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
 # not with timm's 1e-6; every other timm name keeps timm's value.
@@ -135,7 +137,7 @@ def _create(backbone, **overrides):
     try:
         model = timm.create_model(name, pretrained=False, dynamic_img_size=True, **overrides)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {backbone} with {overrides}: {_one_line(error)}") from error
+        raise ValueError(f"timm cannot build {backbone} with {overrides}: {one_line(error)}") from error
     if type(model) not in _ENCODERS:
         raise ValueError(f"{backbone} is a {type(model).__name__}, not a plain ViT: choose a timm VisionTransformer")
     # timm's registry has no place for another class; the subclasses only override one method.
@@ -149,28 +151,28 @@ def _load_pretrained(encoder, backbone, source):
     weights = donor.state_dict()
     if "pos_embed" in weights and encoder.pos_embed is not None:
         weights["pos_embed"] = resize_position_embedding(
-            weights["pos_embed"],
-            donor.patch_embed.grid_size,
-            encoder.patch_embed.grid_size,
-            position_prefix(donor),
+            weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
         )
+    heads = {model.blocks[0].attn.num_heads for model in (donor, encoder)}
     try:
+        if len(heads) > 1:
+            raise RuntimeError(f"heads: {heads}")
         encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"pretrained weights of {backbone} do not fit the requested width, depth, heads or patch size "
-            f"({_one_line(error)}): use --no-pretrained"
+            f"({one_line(error)}): use --no-pretrained"
         ) from error
 
 
 def _pretrained_donor(name, source):
-    """timm's own model of that name at its own image size, with pretrained weights."""
+    """timm's own model of that name, with pretrained weights and the grid that they were trained with."""
     if source is True:
         try:
             return timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub client raises many unrelated types when it cannot connect
             raise ConnectionError(
-                f"cannot fetch timm's weights for {name} ({_one_line(error)}): "
+                f"cannot fetch timm's weights for {name} ({one_line(error)}): "
                 "use --pretrained FILE for weights on disk, or --no-pretrained"
             ) from error
     path = Path(source)
@@ -178,9 +180,28 @@ def _pretrained_donor(name, source):
         raise FileNotFoundError(f"pretrained weights {path} not found")
     overlay = {"file": str(path), "custom_load": path.suffix == ".npz"}
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        with torch.device("meta"):
+            blank = timm.create_model(name)
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=_image_size_of(path, blank)
+        )
     except Exception as error:  # a damaged file raises whatever its reader raises
-        raise ValueError(f"cannot read {path} as weights of {name}: {_one_line(error)}") from error
+        raise ValueError(f"cannot read {path} as weights of {name}: {one_line(error)}") from error
+
+
+def _image_size_of(path, model):
+    """Image side that the weights in a file were trained at: timm would resize their position embedding otherwise."""
+    if path.suffix == ".npz":
+        with np.load(path) as weights:
+            key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
+            embedding = None if key is None else weights[key]
+    else:
+        weights = load_state_dict(str(path))
+        embedding = weights.get("model", weights).get("pos_embed")
+    if embedding is None:
+        return model.patch_embed.img_size
+    side = math.isqrt(embedding.shape[1] - position_prefix(model))
+    return tuple(side * pixels for pixels in model.patch_embed.patch_size)
 
 
 def _freeze_unused(encoder):
@@ -190,7 +211,3 @@ def _freeze_unused(encoder):
         module = getattr(encoder, name, None)
         if module is not None:
             module.requires_grad_(False)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__

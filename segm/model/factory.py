@@ -1,9 +1,13 @@
 """Build a Segmenter from its settings or from a run directory."""
 
-from segm.checkpoint import checkpoint_file, load_checkpoint, read_variant
+import logging
+
+from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant
 from segm.model.decoder import create_decoder
-from segm.model.encoder import create_encoder
+from segm.model.encoder import create_encoder, position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
+
+logger = logging.getLogger(__name__)
 
 
 def create_segmenter(net_kwargs, pretrained=False):
@@ -18,6 +22,8 @@ def create_segmenter(net_kwargs, pretrained=False):
         ValueError: a setting that is missing, unknown or does not fit.
         FileNotFoundError, ConnectionError: pretrained weights that cannot be had.
     """
+    if not isinstance(net_kwargs.get("decoder", {}), dict):
+        raise ValueError("net_kwargs: decoder is no mapping, it needs a name")
     missing = [name for name in ("backbone", "n_cls", "decoder") if name not in net_kwargs]
     if missing:
         raise ValueError(f"net_kwargs lack {', '.join(missing)}: they need backbone, n_cls and decoder")
@@ -46,6 +52,38 @@ def load_model(path):
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit the net_kwargs of its variant.yml: {detail}") from error
+        raise ValueError(f"{path} does not fit the net_kwargs of its variant.yml: {one_line(error)}") from error
     return model.eval(), variant
+
+
+def copy_weights(model, path):
+    """Copy the weights of another run into a model, to fine-tune it.
+
+    The position embedding is resized to the model's grid. What belongs to the classes keeps its initial values if the
+    numbers of classes differ.
+
+    Args:
+        model: a Segmenter.
+        path: checkpoint or run directory, with its `variant.yml`.
+
+    Raises:
+        ValueError: the architectures differ.
+    """
+    weights, own = dict(load_checkpoint(path)["model"]), model.state_dict()
+    of_classes = {k for k in own if k.startswith(("decoder.cls_emb", "decoder.mask_norm", "decoder.head"))}
+    if any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
+        logger.warning("%s has another number of classes: what belongs to the classes is learned anew", path)
+        weights |= {k: own[k] for k in of_classes}
+    encoder, name = model.encoder, "encoder.pos_embed"
+    if name in weights and name in own and weights[name].shape != own[name].shape:
+        size = read_variant(path)["net_kwargs"]["image_size"]
+        sides = (size, size) if isinstance(size, int) else size
+        grid = [side // patch for side, patch in zip(sides, encoder.patch_embed.patch_size, strict=True)]
+        if grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
+            weights[name] = resize_position_embedding(
+                weights[name].float(), grid, encoder.patch_embed.grid_size, position_prefix(encoder)
+            )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the requested model: {one_line(error)}") from error

@@ -36,6 +36,10 @@ class Segmenter(nn.Module):
         """Pixels per patch, (height, width)."""
         return tuple(self.encoder.patch_embed.patch_size)
 
+    def no_weight_decay(self):
+        """Names of parameters that are embeddings, which optimizers do not decay."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb"}
+
     def grid_scores(self, images):
         """Class scores per patch: the model without the upsampling.
 

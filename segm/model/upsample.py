@@ -30,13 +30,40 @@ def label_map(scores, patch_size):
     ph, pw = patch_size
     # Classes innermost: argmax then runs over contiguous memory, which is what the time goes into.
     scores = scores.contiguous(memory_format=torch.channels_last)
-    row_bytes = n_images * n_cls * ph * gw * pw * scores.element_size()
-    rows = max(1, BAND_BYTES // row_bytes)
+    row_bytes = n_cls * ph * gw * pw * scores.element_size()
+    rows = max(1, min(BAND_BYTES // row_bytes, (gh + 1) // 2))
     labels = torch.empty(n_images, gh * ph, gw * pw, dtype=torch.long, device=scores.device)
-    for top in range(0, gh, rows):
-        bottom = min(top + rows, gh)
-        first, last = max(top - 1, 0), min(bottom + 1, gh)
-        band = upsample(scores[:, :, first:last], ((last - first) * ph, gw * pw))
-        band = band[:, :, (top - first) * ph : (bottom - first) * ph]
-        labels[:, top * ph : bottom * ph] = band.argmax(dim=1)
+    for image in range(n_images):
+        for top in range(0, gh, rows):
+            bottom = min(top + rows, gh)
+            first, last = max(top - 1, 0), min(bottom + 1, gh)
+            band = upsample(scores[image : image + 1, :, first:last], ((last - first) * ph, gw * pw))
+            band = band[0, :, (top - first) * ph : (bottom - first) * ph]
+            labels[image, top * ph : bottom * ph] = band.argmax(dim=0)
+    return labels
+
+
+def resized_label_map(logits, size):
+    """`upsample(logits, size).argmax(1)` for any size, in bands of rows; ties aside, which rounding may turn.
+
+    Args:
+        logits: (C, h, w).
+        size: (H, W).
+
+    Returns:
+        (H, W), int64.
+    """
+    n_cls, old = logits.shape[:2]
+    height, width = size
+    # Bilinear sampling without aligned corners: row y of the result lies at (y + 0.5)·h/H - 0.5 of the logits.
+    place = ((torch.arange(height, device=logits.device) + 0.5) * (old / height) - 0.5).clamp(min=0)
+    above = place.long().clamp(max=old - 1)
+    below = (above + 1).clamp(max=old - 1)
+    weight = (place - above)[:, None]
+    rows = max(1, BAND_BYTES // (n_cls * width * logits.element_size()))
+    labels = torch.empty(height, width, dtype=torch.long, device=logits.device)
+    for top in range(0, height, rows):
+        band = slice(top, top + rows)
+        mixed = torch.lerp(logits[:, above[band]], logits[:, below[band]], weight[band])
+        labels[band] = upsample(mixed.unsqueeze(0), (mixed.shape[1], width))[0].argmax(0)
     return labels

@@ -124,6 +124,13 @@ def test_half_precision_tokens_are_compared_in_float32():
     assert torch.equal(graph_merge(x, (8, 8), 0.6).assignment, expected.assignment)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threshold_one_merges_nothing_at_all(backend):
+    """Rounding would give equal tokens a cosine above 1."""
+    x = torch.randn(1, 1, 33).expand(6, 64, 33)
+    assert (graph_merge(x, (8, 8), 1.0, backend=backend).counts == 64).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "allowed"),
     [

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import g2tm
 import patch
 from g2tm import Reduction
 from patch.registry import METHODS
@@ -19,6 +20,23 @@ def same_partition(a, b):
     return len(pairs) == len({p for p, _ in pairs}) == len({q for _, q in pairs})
 
 
+def check_case(model, cases, case_settings, name):
+    """Logits, token counts and partitions of a conformance case."""
+    images = cases["x1" if name.endswith("b1") else "x2"]
+    torch.testing.assert_close(model(images)[..., ::8, ::8], cases[f"{name}.logits"], atol=1e-4, rtol=0)
+    reduction, tokens = patch.reduction(model), case_settings[name]["tokens"]
+    assert reduction.counts.tolist() == (tokens if isinstance(tokens, list) else [tokens] * len(images))
+    for image, expected in enumerate(cases[f"{name}.assignment"].view(-1, 144)):
+        assert same_partition(reduction.assignment[image], expected)
+
+
+METHOD_SETTINGS = {
+    "graph": {"threshold": 0.2},
+    "algm": {"layers": [1, 3], "threshold": 0.1},
+    "tome": {"r": 2},
+}
+
+
 @pytest.fixture
 def model(small_net):
     return create_segmenter(small_net).eval()
@@ -31,12 +49,28 @@ def model(small_net):
 def test_graph_reproduces_the_published_outputs(golden_model, cases, case_settings, threshold, mode, batch):
     name = f"graph.l2.t{threshold}.{mode}.{batch}"
     patch.segmenter(golden_model, "graph", layers=[2], threshold=threshold, attention=ATTENTION[mode])
-    logits = golden_model(cases["x1" if batch == "b1" else "x2"])[..., ::8, ::8]
-    torch.testing.assert_close(logits, cases[f"{name}.logits"], atol=1e-4, rtol=0)
-    reduction, tokens = patch.reduction(golden_model), case_settings[name]["tokens"]
-    assert reduction.counts.tolist() == (tokens if isinstance(tokens, list) else [tokens])
-    for image, expected in enumerate(cases[f"{name}.assignment"].view(-1, 144)):
-        assert same_partition(reduction.assignment[image], expected)
+    check_case(golden_model, cases, case_settings, name)
+
+
+@pytest.mark.parametrize("threshold", [0.85, 0.95])
+@pytest.mark.parametrize("layers", [[1], [1, 5]])
+@pytest.mark.parametrize("batch", ["b1", "b2"])
+@torch.inference_mode()
+def test_algm_reproduces_the_published_outputs(golden_model, cases, case_settings, threshold, layers, batch):
+    name = f"algm.{'clap-l1' if layers == [1] else 'l1-5'}.t{threshold}.{batch}"
+    patch.segmenter(golden_model, "algm", layers=layers, threshold=threshold, batch="uniform")
+    check_case(golden_model, cases, case_settings, name)
+    if f"{name}.size" in cases:  # in the published token order
+        expected = cases[f"{name}.size"].view(len(patch.reduction(golden_model).sizes), -1)[:, 1:]
+        torch.testing.assert_close(patch.reduction(golden_model).sizes, expected)
+
+
+@pytest.mark.parametrize(("r", "mode"), [(6, "prop"), (6, "none"), (16, "prop")])
+@pytest.mark.parametrize("batch", ["b1", "b2"])
+@torch.inference_mode()
+def test_tome_reproduces_the_published_outputs(golden_model, cases, case_settings, r, mode, batch):
+    patch.segmenter(golden_model, "tome", r=r, attention=ATTENTION[mode])
+    check_case(golden_model, cases, case_settings, f"tome.segmenter.r{r}.{mode}.{batch}")
 
 
 @torch.inference_mode()
@@ -75,17 +109,19 @@ def test_rectangular_and_padded_images(model, size):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("attention", ["none", "proportional", "inverse"])
-def test_a_ragged_batch_equals_its_images(model, attention):
-    patch.segmenter(model, "graph", threshold=0.2, attention=attention)
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_a_ragged_batch_equals_its_images(model, method, attention):
+    patch.segmenter(model, method, attention=attention, **METHOD_SETTINGS[method])
     images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
     together = model(images)
-    assert len(set(patch.reduction(model).counts.tolist())) > 1
+    assert method == "tome" or len(set(patch.reduction(model).counts.tolist())) > 1
     alone = torch.cat([model(image.unsqueeze(0)) for image in images])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_pass_the_merge(model):
-    patch.segmenter(model.train(), "graph", threshold=0.2, attention="proportional")
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_gradients_pass_the_merge(model, method):
+    patch.segmenter(model.train(), method, attention="proportional", **METHOD_SETTINGS[method])
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -93,12 +129,53 @@ def test_gradients_pass_the_merge(model):
     assert {name for name in wanted - reached if not name.endswith("bias")} == set()
 
 
-def test_mixed_precision_and_drop_path(small_net):
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_gradients_of_the_merged_model_are_right(small_net, method):
+    """In double precision, with respect to the position embedding: every patch token is reached."""
+    model = create_segmenter(small_net | {"image_size": [16, 32], "d_model": 8, "n_layers": 3}).double().eval()
+    options = METHOD_SETTINGS[method] | ({} if method == "tome" else {"threshold": -0.2})
+    patch.segmenter(model, method, attention="proportional", **options)
+    images, embedding = torch.randn(1, 3, 16, 32).double(), model.encoder.pos_embed.detach().clone()
+
+    def scores(embedding):
+        parameters = {"encoder.pos_embed": embedding}
+        return torch.func.functional_call(model, parameters, (images,))[..., ::8, ::8]
+
+    assert torch.autograd.gradcheck(scores, embedding.requires_grad_(), fast_mode=True)
+    assert patch.reduction(model).counts.item() < 8
+    (gradient,) = torch.autograd.grad(scores(embedding).square().sum(), embedding)
+    assert (gradient.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_mixed_precision_and_drop_path(small_net, method):
     model = create_segmenter(small_net | {"drop_path_rate": 0.5}).train()
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.segmenter(model, method, attention="proportional", **METHOD_SETTINGS[method])
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 32, 32)).float().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_selection_is_in_float32_under_autocast(method):
+    """bfloat16 similarities would change partitions."""
+    tokens = torch.nn.functional.avg_pool2d(torch.randn(4, 24, 20, 20), 5, 1, 2).flatten(2).transpose(1, 2)
+    merge = {
+        "graph": lambda: g2tm.graph_merge(tokens, (20, 20), 0.85),
+        "algm": lambda: g2tm.clap(tokens, (20, 20), 0.85),
+        "tome": lambda: g2tm.bipartite(tokens, threshold="adaptive", layer=3, prefix=0),
+    }[method]
+    expected = merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = merge()
+    assert torch.equal(merged.assignment, expected.assignment)
+    assert expected.counts.min() > 1 and expected.counts.max() < 400
+
+
+def test_gradient_checkpointing_is_refused(model):
+    model.encoder.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match="checkpointing"):
+        patch.segmenter(model, "graph")
 
 
 @torch.inference_mode()
@@ -146,6 +223,16 @@ def test_set_threshold(model):
         ("graph", {"attention": "prop"}, "proportional"),
         ("graph", {"batch": "even"}, "ragged"),
         ("graph", {"r": 8}, "threshold"),
+        ("graph", {"backend": "cuda"}, "scipy"),
+        ("graph", {"layers": [True]}, "1 to 3"),
+        ("algm", {"layers": [1, 2], "window": (5, 5)}, "larger than the grid"),
+        ("algm", {"layers": [1, 2], "window": (1, 1)}, "at least two"),
+        ("algm", {"layers": [1, 2], "gbm_threshold": "auto"}, "adaptive, tau"),
+        ("algm", {"layers": [1, 2], "gbm_threshold": 1.5}, "-1 to 1"),
+        ("algm", {"layers": [2, 2]}, "ascending"),
+        ("tome", {"r": -1}, "0 or more"),
+        ("tome", {"r": [1, 2]}, "3 layers"),
+        ("tome", {"r": (4, 2.0)}, "inflection"),
     ],
 )
 def test_bad_options_are_refused_before_anything_changes(model, method, options, allowed):
@@ -194,3 +281,59 @@ def test_a_registered_method_works_and_composes(model, halves):
     assert torch.equal(reduction.sizes, torch.full((2, 4), 4.0))
     with pytest.raises(ValueError, match="already"):
         patch.register(halves, lambda step: None)
+
+
+@torch.inference_mode()
+def test_algm_alone_in_every_layer_and_with_a_fixed_threshold(model):
+    images = torch.randn(2, 3, 32, 32)
+    for options in ({"window": None, "layers": [1, 2, 3]}, {"layers": [1, 2, 3], "gbm_threshold": "tau"}):
+        patch.segmenter(model, "algm", threshold=-1.0, **options)
+        assert model(images).shape == (2, 5, 32, 32)
+        counts = patch.reduction(model).counts.tolist()
+        if "gbm_threshold" in options:  # 16 patches: four windows, then all that may merge: 2, then 1
+            assert counts == [1, 1]
+        patch.remove(model)
+
+
+@torch.inference_mode()
+def test_algm_is_uniform_in_training_and_ragged_at_inference(model):
+    images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
+    patch.segmenter(model, "algm", **METHOD_SETTINGS["algm"])
+    model.train()(images)
+    assert len(set(patch.reduction(model).counts.tolist())) == 1
+    model.eval()(images)
+    assert len(set(patch.reduction(model).counts.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("r", "removed"), [(4, [4, 4, 4]), ([1, 0, 3], [1, 0, 3]), ((4, 1.0), [0, 4, 8]), ((4, -0.5), [6, 4, 2])]
+)
+def test_schedules_of_tome(r, removed):
+    from patch.methods import scheduled_r
+
+    assert [scheduled_r(r, layer, 3) for layer in (1, 2, 3)] == removed
+
+
+@torch.inference_mode()
+def test_tome_never_removes_more_than_half(model):
+    patch.segmenter(model, "tome", r=100)
+    model(torch.randn(1, 3, 32, 32))
+    assert patch.reduction(model).counts.item() == 2  # 16, 8, 4, 2
+
+
+@torch.inference_mode()
+def test_similarities_are_those_after_attention(model):
+    seen, images = [], torch.randn(2, 3, 32, 32)
+    handle = model.encoder.blocks[1].norm2.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0][:, 1:]))
+    with patch.similarities(model.encoder, [2]) as moments:
+        model(images)
+        model(images)
+    handle.remove()
+    unit = torch.nn.functional.normalize(seen[0].double(), dim=-1)
+    i, j = torch.triu_indices(16, 16, 1)
+    cosines = (unit @ unit.transpose(1, 2))[:, i, j]
+    torch.testing.assert_close(moments[2][1], 2 * cosines.sum(), atol=1e-9, rtol=1e-9)
+    model(images)
+    assert moments[2][0] == 4 * 120
+    with pytest.raises(ValueError, match="1 to 3"), patch.similarities(model.encoder, [4]):
+        pass

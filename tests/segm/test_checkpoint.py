@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from segm.checkpoint import copy_weights, load_checkpoint, read_variant, save_checkpoint, write_variant
-from segm.model.factory import create_segmenter, load_model
+from segm.checkpoint import load_checkpoint, read_variant, save_checkpoint, write_variant
+from segm.model.factory import copy_weights, create_segmenter, load_model
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_damaged_checkpoints_are_named_in_one_line(run, damage):
     file = run[0] / "checkpoint.pth"
     content = file.read_bytes()
     if damage == "other":
-        torch.save({"weights": 1}, file)
+        torch.save({"model": None}, file)
     else:
         file.write_bytes({"cut": content[: len(content) // 2], "text": b"hello", "empty": b""}[damage])
     with pytest.raises(ValueError, match=r"checkpoint\.pth") as error:
@@ -87,7 +87,7 @@ def test_missing_files_are_named(run, tmp_path):
         load_model(run[0])
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "- a", "a: 1", "\x00"])
+@pytest.mark.parametrize("text", ["[1, 2", "- a", "a: 1", "\x00", "net_kwargs: {a: 1}\ndataset_kwargs: 3"])
 def test_damaged_variants_are_named(run, text):
     (run[0] / "variant.yml").write_text(text)
     with pytest.raises(ValueError, match=r"variant\.yml"):
@@ -123,6 +123,11 @@ def test_fine_tuning_with_other_classes_keeps_everything_else(run, small_net):
     assert torch.equal(new.decoder.cls_emb, classes)
     assert torch.equal(new.encoder.blocks[1].mlp.fc1.weight, old.encoder.blocks[1].mlp.fc1.weight)
     assert torch.equal(new.decoder.proj_dec.weight, old.decoder.proj_dec.weight)
+    larger = create_segmenter(small_net | {"image_size": [64, 32]})
+    copy_weights(larger, folder)  # the position embedding is resized
+    grid = old.encoder.pos_embed[:, 1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (8, 4), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(larger.encoder.pos_embed[:, 1:], expected)
     with pytest.raises(ValueError, match="does not fit"):
         copy_weights(create_segmenter(small_net | {"n_layers": 2}), folder)
 

@@ -17,10 +17,13 @@ import patch
 from g2tm import Reduction
 from patch.registry import METHODS
 from segm import inference, test, train
-from segm.checkpoint import load_checkpoint, read_variant
+from segm.checkpoint import load_checkpoint, read_variant, write_variant
 from segm.eval import miou
 from segm.options import repeat_option
+from segm.settings import PLACES, read_settings
 
+CURRICULUM = ["--patch-type", "graph", "--threshold", "0.8", "--start-thresh", "0.9"]
+CURRICULUM += ["--curric-warmup", "1", "--curric-period", "1"]
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
 TINY = [
@@ -200,6 +203,46 @@ def test_a_recipe_gives_defaults_and_options_override_it(tmp_path):
     assert read_variant(tmp_path / "b")["dataset_kwargs"]["threshold"] == 0.8
 
 
+def test_another_method_than_the_recipe_s_drops_what_it_says_about_merging(tmp_path):
+    recipe = {"dataset": "folder", "patch_type": "graph", "selected_layer": 2, "threshold": 0.9, "epochs": 2}
+    recipe |= {"start_thresh": 0.91, "curric_warmup": 1, "curric_period": 1}
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    common = ["--config", tmp_path / "recipe.yml", *TINY[:-4], "--learning-rate", "0.01"]
+    call(train, *common, "--log-dir", tmp_path / "pure", "--patch-type", "pure")
+    assert read_variant(tmp_path / "pure")["dataset_kwargs"]["patch_type"] == "pure"
+    call(train, *common, "--log-dir", tmp_path / "tome", "--patch-type", "tome", "--r", "2")
+    data = read_variant(tmp_path / "tome")["dataset_kwargs"]
+    assert data["r"] == 2 and data["threshold"] is None and "start_threshold" not in data
+
+
+def test_every_setting_reaches_the_variant_file(tmp_path):
+    given = {
+        "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
+        "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
+        "start_factor": 0.5, "batch_size": 4, "epochs": 2, "eval_freq": 2, "num_workers": 0, "seed": 3,
+        "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
+        "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 1, "decoder": "mask_transformer",
+        "dataset": "folder", "backbone": "vit_tiny_patch16_384",
+    }  # fmt: skip
+    options = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), value)]
+    call(train, "--log-dir", tmp_path / "run", "--no-pretrained", "--amp", "--device", "cpu", *options)
+    assert read_settings(read_variant(tmp_path / "run")) == given | {"amp": True}
+    assert set(given) | {"amp"} == set(PLACES)
+
+
+def test_the_best_checkpoint_merges_as_the_final_one(tmp_path, monkeypatch):
+    """Scores from before the curriculum's end do not count."""
+    scores = iter([90.0, 80.0, 30.0, 20.0])
+    monkeypatch.setattr(train, "segmentation_scores", lambda confusion: dict.fromkeys(KEYS, next(scores)))
+    options = [*CURRICULUM, "--threshold", "0.89", "--epochs", "4", "--eval-freq", "1"]
+    call(train, "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, *options)
+    assert load_checkpoint(tmp_path / "run/checkpoint_best.pth")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "run")["best_mean_iou"] == 80.0
+
+
+KEYS = ("pixel_accuracy", "mean_accuracy", "mean_iou")
+
+
 def test_a_curriculum_lowers_the_threshold(tmp_path):
     options = ["--patch-type", "graph", "--threshold", "0.88", "--start-thresh", "0.9"]
     options += ["--curric-warmup", "1", "--curric-period", "1", "--epochs", "4"]
@@ -276,10 +319,12 @@ class TestRefused:
             (["--device", "cuda:99"], "not available"),
             (["--pretrained", "nowhere.pth"], "nowhere.pth"),
             (["--finetune", "nowhere"], "nowhere"),
-            (["--config", "nowhere.yml"], "ade20k_512_tiny_graph.yml"),
+            (["--config", "nowhere.yml"], "ade20k_512_tiny_graph"),
             (["--window-size", "16", "--window-stride", "32"], "stride"),
             (["--warmup-epochs", "2"], "warm-up"),
             (["--resume"], "checkpoint.pth"),
+            (["--pretrained", str(DATA / "checkpoint.pth")], "--no-pretrained"),
+            (CURRICULUM, "more --epochs"),
         ],
     )
     def test_options(self, tmp_path, options, hint):
@@ -290,17 +335,42 @@ class TestRefused:
         (tmp_path / "bad.yml").write_text("learningrate: 1")
         assert "learningrate" in self.train(tmp_path / "run", "--config", tmp_path / "bad.yml")
 
-    def test_labels_out_of_range(self, folder_data, tmp_path, monkeypatch):
+    def test_what_a_resumed_run_cannot_change(self, run):
+        message = refused(train, "--log-dir", run, "--resume", "--epochs", "9", "--optimizer", "adamw")
+        assert "--optimizer" in message and "--finetune" in message
+
+    def test_photographs_are_not_overwritten(self, run, folder_data):
+        photographs = folder_data / "images/val"
+        before = {file.name: file.read_bytes() for file in photographs.iterdir()}
+        assert "overwrite" in refused(inference, run, "-i", photographs, "-o", photographs)
+        assert {file.name: file.read_bytes() for file in photographs.iterdir()} == before
+
+    def test_pictures_that_cannot_be_written(self, run, folder_data, tmp_path):
+        (tmp_path / "0.png").mkdir()
+        assert "cannot write" in refused(inference, run, "-i", folder_data / "images/val", "-o", tmp_path)
+
+    def test_a_variant_without_data(self, run, tmp_path):
+        variant = read_variant(run)
+        del variant["dataset_kwargs"]
+        write_variant(variant, tmp_path)
+        (tmp_path / "checkpoint.pth").write_bytes((run / "checkpoint.pth").read_bytes())
+        assert "dataset" in refused(test, tmp_path, "--device", "cpu")
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_labels_out_of_range(self, folder_data, tmp_path, monkeypatch, workers):
         root = copy_tree(folder_data, tmp_path / "data")
         cv2.imwrite(str(root / "annotations/train/1.png"), np.full((40, 48), 7, np.uint8))
         monkeypatch.setenv("DATASET", str(root))
-        assert "annotations/train/1.png: label 7" in self.train(tmp_path / "run")
+        message = self.train(tmp_path / "run", "--num-workers", workers)
+        assert "annotations/train/1.png: label 7" in message and len(message) < 300
 
-    def test_a_damaged_image(self, folder_data, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_a_damaged_image(self, folder_data, tmp_path, monkeypatch, workers):
         root = copy_tree(folder_data, tmp_path / "data")
         (root / "images/train/2.jpg").write_bytes(b"no image")
         monkeypatch.setenv("DATASET", str(root))
-        assert "images/train/2.jpg" in self.train(tmp_path / "run")
+        message = self.train(tmp_path / "run", "--num-workers", workers)
+        assert "images/train/2.jpg" in message and len(message) < 300
 
     def test_a_missing_data_set(self, tmp_path, monkeypatch):
         monkeypatch.setenv("DATASET", str(tmp_path / "nowhere"))

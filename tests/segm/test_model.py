@@ -109,6 +109,8 @@ def test_position_embedding_equals_timm_at_its_own_grid():
         ({"d_model": 30, "n_heads": 4}, "timm cannot build"),
         ({"distilled": True}, "distillation"),
         ({"decoder": {"name": "fpn"}}, "linear, mask_transformer"),
+        ({"decoder": None}, "no mapping"),
+        ({"d_model": 200, "n_heads": 4, "decoder": {"name": "mask_transformer"}}, "multiple of 64"),
     ],
 )
 def test_unknown_settings_are_named(small_net, change, allowed):
@@ -149,9 +151,16 @@ class TestPretrained:
         torch.testing.assert_close(encoder.pos_embed[:, 1:], expected)
         assert torch.equal(encoder.pos_embed[:, :1], donor.pos_embed[:, :1])
 
-    def test_weights_that_do_not_fit_are_refused(self, weights):
+    def test_weights_of_another_size_are_not_resampled_on_the_way(self, tmp_path):
+        donor = timm.create_model("vit_tiny_patch16_384", img_size=128)
+        torch.save({"model": donor.state_dict()}, tmp_path / "small.pth")
+        encoder = create_segmenter(self.NET | {"image_size": 128}, pretrained=str(tmp_path / "small.pth")).encoder
+        assert torch.equal(encoder.pos_embed, donor.pos_embed)
+
+    @pytest.mark.parametrize("change", [{"n_layers": 6}, {"n_heads": 6}, {"d_model": 96}])
+    def test_weights_that_do_not_fit_are_refused(self, weights, change):
         with pytest.raises(ValueError, match="--no-pretrained"):
-            create_segmenter(self.NET | {"n_layers": 6}, pretrained=str(weights[0]))
+            create_segmenter(self.NET | change, pretrained=str(weights[0]))
 
     def test_missing_and_damaged_files_are_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere"):

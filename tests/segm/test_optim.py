@@ -61,11 +61,13 @@ def test_sgd_is_plain_momentum_over_what_learns(small_net):
     assert id(model.encoder.head.weight) not in held
 
 
-def test_adamw_decays_matrices_alone(small_net):
-    optimizer = create_optimizer(create_segmenter(small_net), "adamw", 1e-3, weight_decay=0.05)
-    for group in optimizer.param_groups:
-        if group["weight_decay"]:
-            assert all(parameter.ndim > 1 for parameter in group["params"])
+def test_adamw_decays_neither_biases_nor_embeddings(small_net):
+    model = create_segmenter(small_net)
+    optimizer = create_optimizer(model, "adamw", 1e-3, weight_decay=0.05)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert all(parameter.ndim > 1 for parameter in model.parameters() if id(parameter) in decayed)
+    assert names and not names & {"encoder.pos_embed", "encoder.cls_token", "decoder.cls_emb"}
 
 
 def test_unknown_names_and_endless_warmups_are_refused(small_net):

@@ -7,6 +7,7 @@ import torch
 from segm.data import create_dataset
 from segm.eval.evaluate import MULTISCALE, evaluate, image_views
 from segm.eval.sliding import Windows, predict_labels, sliding_logits, view_logits, window_starts
+from segm.model.upsample import resized_label_map, upsample
 
 
 def by_pixel(images):
@@ -40,6 +41,18 @@ def test_a_view_comes_back_at_the_original_size_and_unflipped():
     mirrored = view_logits(by_pixel, image.flip(-1), True, Windows(16, 16), (16, 16))
     torch.testing.assert_close(plain, mirrored)
     assert view_logits(by_pixel, image, False, Windows(16, 16), (30, 20)).shape == (3, 30, 20)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (13, 7), (16, 90)])
+@pytest.mark.parametrize("limit", [1, 5000, 10**9])
+def test_labels_at_the_original_size_are_found_in_bands(monkeypatch, size, limit):
+    monkeypatch.setattr("segm.model.upsample.BAND_BYTES", limit)
+    logits = torch.randn(5, 16, 23)
+    expected = upsample(logits.unsqueeze(0), size)[0]
+    labels = resized_label_map(logits, size)
+    chosen = expected.gather(0, labels.unsqueeze(0))[0]
+    torch.testing.assert_close(chosen, expected.max(0).values, atol=1e-5, rtol=0)
+    assert (labels == expected.argmax(0)).float().mean() > 0.999
 
 
 def test_probabilities_of_all_views_are_summed():

@@ -1,0 +1,135 @@
+"""Bipartite soft matching: ToMe (section 3) with a fixed number of merges, ALGM's global merging (GBM, section 3.3)
+with a threshold."""
+
+import torch
+import torch.nn.functional as F
+
+from g2tm.reduction import Reduction
+from g2tm.selection import selection
+from g2tm.validation import check_batch, check_threshold
+
+ADAPTIVE = "adaptive"
+# Similarities that are held at once, in numbers: bounds the memory of long sequences.
+MAX_SIMILARITIES = 2**24
+
+
+@selection
+def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=1, batch="ragged"):
+    """Merge tokens at even positions (A) into their most similar token at an odd position (B).
+
+    Args:
+        metric: (B, L, D), what tokens are compared by (cosine); the whole sequence, prefix tokens first.
+        r: merge the r most similar pairs, at most half of the patch tokens.
+        threshold: instead, merge the pairs whose similarity exceeds it; from -1 to 1, or "adaptive": the mean of the
+            A tokens' best similarities plus their standard deviation divided by `layer`.
+        layer: 1-based layer, for the adaptive threshold.
+        sizes: (B, L), patches that each token carries, 0 for padding, which must come last; None: one each.
+        prefix: number of prefix tokens, which neither merge nor are merged into.
+        batch: "ragged": every image merges what it has to. "uniform": every image merges as many pairs as the image
+            that merges least, and the adaptive threshold is the mean over the images.
+
+    Returns:
+        A `Reduction` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
+
+    Raises:
+        ValueError: not exactly one of r and threshold, or a value that is not allowed.
+    """
+    _check(r, threshold, layer, prefix)
+    check_batch(batch)
+    n_images, length = metric.shape[:2]
+    position = torch.arange(length, device=metric.device)
+    patch = (position >= prefix).expand(n_images, -1) if sizes is None else (position >= prefix) & (sizes > 0)
+    sources, targets = patch[:, ::2], patch[:, 1::2]
+    if targets.shape[1] == 0:
+        return Reduction.of_counts(position.expand(n_images, -1).contiguous(), patch.sum(1) + prefix, sizes)
+    similarity, partner = best_partners(metric, sources, targets)
+    n_merges = _count_merges(similarity, sources, patch, r, threshold, layer, batch)
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    merging = rank < n_merges[:, None]
+    return _build(merging, partner, patch, prefix, sizes, n_merges)
+
+
+def best_partners(metric, sources, targets):
+    """Most similar B token of every A token.
+
+    Args:
+        metric: (B, L, D).
+        sources: (B, ceil(L/2)), bool, A tokens that may merge.
+        targets: (B, floor(L/2)), bool, B tokens that may be merged into.
+
+    Returns:
+        similarity: (B, ceil(L/2)), -inf where there is no source or no target; partner: index among the B tokens.
+    """
+    metric = metric if metric.dtype == torch.float64 else metric.float()
+    metric = F.normalize(metric, dim=-1)
+    a, b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
+    lowest = float("-inf")
+    excluded = ~targets.unsqueeze(1)
+    rows = max(1, MAX_SIMILARITIES // (len(metric) * b.shape[2]))
+    best = [(part @ b).clamp_(max=1).masked_fill_(excluded, lowest).max(dim=2) for part in a.split(rows, dim=1)]
+    similarity = torch.cat([part.values for part in best], dim=1).masked_fill_(~sources, lowest)
+    return similarity, torch.cat([part.indices for part in best], dim=1)
+
+
+def adaptive_threshold(similarity, sources, layer):
+    """Mean + (unbiased) standard deviation / layer of the best similarities of each image.
+
+    Args:
+        similarity, sources: (B, A), see `best_partners`.
+
+    Returns:
+        (B, 1).
+    """
+    known = sources & torch.isfinite(similarity)
+    count = known.sum(1, keepdim=True)
+    values = similarity.masked_fill(~known, 0)
+    mean = values.sum(1, keepdim=True) / count.clamp(min=1)
+    variance = ((values - mean).square() * known).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return mean + variance.sqrt() / layer
+
+
+def _count_merges(similarity, sources, patch, r, threshold, layer, batch):
+    """Number of pairs that merge in each image: (B,), int64."""
+    possible = torch.isfinite(similarity).sum(1)
+    if r is not None:
+        return torch.minimum((patch.sum(1) // 2).clamp(max=r), possible)
+    if threshold == ADAPTIVE:
+        threshold = adaptive_threshold(similarity, sources, layer)
+        threshold = threshold.mean() if batch == "uniform" else threshold
+    count = (similarity > threshold).sum(1)
+    return count.min().expand_as(count) if batch == "uniform" else count
+
+
+def _build(merging, partner, patch, prefix, sizes, n_merges):
+    """The assignment: prefix tokens, then A tokens that stay, then B tokens."""
+    stays = patch.clone()
+    stays[:, ::2] &= ~merging
+    from_a, from_b = stays.clone(), stays.clone()
+    from_a[:, 1::2] = False
+    from_b[:, ::2] = False
+    place_a = prefix + from_a.cumsum(1) - 1
+    place_b = prefix + from_a.sum(1, keepdim=True) + from_b.cumsum(1) - 1
+    assignment = torch.where(from_a, place_a, place_b)
+    target = place_b[:, 1::2].gather(1, partner)
+    assignment[:, ::2] = torch.where(merging, target, assignment[:, ::2])
+    assignment[:, :prefix] = torch.arange(prefix, device=patch.device)
+    if sizes is not None:  # padding carries no weight and goes anywhere
+        assignment[:, prefix:] *= patch[:, prefix:]
+    return Reduction.of_counts(assignment, patch.sum(1) + prefix - n_merges, sizes)
+
+
+def _check(r, threshold, layer, prefix):
+    if (r is None) == (threshold is None):
+        raise ValueError("bipartite matching takes either r or threshold: give one of them")
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 0):
+        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+    if threshold == ADAPTIVE:
+        if layer is None or layer < 1:
+            raise ValueError(f"layer {layer!r}: the adaptive threshold needs the 1-based layer")
+    elif threshold is not None:
+        check_threshold(threshold)
+    if prefix < 0:
+        raise ValueError(f"prefix {prefix}: give the number of prefix tokens, 0 or more")

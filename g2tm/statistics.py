@@ -1,0 +1,35 @@
+"""How similar the tokens of a model are: what ALGM's automatic threshold is made of (section 3.4)."""
+
+import torch
+import torch.nn.functional as F
+
+from g2tm.selection import selection
+
+
+@selection
+def similarity_moments(x):
+    """Number, sum and sum of squares of the cosine similarities of all pairs i < j of tokens.
+
+    Exact without an N×N matrix: with unit vectors u, the sum over all i, j of u_i·u_j is |Σu|², and that of
+    (u_i·u_j)² is the squared norm of the D×D matrix Σ u uᵀ.
+
+    Args:
+        x: (B, N, D), patch tokens; pairs lie within an image.
+
+    Returns:
+        (3,), float64: pairs, sum, sum of squares over all images.
+    """
+    unit = F.normalize(x.double(), dim=-1)
+    n_images, n_tokens = x.shape[:2]
+    own = unit.square().sum(-1)  # 1, or 0 for a zero vector
+    total = unit.sum(1).square().sum() - own.sum()
+    squares = torch.einsum("bnd,bne->bde", unit, unit).square().sum() - own.square().sum()
+    pairs = torch.tensor(n_images * n_tokens * (n_tokens - 1), dtype=torch.float64, device=x.device)
+    return torch.stack([pairs, total, squares]) / 2
+
+
+def mean_and_std(moments):
+    """(mean, population standard deviation) from summed `similarity_moments`."""
+    pairs, total, squares = moments.tolist()
+    mean = total / pairs
+    return mean, max(squares / pairs - mean**2, 0.0) ** 0.5

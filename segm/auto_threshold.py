@@ -1,0 +1,87 @@
+"""The automatic threshold of ALGM: how similar the tokens of an unpatched model are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import patch
+from segm import parallel
+from segm.data import DATASETS, create_dataset
+from segm.eval.evaluate import as_is
+from segm.eval.runs import run_normalization, square_view
+from segm.model.factory import load_model
+from segm.options import Command, Numbers, device_option, max_images_option
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Mean and population standard deviation of the pairwise cosine similarities of a layer."""
+
+    mean: float
+    std: float
+
+    @property
+    def threshold(self):
+        """τ = μ + σ (ALGM, section 3.4), at most 1."""
+        return min(self.mean + self.std, 1.0)
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@click.option("--selected-layers", cls=Numbers, type=int, help="Layers, counted from 1.  [default: all]")
+@device_option
+@max_images_option
+def main(checkpoint, dataset_name, selected_layers, device, max_images):
+    """Print mean, standard deviation and their sum, the threshold, of the similarities of the tokens of CHECKPOINT.
+
+    Similarities are those of all pairs of patch tokens after the attention of a layer, over the training images of
+    DATASET at crop x crop pixels; merging is off.
+    """
+    with parallel.process_group(device) as device:
+        found = automatic_thresholds(checkpoint, dataset_name, list(selected_layers) or None, device, max_images)
+        if parallel.is_main():
+            click.echo(f"{'layer':>5} {'mean':>8} {'std':>8} {'threshold':>10}")
+            for layer, similarity in found.items():
+                click.echo(f"{layer:5d} {similarity.mean:8.4f} {similarity.std:8.4f} {similarity.threshold:10.4f}")
+
+
+@torch.inference_mode()
+def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=None):
+    """Similarities of the tokens of an unpatched model over the training images, of all processes together.
+
+    Args:
+        checkpoint: file or run directory.
+        dataset_name: None: that of the run.
+        layers: 1-based; None: all.
+        device: where to compute.
+        max_images: only the first so many images.
+
+    Returns:
+        layer -> `Similarity`.
+
+    Raises:
+        ValueError: a layer that the model lacks.
+    """
+    model, variant = load_model(checkpoint)
+    layers = layers or list(range(1, len(model.encoder.blocks) + 1))
+    data = variant["dataset_kwargs"]
+    with patch.similarities(model.to(device).encoder, layers) as moments:
+        dataset = create_dataset(dataset_name or data["dataset"], "train", normalization=run_normalization(variant))
+        n_images = min(len(dataset), max_images or len(dataset))
+        mine = range(parallel.rank(), n_images, parallel.world_size())
+        loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
+        for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
+            view = square_view(sample.image, data["crop_size"], run_normalization(variant))
+            model.encoder.forward_features(view.to(device))
+        sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
+        total = parallel.sum_over_processes(torch.stack(sums))
+    return {layer: Similarity(*patch.mean_and_std(one)) for layer, one in zip(layers, total, strict=True)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Automatic and tuned thresholds, and the merging options of all methods."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import patch
+from segm import auto_threshold, train, tune_threshold
+from segm.checkpoint import read_variant, save_checkpoint, write_variant
+from segm.data import create_dataset
+from segm.eval.runs import square_view
+from segm.model.factory import create_segmenter
+from segm.options import PATCH_NAMES, merging_settings, patch_options, variant_settings
+from segm.tune_threshold import lowest_without_loss
+
+SIZE = 32
+
+
+@pytest.fixture
+def run(tmp_path, small_net):
+    """A run directory on `shapes` with random weights."""
+    net = small_net | {"n_cls": 11, "normalization": "vit"}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_checkpoint({"model": create_segmenter(net).state_dict(), "epoch": 0}, folder / "checkpoint.pth")
+    data = {"dataset": "shapes", "image_size": SIZE, "crop_size": SIZE, "patch_type": "pure"}
+    inference = {"im_size": SIZE, "window_size": SIZE, "window_stride": SIZE}
+    write_variant({"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}, folder)
+    return folder
+
+
+def call(command, *arguments):
+    result = CliRunner().invoke(command.main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_automatic_thresholds_are_mean_plus_std_over_all_pairs(run):
+    """Against all pairs of all images, collected and then averaged."""
+    found = auto_threshold.automatic_thresholds(run, "shapes", [1, 3], torch.device("cpu"), max_images=3)
+    from segm.model.factory import load_model
+
+    model, dataset = load_model(run)[0], create_dataset("shapes", "train")
+    seen = []
+    handle = model.encoder.blocks[2].norm2.register_forward_pre_hook(lambda m, i: seen.append(i[0][0, 1:]))
+    with torch.inference_mode():
+        for index in range(3):
+            model(square_view(dataset[index].image, SIZE, "vit"))
+    handle.remove()
+    i, j = torch.triu_indices(16, 16, 1)
+    units = [torch.nn.functional.normalize(tokens.double(), dim=-1) for tokens in seen]
+    cosines = torch.cat([(unit @ unit.T)[i, j] for unit in units])
+    assert set(found) == {1, 3}
+    assert found[3].mean == pytest.approx(cosines.mean().item(), abs=1e-9)
+    assert found[3].std == pytest.approx(cosines.std(correction=0).item(), abs=1e-9)
+    assert found[3].threshold == pytest.approx(min(1, found[3].mean + found[3].std))
+
+
+def test_auto_threshold_prints_a_line_per_layer(run):
+    result = call(auto_threshold, run, "shapes", "--selected-layers", 1, 2, "--max-images", 2, "--device", "cpu")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and [line.split()[0] for line in lines] == ["layer", "1", "2"]
+    refused = call(auto_threshold, run, "shapes", "--selected-layers", 4, "--device", "cpu")
+    assert refused.exit_code != 0 and "1 to 3" in refused.output
+
+
+def test_training_with_the_automatic_threshold(run, tmp_path, monkeypatch):
+    asked = []
+
+    def thresholds(checkpoint, name, layers, device):
+        asked.append((checkpoint, name, layers))
+        return {layers[0]: auto_threshold.Similarity(0.5, 0.25)}
+
+    monkeypatch.setattr(train, "automatic_thresholds", thresholds)
+    monkeypatch.setattr(train, "train", lambda model, a, b, variant, *rest: asked.append(variant["dataset_kwargs"]))
+    options = ["--log-dir", tmp_path / "new", "--finetune", run, "--dataset", "shapes", "--patch-type", "algm"]
+    options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
+    refused = call(train, *options)
+    assert refused.exit_code != 0 and "--from" in refused.output
+    assert call(train, *options, "--from", run).exit_code == 0
+    assert asked[0] == (run, "shapes", [1]) and asked[1]["threshold"] == 0.75
+
+
+@pytest.mark.parametrize("method", ["graph", "algm"])
+def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkeypatch, method):
+    options = [run, "shapes", "--patch-type", method, "--selected-layers", 1, "--max-images", 2, "--device", "cpu"]
+    options += ["--highest", 1.0, "--lowest", 0.8, "--step", 0.1, "--out", tmp_path / "tuned"]
+    monkeypatch.setattr(tune_threshold, "SPEED_IMAGES", 1)
+    measured, real = [], tune_threshold._measure
+
+    def measure(model, method, settings, threshold, *rest):
+        measured.append(threshold)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(model, method, settings, threshold, *rest)
+
+    monkeypatch.setattr(tune_threshold, "_measure", measure)
+    assert call(tune_threshold, *options).exit_code != 0
+    assert call(tune_threshold, *options).exit_code == 0
+    assert measured == [None, 1.0, 0.9, 0.9, 0.8]
+    rows = json.loads((tmp_path / "tuned/results.json").read_text())["rows"]
+    assert [row["threshold"] for row in rows] == [None, 1.0, 0.9, 0.8]
+    assert rows[0]["tokens"] == 16 and rows[0]["mean_iou"] == pytest.approx(rows[1]["mean_iou"], abs=0.02)
+    assert rows[1]["tokens"] >= rows[2]["tokens"] >= rows[3]["tokens"]
+    assert (tmp_path / "tuned/curves.png").stat().st_size > 1000
+    other = call(tune_threshold, *options, "--prop-attn")
+    assert other.exit_code != 0 and "other settings" in other.output
+
+
+def test_tuning_wants_a_threshold_to_tune(run):
+    for options in ([], ["--patch-type", "tome"]):
+        result = call(tune_threshold, run, "shapes", "--device", "cpu", *options)
+        assert result.exit_code != 0 and "graph or algm" in result.output
+
+
+@pytest.mark.parametrize(("scores", "lowest"), [([60, 59, 58], None), ([60, 61, 60, 59, 62], 0.8), ([60, 60, 61], 0.8)])
+def test_lowest_threshold_without_loss(scores, lowest):
+    thresholds = [None, 0.9, 0.8, 0.7, 0.6]
+    rows = [{"threshold": t, "mean_iou": s} for t, s in zip(thresholds, scores, strict=False)]
+    assert lowest_without_loss(rows) == lowest
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"patch_type": "graph", "selected_layer": 3}, ("graph", {"layers": [3]})),
+        (
+            {"patch_type": "algm", "selected_layers": (1, 5), "merging_window_size": (2, 4), "gbm_threshold": 0.9},
+            ("algm", {"layers": [1, 5], "window": (2, 4), "gbm_threshold": 0.9}),
+        ),
+        ({"patch_type": "algm", "merging_window_size": (0, 0)}, ("algm", {"window": None})),
+        ({"patch_type": "tome", "r": (8,)}, ("tome", {"r": 8})),
+        ({"patch_type": "tome", "r": (8, 4, 2)}, ("tome", {"r": [8, 4, 2]})),
+        ({"patch_type": "tome", "r": (8,), "r_inflection": -1.0}, ("tome", {"r": (8, -1.0)})),
+        ({"patch_type": "tome", "prop_attn": False}, ("tome", {"attention": "none"})),
+    ],
+)
+def test_options_become_settings_and_survive_the_variant_file(given, expected, small_net):
+    method, options = merging_settings(given)
+    assert (method, options) == expected
+    model = create_segmenter(small_net | {"n_layers": 5 if method != "tome" else 3, "image_size": [64, 64]})
+    patch.segmenter(model, method, **options)
+    settings = patch.settings(model)
+    saved = json.loads(json.dumps(variant_settings(method, settings)))
+    again = patch.settings(patch.segmenter(patch.remove(model), method, **merging_settings({}, saved)[1]))
+    assert again == settings
+
+
+def test_a_model_trained_with_tome_needs_no_proportional_attention():
+    saved = {"patch_type": "tome", "r": 8}
+    assert merging_settings({}, saved)[1]["attention"] == "none"
+    assert "attention" not in merging_settings({"patch_type": "tome"}, {"patch_type": "pure"})[1]
+
+
+def test_a_released_algm_variant_is_understood():
+    saved = {"patch_type": "algm", "selected_layers": [1, 5], "merging_window_size": [2, 2], "threshold": 0.88}
+    expected = {"layers": [1, 5], "window": (2, 2), "threshold": 0.88}
+    assert merging_settings({}, saved) == ("algm", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pure", "graph", "algm", "tome"])
+def test_training_with_merging_converges(method, tmp_path):
+    """A few hundred steps from one plain start: the loss falls to where the plain model's falls."""
+    network = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", "4", "--d-model", "32"]
+    network += ["--n-heads", "2", "--n-layers", "3", "--drop-path", "0", "--decoder-dropout", "0"]
+    options = ["--dataset", "shapes", "--im-size", "32", "--crop-size", "32", "--batch-size", "10", "--epochs", "1"]
+    options += ["--optimizer", "adamw", "--learning-rate", "2e-3", "--num-workers", "0", "--device", "cpu"]
+    merging = {
+        "pure": ["--patch-type", "pure"],
+        "graph": ["--patch-type", "graph", "--threshold", "0.95"],
+        "algm": ["--patch-type", "algm", "--selected-layers", "1", "2", "--threshold", "0.95"],
+        "tome": ["--patch-type", "tome", "--r", "6"],
+    }[method]
+    result = call(train, "--log-dir", tmp_path / "run", *network, *options, *merging)
+    assert result.exit_code == 0, result.output
+    entry = json.loads((tmp_path / "run/log.txt").read_text())
+    assert entry["num_updates"] == 200
+    assert entry["train_loss"] < 2.1 and entry["val_mean_iou"] > 8  # at random: 2.4 and 3
+    assert read_variant(tmp_path / "run")["dataset_kwargs"]["patch_type"] == method
+
+
+def test_every_merging_option_is_passed_on():
+    options = {parameter.name for parameter in train.main.params}
+    assert set(PATCH_NAMES) <= options
+    decorated = patch_options(lambda: None).__click_params__
+    assert {parameter.name for parameter in decorated} == set(PATCH_NAMES)
