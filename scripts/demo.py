@@ -14,11 +14,11 @@ import click
 import numpy as np
 import torch
 import yaml
+from compare import format_table, measure
 
 import patch
 from segm.checkpoint import LAST
 from segm.data import create_dataset
-from segm.eval.cost import count_gflops, images_per_second
 from segm.eval.evaluate import evaluate
 from segm.eval.runs import evaluation_windows
 from segm.metrics import segmentation_scores
@@ -60,12 +60,12 @@ def main(out):
     models = {name: load_patched(out / name, {}, device) for name in TRAININGS}
     models |= {name: load_patched(out / "pure", options, device) for name, options in APPLIED.items()}
     dataset = create_dataset("shapes", "val")
-    rows = measure(models, dataset, device)
+    rows = score(models, dataset, device)
     (out / "results.json").write_text(json.dumps(rows, indent=2))
     samples = [dataset[index] for index in range(N_PICTURES)]
     write_picture(out / "tokens.png", token_sheet(models, dataset, samples, device))
     write_picture(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
-    show_table(rows)
+    click.echo("\n" + format_table(rows))
     click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png")
 
 
@@ -83,33 +83,14 @@ def train_once(name, folder, options):
         raise ValueError(f"the training of {name} failed, see above")
 
 
-def measure(models, dataset, device):
+def score(models, dataset, device):
     """One row per method: tokens, GFLOPs, images/s of `predict` at batch size 1, mIoU."""
     views = [dataset.view(dataset[index].image).unsqueeze(0).to(device) for index in range(20)]
-    rates = images_per_second({name: model.predict for name, (model, _) in models.items()}, views, device)
-    rows = []
-    for name, (model, variant) in models.items():
-        tokens, gflops = zip(*(tokens_and_gflops(model, view) for view in views), strict=True)
+    rows = measure({name: model for name, (model, _) in models.items()}, views, device)
+    for row, (model, variant) in zip(rows, models.values(), strict=True):
         confusion = evaluate(model, dataset, evaluation_windows(variant), device=device, progress=True)
-        rows.append(
-            {
-                "method": name,
-                "tokens": sum(tokens) / len(tokens),
-                "gflops": sum(gflops) / len(gflops),
-                "images_per_second": rates[name],
-                "mean_iou": segmentation_scores(confusion)["mean_iou"],
-            }
-        )
+        row["mean_iou"] = segmentation_scores(confusion)["mean_iou"]
     return rows
-
-
-def tokens_and_gflops(model, image):
-    """Patch tokens that are left at the end of the encoder, and operations, of one image (1, 3, H, W)."""
-    gflops = count_gflops(model, image)
-    if patch.is_patched(model):
-        return patch.reduction(model).counts.item(), gflops
-    rows, columns = (side // size for side, size in zip(image.shape[-2:], model.patch_size, strict=True))
-    return rows * columns, gflops
 
 
 def token_sheet(models, dataset, samples, device):
@@ -143,16 +124,6 @@ def prediction_sheet(models, dataset, samples, device):
     names = legend(dataset.classes, dataset.palette)
     below = sheet.shape[0] - names.shape[0]
     return np.hstack([sheet, np.pad(names, ((0, below), (0, 0), (0, 0)), constant_values=255)])
-
-
-def show_table(rows):
-    """Print the rows."""
-    click.echo(f"\n{'method':10} {'tokens':>8} {'GFLOPs':>8} {'images/s':>9} {'mIoU':>6}")
-    for row in rows:
-        click.echo(
-            f"{row['method']:10} {row['tokens']:8.1f} {row['gflops']:8.3f} {row['images_per_second']:9.1f}"
-            f" {row['mean_iou']:6.2f}"
-        )
 
 
 if __name__ == "__main__":

@@ -5,12 +5,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from segm import train
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yml"))
 ALWAYS = {"dataset", "backbone", "decoder", "patch_type"}
 ALLOWED = ALWAYS | {
     *("im_size", "crop_size", "window_size", "window_stride", "batch_size", "epochs", "learning_rate"),
-    *("scheduler", "selected_layer", "threshold", "start_thresh", "curric_warmup", "curric_period"),
+    *(
+        "selected_layers",
+        "merging_window_size",
+        "scheduler",
+        "selected_layer",
+        "threshold",
+        "start_thresh",
+        "curric_warmup",
+        "curric_period",
+    ),
 }
 CURRICULUM = {"start_thresh", "curric_warmup", "curric_period"}
 STEP = 0.01
@@ -29,7 +40,22 @@ def test_one_recipe_per_published_row():
         for model in models.split()
         for kind in ("pure", "graph")
     }
-    assert wanted <= {path.stem for path in RECIPES}
+    algm = "ade20k_512_tiny ade20k_512_small ade20k_512_base ade20k_640_large cityscapes_768_small cityscapes_768_large"
+    algm += " coco_512_small coco_512_base pascal_480_small pascal_480_large"
+    wanted |= {f"{row}_{kind}" for row in algm.split() for kind in ("pure", "algm")}
+    assert wanted == {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_train_accepts_the_recipe(path):
+    """Up to the settings: keys, types, method, layers and threshold fit the backbone."""
+    context = train.main.make_context("train", ["--config", str(path), "--log-dir", "unused", "--no-pretrained"])
+    given = dict(context.params)
+    if given["threshold"] == "auto":
+        given["threshold"] = 0.9
+    variant, (method, _), curriculum = train._plan(given, {}, False)
+    assert method == load(path)["patch_type"] and (curriculum is not None) == bool(CURRICULUM & load(path).keys())
+    assert variant["net_kwargs"]["backbone"] == load(path)["backbone"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -51,7 +77,7 @@ def test_name_says_what_the_recipe_does(path):
     assert recipe["dataset"].startswith(dataset)
     assert (crop["crop_size"], recipe["patch_type"]) == (int(size), kind)
     assert f"vit_{model}_" in recipe["backbone"]
-    assert recipe["scheduler"] == {"pure": "polynomial", "graph": "polynomial_epoch"}[kind]
+    assert recipe["scheduler"] == {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial"}[kind]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
