@@ -1,8 +1,7 @@
 """The data set `shapes`: small landscapes drawn in memory, for tests and for the demo; needs no files.
 
-Built so that colour alone does not give the class: sky and water share blues, grass and trees greens, roads and
-mountains greys, cars and the rims of signs reds. What tells
-them apart is texture, shape and place.
+Colour is a hint, not the answer: sky and water share blues, grass and trees greens, roads and mountains greys, cars and
+the rims of signs reds. What tells them apart is texture, shape and place.
 """
 
 import numpy as np
