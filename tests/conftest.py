@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
 
+# The models of most tests are so small that threads only wait for each other, above all on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def cases():
