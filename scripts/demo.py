@@ -35,7 +35,7 @@ SCHEDULE = [
 COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "0"]
 THRESHOLD = 0.9
 TRAININGS = {
-    "pure": [*NETWORK, "--learning-rate", "1e-3", "--epochs", "4", "--eval-freq", "4"],
+    "pure": [*NETWORK, "--learning-rate", "1e-3", "--epochs", "3", "--eval-freq", "3"],
     "graph": [
         *["--finetune", "{pure}", "--patch-type", "graph", "--selected-layer", "2", "--threshold", str(THRESHOLD)],
         *["--learning-rate", "3e-4", "--epochs", "1"],

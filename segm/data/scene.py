@@ -30,7 +30,7 @@ BLUES = ((120, 170, 225), (90, 140, 205), (150, 190, 230))
 DEEPS = ((60, 100, 165), (45, 90, 150), (90, 140, 205))
 GREENS = ((85, 130, 60), (105, 145, 65), (70, 110, 60), (120, 135, 70))
 REDS = ((205, 40, 40), (180, 35, 60), (215, 75, 50))
-ORANGES = ((240, 140, 30), (225, 120, 50))
+TEALS = ((20, 185, 165), (0, 160, 150))
 YELLOWS = ((245, 215, 50), (235, 190, 40))
 PURPLES = ((165, 60, 190), (125, 60, 200), (190, 90, 170))
 DARKS = ((45, 45, 50), (60, 55, 75))
@@ -254,7 +254,7 @@ def draw_car(canvas: Canvas, x: float, foot: float, scale: float) -> None:
 def draw_person(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     """A head, a coat that ends at the knees, and legs."""
     height = scale * canvas.uniform(0.4, 0.55)
-    half, coat = 0.2 * height, canvas.pick(ORANGES)
+    half, coat = 0.2 * height, canvas.pick(TEALS)
     skin = canvas.pick(((225, 180, 150), (160, 115, 85), (95, 65, 50)))
     knee, neck = foot - 0.25 * height, foot - 0.78 * height
     canvas.box(x - 0.7 * half, knee, x + 0.7 * half, foot, shade(coat, 0.6), PERSON)

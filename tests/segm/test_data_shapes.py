@@ -129,7 +129,7 @@ def test_colour_alone_does_not_give_the_class():
     np.add.at(table, (key, label), 1)
     counts = np.bincount(11 * label + table.argmax(1)[key], minlength=121).reshape(11, 11)
     hit = np.diag(counts)
-    assert (hit / (counts.sum(0) + counts.sum(1) - hit)).mean() < 0.6
+    assert (hit / (counts.sum(0) + counts.sum(1) - hit)).mean() < 0.65
 
 
 def test_train_item_types(shapes):
