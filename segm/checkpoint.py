@@ -100,7 +100,7 @@ def read_variant(path):
     try:
         variant = yaml.load(file.read_text(), Loader=_VariantLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a readable variant file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not a readable variant file: {one_line(error)}") from error
     if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
         raise ValueError(f"{file} has no net_kwargs")
     for section in ("dataset_kwargs", "inference_kwargs", "optimizer_kwargs", "algorithm_kwargs"):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from segm.data.files import read_image
 from segm.eval.runs import class_colors, evaluation_windows, photo_view
 from segm.eval.sliding import predict_labels
 from segm.options import Command, device_option, load_patched, patch_options
@@ -34,6 +33,8 @@ def main(checkpoint, source, target, opacity, device, **given):
         raise click.UsageError(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
+    from segm.data.files import read_image  # imports mmseg
+
     photographs = _find_photographs(source)
     model, variant = load_patched(checkpoint, given, device)
     windows, (_, palette) = evaluation_windows(variant), class_colors(variant)

@@ -38,7 +38,12 @@ PLACES = {
     "amp": ("amp",),
     "seed": ("seed",),
 }
-CURRICULUM_KEYS = ("start_threshold", "curriculum_start", "curriculum_period")
+# option of the threshold curriculum -> its key in dataset_kwargs
+CURRICULUM = {
+    "start_thresh": "start_threshold",
+    "curric_warmup": "curriculum_start",
+    "curric_period": "curriculum_period",
+}
 # What cannot change when a run is resumed: its weights and the optimizer's state belong to these.
 FIXED = ("dataset", "backbone", "decoder", "patch_size", "d_model", "n_heads", "n_layers", "crop_size", "optimizer")
 FIXED += ("weight_decay", "batch_size")
@@ -83,7 +88,7 @@ def read_settings(variant):
 
 def finetuning_defaults(variant):
     """What a new run takes over from the one that it starts from: network, data, merging; no schedule."""
-    data = {k: v for k, v in variant.get("dataset_kwargs", {}).items() if k not in CURRICULUM_KEYS}
+    data = {k: v for k, v in variant.get("dataset_kwargs", {}).items() if k not in CURRICULUM.values()}
     kept = {name: variant[name] for name in ("net_kwargs", "inference_kwargs") if name in variant}
     return kept | {"dataset_kwargs": data}
 

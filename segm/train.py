@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import patch
 from segm import parallel
 from segm.auto_threshold import automatic_thresholds
-from segm.checkpoint import BEST, LAST, load_checkpoint, read_variant, restore, save_checkpoint
+from segm.checkpoint import BEST, LAST, load_checkpoint, one_line, read_variant, restore, save_checkpoint
 from segm.config import config_dir
 from segm.data import DATASETS, create_dataset
 from segm.engine import Precision, create_loader, train_one_epoch
@@ -34,6 +34,7 @@ from segm.options import (
 )
 from segm.runlog import RunLog
 from segm.settings import (
+    CURRICULUM,
     PLACES,
     build_variant,
     check_resumable,
@@ -42,11 +43,6 @@ from segm.settings import (
     read_settings,
 )
 
-CURRICULUM = {
-    "start_thresh": "start_threshold",
-    "curric_warmup": "curriculum_start",
-    "curric_period": "curriculum_period",
-}
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0)
 
@@ -63,7 +59,7 @@ def read_config(ctx, param, value):
     try:
         recipe = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{file} is no YAML: {' '.join(str(error).split())}", ctx, param) from error
+        raise click.BadParameter(f"{file} is no YAML: {one_line(error)}", ctx, param) from error
     known = {option.name for option in ctx.command.params}
     if not isinstance(recipe, dict) or not set(recipe) <= known:
         unknown = ", ".join(sorted(set(recipe) - known)) if isinstance(recipe, dict) else "no mapping"
@@ -318,11 +314,8 @@ def _record_merging(variant, model, method, curriculum):
     settings = {} if method == PURE else patch.settings(model)
     entries = variant_settings(method, settings)
     if curriculum is not None:
-        entries |= {
-            "start_threshold": curriculum.start,
-            "curriculum_start": curriculum.warmup,
-            "curriculum_period": curriculum.period,
-        }
+        values = (curriculum.start, curriculum.warmup, curriculum.period)
+        entries |= dict(zip(CURRICULUM.values(), values, strict=True))
     variant["dataset_kwargs"] |= entries
 
 

@@ -1,6 +1,7 @@
 """The arrows of the house: who may import whom."""
 
 import ast
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_imports_run_one_way(file):
 def test_only_readers_of_data_import_mmseg(file):
     if any(name.split(".")[0] in ("mmseg", "mmcv", "mmengine") for name in imports(file)):
         assert (ROOT / "segm/data") in file.parents
+
+
+def test_commands_read_their_help_without_mmseg():
+    code = "import sys; from segm import inference, test, train; assert 'mmseg' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_segm_shadows_no_module():

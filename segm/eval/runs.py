@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 
 from segm.data import class_info, create_dataset, dataset_defaults, normalize
-from segm.data.transforms import resize_keep_ratio
 from segm.eval.sliding import Windows
 
 
@@ -63,6 +62,8 @@ def run_normalization(variant):
 
 def photo_view(variant, image):
     """What the model of a run gets to see of a photograph: uint8 RGB (H, W, 3) -> float32 (3, h, w)."""
+    from segm.data.transforms import resize_keep_ratio  # imports mmseg
+
     factor = dataset_defaults(trained_on(variant))["resize_factor"]
     side = evaluation_size(variant)
     return normalize(resize_keep_ratio(image, factor * side, side), run_normalization(variant))

@@ -17,23 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from segm.checkpoint import one_line
+from segm.config import load_config
 
 # The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
 # not with timm's 1e-6; every other timm name keeps timm's value.
-RELEASED = (
-    "vit_tiny_patch16_384",
-    "vit_small_patch16_384",
-    "vit_base_patch16_384",
-    "vit_large_patch16_384",
-    "vit_small_patch32_384",
-    "vit_base_patch32_384",
-    "vit_large_patch32_384",
-    "vit_base_patch8_384",
-    "deit_tiny_distilled_patch16_224",
-    "deit_small_distilled_patch16_224",
-    "deit_base_distilled_patch16_224",
-    "deit_base_distilled_patch16_384",
-)
+RELEASED = tuple(load_config("backbones"))
 # Released names that timm does not know, and the timm model whose definition and weights they use.
 ALIASES = {"vit_base_patch8_384": "vit_base_patch8_224"}
 

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import patch
-from g2tm import Reduction
+from g2tm import Reduction, attention_bias
 
 MODELS = {
     "vit_tiny_patch16_384": {"img_size": 64},
@@ -53,19 +53,22 @@ def test_every_kind_of_plain_vit(name, method):
 @pytest.mark.parametrize("pool", ["avg", "map", "max"])
 @torch.inference_mode()
 def test_pooling_is_weighted_by_size(pool):
-    """Against the definition: pooling over the patches, each with its token's features."""
+    """Against pooling over the merged tokens, weighted by size and with padding masked."""
     name = "vit_base_patch16_siglip_224"
     model = create(name, global_pool=pool) if pool == "map" else create(name, global_pool=pool, fc_norm=False)
     images = torch.randn(2, 3, 64, 64)
     patch.timm(model, "graph", layers=[2], threshold=0.3)
     features = model.forward_features(images)
-    assert not patch.reduction(model).padded or patch.reduction(model).padding.any()
+    reduction = patch.reduction(model)
+    tokens, padding = reduction.merge(features), reduction.sizes == 0
+    expected = {
+        "avg": lambda: (tokens * reduction.sizes.unsqueeze(-1)).sum(1) / reduction.sizes.sum(1, keepdim=True),
+        "max": lambda: tokens.masked_fill(padding.unsqueeze(-1), float("-inf")).amax(1),
+        "map": lambda: model.attn_pool(tokens, attention_bias(reduction.sizes, "proportional", padding)),
+    }[pool]()
+    assert tokens.shape[1] < features.shape[1]
+    torch.testing.assert_close(model.pool(features), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(images), model.forward_head(features))
-    if pool == "avg":
-        reduction = patch.reduction(model)
-        tokens = reduction.merge(features)
-        weighted = (tokens * reduction.sizes.unsqueeze(-1)).sum(1) / reduction.sizes.sum(1, keepdim=True)
-        torch.testing.assert_close(model.pool(features), weighted)
 
 
 @torch.inference_mode()

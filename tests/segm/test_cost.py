@@ -8,7 +8,7 @@ from segm.eval.cost import count_gflops, images_per_second
 from segm.model.factory import create_segmenter
 
 
-@pytest.mark.parametrize(("size", "published"), [("tiny", 12.8), ("small", 38.6)])
+@pytest.mark.parametrize(("size", "published"), [("tiny", 12.8), ("small", 38.6), ("base", 129.6)])
 def test_gflops_are_the_published_ones(size, published):
     net = {"backbone": f"vit_{size}_patch16_384", "image_size": 512, "n_cls": 150}
     model = create_segmenter(net | {"decoder": {"name": "mask_transformer"}}).eval()
