@@ -18,13 +18,13 @@ def edge_similarities(x, grid):
         grid: (gh, gw).
 
     Returns:
-        (right, down): (B, gh, gw-1) and (B, gh-1, gw), float32 (float64 for float64 tokens), at most 1.
+        (right, down): (B, gh, gw-1) and (B, gh-1, gw), float32 (float64 for float64 tokens), from -1 to 1.
     """
     x = x if x.dtype == torch.float64 else x.float()
     x = F.normalize(x, dim=-1).unflatten(1, tuple(grid))
     right = torch.linalg.vecdot(x[:, :, :-1], x[:, :, 1:])
     down = torch.linalg.vecdot(x[:, :-1], x[:, 1:])
-    return right.clamp(max=1), down.clamp(max=1)
+    return right.clamp(-1, 1), down.clamp(-1, 1)
 
 
 @selection

@@ -25,8 +25,9 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
         layer: 1-based layer, for the adaptive threshold.
         sizes: (B, L), patches that each token carries, 0 for padding, which must come last; None: one each.
         prefix: number of prefix tokens, which neither merge nor are merged into.
-        batch: "ragged": every image merges what it has to. "uniform": every image merges as many pairs as the image
-            that merges least, and the adaptive threshold is the mean over the images.
+        batch: "ragged": every image merges what it has to. "uniform", with a threshold: every image merges as many
+            pairs as the image that merges least, and the adaptive threshold is the mean over the images; r is the
+            same for all images anyway.
 
     Returns:
         A `Reduction` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
@@ -34,9 +35,9 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     Raises:
         ValueError: not exactly one of r and threshold, or a value that is not allowed.
     """
-    _check(r, threshold, layer, prefix)
-    check_batch(batch)
     n_images, length = metric.shape[:2]
+    _check(r, threshold, layer, prefix, length)
+    check_batch(batch)
     position = torch.arange(length, device=metric.device)
     patch = (position >= prefix).expand(n_images, -1) if sizes is None else (position >= prefix) & (sizes > 0)
     sources, targets = patch[:, ::2], patch[:, 1::2]
@@ -69,8 +70,9 @@ def best_partners(metric, sources, targets):
     lowest = float("-inf")
     excluded = ~targets.unsqueeze(1)
     rows = max(1, MAX_SIMILARITIES // (len(metric) * b.shape[2]))
-    best = [(part @ b).clamp_(max=1).masked_fill_(excluded, lowest).max(dim=2) for part in a.split(rows, dim=1)]
+    best = [(part @ b).clamp_(-1, 1).masked_fill_(excluded, lowest).max(dim=2) for part in a.split(rows, dim=1)]
     similarity = torch.cat([part.values for part in best], dim=1).masked_fill_(~sources, lowest)
+    similarity = similarity.nan_to_num(nan=lowest, neginf=lowest)  # NaN would sort as the most similar
     return similarity, torch.cat([part.indices for part in best], dim=1)
 
 
@@ -121,15 +123,15 @@ def _build(merging, partner, patch, prefix, sizes, n_merges):
     return Reduction.of_counts(assignment, patch.sum(1) + prefix - n_merges, sizes)
 
 
-def _check(r, threshold, layer, prefix):
+def _check(r, threshold, layer, prefix, length):
     if (r is None) == (threshold is None):
         raise ValueError("bipartite matching takes either r or threshold: give one of them")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 0):
         raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
     if threshold == ADAPTIVE:
-        if layer is None or layer < 1:
+        if not isinstance(layer, int) or layer < 1:
             raise ValueError(f"layer {layer!r}: the adaptive threshold needs the 1-based layer")
     elif threshold is not None:
         check_threshold(threshold)
-    if prefix < 0:
-        raise ValueError(f"prefix {prefix}: give the number of prefix tokens, 0 or more")
+    if not 0 <= prefix <= length:
+        raise ValueError(f"prefix {prefix}: give the number of prefix tokens, from 0 to all {length}")

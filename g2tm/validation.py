@@ -26,9 +26,13 @@ def check_grid(grid, n_tokens):
 
 def check_window(window, grid=None):
     """A window of at least two patches, no larger than the grid."""
-    if len(window) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in window):
-        raise ValueError(f"window {tuple(window)}: give its height and width in patches")
+    if not isinstance(window, list | tuple) or len(window) != 2 or not all(_is_count(side) for side in window):
+        raise ValueError(f"window {window}: give its height and width in patches, such as (2, 2)")
     if window[0] * window[1] < 2:
         raise ValueError("a window of one patch has nothing to merge: give at least two patches")
     if grid is not None and (window[0] > grid[0] or window[1] > grid[1]):
         raise ValueError(f"window {window[0]}×{window[1]} is larger than the grid of {grid[0]}×{grid[1]} patches")
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

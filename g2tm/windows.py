@@ -66,10 +66,11 @@ def window_similarities(x, windows):
         windows: (W, A), see `grid_windows`.
 
     Returns:
-        (B, W), float32 (float64 for float64 tokens).
+        (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite.
     """
     x = x if x.dtype == torch.float64 else x.float()
     unit = F.normalize(x, dim=-1)[:, windows]
     total, area = unit.sum(2), windows.shape[1]
     own = unit.square().sum((2, 3))
-    return (total.square().sum(-1) - own) / (area * (area - 1))
+    similarity = (total.square().sum(-1) - own) / (area * (area - 1))
+    return similarity.clamp(-1, 1).nan_to_num(nan=float("-inf"))

@@ -8,7 +8,7 @@ patch.remove(model)
 import patch.methods  # noqa: F401 - fills the registry
 from patch.apply import check, is_patched, method, reduction, remove, segmenter, set_threshold, settings, timm
 from patch.curriculum import Curriculum
-from patch.observe import mean_and_std, similarities
+from patch.observe import edges, mean_and_std, merge_ranges, reductions, similarities
 from patch.registry import METHODS, Step, register
 
 __all__ = [
@@ -16,10 +16,13 @@ __all__ = [
     "Curriculum",
     "Step",
     "check",
+    "edges",
     "is_patched",
     "mean_and_std",
+    "merge_ranges",
     "method",
     "reduction",
+    "reductions",
     "register",
     "remove",
     "segmenter",

@@ -6,7 +6,15 @@ import torch
 from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 
-from patch.blocks import BeginPass, Merging, Unmerge, check_block, patch_block, unpatch_block
+from patch.blocks import (
+    BeginPass,
+    Merging,
+    Unmerge,
+    check_block,
+    check_checkpointing,
+    patch_block,
+    unpatch_block,
+)
 from patch.registry import Encoder, resolve
 
 
@@ -32,6 +40,8 @@ def segmenter(model, method, **options):
     Raises:
         ValueError: the model is patched already or cannot be patched, or an option is not allowed.
     """
+    if not all(hasattr(model, name) for name in ("encoder", "decoder", "to_grid")):
+        raise ValueError(f"cannot patch a {type(model).__name__} as a Segmenter: take patch.timm for a ViT of timm")
     merging = _install(model, model.encoder, method, options, model.decoder.blocks)
     for block in model.decoder.blocks:
         patch_block(block, merging, after=model.n_cls)
@@ -73,6 +83,14 @@ class _UnmergedFeatures:
         prefix = self.merging.prefix
         return torch.cat([x[:, :prefix], self.merging.reduction.unmerge(x[:, prefix:])], dim=1)
 
+    def forward_intermediates(self, *args, **kwargs):
+        """timm would put the merged tokens on the grid as if they were all patches."""
+        raise ValueError(
+            "a patched ViT cannot give intermediate features on the grid: use forward_features, or patch.remove first"
+        )
+
+    get_intermediate_layers = forward_intermediates
+
 
 @cache
 def _unmerging(vit_class):
@@ -87,15 +105,14 @@ def _install(model, encoder, method, options, more_blocks=()):
     entry, settings = resolve(method, target, options)
     for block in (*encoder.blocks, *more_blocks):
         check_block(block)
-    if getattr(encoder, "grad_checkpointing", False):
-        raise ValueError("cannot patch a model with gradient checkpointing: it would merge twice; turn that off first")
+    check_checkpointing(encoder)
     if isinstance(encoder.patch_drop, PatchDropout):
         raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
     merging = Merging(method, entry, settings, target, encoder.num_prefix_tokens)
     for layer, block in enumerate(encoder.blocks, start=1):
         patch_block(block, merging, before=merging.prefix, merge_layer=layer if layer in settings["layers"] else None)
     model.merging = merging
-    model.merging_hook = encoder.patch_embed.register_forward_hook(BeginPass(merging))
+    model.merging_hook = encoder.patch_embed.register_forward_hook(BeginPass(merging, encoder))
     return merging
 
 
@@ -107,10 +124,13 @@ def check(method, depth, grid, **options):
         depth: number of blocks of the encoder.
         grid: (gh, gw), patches of the images that it is made for.
 
+    Returns:
+        All options as they would be in force.
+
     Raises:
         ValueError: what `segmenter` would refuse.
     """
-    resolve(method, Encoder(depth, tuple(grid)), options)
+    return resolve(method, Encoder(depth, tuple(grid)), options)[1]
 
 
 def remove(model):

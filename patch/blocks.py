@@ -19,6 +19,7 @@ class Merging:
         grid: (gh, gw) of the current images.
         reduction: from all patches to the current tokens; None while nothing was merged.
         keys: (B, L, head dim) of the current attention, if the method wants them.
+        on_merge: called with (layer, reduction) after every merge; None: nobody looks.
     """
 
     def __init__(self, name, method, settings, encoder, prefix):
@@ -30,6 +31,7 @@ class Merging:
         self.grid = None
         self.reduction = None
         self.keys = None
+        self.on_merge = None
         self._bias = None
 
     def begin(self, grid):
@@ -44,6 +46,8 @@ class Merging:
         merged, self.keys = self.method.merge(step), None
         self.reduction = merged if self.reduction is None else self.reduction.then(merged)
         self._bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)
+        if self.on_merge is not None:
+            self.on_merge(layer, self.reduction)
         return torch.cat([x[:, : self.prefix], merged.merge(step.x)], dim=1)
 
     def bias(self, before, after, dtype):
@@ -100,6 +104,12 @@ def check_block(block):
         raise ValueError(f"cannot patch a {type(block).__name__}: only timm's Block is known")
 
 
+def check_checkpointing(encoder):
+    """Raise a ValueError if an encoder would run its blocks twice."""
+    if getattr(encoder, "grad_checkpointing", False):
+        raise ValueError("a patched model cannot run with gradient checkpointing, it would merge twice: turn that off")
+
+
 class Unmerge(nn.Module):
     """Stands in for the submodule that puts tokens on the grid, and undoes the merge before it."""
 
@@ -118,10 +128,12 @@ class Unmerge(nn.Module):
 class BeginPass:
     """Forward hook of the patch embedding, where every pass begins: notes the grid and forgets the last pass."""
 
-    def __init__(self, merging):
+    def __init__(self, merging, encoder):
         self.merging = merging
+        self.encoder = encoder
 
     def __call__(self, patch_embed, inputs, output):
+        check_checkpointing(self.encoder)
         self.merging.begin(output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size)
 
 

@@ -1,5 +1,7 @@
 """The built-in methods: one function and one registry entry each."""
 
+from numbers import Real
+
 from g2tm import ADAPTIVE, bipartite, check_threshold, check_window, clap, graph_merge
 from g2tm.components import check_backend
 from patch.registry import register
@@ -43,6 +45,11 @@ def _merge_algm(step):
     return matched.without_prefix(step.prefix)
 
 
+def _algm_layers(encoder):
+    """CLAP in the first layer, GBM in the fifth; in ViT-L, of 24 layers, in the seventh (ALGM, section 4.1)."""
+    return (1, 7 if encoder.depth >= 24 else 5)
+
+
 def _check_algm(settings, encoder):
     check_threshold(settings["threshold"])
     if settings["window"] is not None:
@@ -60,7 +67,7 @@ register(
     _merge_algm,
     check=_check_algm,
     nullable=("window",),
-    layers=(1, 5),
+    layers=_algm_layers,
     threshold=0.88,
     window=(2, 2),
     gbm_threshold=ADAPTIVE,
@@ -102,7 +109,7 @@ def _check_tome(settings, encoder):
         if len(r) != depth or not all(_is_count(n) for n in r):
             raise ValueError(f"r {r}: give one number from 0 for each of the {depth} layers")
     elif isinstance(r, tuple):
-        if len(r) != 2 or not _is_count(r[0]) or not -1 <= r[1] <= 1:
+        if len(r) != 2 or not _is_count(r[0]) or not isinstance(r[1], Real) or not -1 <= r[1] <= 1:
             raise ValueError(f"r {r}: give a pair of tokens per layer, 0 or more, and inflection, -1 to 1")
     elif not _is_count(r):
         raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")

@@ -92,7 +92,7 @@ def register(name, merge, *, check=None, needs_keys=False, nullable=(), **defaul
         needs_keys: whether `Step.keys` is wanted.
         nullable: options for which None is a value of its own.
         defaults: the options that it takes with their defaults, besides `layers` (1-based, ascending; None: all),
-            `attention` and `batch`.
+            `attention` and `batch`. A default may be a function of the `Encoder`.
 
     Raises:
         ValueError: the name is taken.
@@ -123,16 +123,21 @@ def resolve(name, encoder, options):
     if unknown:
         raise ValueError(f"{name} takes no {', '.join(unknown)}: its options are {', '.join(method.defaults)}")
     given = {key: value for key, value in options.items() if value is not None or key in method.nullable}
-    settings = dict(method.defaults) | given
+    settings = {key: value(encoder) if callable(value) else value for key, value in method.defaults.items()} | given
     check_attention(settings["attention"])
     if settings["batch"] not in (None, *BATCH_MODES):
         raise ValueError(f"batch {settings['batch']!r}: choose {' or '.join(BATCH_MODES)}")
-    settings["layers"] = _check_layers(settings["layers"], encoder.depth)
+    settings["layers"] = check_layers(settings["layers"], encoder.depth)
     method.check(settings, encoder)
     return method, settings
 
 
-def _check_layers(layers, depth):
+def check_layers(layers, depth):
+    """Layers as a tuple, ascending; None: all.
+
+    Raises:
+        ValueError: a layer that is not there, or not in ascending order.
+    """
     layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
     layers = tuple(layers)
     if not layers or not all(_is_index(layer) and 1 <= layer <= depth for layer in layers):

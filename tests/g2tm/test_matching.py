@@ -107,6 +107,15 @@ def test_equal_similarities_go_to_the_lower_index():
     assert reduction.assignment.tolist() == [[0, 3, 3, 4, 3, 5, 1, 6, 2]]
 
 
+@pytest.mark.parametrize("r", [1, 3])
+def test_a_token_that_is_not_finite_does_not_merge(r):
+    metric = torch.randn(1, 12, 4)
+    metric[0, 4] = float("nan")
+    reduction = bipartite(metric, r=r, prefix=0)
+    assert (reduction.assignment == reduction.assignment[0, 4]).sum() == 1
+    assert reduction.counts.item() == 12 - r
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_sequences_with_hardly_a_token(length):
     for arguments in ({"r": 5}, {"threshold": "adaptive", "layer": 2}, {"threshold": -1.0}):
@@ -134,6 +143,8 @@ def test_without_prefix_speaks_of_patches_alone():
         ({"threshold": "adaptive"}, "1-based layer"),
         ({"r": 1, "batch": "even"}, "ragged or uniform"),
         ({"r": 1, "prefix": -1}, "prefix"),
+        ({"r": 1, "prefix": 9}, "prefix"),
+        ({"threshold": "adaptive", "layer": 1.5}, "1-based layer"),
     ],
 )
 def test_bad_arguments_are_named(arguments, allowed):

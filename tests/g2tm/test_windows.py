@@ -74,12 +74,24 @@ def test_a_batch_equals_its_images():
         assert torch.equal(batch.assignment[image], alone.assignment[0])
 
 
+def test_a_window_that_is_not_finite_does_not_merge():
+    x = torch.randn(1, 16, 3)
+    x[0, 0] = float("nan")
+    similarity = window_similarities(x, grid_windows((4, 4), (2, 2)))[0]
+    assert similarity[0] == float("-inf")
+    second = similarity.sort().values[-1].item()
+    reduction = clap(x, (4, 4), second)
+    assert reduction.counts.item() == 13 and (reduction.assignment == reduction.assignment[0, 0]).sum() == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "allowed"),
     [
         ({"threshold": 1.1}, "-1 to 1"),
         ({"window": (5, 2)}, "larger than the grid"),
         ({"window": (0, 2)}, "height and width"),
+        ({"window": 2}, "height and width"),
+        ({"window": None}, "height and width"),
         ({"window": (1, 1)}, "at least two"),
         ({"grid": (3, 3)}, "does not hold"),
         ({"batch": "even"}, "ragged or uniform"),

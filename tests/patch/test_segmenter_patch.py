@@ -176,6 +176,21 @@ def test_gradient_checkpointing_is_refused(model):
     model.encoder.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="checkpointing"):
         patch.segmenter(model, "graph")
+    model.encoder.set_grad_checkpointing(False)
+    patch.segmenter(model, "graph").encoder.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match="checkpointing"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_what_is_no_segmenter_is_refused(model):
+    with pytest.raises(ValueError, match=r"patch\.timm"):
+        patch.segmenter(model.encoder, "graph")
+
+
+def test_algm_merges_later_in_deep_models():
+    """Layer 5 in ViT-T/S/B, 7 in ViT-L."""
+    for depth, layers in ((12, (1, 5)), (24, (1, 7))):
+        assert patch.check("algm", depth, (32, 32))["layers"] == layers
 
 
 @torch.inference_mode()
@@ -233,6 +248,8 @@ def test_set_threshold(model):
         ("tome", {"r": -1}, "0 or more"),
         ("tome", {"r": [1, 2]}, "3 layers"),
         ("tome", {"r": (4, 2.0)}, "inflection"),
+        ("tome", {"r": (4, "a")}, "inflection"),
+        ("algm", {"layers": [1, 2], "window": 2}, "height and width"),
     ],
 )
 def test_bad_options_are_refused_before_anything_changes(model, method, options, allowed):

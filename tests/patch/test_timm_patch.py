@@ -50,6 +50,17 @@ def test_every_kind_of_plain_vit(name, method):
     assert type(model) is classes and torch.equal(model(images), before)
 
 
+@torch.inference_mode()
+def test_features_of_single_layers_are_refused():
+    """timm would put the merged tokens on the grid as if they were patches."""
+    model, images = create("vit_tiny_patch16_384"), torch.randn(1, 3, 64, 64)
+    patch.timm(model, "tome", r=3)
+    for ask in (model.forward_intermediates, model.get_intermediate_layers):
+        with pytest.raises(ValueError, match="forward_features"):
+            ask(images)
+    assert patch.remove(model).forward_intermediates(images, intermediates_only=True)[0].shape == (1, 32, 4, 4)
+
+
 @pytest.mark.parametrize("pool", ["avg", "map", "max"])
 @torch.inference_mode()
 def test_pooling_is_weighted_by_size(pool):
