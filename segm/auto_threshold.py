@@ -51,21 +51,22 @@ def main(checkpoint, dataset_name, selected_layers, device, max_images):
 
 
 @torch.inference_mode()
-def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=None):
+def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=None, side=None):
     """Similarities of the tokens of an unpatched model over the training images, of all processes together.
 
     Args:
         checkpoint: file or run directory.
         dataset_name: None: that of the run.
-        layers: 1-based; None: all.
+        layers: 1-based, ascending; None: all.
         device: where to compute.
         max_images: only the first so many images.
+        side: pixels to which the images are resized; None: the crop of the run.
 
     Returns:
         layer -> `Similarity`.
 
     Raises:
-        ValueError: a layer that the model lacks.
+        ValueError: a layer that the model lacks, or not in ascending order.
     """
     model, variant = load_model(checkpoint)
     layers = layers or list(range(1, len(model.encoder.blocks) + 1))
@@ -76,7 +77,7 @@ def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=No
         mine = range(parallel.rank(), n_images, parallel.world_size())
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
-            view = square_view(sample.image, data["crop_size"], run_normalization(variant))
+            view = square_view(sample.image, side or data["crop_size"], run_normalization(variant))
             model.encoder.forward_features(view.to(device))
         sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
         total = parallel.sum_over_processes(torch.stack(sums))

@@ -41,7 +41,7 @@ def _one_line(error):
 def repeat_option(args, names):
     """`--layers 1 5` -> `--layers 1 --layers 5` for the options in `names`: click has no open-ended options."""
     repeated, current, waiting = [], None, False
-    for arg in [*args, None]:
+    for arg in [*_split_equals(args, names), None]:
         if current and arg is not None and _is_number(arg):
             repeated += [current, arg]
             waiting = False
@@ -53,6 +53,13 @@ def repeat_option(args, names):
         if arg is not None and not waiting:
             repeated.append(arg)
     return repeated
+
+
+def _split_equals(args, names):
+    """`--layers=1` -> `--layers 1` for the options in `names`."""
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        yield from (name, value) if equals and name in names else (arg,)
 
 
 def _is_number(text):
@@ -141,6 +148,9 @@ device_option = click.option(
 max_images_option = click.option(
     "--max-images", type=click.IntRange(min=1), help="Stop after this many images.  [default: all]"
 )
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images per forward pass."
+)
 patch_options = _stack(
     click.option("--patch-type", type=MethodName(), help="Merging method; pure: none."),
     click.option("--selected-layer", type=int, help="Layer in which to merge, counted from 1."),
@@ -185,6 +195,21 @@ PATCH_NAMES = (
 )
 
 
+@click.command(cls=Command)
+@patch_options
+def _merging_options(**given):
+    return given
+
+
+def read_merging_options(arguments):
+    """Values of `patch_options` from a list of words, such as ["--patch-type", "graph", "--threshold", "0.9"].
+
+    Raises:
+        click.UsageError: unknown options or values.
+    """
+    return _merging_options.main(list(arguments), standalone_mode=False)
+
+
 def merging_settings(given, saved=None):
     """The merging method and its options: what was given, then what a checkpoint was trained with.
 
@@ -202,7 +227,7 @@ def merging_settings(given, saved=None):
     saved_method = saved.get("patch_type") or PURE
     method = given.get("patch_type") or saved_method
     options = _read_variant_options(saved) if method == saved_method else {}
-    options |= _read_given_options(given)
+    options |= read_given_options(given)
     if method == PURE:
         unused = [name for name in PATCH_NAMES[1:] if given.get(name) not in (None, ())]
         if unused:
@@ -227,7 +252,8 @@ def _read_variant_options(saved):
     return _set_options(options) | _window(saved.get("merging_window_size"))
 
 
-def _read_given_options(given):
+def read_given_options(given):
+    """The options of a method as `patch` takes them, from the values of `patch_options`; raises ValueError."""
     if given.get("selected_layer") is not None and given.get("selected_layers"):
         raise ValueError("--selected-layer and --selected-layers: give one of them")
     if given.get("prop_attn") and given.get("iprop_attn"):

@@ -134,7 +134,9 @@ def main(ctx, log_dir, pretrained, no_pretrained, resume, finetune, unpatched, d
         weights = _pretrained(pretrained, no_pretrained, resume, finetune)
         saved = _saved_variant(log_dir, resume, finetune)
         given = _drop_recipe_merging(ctx, given)
-        given["threshold"] = _threshold_of(given, saved, unpatched, device)
+        if given["threshold"] == AUTO:  # all that is asked for is checked before images are read
+            checked = _plan(given | {"threshold": None}, saved, resume)
+            given["threshold"] = _automatic_threshold(*checked[:2], unpatched, device)
         variant, merging, curriculum = _plan(given, saved, resume)
         settings = read_settings(variant)
         _check_batch(settings["batch_size"])
@@ -256,16 +258,16 @@ def _drop_recipe_merging(ctx, given):
     return given | dict.fromkeys(from_recipe & {*PATCH_NAMES, *CURRICULUM})
 
 
-def _threshold_of(given, saved, unpatched, device):
-    """The threshold that was given; for "auto" that of the first merging layer of an unpatched run."""
-    if given["threshold"] != AUTO:
-        return given["threshold"]
+def _automatic_threshold(variant, merging, unpatched, device):
+    """Mean + std of the similarities of an unpatched run in the first layer that shall merge."""
+    method, options = merging
     if unpatched is None:
         raise click.UsageError("--threshold auto: name an unpatched run with --from")
-    names = {name: given[name] for name in PATCH_NAMES} | {"threshold": None}
-    method, merging = merging_settings(names, saved.get("dataset_kwargs"))
-    layer = merging.get("layers", patch.METHODS[method].defaults["layers"] or [1])[0] if method != PURE else 1
-    threshold = round(automatic_thresholds(unpatched, given["dataset"], [layer], device)[layer].threshold, 4)
+    if "threshold" not in options:
+        raise click.UsageError(f"--threshold auto: {method} has no threshold, name a method that has with --patch-type")
+    settings, layer = read_settings(variant), options["layers"][0]
+    found = automatic_thresholds(unpatched, settings["dataset"], [layer], device, side=settings["crop_size"])
+    threshold = round(found[layer].threshold, 4)
     if parallel.is_main():
         click.echo(f"threshold {threshold}, from layer {layer} of {unpatched}")
     return threshold
@@ -286,7 +288,7 @@ def _plan(given, saved, resume):
     method, merging = merging_settings({name: given[name] for name in PATCH_NAMES}, saved_data)
     if method != PURE:
         side = settings["crop_size"] // settings["patch_size"]
-        patch.check(method, settings["n_layers"], (side, side), **merging)
+        merging = patch.check(method, settings["n_layers"], (side, side), **merging)
     curriculum = _curriculum(given, saved_data, method, merging)
     if curriculum is not None and curriculum.epochs > settings["epochs"]:
         raise click.UsageError(

@@ -1,6 +1,9 @@
 """Find the lowest threshold that costs no mIoU (ALGM* in the paper)."""
 
+import copy
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -10,9 +13,10 @@ from tqdm import tqdm
 import patch
 from segm.checkpoint import checkpoint_file
 from segm.data import DATASETS
-from segm.eval.cost import images_per_second
+from segm.eval.environment import device_name
 from segm.eval.evaluate import evaluate
-from segm.eval.runs import open_evaluation, run_normalization, square_view
+from segm.eval.runs import SquareViews, open_evaluation
+from segm.eval.timing import interleaved_rates
 from segm.metrics import segmentation_scores
 from segm.model.factory import load_model
 from segm.options import (
@@ -25,9 +29,10 @@ from segm.options import (
     patch_options,
 )
 from segm.pictures import write_picture
+from segm.token_stats import count_tokens
 from vis import threshold_curves
 
-SPEED_IMAGES = 10
+COST_IMAGES = 10
 
 
 @click.command(cls=Command)
@@ -49,75 +54,128 @@ SPEED_IMAGES = 10
 def main(checkpoint, dataset_name, highest, lowest, step, out, device, max_images, **given):
     """Score CHECKPOINT on DATASET at falling thresholds, and name the lowest that keeps the mIoU of the plain model.
 
-    Prints a table of mIoU (percent), tokens per image and images/s (one image at crop x crop pixels). The threshold
-    found is the last one down to which no threshold scored below the unpatched model.
+    Prints a table of mIoU (percent) and, on the first images at crop x crop pixels, tokens per image and images/s;
+    the models take turns while they are timed. The threshold found is the last one down to which no threshold scored
+    below the unpatched model.
     """
-    if not -1 <= lowest <= highest <= 1:
-        raise click.UsageError(f"--lowest {lowest}, --highest {highest}: give -1 <= lowest <= highest <= 1")
+    thresholds = falling(highest, lowest, step)
+    if given["threshold"] is not None:
+        raise click.UsageError("--threshold: the thresholds to try go from --highest to --lowest")
     model, variant = load_model(checkpoint)
     method, options = merging_settings(given, variant.get("dataset_kwargs"))
     if method == PURE or "threshold" not in patch.METHODS[method].defaults:
-        raise click.UsageError("name a method with a threshold: --patch-type graph or algm")
-    apply_patch(model, method, options | {"threshold": highest})  # refuses what is wrong before data are read
-    patch.remove(model)
+        names = ", ".join(name for name, entry in patch.METHODS.items() if "threshold" in entry.defaults)
+        raise click.UsageError(f"name a method with a threshold: --patch-type {{{names}}}")
+    apply_patch(copy.deepcopy(model), method, options | {"threshold": highest})  # refuses what is wrong before reading
     dataset, windows = open_evaluation(variant, dataset_name)
-    model.to(device)
-    size = variant["dataset_kwargs"]["crop_size"]
-    views = [
-        square_view(dataset[index].image, size, run_normalization(variant)).to(device)
-        for index in range(min(SPEED_IMAGES, len(dataset)))
-    ]
+    merging = apply_patch(copy.deepcopy(model), method, options | {"threshold": highest}).to(device)
+    tuning = Tuning(model.to(device), merging, [*SquareViews(dataset, variant, COST_IMAGES, device=device)], device)
 
-    def measure(threshold):
-        return _measure(model, method, options, threshold, dataset, windows, views, device, max_images)
+    def score(threshold):
+        evaluated = tuning.at(threshold)
+        return segmentation_scores(evaluate(evaluated, dataset, windows, device=device, n_images=max_images))
 
-    folder = out or checkpoint_file(checkpoint).parent / f"tune_threshold_{method}"
+    file = checkpoint_file(checkpoint)
+    folder = out or file.parent / f"tune_threshold_{method}"
     settings = {"method": method, "dataset": dataset_name, "max_images": max_images, **_readable(options)}
-    count = round((highest - lowest) / step) + 1
-    thresholds = [None, *(round(highest - step * index, 6) for index in range(count))]
-    rows = _measure_all(folder, settings, thresholds, measure)
+    settings |= {"checkpoint": file.name, "changed": file.stat().st_mtime, "device": device_name(device)}
+    rows = measure_all(folder / "results.json", settings, [None, *thresholds], score, tuning)
     _report(rows, folder)
 
 
-def _measure_all(folder, settings, thresholds, measure):
-    """Measure every threshold that results.json does not hold yet; None stands for the unpatched model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "results.json"
-    rows = []
-    if file.exists():
-        saved = json.loads(file.read_text())
-        if saved["settings"] != settings:
-            raise click.UsageError(f"{file} was measured with other settings: choose another --out")
-        rows = saved["rows"]
-    known = {row["threshold"] for row in rows}
+def falling(highest, lowest, step):
+    """Thresholds from `highest` down to `lowest`, which is always the last one.
+
+    Raises:
+        ValueError: not -1 <= lowest <= highest <= 1.
+    """
+    if not -1 <= lowest <= highest <= 1:
+        raise ValueError(f"--lowest {lowest}, --highest {highest}: give -1 <= lowest <= highest <= 1")
+    count = math.floor((highest - lowest) / step + 1e-6) + 1
+    thresholds = [round(highest - step * index, 6) for index in range(count)]
+    return thresholds if thresholds[-1] <= lowest + 1e-6 else [*thresholds, lowest]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model without and with merging, and what their cost is measured with.
+
+    Attributes:
+        plain, merging: the same weights, unpatched and patched.
+        views: list of images (1, 3, H, W).
+        device: where they are.
+    """
+
+    plain: torch.nn.Module
+    merging: torch.nn.Module
+    views: list
+    device: torch.device
+
+    def at(self, threshold):
+        """The model that merges at a threshold; None: the unpatched one."""
+        if threshold is None:
+            return self.plain
+        patch.set_threshold(self.merging, threshold)
+        return self.merging
+
+    def tokens(self, threshold):
+        """Mean number of patch tokens that the images keep."""
+        return torch.cat([count_tokens(self.at(threshold), view) for view in self.views]).double().mean().item()
+
+    def rates(self, thresholds):
+        """threshold -> median images/s of `predict`, all interleaved."""
+        calls = {threshold: lambda view, t=threshold: self.at(t).predict(view) for threshold in thresholds}
+        rates = interleaved_rates(calls, self.views, self.device, progress=True)
+        return {threshold: values.quantile(0.5).item() for threshold, values in rates.items()}
+
+
+def measure_all(file, settings, thresholds, score, tuning):
+    """Measure every threshold that a file does not hold yet, and the speed of all of them.
+
+    Args:
+        file: JSON with the settings and rows of earlier measurements, if it is there; it is kept up to date.
+        settings: what the rows depend on.
+        thresholds: None stands for the unpatched model.
+        score: threshold -> `segmentation_scores`.
+        tuning: `Tuning`.
+
+    Returns:
+        One dict per threshold: `threshold`, `mean_iou` (percent), `tokens`, `images_per_second`.
+
+    Raises:
+        ValueError: the file holds measurements with other settings, or something else.
+    """
+    known = _read_rows(file, settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
     for threshold in tqdm([t for t in thresholds if t not in known], desc="thresholds", leave=False):
-        rows.append(measure(threshold))
-        partial = file.with_suffix(".part")
-        partial.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
-        partial.replace(file)
-    wanted = {row["threshold"]: row for row in rows}
-    return [wanted[threshold] for threshold in thresholds]
+        row = {"threshold": threshold, "mean_iou": score(threshold)["mean_iou"], "tokens": tuning.tokens(threshold)}
+        known[threshold] = row
+        _write_rows(file, settings, known)
+    if not all("images_per_second" in known[threshold] for threshold in thresholds):
+        for threshold, rate in tuning.rates(thresholds).items():  # all together, or they would not compare
+            known[threshold]["images_per_second"] = rate
+        _write_rows(file, settings, known)
+    return [known[threshold] for threshold in thresholds]
 
 
-def _measure(model, method, options, threshold, dataset, windows, views, device, max_images):
-    """mIoU, mean tokens per view and speed at one threshold."""
-    if threshold is not None:
-        apply_patch(model, method, options | {"threshold": threshold})
+def _read_rows(file, settings):
+    """threshold -> row of an earlier measurement with the same settings."""
+    if not file.exists():
+        return {}
     try:
-        confusion = evaluate(model, dataset, windows, device=device, n_images=max_images)
-        tokens = sum(_tokens(model, view) for view in views) / len(views)
-        rate = images_per_second({"predict": model.predict}, views, device)["predict"]
-    finally:
-        patch.remove(model)
-    mean_iou = segmentation_scores(confusion)["mean_iou"]
-    return {"threshold": threshold, "mean_iou": mean_iou, "tokens": tokens, "images_per_second": rate}
+        saved = json.loads(file.read_text())
+        rows = {row["threshold"]: row for row in saved["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no measurements: remove it, or choose another --out") from error
+    if saved.get("settings") != settings:
+        raise ValueError(f"{file} was measured with another checkpoint or other settings: choose another --out")
+    return rows
 
 
-@torch.inference_mode()
-def _tokens(model, view):
-    """Patch tokens that an image (1, 3, H, W) keeps."""
-    scores = model.grid_scores(view)
-    return patch.reduction(model).counts.item() if patch.is_patched(model) else scores.shape[-2] * scores.shape[-1]
+def _write_rows(file, settings, rows):
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps({"settings": settings, "rows": [*rows.values()]}, indent=2))
+    partial.replace(file)
 
 
 def _readable(options):

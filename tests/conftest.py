@@ -53,3 +53,19 @@ def small_net():
         "n_cls": 5,
         "decoder": {"name": "mask_transformer", "n_layers": 1, "dropout": 0.0},
     }
+
+
+@pytest.fixture
+def shapes_run(tmp_path, small_net):
+    """A run directory on `shapes` at 32x32 pixels, with random weights."""
+    from segm.checkpoint import save_checkpoint, write_variant
+    from segm.model.factory import create_segmenter
+
+    net, size = small_net | {"n_cls": 11, "normalization": "vit"}, 32
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_checkpoint({"model": create_segmenter(net).state_dict(), "epoch": 0}, folder / "checkpoint.pth")
+    data = {"dataset": "shapes", "image_size": size, "crop_size": size, "patch_type": "pure"}
+    inference = {"im_size": size, "window_size": size, "window_stride": size}
+    write_variant({"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}, folder)
+    return folder

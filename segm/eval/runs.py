@@ -1,7 +1,8 @@
-"""The data set and windows with which a run is evaluated."""
+"""The data set, windows and images with which a run is evaluated and measured."""
 
 import cv2
 import numpy as np
+import torch
 
 from segm.data import class_info, create_dataset, dataset_defaults, normalize
 from segm.eval.sliding import Windows
@@ -87,3 +88,39 @@ def square_view(image, side, normalization):
         (1, 3, side, side), float32, normalised.
     """
     return normalize(cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR), normalization).unsqueeze(0)
+
+
+class SquareViews(torch.utils.data.Dataset):
+    """Evaluation images of a run as the measuring commands feed them: batches (B, 3, crop, crop), read on demand.
+
+    Args:
+        dataset: an evaluation split of `segm.data`.
+        variant: content of `variant.yml`.
+        n_images: only the first so many images; None: all.
+        batch_size: images per batch; what does not fill the last one is left out, unless nothing else is there.
+        duplicate: fill every batch with copies of one image, so that adaptive methods keep its own token count.
+        device, dtype: of the batches.
+    """
+
+    def __init__(self, dataset, variant, n_images=None, *, batch_size=1, duplicate=False, device="cpu", dtype=None):
+        n_images = min(n_images or len(dataset), len(dataset))
+        self.dataset, self.side = dataset, variant["dataset_kwargs"]["crop_size"]
+        self.normalization = run_normalization(variant)
+        self.batch_size, self.duplicate = batch_size if duplicate else min(batch_size, n_images), duplicate
+        self.n_batches = n_images if duplicate else n_images // self.batch_size
+        self.device, self.dtype = device, dtype
+
+    def __len__(self):
+        return self.n_batches
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        if self.duplicate:
+            return self._view(index).expand(self.batch_size, -1, -1, -1).contiguous()
+        start = index * self.batch_size
+        return torch.cat([self._view(i) for i in range(start, start + self.batch_size)])
+
+    def _view(self, index):
+        view = square_view(self.dataset[index].image, self.side, self.normalization)
+        return view.to(device=self.device, dtype=self.dtype)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import patch
 from segm import auto_threshold, train, tune_threshold
-from segm.checkpoint import read_variant, save_checkpoint, write_variant
+from segm.checkpoint import read_variant, save_checkpoint
 from segm.data import create_dataset
 from segm.eval.runs import square_view
 from segm.model.factory import create_segmenter
@@ -19,16 +19,8 @@ SIZE = 32
 
 
 @pytest.fixture
-def run(tmp_path, small_net):
-    """A run directory on `shapes` with random weights."""
-    net = small_net | {"n_cls": 11, "normalization": "vit"}
-    folder = tmp_path / "run"
-    folder.mkdir()
-    save_checkpoint({"model": create_segmenter(net).state_dict(), "epoch": 0}, folder / "checkpoint.pth")
-    data = {"dataset": "shapes", "image_size": SIZE, "crop_size": SIZE, "patch_type": "pure"}
-    inference = {"im_size": SIZE, "window_size": SIZE, "window_stride": SIZE}
-    write_variant({"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}, folder)
-    return folder
+def run(shapes_run):
+    return shapes_run
 
 
 def call(command, *arguments):
@@ -65,13 +57,15 @@ def test_auto_threshold_prints_a_line_per_layer(run):
     assert result.exit_code == 0 and [line.split()[0] for line in lines] == ["layer", "1", "2"]
     refused = call(auto_threshold, run, "shapes", "--selected-layers", 4, "--device", "cpu")
     assert refused.exit_code != 0 and "1 to 3" in refused.output
+    refused = call(auto_threshold, run, "shapes", "--selected-layers", 2, 1, "--device", "cpu")
+    assert refused.exit_code != 0 and "ascending" in refused.output
 
 
 def test_training_with_the_automatic_threshold(run, tmp_path, monkeypatch):
     asked = []
 
-    def thresholds(checkpoint, name, layers, device):
-        asked.append((checkpoint, name, layers))
+    def thresholds(checkpoint, name, layers, device, side):
+        asked.append((checkpoint, name, layers, side))
         return {layers[0]: auto_threshold.Similarity(0.5, 0.25)}
 
     monkeypatch.setattr(train, "automatic_thresholds", thresholds)
@@ -80,40 +74,62 @@ def test_training_with_the_automatic_threshold(run, tmp_path, monkeypatch):
     options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
     refused = call(train, *options)
     assert refused.exit_code != 0 and "--from" in refused.output
+    for wrong in (["--selected-layers", 1, 99], ["--merging-window-size", 9, 9], ["--patch-type", "tome"]):
+        refused = call(train, *options, "--from", run, *wrong)
+        assert refused.exit_code != 0 and asked == []  # before any image is read
     assert call(train, *options, "--from", run).exit_code == 0
-    assert asked[0] == (run, "shapes", [1]) and asked[1]["threshold"] == 0.75
+    assert asked[0] == (run, "shapes", [1], SIZE) and asked[1]["threshold"] == 0.75
 
 
 @pytest.mark.parametrize("method", ["graph", "algm"])
 def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkeypatch, method):
     options = [run, "shapes", "--patch-type", method, "--selected-layers", 1, "--max-images", 2, "--device", "cpu"]
     options += ["--highest", 1.0, "--lowest", 0.8, "--step", 0.1, "--out", tmp_path / "tuned"]
-    monkeypatch.setattr(tune_threshold, "SPEED_IMAGES", 1)
-    measured, real = [], tune_threshold._measure
+    monkeypatch.setattr(tune_threshold, "COST_IMAGES", 1)
+    scored, real = [], tune_threshold.evaluate
 
-    def measure(model, method, settings, threshold, *rest):
-        measured.append(threshold)
-        if len(measured) == 3:
+    def evaluate(model, *rest, **options):
+        scored.append(patch.settings(model)["threshold"] if patch.is_patched(model) else None)
+        if len(scored) == 3:
             raise KeyboardInterrupt
-        return real(model, method, settings, threshold, *rest)
+        return real(model, *rest, **options)
 
-    monkeypatch.setattr(tune_threshold, "_measure", measure)
+    monkeypatch.setattr(tune_threshold, "evaluate", evaluate)
     assert call(tune_threshold, *options).exit_code != 0
     assert call(tune_threshold, *options).exit_code == 0
-    assert measured == [None, 1.0, 0.9, 0.9, 0.8]
+    assert scored == [None, 1.0, 0.9, 0.9, 0.8]
     rows = json.loads((tmp_path / "tuned/results.json").read_text())["rows"]
     assert [row["threshold"] for row in rows] == [None, 1.0, 0.9, 0.8]
     assert rows[0]["tokens"] == 16 and rows[0]["mean_iou"] == pytest.approx(rows[1]["mean_iou"], abs=0.02)
     assert rows[1]["tokens"] >= rows[2]["tokens"] >= rows[3]["tokens"]
+    assert all(row["images_per_second"] > 0 for row in rows)
     assert (tmp_path / "tuned/curves.png").stat().st_size > 1000
     other = call(tune_threshold, *options, "--prop-attn")
     assert other.exit_code != 0 and "other settings" in other.output
+    save_checkpoint({"model": create_segmenter(read_variant(run)["net_kwargs"]).state_dict()}, run / "checkpoint.pth")
+    other = call(tune_threshold, *options)
+    assert other.exit_code != 0 and "another checkpoint" in other.output
+    (tmp_path / "tuned/results.json").write_text("{}")
+    damaged = call(tune_threshold, *options)
+    assert damaged.exit_code != 0 and "holds no measurements" in damaged.output
 
 
 def test_tuning_wants_a_threshold_to_tune(run):
     for options in ([], ["--patch-type", "tome"]):
         result = call(tune_threshold, run, "shapes", "--device", "cpu", *options)
-        assert result.exit_code != 0 and "graph or algm" in result.output
+        assert result.exit_code != 0 and "graph, algm" in result.output
+    fixed = call(tune_threshold, run, "shapes", "--device", "cpu", "--patch-type", "graph", "--threshold", 0.9)
+    assert fixed.exit_code != 0 and "--highest" in fixed.output
+    turned = call(tune_threshold, run, "shapes", "--device", "cpu", "--patch-type", "graph", "--lowest", -2)
+    assert turned.exit_code != 0 and "-1 <= lowest" in turned.output
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [((1.0, 0.8, 0.1), [1.0, 0.9, 0.8]), ((0.82, 0.76, 0.1), [0.82, 0.76]), ((0.9, 0.9, 0.02), [0.9])],
+)
+def test_thresholds_end_at_the_lowest(bounds, expected):
+    assert tune_threshold.falling(*bounds) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("scores", "lowest"), [([60, 59, 58], None), ([60, 61, 60, 59, 62], 0.8), ([60, 60, 61], 0.8)])

@@ -1,0 +1,37 @@
+"""What a figure was measured with."""
+
+import platform
+from pathlib import Path
+
+import timm
+import torch
+
+
+def environment(device):
+    """Device, its threads and the versions that matter for speed, as JSON takes them.
+
+    Args:
+        device: torch.device.
+    """
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def device_name(device):
+    """Name of the GPU, or of the processor and the number of threads that are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor():
+    """What Linux calls the processor; elsewhere, what Python knows."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

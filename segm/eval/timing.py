@@ -1,0 +1,45 @@
+"""Speed of models, compared inside one run."""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+
+@torch.inference_mode()
+def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=False):
+    """Speed of several functions, interleaved call by call so that they meet the same conditions.
+
+    Args:
+        calls: name -> function of a batch (B, 3, H, W).
+        batches: sequence of batches; each is read once and passed to every function `repeats` times.
+        device: torch.device, waited for before and after every call.
+        repeats: timed calls of each function per batch.
+        warmup: untimed calls of each function, with the first batch.
+        progress: show a bar.
+
+    Returns:
+        name -> (len(batches),) images/s, float64, each the median of its repeats.
+    """
+    rates = {name: [] for name in calls}
+    for index, batch in enumerate(tqdm(batches, desc="timing", unit="batch", leave=False, disable=not progress)):
+        if index == 0:
+            for call in calls.values():
+                for _ in range(warmup):
+                    call(batch)
+        seconds = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                start = _now(device)
+                call(batch)
+                seconds[name].append(_now(device) - start)
+        for name, values in seconds.items():
+            rates[name].append(len(batch) / torch.tensor(values, dtype=torch.float64).quantile(0.5))
+    return {name: torch.stack(values) for name, values in rates.items()}
+
+
+def _now(device):
+    """Seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,60 @@
+"""Operations of a trained Segmenter."""
+
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from segm.data import DATASETS
+from segm.eval.operations import count_operations
+from segm.eval.runs import SquareViews, open_evaluation
+from segm.options import (
+    Command,
+    batch_size_option,
+    device_option,
+    load_patched,
+    max_images_option,
+    patch_options,
+)
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@batch_size_option
+@click.option("--enc-dec", is_flag=True, help="Also print what encoder and decoder take, and the rest.")
+@device_option
+@max_images_option
+@patch_options
+def main(checkpoint, dataset_name, batch_size, enc_dec, device, max_images, **given):
+    """Print the GFLOPs per image of CHECKPOINT on DATASET: mean and standard deviation over the images.
+
+    Counted as fvcore does, one per multiply-add, in one forward pass over every validation image at crop x crop
+    pixels; upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
+    leaves out (element-wise work, sorting, indexing) are listed.
+    """
+    model, variant = load_patched(checkpoint, given, device)
+    dataset, _ = open_evaluation(variant, dataset_name)
+    views = SquareViews(dataset, variant, max_images, batch_size=batch_size, device=device)
+    found = [count_operations(model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
+    click.echo(f"{len(views) * views.batch_size} images of {views.side} x {views.side} pixels")
+    _show("GFLOPs", [operations.total for operations in found])
+    if enc_dec:
+        _show("encoder", [operations.encoder for operations in found])
+        _show("decoder", [operations.decoder for operations in found])
+        _show("rest", [operations.total - operations.encoder - operations.decoder for operations in found])
+    uncounted = sum((Counter(operations.uncounted) for operations in found), Counter())
+    calls = ", ".join(f"{name} {n / len(found):.0f}" for name, n in uncounted.most_common())
+    click.echo(f"not counted (calls per pass): {calls}")
+
+
+def _show(name, values):
+    """Mean and, of several batches, standard deviation of 10⁹ operations."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    click.echo(f"{name + ':':<9} {statistics.mean(values):.3f}{spread}")
+
+
+if __name__ == "__main__":
+    main()

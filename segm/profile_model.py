@@ -1,0 +1,79 @@
+"""Where a trained Segmenter spends its time."""
+
+from pathlib import Path
+
+import click
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import patch
+from segm.checkpoint import checkpoint_file
+from segm.data import DATASETS
+from segm.eval.environment import device_name
+from segm.eval.runs import SquareViews, open_evaluation
+from segm.options import Command, batch_size_option, device_option, load_patched, patch_options
+
+FORWARD, MERGE = "forward pass", "merging and its undoing"
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@batch_size_option
+@click.option("--max-images", type=click.IntRange(min=1), default=10, show_default=True, help="Images to profile.")
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Operators to list.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace.json beside CHECKPOINT]",
+)
+@device_option
+@patch_options
+def main(checkpoint, dataset_name, batch_size, max_images, rows, out, device, **given):
+    """Print the operators of CHECKPOINT by time and the share of merging, and write a Chrome trace.
+
+    One forward pass of the model over images of DATASET at crop x crop pixels, after one that is not profiled.
+    """
+    model, variant = load_patched(checkpoint, given, device)
+    dataset, _ = open_evaluation(variant, dataset_name)
+    views = [*SquareViews(dataset, variant, max_images, batch_size=batch_size, device=device)]
+    profiler = run_profile(model, views, device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    click.echo(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45))
+    times = device_times(profiler, device)
+    total, merging = times[FORWARD], times.get(MERGE, 0)
+    click.echo(f"{device_name(device)}: {total / len(views) / 1000:.2f} ms per pass of {len(views[0])} images")
+    click.echo(f"{MERGE}: {merging / len(views) / 1000:.2f} ms, {100 * merging / total:.1f} % of it")
+    trace = out or checkpoint_file(checkpoint).parent / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    click.echo(f"written to {trace}")
+
+
+@torch.inference_mode()
+def run_profile(model, views, device):
+    """Profile one forward pass per batch, with ranges named `FORWARD` and `MERGE`.
+
+    Args:
+        model: a Segmenter, patched or not.
+        views: list of batches (B, 3, H, W).
+
+    Returns:
+        `torch.profiler.profile`.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    model(next(iter(views)))  # the first pass allocates and chooses kernels
+    with patch.merge_ranges(model, MERGE), profile(activities=activities) as profiler:
+        for images in views:
+            with record_function(FORWARD):
+                model(images)
+    return profiler
+
+
+def device_times(profiler, device):
+    """Name of the range or operator -> microseconds, on the device that computes."""
+    attribute = "device_time_total" if device.type == "cuda" else "cpu_time_total"
+    return {event.key: getattr(event, attribute) for event in profiler.key_averages()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Speed of a trained Segmenter, with several merging methods in one run."""
+
+import copy
+import json
+import shlex
+from pathlib import Path
+
+import click
+import torch
+
+import patch
+from segm.data import DATASETS
+from segm.eval.environment import environment
+from segm.eval.runs import SquareViews, open_evaluation
+from segm.eval.timing import interleaved_rates
+from segm.model.factory import load_model
+from segm.options import (
+    PURE,
+    Command,
+    apply_patch,
+    batch_size_option,
+    device_option,
+    max_images_option,
+    merging_settings,
+    patch_options,
+    read_given_options,
+    read_merging_options,
+)
+from segm.token_stats import count_tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTPUTS = {
+    "logits": lambda model: model,
+    "scores": lambda model: model.grid_scores,
+    "labels": lambda model: model.predict,
+}
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@batch_size_option
+@click.option("--duplicate", is_flag=True, help="Fill a batch with copies of one image, which keeps its token count.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of model and images.")
+@click.option(
+    "--output",
+    type=click.Choice(OUTPUTS),
+    default="logits",
+    show_default=True,
+    help="What is timed: logits per pixel (the published protocol), scores per patch, or the label map.",
+)
+@click.option("--warmup", type=click.IntRange(min=0), default=50, show_default=True, help="Untimed passes at first.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed passes per batch.")
+@click.option(
+    "--compare",
+    help='Methods to time side by side, e.g. pure,graph or "pure,graph --threshold 0.9,algm --threshold 0.9".',
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@device_option
+@max_images_option
+@patch_options
+def main(
+    checkpoint, dataset_name, batch_size, duplicate, dtype, output, warmup, repeats, compare, out, device, **given
+):
+    """Print images/s of CHECKPOINT on DATASET, at crop x crop pixels.
+
+    Every validation image is timed --repeats times, its median counts; printed are median and quartiles over the
+    images, without the reading of files. With --compare the methods take turns, image by image, and the ratio to
+    the first one is the median over the images. Published protocols: G2TM --batch-size 1; ALGM --batch-size 32
+    --duplicate.
+    """
+    max_images = given.pop("max_images")
+    model, variant = load_model(checkpoint)
+    methods = read_methods(compare, given, variant)
+    models = {name: apply_patch(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
+    dataset, _ = open_evaluation(variant, dataset_name)
+    precision = DTYPES[dtype]
+    views = SquareViews(
+        dataset, variant, max_images, batch_size=batch_size, duplicate=duplicate, device=device, dtype=precision
+    )
+    models = {name: patched.to(device=device, dtype=precision) for name, patched in models.items()}
+    calls = {name: OUTPUTS[output](patched) for name, patched in models.items()}
+    rates = interleaved_rates(calls, views, device, repeats=repeats, warmup=warmup, progress=True)
+    tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
+    rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]
+    conditions = environment(device) | {"dtype": dtype, "batch_size": views.batch_size, "duplicate": duplicate}
+    conditions |= {"output": output, "side": views.side, "batches": len(views), "repeats": repeats, "warmup": warmup}
+    click.echo(describe(conditions))
+    click.echo(format_rows(rows))
+    if out is not None:
+        out.write_text(json.dumps(conditions | {"dataset": dataset_name, "rows": rows}, indent=2))
+
+
+def read_methods(compare, given, variant):
+    """Methods to time.
+
+    Args:
+        compare: value of --compare, or None.
+        given: values of `patch_options`; with --compare they hold for every method that takes them.
+        variant: content of `variant.yml`.
+
+    Returns:
+        What is written of a method -> (method, options) for `apply_patch`.
+
+    Raises:
+        ValueError: a method or option that is not allowed, or the same one twice.
+    """
+    saved = variant.get("dataset_kwargs")
+    if compare is None:
+        method, options = merging_settings(given, saved)
+        return {method: (method, options)}
+    methods = {}
+    for text in (part.strip() for part in compare.split(",")):
+        name, *own = shlex.split(text) or [""]
+        if text in methods:
+            raise ValueError(f"--compare {compare}: {text} stands there twice")
+        method, options = merging_settings(read_merging_options(["--patch-type", name, *own]), saved)
+        methods[text] = method, _common_options(given, method) | options
+    return methods
+
+
+def _common_options(given, method):
+    """Of the options that hold for all methods, those that this one takes."""
+    if method == PURE:
+        return {}
+    known = patch.METHODS[method].defaults
+    return {key: value for key, value in read_given_options(given).items() if key in known}
+
+
+def mean_tokens(model, views):
+    """Patch tokens that an image keeps, on average."""
+    return torch.cat([count_tokens(model, batch) for batch in views]).double().mean().item()
+
+
+def speed_row(name, rates, reference, tokens):
+    """Median and quartiles of images/s over the batches, and the median ratio to a reference; both (batches,)."""
+    low, median, high = (rates.quantile(q).item() for q in (0.25, 0.5, 0.75))
+    ratio = (rates / reference).quantile(0.5).item()
+    return {"method": name, "images_per_second": median, "q25": low, "q75": high, "ratio": ratio, "tokens": tokens}
+
+
+def describe(conditions):
+    """One line that says what was measured with."""
+    c = conditions
+    images = f"{c['batches']} x {c['batch_size']} images of {c['side']} x {c['side']}"
+    return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}"
+
+
+def format_rows(rows):
+    """The rows as Markdown."""
+    lines = ["| method | tokens | images/s | quartiles | ratio |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        quartiles = f"{row['q25']:.2f} to {row['q75']:.2f}"
+        cells = f"{row['tokens']:.1f} | {row['images_per_second']:.2f} | {quartiles} | {row['ratio']:.3f}"
+        lines.append(f"| {row['method']} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Operations in fvcore's convention."""
+
+import pytest
+import torch
+
+import patch
+from segm.eval.operations import count_operations
+from segm.model.factory import create_segmenter
+
+
+def segmenter(size, pixels, n_cls):
+    net = {"backbone": f"vit_{size}_patch16_384", "image_size": pixels, "n_cls": n_cls}
+    return create_segmenter(net | {"decoder": {"name": "mask_transformer"}}).eval()
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "n_cls", "published"),
+    [
+        ("tiny", 512, 150, 12.8),
+        ("small", 512, 150, 38.6),
+        pytest.param("base", 512, 150, 129.6, marks=pytest.mark.slow),
+        pytest.param("small", 768, 19, 116, marks=pytest.mark.slow),
+        pytest.param("large", 512, 150, 400, marks=pytest.mark.slow),
+        pytest.param("small", 1024, 19, 285, marks=pytest.mark.slow),
+        pytest.param("base", 1024, 19, 776, marks=pytest.mark.slow),
+    ],
+)
+def test_operations_are_the_published_ones(size, pixels, n_cls, published):
+    operations = count_operations(segmenter(size, pixels, n_cls), torch.randn(1, 3, pixels, pixels))
+    assert operations.total == pytest.approx(published, rel=0.02)
+
+
+def test_the_count_is_per_image(small_net):
+    model, images = create_segmenter(small_net).eval(), torch.randn(2, 3, 32, 32)
+    assert count_operations(model, images).total == pytest.approx(count_operations(model, images[:1]).total, rel=1e-9)
+
+
+def test_attention_counts_as_its_two_products(small_net):
+    """Against a count by hand of one block: 4 + 8 products of width², and two of L²."""
+    model = create_segmenter(small_net).eval()
+    one, two = (
+        count_operations(create_segmenter(small_net | {"n_layers": n}).eval(), torch.randn(1, 3, 32, 32))
+        for n in (1, 2)
+    )
+    length, width = 17, model.encoder.embed_dim
+    norms = 2 * 5 * length * width  # fvcore counts 5 per number of a layer norm
+    by_hand = 12 * length * width**2 + 2 * length**2 * width + norms
+    assert (two.encoder - one.encoder) * 1e9 == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "added"),
+    [
+        # A 4x4 grid of width 32: 24 pairs of neighbours; 16 tokens are summed, and their sizes.
+        ("graph", {"layers": [1], "threshold": 1.0}, 24 * 32 + 16 * 32 + 16),
+        # The same sums; pairs within windows are element-wise work, which fvcore never counts.
+        ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16),
+        # 9 tokens at even and 8 at odd positions of the whole sequence, keys of width 16, in each of 3 layers; sizes
+        # are summed with and without CLS, and once more where two steps are seen as one.
+        ("tome", {"r": 0}, 3 * (9 * 8 * 16 + 16 * 32 + 17 + 16) + 2 * 16),
+    ],
+)
+def test_nothing_of_the_merge_is_missed(small_net, method, options, added):
+    """Where nothing merges, what the method computes comes on top of the plain model."""
+    model, images = create_segmenter(small_net).eval(), torch.randn(1, 3, 32, 32)
+    plain = count_operations(model, images)
+    patch.segmenter(model, method, attention="none", **options)
+    merging = count_operations(model, images)
+    assert (merging.total - plain.total) * 1e9 == pytest.approx(added)
+    assert merging.decoder == plain.decoder
+
+
+def test_merging_saves_operations_and_what_is_not_counted_is_named(small_net):
+    model, images = create_segmenter(small_net).eval(), torch.randn(1, 3, 32, 32)
+    plain = count_operations(model, images)
+    patch.segmenter(model, "graph", layers=[1], threshold=-1.0)
+    merging = count_operations(model, images)
+    assert merging.encoder < plain.encoder and merging.decoder < plain.decoder
+    assert plain.uncounted["gelu"] == 4 and "cumsum" in merging.uncounted
+    assert not {"scaled_dot_product_attention", "linalg_vecdot", "index_add"} & set(merging.uncounted)

@@ -1,0 +1,51 @@
+"""Timing, and the images that are timed."""
+
+import numpy as np
+import pytest
+import torch
+
+from segm.data import create_dataset
+from segm.eval.environment import environment
+from segm.eval.runs import SquareViews, square_view
+from segm.eval.timing import interleaved_rates
+
+CPU = torch.device("cpu")
+
+
+def test_models_take_turns_on_every_batch():
+    order = []
+    calls = {name: lambda batch, name=name: order.append((name, len(batch))) for name in "ab"}
+    rates = interleaved_rates(calls, [torch.zeros(2, 1), torch.zeros(3, 1)], CPU, repeats=2, warmup=1)
+    turns = [("a", 2), ("b", 2)]
+    assert order == turns + turns * 2 + [("a", 3), ("b", 3)] * 2
+    assert set(rates) == {"a", "b"} and all(rate.shape == (2,) and (rate > 0).all() for rate in rates.values())
+
+
+def test_a_slow_pass_does_not_count(monkeypatch):
+    clock = iter(np.cumsum([0, 1, 0, 9, 0, 1]).tolist())  # passes of 1, 9 and 1 seconds
+    monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
+    rates = interleaved_rates({"a": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
+    assert rates["a"].tolist() == [4.0]
+
+
+@pytest.fixture
+def variant():
+    data = {"dataset": "shapes", "crop_size": 32}
+    return {"dataset_kwargs": data, "net_kwargs": {"normalization": "vit"}}
+
+
+def test_views_are_the_images_resized_to_the_crop(variant):
+    dataset = create_dataset("shapes", "val")
+    views = SquareViews(dataset, variant, 5, batch_size=2)
+    assert len(views) == 2  # the fifth image fills no batch
+    expected = torch.cat([square_view(dataset[i].image, 32, "vit") for i in (2, 3)])
+    assert torch.equal(views[1], expected) and len([*views]) == 2
+    copies = SquareViews(dataset, variant, 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
+    assert len(copies) == 5 and copies[4].shape == (3, 3, 32, 32) and copies[4].dtype == torch.bfloat16
+    assert torch.equal(copies[4][0], copies[4][2])
+    assert len(SquareViews(dataset, variant, 2, batch_size=8)) == 1
+
+
+def test_the_environment_names_the_device():
+    found = environment(CPU)
+    assert "threads" in found["device"] and found["torch"] == torch.__version__
