@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-# Size that the scores of one band of rows may have in `label_map`: large enough that the work per band
-# dominates the call, small enough to stay near the cache.
+# Size that the interpolated scores of one part of the image may have: large enough that the work dominates the
+# call, small enough to stay near the cache.
 BAND_BYTES = 16 * 2**20
+# Classes that are compared in a cell where no more can win.
+CANDIDATES = 8
 
 
 def upsample(scores, size):
@@ -16,8 +18,7 @@ def upsample(scores, size):
 def label_map(scores, patch_size):
     """Class with the highest upsampled score per pixel, without the upsampled scores of the whole image.
 
-    The image is treated in bands of patch rows. A band is interpolated together with one more row of patches
-    on each side, so that the result equals `upsample(scores, ...).argmax(1)`.
+    Equals `upsample(scores, ...).argmax(1)`, but for ties, which rounding may turn.
 
     Args:
         scores: (B, C, gh, gw).
@@ -26,6 +27,82 @@ def label_map(scores, patch_size):
     Returns:
         Labels, int64, (B, gh·ph, gw·pw).
     """
+    if scores.device.type == "cpu":
+        return _label_map_by_cells(scores, patch_size)
+    return _label_map_in_bands(scores, patch_size)
+
+
+def _label_map_by_cells(scores, patch_size):
+    """Interpolate only where the label can change, and only the classes that can win.
+
+    The centres of four neighbouring patches are the corners of a cell of ph × pw pixels, whose scores are means of
+    the scores at the corners. A class that is the highest at all four is the highest in the whole cell, and a class
+    wins nowhere in it whose highest corner is below the lowest corner of another.
+    """
+    n_images, _, gh, gw = scores.shape
+    ph, pw = patch_size
+    scores = scores.permute(0, 2, 3, 1).flatten(0, 2)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    corners = _cell_corners(n_images, gh, gw)
+    tops = scores.argmax(-1)[corners]
+    labels = tops[..., :1].repeat(1, 1, 1, ph * pw)
+    mixed = (tops != tops[..., :1]).any(-1)
+    weights = _corner_weights(patch_size).to(scores)
+    chunk = max(1, BAND_BYTES // (4 * scores.shape[1] * scores.element_size()))
+    parts = [_cell_labels(scores[rows], weights) for rows in corners[mixed].split(chunk)]
+    labels[mixed] = torch.cat(parts)
+    labels = labels.unflatten(-1, (ph, pw)).transpose(2, 3).reshape(n_images, (gh + 1) * ph, (gw + 1) * pw)
+    top, left = ph - ph // 2, pw - pw // 2  # the outermost cells hang over the edge
+    return labels[:, top : top + gh * ph, left : left + gw * pw]
+
+
+def _cell_corners(n_images, gh, gw):
+    """Patches at the corners of every cell: (B, gh+1, gw+1, 4), indices into the flattened grids of all images.
+
+    In the order top left, top right, bottom left, bottom right; at the edge, patches stand in for missing ones.
+    """
+    index = torch.arange(n_images * gh * gw).view(n_images, 1, gh, gw).double()
+    index = F.pad(index, (1, 1, 1, 1), mode="replicate").squeeze(1).long()
+    return torch.stack([index[:, :-1, :-1], index[:, :-1, 1:], index[:, 1:, :-1], index[:, 1:, 1:]], dim=-1)
+
+
+def _corner_weights(patch_size):
+    """(ph·pw, 4): bilinear weights of the four corners at every pixel of a cell."""
+    axes = []
+    for side in patch_size:
+        far = (torch.arange(side) + (0.5 if side % 2 == 0 else 0.0)) / side
+        axes.append(torch.stack([1 - far, far], dim=1))
+    return torch.einsum("yi,xj->yxij", *axes).reshape(-1, 4)
+
+
+def _cell_labels(corners, weights):
+    """Winning class at every pixel of some cells.
+
+    Args:
+        corners: (K, 4, C), scores at the corners.
+        weights: (P, 4), of the corners at every pixel.
+
+    Returns:
+        (K, P), int64.
+    """
+    labels = torch.empty(len(corners), len(weights), dtype=torch.long)
+    few = torch.zeros(len(corners), dtype=torch.bool)
+    if corners.shape[2] > CANDIDATES + 1:
+        highest, bar = corners.amax(1), corners.amin(1).amax(1)
+        best = highest.topk(CANDIDATES + 1, dim=1)
+        few = best.values[:, -1] < bar
+        candidates = best.indices[few, :-1].sort(dim=1).values  # of equal scores the first class wins, as in argmax
+        chosen = corners[few].gather(2, candidates.unsqueeze(1).expand(-1, 4, -1))
+        labels[few] = candidates.gather(1, (weights @ chosen).max(dim=-1).indices)
+    chunk = max(1, BAND_BYTES // (weights.shape[0] * corners.shape[2] * corners.element_size()))
+    rest = (~few).nonzero().squeeze(1)
+    for cells in rest.split(chunk):
+        labels[cells] = (weights @ corners[cells]).max(dim=-1).indices
+    return labels
+
+
+def _label_map_in_bands(scores, patch_size):
+    """Interpolate all classes, in bands of patch rows, each with one more row on both sides."""
     n_images, n_cls, gh, gw = scores.shape
     ph, pw = patch_size
     # Classes innermost: argmax then runs over contiguous memory, which is what the time goes into.

@@ -1,0 +1,68 @@
+"""Label maps without the upsampled scores."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segm.model import upsample as module
+from segm.model.upsample import label_map, upsample
+
+
+def scores_of(kind, n_images, n_cls, grid):
+    """Scores as of a trained model ("smooth"), of an untrained one ("noise"), or of one that has merged rows."""
+    scores = torch.randn(n_images, n_cls, *grid, dtype=torch.float64)
+    if kind == "merged":
+        return scores[:, :, torch.arange(grid[0]) // 2]
+    return F.avg_pool2d(F.pad(scores, (2, 2, 2, 2), mode="replicate"), 5, 1) if kind == "smooth" else scores
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise", "merged"])
+@pytest.mark.parametrize("patch_size", [(16, 16), (7, 4), (1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("n_cls", "grid"), [(150, (6, 9)), (9, (5, 4)), (10, (3, 3)), (2, (4, 4)), (30, (1, 1)), (30, (1, 5))]
+)
+@pytest.mark.parametrize("form", ["_label_map_by_cells", "_label_map_in_bands"])
+def test_every_form_is_the_argmax_of_the_upsampled_scores(form, kind, patch_size, n_cls, grid):
+    scores = scores_of(kind, 2, n_cls, grid)
+    expected = upsample(scores, (grid[0] * patch_size[0], grid[1] * patch_size[1])).argmax(1)
+    assert torch.equal(getattr(module, form)(scores, patch_size), expected)
+
+
+def test_small_parts_give_the_same(monkeypatch):
+    scores = scores_of("smooth", 2, 40, (8, 8))
+    expected = label_map(scores, (8, 8))
+    monkeypatch.setattr(module, "BAND_BYTES", 1)
+    assert torch.equal(label_map(scores, (8, 8)), expected)
+
+
+def test_of_equal_scores_the_first_class_wins():
+    scores = torch.zeros(1, 40, 3, 3)
+    scores[:, [7, 3]] = torch.randn(3, 3)  # two classes with the same scores
+    expected = upsample(scores, (12, 12)).argmax(1)
+    assert torch.equal(label_map(scores, (4, 4)), expected) and set(expected.unique().tolist()) <= {0, 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_compared_in_single(dtype):
+    scores = torch.randn(1, 20, 4, 4).to(dtype)
+    assert torch.equal(label_map(scores, (8, 8)), label_map(scores.float(), (8, 8)))
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_image_stays_flat():
+    """2048x1024 pixels, 150 classes: the upsampled scores alone would take 1.2 GB."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        pytest.skip("needs Linux's /proc")
+
+    def peak():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+    for kind in ("smooth", "noise"):
+        scores = scores_of(kind, 1, 150, (64, 128)).float()
+        clear.write_text("5")  # the peak starts anew
+        before = peak()
+        label_map(scores, (16, 16))
+        assert peak() - before < 300 * 1024  # KiB
