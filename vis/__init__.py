@@ -1,18 +1,29 @@
-"""Pictures: merged tokens, label maps, tables of pictures. Arrays in, images out; knows no model and no file."""
+"""Pictures: merged tokens, attention, label maps, tables of pictures. Arrays in, images out; knows no model and no
+file."""
 
+from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
 from vis.curves import threshold_curves
 from vis.histograms import token_histograms
-from vis.labels import blend, colorize, legend
+from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
-from vis.tokens import fill_tokens, outline_tokens
+from vis.tokens import fill_tokens, outline_tokens, token_pictures
 
 __all__ = [
+    "attention_map",
+    "attention_pictures",
     "blend",
+    "color_attention",
     "colorize",
+    "enlarge",
     "fill_tokens",
+    "label_picture",
     "legend",
+    "magnification",
     "outline_tokens",
+    "overlay_attention",
     "picture_sheet",
+    "spread_weights",
     "threshold_curves",
     "token_histograms",
+    "token_pictures",
 ]

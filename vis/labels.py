@@ -1,7 +1,13 @@
 """Label maps as pictures."""
 
+import math
+from functools import cache
+from pathlib import Path
+
 import cv2
+import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 IGNORED = (0, 0, 0)
 
@@ -26,20 +32,71 @@ def blend(image, colors, opacity=0.5):
     return cv2.addWeighted(colors, opacity, image, 1 - opacity, 0)
 
 
-def legend(names, palette, width=200, row=24):
-    """Class names beside their colors.
+def legend(names, palette, height=None, row=24):
+    """Class names beside their colors, in columns as wide as their longest name.
 
     Args:
         names: class names.
         palette: (C, 3), uint8, RGB.
-        width, row: pixels of the picture's width and of one line.
+        height: pixels; more classes than fit below each other go on in another column. None: one column.
+        row: pixels of one line.
 
     Returns:
-        (row·C, width, 3), uint8, on white.
+        (row·R, W, 3), uint8, on white; R: classes per column.
     """
-    picture = np.full((row * len(names), width, 3), 255, dtype=np.uint8)
+    per_column = max(1, len(names) if height is None else min(len(names), height // row))
+    starts = range(0, len(names), per_column)
+    columns = [_legend_column(names[i : i + per_column], palette[i : i + per_column], per_column, row) for i in starts]
+    return np.hstack(columns) if columns else np.full((row, 0, 3), 255, dtype=np.uint8)
+
+
+def label_picture(labels, names, palette, row=24):
+    """A label map in its colors, and beside it the names of the classes that occur.
+
+    Args:
+        labels: (H, W), integer; what is no class is black and called ignored.
+        names: class names.
+        palette: (C, 3), uint8, RGB.
+        row: pixels of one line of the legend.
+
+    Returns:
+        (H', W', 3), uint8, on white; the map lies at the upper left. H' > H only where H is less than one row.
+    """
+    present = np.unique(labels)
+    classes = present[present < len(palette)]
+    texts, colors = [names[i] for i in classes], np.asarray(palette)[classes]
+    if len(classes) < len(present):
+        texts, colors = [*texts, "ignored"], np.vstack([colors, [IGNORED]])
+    parts = [colorize(labels, palette), legend(texts, colors, len(labels), row)]
+    height = max(len(part) for part in parts)
+    return np.hstack([np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=255) for p in parts])
+
+
+def magnification(shape, shortest=640):
+    """Whole number by which a picture of (H, W) pixels is to be enlarged so that its shorter side is about `shortest`
+    pixels; 1 if it is large enough."""
+    return max(1, round(shortest / min(shape)))
+
+
+def enlarge(picture, factor):
+    """Every pixel as factor × factor pixels: (H, W, ...) -> (factor·H, factor·W, ...)."""
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _legend_column(names, palette, n_rows, row):
+    """(row·n_rows, W, 3), uint8."""
+    font = _font(round(row * 0.58))
+    width = 38 + max(math.ceil(font.getlength(name)) for name in names) + 12
+    picture = Image.new("RGB", (width, row * n_rows), "white")
+    draw = ImageDraw.Draw(picture)
     for index, (name, color) in enumerate(zip(names, palette, strict=True)):
         top = index * row
-        picture[top + 4 : top + row - 4, 6:30] = color
-        cv2.putText(picture, name, (38, top + row - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return picture
+        draw.rectangle((6, top + 4, 29, top + row - 5), fill=tuple(map(int, color)), outline=(128, 128, 128))
+        draw.text((38, top + row / 2), name, fill="black", font=font, anchor="lm")
+    return np.asarray(picture)
+
+
+@cache
+def _font(size):
+    """DejaVu Sans, which comes with matplotlib and, unlike OpenCV's fonts, knows more than ASCII."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)

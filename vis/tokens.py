@@ -1,9 +1,10 @@
 """Merged tokens as pictures. All work grows with the number of pixels alone, whatever the number of groups."""
 
-import cv2
 import numpy as np
 
 OUTLINE = (255, 255, 0)  # yellow: seen by all kinds of colour vision, and rare in photographs
+DARK = (0, 0, 0)
+DARK_SIDE_FROM = 16  # pixels per patch
 
 
 def pixel_groups(assignment, grid, patch_size):
@@ -35,22 +36,38 @@ def fill_tokens(image, assignment, grid, patch_size):
     n_pixels = np.bincount(groups.ravel()).clip(min=1)
     channels = [np.bincount(groups.ravel(), weights=image[..., c].ravel()) / n_pixels for c in range(3)]
     colors = np.stack(channels, axis=1).round().astype(np.uint8)
-    return _draw(colors[groups], groups, (255, 255, 255), 1)
+    return _draw(colors[groups], groups, (255, 255, 255), min(patch_size))
 
 
 def outline_tokens(image, assignment, grid, patch_size, color=OUTLINE):
     """Draw the borders between groups on the photograph; arguments as in `fill_tokens`."""
     groups = pixel_groups(assignment, grid, patch_size)[: image.shape[0], : image.shape[1]]
-    return _draw(image, groups, color, max(1, min(image.shape[:2]) // 400))
+    return _draw(image, groups, color, min(patch_size))
 
 
-def _draw(image, groups, color, thickness):
-    """Color the pixels on both sides of every border between two groups."""
-    border = np.zeros(groups.shape, dtype=np.uint8)
-    border[:, 1:] |= groups[:, 1:] != groups[:, :-1]
-    border[1:] |= groups[1:] != groups[:-1]
-    if thickness > 1:
-        border = cv2.dilate(border, np.ones((thickness, thickness), np.uint8))
+def token_pictures(image, assignment, grid, patch_size):
+    """What became of the patches, by the name that its file ends with; arguments as in `fill_tokens`.
+
+    Returns:
+        `vis_<M>_tokens` (filled) and `vis_<M>_tokens_overlay` (outlined) where M < gh·gw tokens are left, `grid` (every
+        patch outlined) where nothing was merged; each (H, W, 3), uint8.
+    """
+    n_tokens = len(np.unique(assignment))
+    outlined = outline_tokens(image, assignment, grid, patch_size)
+    if n_tokens == grid[0] * grid[1]:
+        return {"grid": outlined}
+    name = f"vis_{n_tokens}_tokens"
+    return {name: fill_tokens(image, assignment, grid, patch_size), f"{name}_overlay": outlined}
+
+
+def _draw(image, groups, color, patch_side):
+    """Color the pixels behind every border between two groups; where patches have room for it, those before it become
+    dark, so that the line stands out from bright ground too."""
+    right, below = groups[:, 1:] != groups[:, :-1], groups[1:] != groups[:-1]
     drawn = image.copy()
-    drawn[border.astype(bool)] = color
+    if patch_side >= DARK_SIDE_FROM:
+        drawn[:, :-1][right] = DARK
+        drawn[:-1][below] = DARK
+    drawn[:, 1:][right] = color
+    drawn[1:][below] = color
     return drawn

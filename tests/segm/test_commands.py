@@ -16,7 +16,17 @@ from click.testing import CliRunner
 import patch
 from g2tm import Reduction
 from patch.registry import METHODS
-from segm import inference, test, train
+from segm import (
+    flops,
+    inference,
+    profile_model,
+    show_attn_map,
+    speedtest,
+    test,
+    token_stats,
+    train,
+    tune_threshold,
+)
 from segm.checkpoint import load_checkpoint, read_variant, write_variant
 from segm.eval import miou
 from segm.options import repeat_option
@@ -285,8 +295,16 @@ def toy():
 
 
 def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, tmp_path):
-    call(test, run, "--patch-type", "toy", "--device", "cpu")
-    call(miou, run, "folder", "--patch-type", "toy", "--selected-layer", "1", "--device", "cpu")
+    merging = ["--patch-type", "toy", "--device", "cpu"]
+    call(test, run, *merging)
+    call(miou, run, "folder", *merging, "--selected-layer", "1")
+    assert "| toy |" in call(speedtest, run, "folder", "--device", "cpu", "--compare", "pure,toy", "--warmup", "1")
+    assert "GFLOPs" in call(flops, run, "folder", *merging)
+    assert "1.0" in call(token_stats, run, "folder", *merging, "--out", tmp_path / "stats")
+    assert "merging" in call(profile_model, run, "folder", *merging, "--out", tmp_path / "trace.json")
+    image = sorted((folder_data / "images/val").iterdir())[0]
+    call(show_attn_map, run, image, tmp_path / "pictures", "folder", "--cls", "--enc", "--layer-id", "1", *merging)
+    assert "graph, algm" in refused(tune_threshold, run, "folder", *merging)  # it has no threshold to tune
     call(inference, run, "-i", folder_data / "images/val", "-o", tmp_path / "out", "--patch-type", "toy")
     assert set(toy) == {1, 2}
     call(train, "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, "--patch-type", "toy")

@@ -46,6 +46,6 @@ def test_images_smaller_than_the_padded_grid(image):
 def test_legend_and_sheet_have_a_place_for_everything(image):
     palette = np.array([[255, 0, 0], [0, 255, 0]], dtype=np.uint8)
     picture = legend(["road", "sky"], palette)
-    assert picture.shape == (48, 200, 3) and (picture[12, 15] == (255, 0, 0)).all()
+    assert picture.shape[0] == 48 and (picture[12, 15] == (255, 0, 0)).all()
     sheet = picture_sheet([[image, image]] * 2, ["a", "b"], [["one", "two"]] * 2)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3 and sheet.std() > 10
