@@ -1,11 +1,11 @@
 """The demo behind `make demo`: train, merge, measure and look, on the built-in `shapes` data set.
 
 Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
-it is, scores all on scenes that none has seen, and writes one table and two sheets of pictures to runs/demo. A finished
-training is not done again.
+it is, draws two sheets of pictures, and ends with the report of all: measured on scenes that none has seen, as a table
+and as a web page. Everything lies in runs/demo. A finished training is not done again.
 """
 
-import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +14,11 @@ import click
 import numpy as np
 import torch
 import yaml
-from compare import format_table, measure
 
 import patch
+from segm import report
 from segm.checkpoint import LAST
 from segm.data import create_dataset
-from segm.eval.evaluate import evaluate
-from segm.eval.runs import evaluation_windows
-from segm.metrics import segmentation_scores
 from segm.options import Command, default_device, load_patched
 from segm.pictures import write_picture
 from vis import colorize, fill_tokens, legend, picture_sheet
@@ -42,10 +39,10 @@ TRAININGS = {
     ],
 }
 APPLIED = {
-    "algm": {"patch_type": "algm", "selected_layers": (1, 3), "threshold": THRESHOLD},
-    "tome": {"patch_type": "tome", "r": (32,)},
+    "algm": ["--patch-type", "algm", "--selected-layers", "1", "3", "--threshold", str(THRESHOLD)],
+    "tome": ["--patch-type", "tome", "--r", "32"],
 }
-N_PICTURES = 4
+N_PICTURES, N_COST_IMAGES = 4, 10
 
 
 @click.command(cls=Command)
@@ -57,16 +54,16 @@ def main(out):
     device = torch.device(default_device())
     for name, options in TRAININGS.items():
         train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
-    models = {name: load_patched(out / name, {}, device) for name in TRAININGS}
-    models |= {name: load_patched(out / "pure", options, device) for name, options in APPLIED.items()}
+    runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS]
+    runs += [f"{name}={shlex.quote(str(out / 'pure'))} {shlex.join(options)}" for name, options in APPLIED.items()]
+    models = {name: load_patched(path, given, device) for name, path, given in map(report.read_run, runs)}
     dataset = create_dataset("shapes", "val")
-    rows = score(models, dataset, device)
-    (out / "results.json").write_text(json.dumps(rows, indent=2))
     samples = [dataset[index] for index in range(N_PICTURES)]
     write_picture(out / "tokens.png", token_sheet(models, dataset, samples, device))
     write_picture(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
-    click.echo("\n" + format_table(rows))
-    click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png")
+    click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png\n")
+    page = ["--cost-images", str(N_COST_IMAGES), "--pictures", str(N_PICTURES), "--out", str(out / "report.html")]
+    report.main([*runs, *page], standalone_mode=False)
 
 
 def train_once(name, folder, options):
@@ -81,16 +78,6 @@ def train_once(name, folder, options):
     click.echo(f"{name}: python {' '.join(command)}")
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         raise ValueError(f"the training of {name} failed, see above")
-
-
-def score(models, dataset, device):
-    """One row per method: tokens, GFLOPs, images/s of `predict` at batch size 1, mIoU."""
-    views = [dataset.view(dataset[index].image).unsqueeze(0).to(device) for index in range(20)]
-    rows = measure({name: model for name, (model, _) in models.items()}, views, device)
-    for row, (model, variant) in zip(rows, models.values(), strict=True):
-        confusion = evaluate(model, dataset, evaluation_windows(variant), device=device, progress=True)
-        row["mean_iou"] = segmentation_scores(confusion)["mean_iou"]
-    return rows
 
 
 def token_sheet(models, dataset, samples, device):

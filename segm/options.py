@@ -195,7 +195,7 @@ PATCH_NAMES = (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, add_help_option=False)
 @patch_options
 def _merging_options(**given):
     return given

@@ -1,0 +1,317 @@
+"""A web page in one file: no network, pictures and style inside, light or dark as the reader's system is.
+
+The functions give HTML, first the parts of any page, then the sections of a comparison of methods. What is passed as
+text is escaped; only `sections`, `parts`, `figures`, `pairs` and `svg` are taken as HTML.
+"""
+
+import base64
+import json
+import math
+from html import escape
+from importlib.resources import files
+
+import cv2
+import numpy as np
+
+from vis import plots
+from vis.labels import colorize, enlarge, magnification
+from vis.tokens import fill_tokens
+
+HEADINGS = ("method", "mIoU", "images/s", "GFLOPs", "tokens", "realised share")
+SIDE = 512  # pixels of the larger side of a picture, at most
+STEP = 0.005  # of the slider
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(title, facts, sections):
+    """A whole document; its content security policy keeps it from loading anything.
+
+    Args:
+        title: heading.
+        facts: list of (term, text) below it.
+        sections: list of HTML, from `section`.
+    """
+    body = "\n".join(sections)
+    script = f"<script>\n{asset('explorer.js')}</script>\n" if 'class="explorer"' in body else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{asset("report.css")}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+{terms(facts)}
+</header>
+<main>
+{body}
+</main>
+{script}</body>
+</html>
+"""
+
+
+def asset(name):
+    """Text of a file in vis/assets."""
+    return (files("vis") / "assets" / name).read_text(encoding="utf-8")
+
+
+def section(heading, *parts):
+    """parts: HTML below the heading."""
+    return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", *parts, "</section>"])
+
+
+def terms(facts):
+    """facts: list of (term, text)."""
+    lines = "\n".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
+    return f'<dl class="facts">\n{lines}\n</dl>'
+
+
+def note(text):
+    """A paragraph that explains."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def table(columns, rows, label):
+    """A table whose first cell in every row names it; it scrolls by itself where the page is narrow.
+
+    Args:
+        columns: headings.
+        rows: lists of texts; numbers are set flush right.
+        label: what it shows, for those who do not see it.
+    """
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in columns)
+    body = "\n".join(_table_row(row) for row in rows)
+    return _scroll(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>", label)
+
+
+def _table_row(row):
+    cells = "".join(f"<td>{escape(text)}</td>" for text in row[1:])
+    return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'
+
+
+def _scroll(content, label):
+    """A region that can be scrolled sideways, with the keyboard too."""
+    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{content}\n</div>'
+
+
+def plot(svg, label):
+    """A plot of `vis.plots`; label: what it shows, for those who do not see it."""
+    drawing = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return f'<figure class="plot">{_scroll(drawing, label)}</figure>'
+
+
+def beside(*figures):
+    """Plots side by side where there is room."""
+    return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+
+
+def picture(image, caption, *, lossless=False):
+    """A picture with a caption below; large ones are made smaller, small ones larger by a whole factor.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        caption: text.
+        lossless: PNG without mixing colors (label maps) instead of JPEG (photographs).
+    """
+    image = enlarge(image, magnification(image.shape[:2], SIDE // 2))
+    factor = SIDE / max(image.shape[:2])
+    if factor < 1:
+        mixing = cv2.INTER_NEAREST if lossless else cv2.INTER_AREA
+        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=mixing)
+    text = escape(caption)
+    return f'<figure><img src="{picture_uri(image, lossless)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def label_picture(labels, palette, caption):
+    """A label map, (H, W), in its colors; palette: (C, 3), uint8, RGB."""
+    return picture(colorize(labels, palette), caption, lossless=True)
+
+
+def token_picture(photo, assignment, grid, patch_size, caption):
+    """Tokens filled with their mean colors; photo: (H, W, 3), the others as in `vis.fill_tokens`."""
+    factor = magnification(photo.shape[:2], SIDE // 2)  # first, so that outlines are thin beside the patches
+    sides = tuple(factor * side for side in patch_size)
+    return picture(fill_tokens(enlarge(photo, factor), assignment, grid, sides), caption)
+
+
+def picture_uri(image, lossless=False):
+    """image: (H, W, 3), uint8, RGB -> data URI, PNG or JPEG."""
+    kind, options = ("png", []) if lossless else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 88])
+    data = cv2.imencode(f".{kind}", np.ascontiguousarray(image[..., ::-1]), options)[1]
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_pairs(heading, pairs):
+    """Pictures in two rows.
+
+    Args:
+        heading: what they are of.
+        pairs: HTML of the upper and the lower picture of every column, from `picture`.
+    """
+    inner = "\n".join(figure for pair in pairs for figure in pair)
+    return f"<h3>{escape(heading)}</h3>\n" + _scroll(f'<div class="pictures">\n{inner}\n</div>', heading)
+
+
+def class_list(names, palette):
+    """Class names beside their colors; palette: (C, 3), uint8, RGB."""
+    colors = ("#{:02x}{:02x}{:02x}".format(*map(int, color)) for color in palette)
+    items = (
+        f'<li><span style="background:{color}"></span>{escape(name)}</li>'
+        for name, color in zip(names, colors, strict=True)
+    )
+    return '<ul class="classes">' + "".join(items) + "</ul>"
+
+
+def explorer(images, threshold):
+    """Photographs over which merged regions follow a threshold that the reader moves.
+
+    Args:
+        images: list of dicts of `name`, `photo` (H, W, 3) uint8 RGB, `right` (gh, gw-1) and `down` (gh-1, gw) float32,
+            the similarities of neighbouring patches, and `patch_size`, pixels of the photograph per patch (height,
+            width). The grid may be larger than the photograph at the right and bottom.
+        threshold: where the slider stands at first.
+    """
+    similarities = np.concatenate([image[key].ravel() for image in images for key in ("right", "down")])
+    lowest = math.floor((float(similarities.min(initial=1)) - 1e-6) / STEP) * STEP  # here all patches are one region
+    data = {"threshold": threshold, "images": [_explorer_entry(image) for image in images]}
+    content = json.dumps(data).replace("<", "\\u003c")
+    options = "".join(f'<option value="{i}">{escape(image["name"])}</option>' for i, image in enumerate(images))
+    slider = f'min="{lowest:.3f}" max="1" step="{STEP}" value="{threshold}"'
+    return f"""<div class="explorer">
+<div class="controls">
+<label class="threshold">Threshold τ <input type="range" {slider}>
+<input type="number" min="-1" max="1" step="{STEP}" value="{threshold}" aria-label="Threshold τ as a number"></label>
+<label>Image <select autocomplete="off">{options}</select></label>
+<label><input type="checkbox" autocomplete="off"> Fill regions with their mean color</label>
+</div>
+<output aria-live="polite"></output>
+<canvas role="img" width="1" height="1"></canvas>
+<noscript><p>The explorer needs JavaScript.</p></noscript>
+<script type="application/json">{content}</script>
+</div>"""
+
+
+def _explorer_entry(image):
+    """What explorer.js reads of one image."""
+    right, down = (np.ascontiguousarray(image[key], dtype="<f4") for key in ("right", "down"))
+    edges = {"right": base64.b64encode(right).decode(), "down": base64.b64encode(down).decode()}
+    size = {"rows": right.shape[0], "columns": down.shape[1], "patch": list(image["patch_size"])}
+    return {"name": image["name"], "photo": picture_uri(image["photo"]), **size, **edges}
+
+
+def methods_section(rows):
+    """The table of methods, and what they are.
+
+    Args:
+        rows: one dict per method: `name`, `path`, `method`, `settings`, `mean_iou` (percent), `images_per_second`,
+            `gflops`, `tokens`, `n_patches`, `realised_share`.
+    """
+    explained = (
+        "mIoU in percent; images/s of the label map at batch size 1, the median over images; GFLOPs (one per "
+        "multiply-add, upsampling included) and tokens left of the patches, means over images. Realised share: (speed "
+        "merged ÷ speed pure) ÷ (GFLOPs pure ÷ GFLOPs merged) of encoder and decoder, without upsampling, the median "
+        "over images; 1 means that every operation saved became time saved."
+    )
+    cells = [table_cells(row) for row in rows]
+    for row, texts in zip(rows, cells, strict=True):
+        texts[4] += f" of {row['n_patches']}"
+    merging = [(row["name"], f"{_describe(row)} — {row['path']}") for row in rows]
+    return section("Methods", table(HEADINGS, cells, "Methods"), note(explained), terms(merging))
+
+
+def markdown_table(rows):
+    """The table of methods as Markdown; rows: as in `methods_section`."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS)]
+    lines += [[text.replace("|", r"\|") for text in table_cells(row)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_cells(row):
+    """One row's texts below `HEADINGS`."""
+    speed, gflops, tokens = f"{row['images_per_second']:.1f}", f"{row['gflops']:.3f}", f"{row['tokens']:.1f}"
+    return [row["name"], f"{row['mean_iou']:.2f}", speed, gflops, tokens, f"{row['realised_share']:.2f}"]
+
+
+def _describe(row):
+    """A method with the settings that tell it from others."""
+    hidden = ("attention", "batch", "backend")
+    settings = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
+    texts = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
+    return ", ".join([row["method"], *texts])
+
+
+def _plain(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def trade_off_section(rows):
+    """mIoU over speed and over operations; rows: as in `methods_section`."""
+    figures = []
+    for key, label, larger in (("images_per_second", "images/s", True), ("gflops", "GFLOPs", False)):
+        points = [(row["name"], row[key], row["mean_iou"]) for row in rows]
+        words = "; ".join(f"{name}: {score:.2f} % at {x:.3g} {label}" for name, x, score in points)
+        svg = plots.pareto(points, label, larger_is_better=larger)
+        figures.append(plot(svg, f"mIoU over {label}. {words}"))
+    return section("mIoU over speed and operations", beside(*figures))
+
+
+def classes_section(rows, classes):
+    """IoU per class; rows: with `name` and `per_class_iou` (percent), classes: their names."""
+    svg = plots.class_iou(classes, {row["name"]: row["per_class_iou"] for row in rows})
+    label = f"IoU of {len(classes)} classes by method; the numbers are in the JSON file beside this page"
+    return section("IoU per class", plot(svg, label))
+
+
+def training_section(logs, names):
+    """Training curves, see `vis.plots.training_curves`; None if there are none."""
+    if not logs:
+        return None
+    return section("Training", plot(plots.training_curves(logs, names), f"Training curves of {', '.join(logs)}"))
+
+
+def tokens_section(rows):
+    """Histograms of what images keep; None if nothing merges.
+
+    Args:
+        rows: with `name`, `method`, `n_patches` and `counts`, the tokens of every image.
+    """
+    merging = [row for row in rows if row["method"] != "pure"]
+    if not merging:
+        return None
+    shares = {row["name"]: [100 * count / row["n_patches"] for count in row["counts"]] for row in merging}
+    words = "; ".join(f"{name}: {np.mean(values):.1f} %" for name, values in shares.items())
+    svg = plots.token_shares(shares, [row["name"] for row in rows])
+    return section("Tokens per image", plot(svg, f"Tokens left on average. {words}"))
+
+
+def pictures_section(blocks, names, palette):
+    """Pictures below the colors of their classes; None without pictures.
+
+    Args:
+        blocks: list of HTML, from `picture_pairs`.
+        names, palette: of the classes that occur.
+    """
+    explained = "Images resized to the crop of the training. Black: not labelled."
+    return section("Pictures", note(explained), class_list(names, palette), *blocks) if blocks else None
+
+
+def explorer_section(name, layer, threshold, images):
+    """The threshold explorer; None without images.
+
+    Args:
+        name: of the model.
+        layer: 1-based.
+        threshold, images: as in `explorer`.
+    """
+    explained = (
+        f"What graph merging does in layer {layer} of {name}: neighbouring patches whose cosine similarity exceeds τ "
+        "become one token, and so do all that hang together."
+    )
+    return section("Threshold explorer", note(explained), explorer(images, threshold)) if images else None
