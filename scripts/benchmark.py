@@ -1,0 +1,179 @@
+"""The one place where speed is measured: models with and without merging, interleaved in one process.
+
+python scripts/benchmark.py --models T,S,B --batch-sizes 1,8 --out results/benchmark.json --check
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import click
+import torch
+from benchmarking import BACKBONES, build_model, measure, settings_for
+from tqdm import tqdm
+
+import patch
+from segm.data import create_dataset
+from segm.eval.environment import environment
+from segm.eval.runs import square_view
+from segm.options import Command, device_option
+from segm.speedtest import DTYPES
+
+REFERENCE = {"side": 512, "n_cls": 150, "share": 690 / 1024}  # of the tokens: the published saving of 1.5
+ONCE = ("graph", "algm")  # merge in one or two layers
+COLUMNS = {
+    "model": "{model}",
+    "side": "{side}",
+    "batch": "{batch_size}",
+    "dtype": "{dtype}",
+    "method": "{method}",
+    "tokens": "{tokens:.0f} of {n_patches}",
+    "GFLOPs": "{gflops_pure:.1f} → {gflops:.1f}",
+    "images/s, pure → merged": "{scores_pure:.2f} → {scores:.2f}",
+    "ratio": "{ratio_scores:.2f}",
+    "realised share": "{share_scores:.2f}",
+    "label maps/s, eager → pure → merged": "{predict_eager:.2f} → {predict_pure:.2f} → {predict:.2f}",
+    "ratio to eager": "{ratio_predict_eager:.2f}",
+    "share of label maps": "{share_predict:.2f}",
+    "upsampling, ms": "{upsampling_pure_ms:.0f} → {upsampling_ms:.0f}",
+    "merge, % of pure": "{merge:.2f}",
+    "undo, %": "{undo:.2f}",
+    "by difference, %": "{difference:.1f}",
+    "peak MiB": "{memory}",
+}
+
+
+class Listed(click.ParamType):
+    """Values with commas between them."""
+
+    name = "list"
+
+    def __init__(self, convert, allowed=None):
+        self.convert_one, self.allowed = convert, allowed
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            values = tuple(self.convert_one(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: give numbers with commas between them, such as 1,8", param, ctx)
+        unknown = [one for one in values if self.allowed is not None and one not in self.allowed()]
+        if unknown or any(isinstance(one, int) and one < 1 for one in values):
+            allowed = "numbers from 1" if self.allowed is None else ", ".join(self.allowed())
+            self.fail(f"{value!r}: choose from {allowed}", param, ctx)
+        return values
+
+
+@click.command(cls=Command)
+@click.option("--models", type=Listed(str, lambda: BACKBONES), default="T,S,B", show_default=True, help="ViT sizes.")
+@click.option("--sides", type=Listed(int), default="512", show_default=True, help="Image sides, pixels.")
+@click.option("--batch-sizes", type=Listed(int), default="1", show_default=True, help="Images per pass.")
+@click.option("--methods", type=Listed(str, lambda: patch.METHODS), default="graph,algm,tome", show_default=True)
+@click.option("--dtypes", type=Listed(str, lambda: DTYPES), default="float32", show_default=True)
+@click.option(
+    "--tokens", type=click.FloatRange(0, 1, min_open=True), default=690 / 1024, show_default="690/1024",
+    help="Share of the patch tokens that the settings shall leave.",
+)  # fmt: skip
+@click.option("--n-cls", type=click.IntRange(min=1), default=150, show_default=True, help="Classes.")
+@click.option("--images", type=click.Choice(["shapes", "camvid"]), default="shapes", show_default=True)
+@click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
+@device_option
+def main(models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, out, check, device):
+    """Time models with random weights on images, without merging and with it, and print one row per combination.
+
+    Speeds are medians over images, all calls interleaved. The realised share is the gain in speed over the gain in
+    GFLOPs of encoder and decoder, image in, token scores out; 1: every saved operation became saved time. The merge
+    is timed by itself, and as the difference to a pass that is given the same reductions.
+    """
+    cases = list(product(models, sides, batch_sizes, dtypes, methods))
+    rows = []
+    for model_name, side, batch_size, dtype, method in tqdm(cases, desc="benchmark", unit="row", leave=False):
+        model = build_model(model_name, side, n_cls, device, DTYPES[dtype])
+        views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
+        options = settings_for(model, method, views, round(tokens * (side // 16) ** 2))
+        case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}
+        rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats))
+        if out is not None:
+            content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
+            out.write_text(json.dumps(content, indent=2))
+    click.echo(f"{environment(device)['device']}, torch {torch.__version__}; {batches} batches of {images}\n")
+    click.echo(format_table(rows))
+    missed = [text for row in rows for text in missed_targets(row, device.type)]
+    if check:
+        click.echo("\n" + ("\n".join(missed) or "all targets met"))
+        sys.exit(bool(missed))
+
+
+def load_batches(name, side, batch_size, n_batches, device, dtype):
+    """Different batches (B, 3, side, side) of a data set's validation images."""
+    dataset = create_dataset(name, "val")
+    views = [square_view(dataset[i % len(dataset)].image, side, "vit") for i in range(batch_size * n_batches)]
+    return [batch.to(device=device, dtype=dtype) for batch in torch.cat(views).split(batch_size)]
+
+
+def format_table(rows):
+    """The rows as Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    for row in rows:
+        shown = {
+            "merge": 100 * sum(row["overhead"].values()),
+            "undo": 100 * row["overhead_undo"],
+            "difference": 100 * row["overhead_difference"],
+            "memory": " → ".join(_mib(row[f"memory_scores{name}_mib"]) for name in ("_pure", "")),
+        }
+        lines.append("| " + " | ".join(text.format(**row, **shown) for text in COLUMNS.values()) + " |")
+    return "\n".join(lines)
+
+
+def _mib(value):
+    return "?" if value is None else f"{value:.0f}"
+
+
+def missed_targets(row, device_type):
+    """Targets of the design, section 8, that a row misses, as texts; none away from the reference point.
+
+    The share is held for methods that merge in one or two layers; ToMe, which merges in every layer, has a target of
+    its own for what the merging may take.
+    """
+    kept = row["tokens"] / row["n_patches"]
+    if (row["side"], row["n_cls"]) != (REFERENCE["side"], REFERENCE["n_cls"]) or abs(kept - REFERENCE["share"]) > 0.05:
+        return []
+    name = "{model} {dtype} batch {batch_size} {method}".format(**row)
+    share, overhead = _share_target(row, device_type), _overhead_target(row, device_type)
+    missed = []
+    if share is not None and row["share_scores"] < share:
+        missed.append(f"{name}: realised share {row['share_scores']:.3f}, target {share}")
+    if overhead is not None and _overhead(row) > overhead:
+        missed.append(f"{name}: merge overhead {100 * _overhead(row):.2f} %, target {100 * overhead:.0f} %")
+    return missed
+
+
+def _share_target(row, device_type):
+    if row["method"] not in ONCE:
+        return None
+    if device_type == "cpu" and row["dtype"] == "float32" and row["batch_size"] in (1, 8):
+        return {"T": 0.90, "S": 0.92, "B": 0.95}.get(row["model"])
+    return 0.95 if device_type == "cuda" and (row["dtype"], row["batch_size"]) == ("bfloat16", 32) else None
+
+
+def _overhead_target(row, device_type):
+    if row["method"] == "tome":
+        return 0.06
+    if row["method"] in ONCE:
+        return 0.01 if device_type == "cpu" else 0.03 if row["batch_size"] == 1 else None
+    return None
+
+
+def _overhead(row):
+    """One merge step for methods that merge once (of ALGM: CLAP, the first), all together for ToMe."""
+    steps = [*row["overhead"].values()]
+    return sum(steps) if row["method"] == "tome" else steps[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The benchmark: what it measures adds up, and a missed target is told."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import patch
+from segm.model.factory import create_segmenter
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark
+
+    yield benchmark
+    del sys.modules["benchmark"], sys.modules["benchmarking"]
+
+
+@pytest.fixture
+def measuring(benchmark):
+    return sys.modules["benchmarking"]
+
+
+@pytest.fixture
+def model(small_net):
+    return create_segmenter(small_net | {"image_size": [64, 64]}).eval()
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(2, 3, 64, 64) * scale for scale in (0.3, 1.0)]
+
+
+@pytest.mark.parametrize("method", ["graph", "algm"])
+def test_the_threshold_keeps_about_the_wanted_tokens(measuring, model, batches, method):
+    layers = {"layers": [1, 2]} if method == "algm" else {}
+    options = measuring.settings_for(model, method, batches, 30, **layers)
+    patch.segmenter(model, method, **options)
+    with torch.inference_mode():
+        kept = [count for batch in batches for count in measuring.count_tokens(model, batch).tolist()]
+    assert sum(kept) / len(kept) == pytest.approx(30, abs=6)
+
+
+@torch.inference_mode()
+def test_a_replayed_pass_gives_the_same_scores_for_free(measuring, model, batches):
+    patch.segmenter(model, "tome", r=4)
+    recorded = {batch.data_ptr(): measuring.Merges.record(model, batch) for batch in batches}
+    assert list(recorded[batches[0].data_ptr()].steps) == [1, 2, 3]
+    grid_scores = measuring.replaying(model, recorded)
+    model.merging.method = None  # the copy has its own
+    for batch in batches:
+        steps = recorded[batch.data_ptr()].steps
+        scores = grid_scores(batch)
+        assert scores.shape == (2, 5, 8, 8) and steps[1][0].x.shape[1] == 64
+    twin = create_segmenter_like(model)
+    torch.testing.assert_close(scores, patch.segmenter(twin, "tome", r=4).grid_scores(batch))
+
+
+def create_segmenter_like(model):
+    """An unpatched model with the same weights."""
+    settings = {
+        "backbone": "vit_tiny_patch16_384",
+        "image_size": [64, 64],
+        "patch_size": 8,
+        "d_model": 32,
+        "n_heads": 2,
+    }
+    decoder = {"name": "mask_transformer", "n_layers": 1, "dropout": 0.0}
+    twin = create_segmenter(settings | {"n_layers": 3, "n_cls": 5, "decoder": decoder}).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@torch.inference_mode()
+def test_a_row_holds_together(measuring, model, batches):
+    row = measuring.measure(model, "graph", {"threshold": 0.5}, batches, torch.device("cpu"), 2)
+    assert row["n_patches"] == 64 and 0 < row["tokens"] <= 64
+    assert row["saving"] == pytest.approx(row["gflops_pure"] / row["gflops"])
+    assert row["share_scores"] == pytest.approx(row["ratio_scores"] / row["saving"])
+    assert set(row["overhead"]) == {2} and row["overhead"][2] > 0
+    assert not patch.is_patched(model)
+
+
+def test_the_eager_label_map_is_the_models_own(measuring, model, batches):
+    with torch.inference_mode():
+        assert torch.equal(measuring.eager_label_map(model)(batches[0]), model.predict(batches[0]))
+
+
+def row_of(**changed):
+    row = {"model": "T", "side": 512, "n_cls": 150, "batch_size": 1, "dtype": "float32", "method": "graph"}
+    return row | {"tokens": 690, "n_patches": 1024, "share_scores": 0.95, "overhead": {2: 0.005}} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "device", "missed"),
+    [
+        ({}, "cpu", 0),
+        ({"share_scores": 0.89}, "cpu", 1),
+        ({"share_scores": 0.89, "tokens": 300}, "cpu", 0),  # away from the reference point
+        ({"share_scores": 0.91, "model": "S", "batch_size": 8}, "cpu", 1),
+        ({"overhead": {2: 0.02}}, "cpu", 1),
+        ({"overhead": {1: 0.005, 5: 0.02}, "method": "algm"}, "cpu", 0),  # the target is CLAP's
+        ({"overhead": dict.fromkeys(range(1, 13), 0.006), "method": "tome", "share_scores": 0.5}, "cpu", 1),
+        ({"overhead": {2: 0.02}}, "cuda", 0),
+        ({"share_scores": 0.94, "dtype": "bfloat16", "batch_size": 32}, "cuda", 1),
+    ],
+)
+def test_targets(benchmark, changed, device, missed):
+    assert len(benchmark.missed_targets(row_of(**changed), device)) == missed
+
+
+def test_the_command_writes_rows_and_fails_where_a_target_is_missed(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "missed_targets", lambda row, device: [f"{row['method']} is too slow"])
+    options = ["--models", "T", "--sides", "64", "--methods", "graph,tome", "--batches", "1", "--repeats", "1"]
+    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path / "rows.json")]
+    passed = CliRunner().invoke(benchmark.main, options)
+    assert passed.exit_code == 0, passed.output
+    assert [row["method"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["graph", "tome"]
+    assert "| T | 64 | 1 | float32 | graph | " in passed.output
+    failed = CliRunner().invoke(benchmark.main, [*options, "--check"])
+    assert failed.exit_code == 1 and "tome is too slow" in failed.output
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [(["--models", "X"], "T, S, B, L"), (["--sides", "a"], "1,8"), (["--methods", "none"], "graph, algm, tome")],
+)
+def test_wrong_values_are_refused(benchmark, options, allowed):
+    result = CliRunner().invoke(benchmark.main, options)
+    assert result.exit_code != 0 and allowed in result.output
