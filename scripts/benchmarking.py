@@ -22,7 +22,7 @@ BISECTIONS = 40
 
 
 def build_model(name, side, n_cls, device, dtype):
-    """A Segmenter with random weights; name: T, S, B or L; side: pixels."""
+    """A Segmenter with random weights; name: T, S, B or L; side: pixels; dtype None: float32."""
     torch.manual_seed(0)
     net = {"backbone": BACKBONES[name], "image_size": side, "n_cls": n_cls, "decoder": {"name": "mask_transformer"}}
     return create_segmenter(net).eval().to(device=device, dtype=dtype)

@@ -17,6 +17,22 @@ from segm.data.sample import IGNORE_LABEL
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 
 
+def compile_blocks(blocks, backend="inductor"):
+    """Compile attention and MLP of transformer blocks, in place, once for all token counts.
+
+    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys, and
+    attention whose keys a method looks at: compiled code would pass its hook by.
+
+    Args:
+        blocks: timm's `Block`s, patched or not.
+        backend: of `torch.compile`.
+    """
+    for block in blocks:
+        parts = [block.mlp] if block.attn.k_norm._forward_hooks else [block.attn, block.mlp]
+        for part in parts:
+            part.compile(dynamic=True, backend=backend)
+
+
 class EpochSampler(Sampler):
     """Shuffled (epoch, index) pairs of this process.
 
@@ -104,7 +120,8 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
 
     Returns:
         dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
-        (so far), `images_per_second`, and `memory_mb` (peak of the device; on the CPU of the process).
+        (so far), `images_per_second`, `data_wait` (percent of the time that went into waiting for batches) and
+        `memory_mb` (peak of the device; on the CPU of the process).
 
     Raises:
         ValueError: the loss is not finite.
@@ -115,8 +132,9 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
     scheduler.step(epoch)
     n_updates = epoch * len(loader)
     total_loss = torch.zeros(2, dtype=torch.float64, device=device)
-    start = time.perf_counter()
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}", unit="batch", leave=False, disable=not progress)
+    waits, start = [], time.perf_counter()
+    batches = _timed(loader, waits)
+    bar = tqdm(batches, f"epoch {epoch + 1}", len(loader), unit="batch", leave=False, disable=not progress)
     for batch in bar:
         scheduler.step_update(n_updates)
         loss = _update(model, batch, optimizer, precision, device)
@@ -125,15 +143,26 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
         if n_updates % SHOW_EVERY == 0:
             lr = optimizer.param_groups[0]["lr"]
             bar.set_postfix(loss=f"{_finite(loss.item()):.3f}", lr=f"{lr:.2e}", refresh=False)
+    loss_sum, n_batches = parallel.sum_over_processes(total_loss).tolist()  # waits for the device
     seconds = time.perf_counter() - start
-    loss_sum, n_batches = parallel.sum_over_processes(total_loss).tolist()
     return {
         "train_loss": _finite(loss_sum / n_batches),
         "train_learning_rate": optimizer.param_groups[0]["lr"],
         "num_updates": n_updates,
         "images_per_second": len(loader) * loader.batch_size * parallel.world_size() / seconds,
+        "data_wait": 100 * sum(waits) / seconds,
         "memory_mb": _peak_memory(device),
     }
+
+
+def _timed(batches, waits):
+    """The same batches; appends the seconds that each one was waited for."""
+    iterator = iter(batches)
+    for _ in range(len(batches)):
+        start = time.perf_counter()
+        batch = next(iterator)
+        waits.append(time.perf_counter() - start)
+        yield batch
 
 
 def _update(model, batch, optimizer, precision, device):

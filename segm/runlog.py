@@ -14,6 +14,7 @@ CURVES = {
     "threshold": "threshold",
     "memory_mb": "memory_mb",
     "images_per_second": "images_per_second",
+    "data_wait": "data_wait",
     "val_pixel_accuracy": "val/pixel_accuracy",
     "val_mean_accuracy": "val/mean_accuracy",
     "val_mean_iou": "val/mean_iou",

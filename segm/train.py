@@ -14,7 +14,7 @@ from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import BEST, LAST, load_checkpoint, one_line, read_variant, restore, save_checkpoint
 from segm.config import config_dir
 from segm.data import DATASETS, create_dataset
-from segm.engine import Precision, create_loader, train_one_epoch
+from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.metrics import segmentation_scores
@@ -109,6 +109,7 @@ def read_config(ctx, param, value):
 @click.option("--eval-freq", type=POSITIVE, help="Epochs between evaluations.  [default: the data set's]")
 @click.option("--num-workers", type=click.IntRange(min=0), help="Processes that read data, per process.  [default: 2]")
 @click.option("--amp/--no-amp", default=None, help="Mixed precision: bfloat16, or float16 where that is missing.")
+@click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, order and augmentation.  [default: 0]")
 @click.option("--resume/--no-resume", default=False, show_default=True, help="Continue the run in --log-dir.")
 @click.option("--finetune", type=click.Path(exists=True, path_type=Path), help="Start from this checkpoint or run.")
@@ -124,7 +125,7 @@ def read_config(ctx, param, value):
 @click.option("--curric-warmup", type=click.IntRange(min=0), help="Curriculum: epochs at the start threshold.")
 @click.option("--curric-period", type=POSITIVE, help="Curriculum: epochs between steps of -0.01.")
 @click.pass_context
-def main(ctx, log_dir, pretrained, no_pretrained, resume, finetune, unpatched, device, **given):
+def main(ctx, log_dir, pretrained, no_pretrained, resume, finetune, unpatched, device, compile, **given):
     """Train a Segmenter and write checkpoints, variant.yml, log.txt and TensorBoard events to the run directory.
 
     Every option that is not given comes from --config, then from the run that is resumed or fine-tuned, then from
@@ -148,6 +149,8 @@ def main(ctx, log_dir, pretrained, no_pretrained, resume, finetune, unpatched, d
             copy_weights(model, finetune)
         apply_patch(model, *merging)
         _record_merging(variant, model, merging[0], curriculum)
+        if compile:
+            compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
         train(model.to(device), train_set, val_set, variant, log_dir, device, curriculum, resume)
 
 
@@ -233,7 +236,7 @@ def _threshold(model):
 
 def _show(entry, epochs):
     score = f"  mIoU {entry['val_mean_iou']:.2f}" if "val_mean_iou" in entry else ""
-    speed = f"{entry['images_per_second']:.1f} images/s"
+    speed = f"{entry['images_per_second']:.1f} images/s, {entry['data_wait']:.0f} % of the time waiting for data"
     click.echo(f"epoch {entry['epoch'] + 1}/{epochs}  loss {entry['train_loss']:.4f}  {speed}{score}")
 
 

@@ -135,3 +135,30 @@ def test_the_command_writes_rows_and_fails_where_a_target_is_missed(benchmark, t
 def test_wrong_values_are_refused(benchmark, options, allowed):
     result = CliRunner().invoke(benchmark.main, options)
     assert result.exit_code != 0 and allowed in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--amp"]])
+def test_training_is_timed_in_turns(benchmark, tmp_path, options):
+    import benchmark_training
+
+    arguments = [
+        "--model",
+        "T",
+        "--side",
+        "32",
+        "--n-cls",
+        "11",
+        "--batch-size",
+        "2",
+        "--updates",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    arguments += ["--num-workers", "0", "--methods", "graph", "--device", "cpu", "--out", str(tmp_path / "rows.json")]
+    result = CliRunner().invoke(benchmark_training.main, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    pure, graph = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert pure["ratio"] == 1 and pure["tokens"] is None and 0 < graph["tokens"] <= 4
+    assert 0 < graph["data_wait"] < 100 and "| graph | " in result.output
+    del sys.modules["benchmark_training"]

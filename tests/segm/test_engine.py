@@ -1,10 +1,22 @@
 """The training loop: order of data, precision, loss."""
 
+import copy
+import time
+
 import pytest
 import torch
 
+import patch
 from segm.data import create_dataset
-from segm.engine import EpochSampler, Precision, create_loader, segmentation_loss, train_one_epoch
+from segm.data.shapes import ShapesDataset
+from segm.engine import (
+    EpochSampler,
+    Precision,
+    compile_blocks,
+    create_loader,
+    segmentation_loss,
+    train_one_epoch,
+)
 from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
 
@@ -40,15 +52,10 @@ def net(small_net):
 def test_a_resumed_training_ends_with_the_same_weights(net):
     whole, _, last = train(net, 4)
     half, state, _ = train(net, 2)
-    resumed, _, resumed_last = train(net, 4, start=2, state=copy_of(state))
+    resumed, _, resumed_last = train(net, 4, start=2, state=copy.deepcopy(state))
     assert equal_weights(whole, resumed) and not equal_weights(whole, half)
-    assert {**last, "images_per_second": 0} == {**resumed_last, "images_per_second": 0}
-
-
-def copy_of(state):
-    import copy
-
-    return copy.deepcopy(state)
+    measured = {"images_per_second": 0, "data_wait": 0, "memory_mb": 0}
+    assert {**last, **measured} == {**resumed_last, **measured}
 
 
 def test_the_number_of_workers_changes_nothing(net):
@@ -59,6 +66,35 @@ def test_the_entry_says_what_happened(net):
     _, _, entry = train(net, 2)
     assert entry["num_updates"] == 4 and entry["train_loss"] > 0 and entry["images_per_second"] > 0
     assert 1e-5 < entry["train_learning_rate"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("pure", {}), ("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
+)
+def test_compiled_blocks_learn_the_same(small_net, method, options):
+    """Forward and gradients, with images of two sizes, and the keys of the model stay."""
+    plain = create_segmenter(small_net)
+    compiled = copy.deepcopy(plain)
+    for model in (plain, compiled):
+        if method != "pure":
+            patch.segmenter(model, method, **options)
+    compile_blocks([*compiled.encoder.blocks, *compiled.decoder.blocks], backend="aot_eager")
+    for images in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 48)):
+        outputs = [model(images) for model in (plain, compiled)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().mean().backward()
+    for (name, expected), (same, parameter) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        assert name == same
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_waiting_for_data_is_told(net, monkeypatch):
+    real = ShapesDataset.load
+    monkeypatch.setattr(ShapesDataset, "load", lambda self, index: time.sleep(0.1) or real(self, index))
+    assert 80 < train(net, 1)[2]["data_wait"] < 100
 
 
 def test_the_loss_falls_in_mixed_precision(net):

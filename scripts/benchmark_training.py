@@ -1,0 +1,106 @@
+"""Speed of training with each method, and how much of it is waiting for data; on scenes drawn in memory.
+
+python scripts/benchmark_training.py --model S --batch-size 8 --out results/training.json
+"""
+
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import click
+from benchmark import Listed
+from benchmarking import BACKBONES, build_model, settings_for
+from tqdm import tqdm
+
+import patch
+from segm.data import create_dataset
+from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
+from segm.eval.environment import environment
+from segm.optim import create_optimizer, create_scheduler
+from segm.options import PURE, Command, apply_patch, device_option
+
+FAR = 10**6  # epochs of the schedule: the learning rate does not matter here
+
+
+@click.command(cls=Command)
+@click.option("--model", "size", type=click.Choice([*BACKBONES]), default="T", show_default=True, help="ViT size.")
+@click.option("--side", type=click.IntRange(min=16), default=512, show_default=True, help="Of the crops, pixels.")
+@click.option("--n-cls", type=click.IntRange(min=11), default=150, show_default=True, help="Classes of the model.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images per update.")
+@click.option("--methods", type=Listed(str, lambda: patch.METHODS), default="graph,algm,tome", show_default=True)
+@click.option("--tokens", type=click.FloatRange(0, 1, min_open=True), default=690 / 1024, help="Share that is left.")
+@click.option("--updates", type=click.IntRange(min=1), default=4, show_default=True, help="Updates before the next.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of every method.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that draw.")
+@click.option("--amp", is_flag=True, help="Mixed precision.")
+@click.option("--compile", is_flag=True, help="Compile attention and MLPs, as train.py --compile does.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@device_option
+def main(size, side, n_cls, batch_size, methods, tokens, updates, rounds, num_workers, amp, compile, out, device):
+    """Train a model without merging and with each method, in turns, and print images/s and the share of waiting.
+
+    Random weights; the settings of a method are those that leave about --tokens of the patch tokens at first. Medians
+    over the rounds, after one that does not count.
+    """
+    dataset = create_dataset("shapes", "train", image_size=side, crop_size=side, length=batch_size * updates)
+    loader = create_loader(dataset, batch_size, workers=num_workers, pin_memory=device.type == "cuda")
+    plain = build_model(size, side, n_cls, device, None)
+    images = next(iter(loader))["image"].to(device)
+    trainings = {}
+    for name in tqdm([PURE, *methods], desc="settings", leave=False):
+        options = {} if name == PURE else settings_for(plain, name, [images], round(tokens * (side // 16) ** 2))
+        trainings[name] = training(apply_patch(copy.deepcopy(plain), name, options), loader, device, amp, compile)
+    entries = {name: [] for name in trainings}
+    for turn in tqdm(range(1 + rounds), desc="rounds", leave=False):
+        for name, train in trainings.items():
+            entries[name].append(train(turn))
+    rows = [row(name, found[1:], entries[PURE][1:]) for name, found in entries.items()]
+    name = environment(device)["device"]
+    click.echo(f"{name}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
+    click.echo(format_rows(rows))
+    if out is not None:
+        out.write_text(json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
+
+
+def training(model, loader, device, amp, compile):
+    """A function of the epoch that trains for it and returns `train_one_epoch`'s entry."""
+    if compile:
+        compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+    optimizer = create_optimizer(model, "sgd", 1e-5)
+    scheduler = create_scheduler(optimizer, "polynomial", epochs=FAR, updates_per_epoch=len(loader), learning_rate=1e-5)
+    precision = Precision.choose(device, amp)
+
+    def train(epoch):
+        return train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, device=device, progress=False) | {
+            "tokens": _tokens(model)
+        }
+
+    return train
+
+
+def _tokens(model):
+    """Mean number of patch tokens in the last update; None without merging."""
+    return patch.reduction(model).counts.double().mean().item() if patch.is_patched(model) else None
+
+
+def row(name, entries, pure):
+    """Medians over the rounds; the ratio is that of neighbouring turns."""
+    ratios = [mine["images_per_second"] / other["images_per_second"] for mine, other in zip(entries, pure, strict=True)]
+    medians = {key: statistics.median(entry[key] for entry in entries) for key in ("images_per_second", "data_wait")}
+    return {"method": name, "tokens": entries[-1]["tokens"], **medians, "ratio": statistics.median(ratios)}
+
+
+def format_rows(rows):
+    """The rows as Markdown."""
+    lines = ["| method | tokens | images/s | ratio | waiting for data, % |", "| --- | --- | --- | --- | --- |"]
+    for found in rows:
+        tokens = "all" if found["tokens"] is None else f"{found['tokens']:.0f}"
+        cells = f"{found['images_per_second']:.2f} | {found['ratio']:.2f} | {found['data_wait']:.1f}"
+        lines.append(f"| {found['method']} | {tokens} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
