@@ -2,7 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
-from vis.curves import threshold_curves
+from vis.curves import scale_curves, threshold_curves
 from vis.histograms import token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
@@ -22,6 +22,7 @@ __all__ = [
     "outline_tokens",
     "overlay_attention",
     "picture_sheet",
+    "scale_curves",
     "spread_weights",
     "threshold_curves",
     "token_histograms",

@@ -5,7 +5,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by all kinds of colour vision
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by all kinds of colour vision
+
+
+LINES = [
+    {"color": color, "marker": marker, "markersize": 4} for color, marker in ((BLUE, "o"), (ORANGE, "s"), (GREEN, "D"))
+]
 
 
 def threshold_curves(pure, rows, best=None):
@@ -29,6 +34,35 @@ def threshold_curves(pure, rows, best=None):
             if best is not None:
                 axis.axvline(best, color="0.5", linestyle=":", label=f"lowest without loss: {best}")
             axis.set(xlabel="threshold (cosine similarity)", ylabel=label)
+            axis.grid(color="0.9")
+        figure.axes[0].legend(frameon=False, fontsize=9)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def scale_curves(rows):
+    """Time and memory per patch over the number of patches, one line per method; flat lines are linear costs.
+
+    Args:
+        rows: dicts of `method`, `patches`, `microseconds_per_patch` and `kib_per_patch` (None: unknown).
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    panels = {"microseconds_per_patch": "microseconds per patch", "kib_per_patch": "peak KiB per patch"}
+    methods = dict.fromkeys(row["method"] for row in rows)
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for method, style in zip(methods, LINES * len(methods), strict=False):
+                points = [
+                    (row["patches"], row[key]) for row in rows if row["method"] == method and row[key] is not None
+                ]
+                axis.plot(*zip(*points, strict=True) if points else ([], []), label=method, **style)
+            axis.set(xlabel="patches", ylabel=label, xscale="log", ylim=(0, None))
+            axis.set_xticks(sorted({row["patches"] for row in rows}), sorted({row["patches"] for row in rows}))
+            axis.minorticks_off()
             axis.grid(color="0.9")
         figure.axes[0].legend(frameon=False, fontsize=9)
         canvas.draw()

@@ -162,3 +162,29 @@ def test_training_is_timed_in_turns(benchmark, tmp_path, options):
     assert pure["ratio"] == 1 and pure["tokens"] is None and 0 < graph["tokens"] <= 4
     assert 0 < graph["data_wait"] < 100 and "| graph | " in result.output
     del sys.modules["benchmark_training"]
+
+
+def test_the_scale_of_a_merge(benchmark, tmp_path):
+    import benchmark_scale
+
+    options = [
+        "--grids",
+        "8,16",
+        "--width",
+        "32",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "scale"),
+    ]
+    result = CliRunner().invoke(benchmark_scale.main, options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    for row in rows:
+        assert row["microseconds_per_patch"] > 0
+        if row["method"] != "ToMe" and row["patches"] == 256:  # five eighths of the tokens
+            assert row["tokens"] == pytest.approx(160, abs=25)
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+    del sys.modules["benchmark_scale"]
