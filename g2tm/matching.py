@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from g2tm.reduction import Reduction
-from g2tm.selection import selection
+from g2tm.selection import first_maximum, selection
 from g2tm.validation import check_batch, check_threshold
 
 ADAPTIVE = "adaptive"
@@ -14,12 +14,12 @@ MAX_SIMILARITIES = 2**24
 
 
 @selection
-def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=1, batch="ragged"):
+def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=1, batch="ragged", padded=True):
     """Merge tokens at even positions (A) into their most similar token at an odd position (B).
 
     Args:
         metric: (B, L, D), what tokens are compared by (cosine); the whole sequence, prefix tokens first.
-        r: merge the r most similar pairs, at most half of the patch tokens.
+        r: merge the r most similar pairs, at most half of the patch tokens; tokens that are not finite come last.
         threshold: instead, merge the pairs whose similarity exceeds it; from -1 to 1, or "adaptive": the mean of the
             A tokens' best similarities plus their standard deviation divided by `layer`.
         layer: 1-based layer, for the adaptive threshold.
@@ -28,6 +28,7 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
         batch: "ragged": every image merges what it has to. "uniform", with a threshold: every image merges as many
             pairs as the image that merges least, and the adaptive threshold is the mean over the images; r is the
             same for all images anyway.
+        padded: False if `sizes` marks no padding: with r, there is then nothing to wait for on the device.
 
     Returns:
         A `Reduction` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
@@ -38,19 +39,29 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     n_images, length = metric.shape[:2]
     _check(r, threshold, layer, prefix, length)
     check_batch(batch)
+    padded = padded and sizes is not None
     position = torch.arange(length, device=metric.device)
-    patch = (position >= prefix).expand(n_images, -1) if sizes is None else (position >= prefix) & (sizes > 0)
+    patch = (position >= prefix) & (sizes > 0) if padded else (position >= prefix).expand(n_images, -1)
     sources, targets = patch[:, ::2], patch[:, 1::2]
     if targets.shape[1] == 0:
         return Reduction.of_counts(position.expand(n_images, -1).contiguous(), patch.sum(1) + prefix, sizes)
-    similarity, partner = best_partners(metric, sources, targets)
-    n_merges = _count_merges(similarity, sources, patch, r, threshold, layer, batch)
+    similarity, partner = best_partners(metric, sources, targets if padded or prefix > 1 else None)
+    if r is None:
+        n_merges = _count_above(similarity, sources, threshold, layer, batch)
+    else:
+        n_merges = (patch.sum(1) // 2).clamp(max=r)
+        similarity = similarity.masked_fill(sources & similarity.isinf(), -2)  # not finite, but before prefix tokens
     order = similarity.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-    merging = rank < n_merges[:, None]
-    return _build(merging, partner, patch, prefix, sizes, n_merges)
+    assignment = _assign(rank < n_merges[:, None], partner, patch, prefix)
+    if padded:  # padding carries no weight and goes anywhere
+        assignment[:, prefix:] *= patch[:, prefix:]
+    counts = patch.sum(1) + prefix - n_merges
+    if r is None or padded:
+        return Reduction.of_counts(assignment, counts, sizes)
+    return Reduction(assignment, counts, int(length) - min(r, (int(length) - prefix) // 2), sizes)
 
 
 def best_partners(metric, sources, targets):
@@ -59,7 +70,7 @@ def best_partners(metric, sources, targets):
     Args:
         metric: (B, L, D).
         sources: (B, ceil(L/2)), bool, A tokens that may merge.
-        targets: (B, floor(L/2)), bool, B tokens that may be merged into.
+        targets: (B, floor(L/2)), bool, B tokens that may be merged into; None: all.
 
     Returns:
         similarity: (B, ceil(L/2)), -inf where there is no source or no target; partner: index among the B tokens.
@@ -68,12 +79,14 @@ def best_partners(metric, sources, targets):
     metric = F.normalize(metric, dim=-1)
     a, b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
     lowest = float("-inf")
-    excluded = ~targets.unsqueeze(1)
     rows = max(1, MAX_SIMILARITIES // (len(metric) * b.shape[2]))
-    best = [(part @ b).clamp_(-1, 1).masked_fill_(excluded, lowest).max(dim=2) for part in a.split(rows, dim=1)]
-    similarity = torch.cat([part.values for part in best], dim=1).masked_fill_(~sources, lowest)
-    similarity = similarity.nan_to_num(nan=lowest, neginf=lowest)  # NaN would sort as the most similar
-    return similarity, torch.cat([part.indices for part in best], dim=1)
+    best = []
+    for part in a.split(rows, dim=1):
+        product = (part @ b).clamp_(-1, 1)
+        best.append(first_maximum(product if targets is None else product.masked_fill_(~targets.unsqueeze(1), lowest)))
+    similarity, partner = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    # NaN would sort as the most similar.
+    return similarity.masked_fill(~sources, lowest).nan_to_num(nan=lowest, neginf=lowest), partner
 
 
 def adaptive_threshold(similarity, sources, layer):
@@ -93,11 +106,8 @@ def adaptive_threshold(similarity, sources, layer):
     return mean + variance.sqrt() / layer
 
 
-def _count_merges(similarity, sources, patch, r, threshold, layer, batch):
-    """Number of pairs that merge in each image: (B,), int64."""
-    possible = torch.isfinite(similarity).sum(1)
-    if r is not None:
-        return torch.minimum((patch.sum(1) // 2).clamp(max=r), possible)
+def _count_above(similarity, sources, threshold, layer, batch):
+    """Number of pairs that exceed the threshold in each image: (B,), int64."""
     if threshold == ADAPTIVE:
         threshold = adaptive_threshold(similarity, sources, layer)
         threshold = threshold.mean() if batch == "uniform" else threshold
@@ -105,8 +115,17 @@ def _count_merges(similarity, sources, patch, r, threshold, layer, batch):
     return count.min().expand_as(count) if batch == "uniform" else count
 
 
-def _build(merging, partner, patch, prefix, sizes, n_merges):
-    """The assignment: prefix tokens, then A tokens that stay, then B tokens."""
+def _assign(merging, partner, patch, prefix):
+    """Prefix tokens, then A tokens that stay, then B tokens.
+
+    Args:
+        merging: (B, A), bool, A tokens that merge.
+        partner: (B, A), index among the B tokens.
+        patch: (B, L), bool, neither prefix nor padding.
+
+    Returns:
+        (B, L), int64.
+    """
     stays = patch.clone()
     stays[:, ::2] &= ~merging
     from_a, from_b = stays.clone(), stays.clone()
@@ -118,9 +137,7 @@ def _build(merging, partner, patch, prefix, sizes, n_merges):
     target = place_b[:, 1::2].gather(1, partner)
     assignment[:, ::2] = torch.where(merging, target, assignment[:, ::2])
     assignment[:, :prefix] = torch.arange(prefix, device=patch.device)
-    if sizes is not None:  # padding carries no weight and goes anywhere
-        assignment[:, prefix:] *= patch[:, prefix:]
-    return Reduction.of_counts(assignment, patch.sum(1) + prefix - n_merges, sizes)
+    return assignment
 
 
 def _check(r, threshold, layer, prefix, length):

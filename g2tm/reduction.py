@@ -1,5 +1,7 @@
 """What one merge step did, and how to go back."""
 
+from functools import cached_property
+
 import torch
 
 
@@ -29,8 +31,8 @@ class Reduction:
     @classmethod
     def of_counts(cls, assignment, counts, sizes=None):
         """Reduction to `counts` groups per image; waits for the device once, to learn the largest."""
-        low, width = torch.stack(torch.aminmax(counts)).tolist()
-        return cls(assignment, counts, width, sizes, padded=low < width)
+        fewest, most = count_extremes(counts)
+        return cls(assignment, counts, most, sizes, padded=fewest < most)
 
     @property
     def padding(self):
@@ -53,13 +55,14 @@ class Reduction:
             values = values * self._weights.unsqueeze(-1)
         n_images, width = self.sizes.shape
         total = values.new_zeros(n_images * width, x.shape[-1])
-        total = total.index_add(0, self._flat_assignment(), values.flatten(0, 1))
-        mean = total.unflatten(0, (n_images, width)) / self.sizes.clamp(min=1).unsqueeze(-1).to(values.dtype)
+        rows = self._flat_assignment.unsqueeze(-1).expand(-1, x.shape[-1])
+        total.scatter_add_(0, rows, values.flatten(0, 1))  # in place: half the time, the same gradient
+        mean = total.unflatten(0, (n_images, width)).div_(self.sizes.clamp(min=1).unsqueeze(-1).to(values.dtype))
         return mean.to(x.dtype)
 
     def unmerge(self, y):
         """Give every token the value of its group: y: (B, M, D) -> (B, N, D)."""
-        return y.flatten(0, 1)[self._flat_assignment()].unflatten(0, self.assignment.shape)
+        return y.flatten(0, 1).index_select(0, self._flat_assignment).unflatten(0, self.assignment.shape)
 
     def then(self, second):
         """This step followed by `second`, which acts on the M groups, seen as one step from N tokens."""
@@ -72,8 +75,20 @@ class Reduction:
         assignment = (self.assignment[:, prefix:] - prefix).clamp(min=0)  # padding may point at a prefix token
         return Reduction(assignment, self.counts - prefix, self.sizes.shape[1] - prefix, weights, self.padded)
 
+    def widened(self, width):
+        """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""
+        return Reduction(self.assignment, self.counts, max(width, self.sizes.shape[1]), self._weights, padded=True)
+
+    @cached_property
     def _flat_assignment(self):
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""
         n_images, width = self.sizes.shape
-        offsets = torch.arange(n_images, device=self.assignment.device) * width
+        offsets = torch.arange(0, n_images * width, width, device=self.assignment.device)
         return (self.assignment + offsets[:, None]).flatten()
+
+
+def count_extremes(counts):
+    """(smallest, largest) of (B,) counts, as numbers, in one wait for the device."""
+    if len(counts) == 1:
+        return (counts.item(),) * 2
+    return tuple(torch.stack(torch.aminmax(counts)).tolist())

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from g2tm.reduction import Reduction
-from g2tm.selection import selection
+from g2tm.selection import selection, square_sums
 from g2tm.validation import check_batch, check_grid, check_threshold, check_window
 
 
@@ -31,46 +31,53 @@ def clap(x, grid, threshold, *, window=(2, 2), sizes=None, batch="ragged"):
     check_grid(grid, x.shape[1])
     check_window(window, grid)
     check_batch(batch)
-    windows = grid_windows(grid, window, x.device)
-    n_windows, area = windows.shape
-    similarity = window_similarities(x, windows)
+    similarity = window_similarities(x, grid, window)
+    n_tokens, n_windows = x.shape[1], similarity.shape[1]
     merged = (similarity >= threshold).sum(1)
     if batch == "uniform":
         merged = merged.min().expand_as(merged)
     order = similarity.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(n_windows, device=x.device).expand_as(order))
 
-    n_images, n_tokens = x.shape[:2]
-    window_rank = torch.full((n_images, n_tokens), n_windows, device=x.device)  # of the window that a patch lies in
-    window_rank[:, windows.flatten()] = rank.repeat_interleave(area, dim=1)
+    window_rank = _rank_of_patches(rank, grid, window)
     alone = window_rank >= merged[:, None]
     assignment = torch.where(alone, merged[:, None] + alone.cumsum(1) - 1, window_rank)
-    return Reduction.of_counts(assignment, n_tokens - merged * (area - 1), sizes)
+    return Reduction.of_counts(assignment, n_tokens - merged * (window[0] * window[1] - 1), sizes)
 
 
-def grid_windows(grid, window, device=None):
-    """Patches of every whole window: (W, height·width), int64, windows and the patches in them in row-major order."""
+def _rank_of_patches(rank, grid, window):
+    """Rank of the window that every patch lies in: (B, W) -> (B, gh·gw); W for patches in no whole window."""
     (gh, gw), (height, width) = grid, window
-    rows, columns = gh // height, gw // width
-    index = torch.arange(gh * gw, device=device).view(gh, gw)[: rows * height, : columns * width]
-    return index.reshape(rows, height, columns, width).transpose(1, 2).reshape(rows * columns, height * width)
+    rank = rank.unflatten(1, (gh // height, gw // width))
+    spread = rank.repeat_interleave(height, dim=1).repeat_interleave(width, dim=2)
+    return F.pad(spread, (0, gw % width, 0, gh % height), value=rank[0].numel()).flatten(1)
 
 
-def window_similarities(x, windows):
+def window_similarities(x, grid, window):
     """Mean cosine similarity over the pairs of distinct tokens of each window.
 
     The sum over all pairs is the squared length of the sum of the unit vectors, less their own.
 
     Args:
-        x: (B, N, D).
-        windows: (W, A), see `grid_windows`.
+        x: (B, gh·gw, D).
+        grid: (gh, gw).
+        window: patches per window, (height, width).
 
     Returns:
-        (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite.
+        (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite; whole windows alone, in
+        row-major order.
     """
-    x = x if x.dtype == torch.float64 else x.float()
-    unit = F.normalize(x, dim=-1)[:, windows]
-    total, area = unit.sum(2), windows.shape[1]
-    own = unit.square().sum((2, 3))
-    similarity = (total.square().sum(-1) - own) / (area * (area - 1))
-    return similarity.clamp(-1, 1).nan_to_num(nan=float("-inf"))
+    unit = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    total = _window_sums(unit.unflatten(1, tuple(grid)), window)
+    own = _window_sums(square_sums(unit).view(-1, *grid, 1), window).squeeze(-1)
+    area = window[0] * window[1]
+    similarity = (square_sums(total) - own) / (area * (area - 1))
+    return similarity.clamp(-1, 1).nan_to_num(nan=float("-inf")).flatten(1)
+
+
+def _window_sums(x, window):
+    """Sum over every whole window: (B, gh, gw, D) -> (B, gh // height, gw // width, D)."""
+    (gh, gw), (height, width) = x.shape[1:3], window
+    rows, columns = gh // height, gw // width
+    whole = x[:, : rows * height, : columns * width]
+    return whole.unflatten(2, (columns, width)).sum(3).unflatten(1, (rows, height)).sum(2)

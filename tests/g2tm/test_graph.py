@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from g2tm import edge_similarities, graph_merge
-from g2tm.components import BACKENDS, component_roots, spanning_forest
+from g2tm.components import BACKENDS, grid_components
+from g2tm.graph import _edge_ends, _strongest_edges
+
+ON_CPU = [backend for backend in BACKENDS if backend != "triton"]
 
 
 def partition(assignment):
@@ -32,7 +35,7 @@ def smooth_tokens(n_images, grid, dim=6):
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("grid", [(8, 8), (5, 11), (1, 7), (7, 1), (1, 1)])
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.7, 1.0])
 def test_partition_is_that_of_the_definition(backend, grid, threshold):
@@ -42,22 +45,6 @@ def test_partition_is_that_of_the_definition(backend, grid, threshold):
         expected = grid_partition(x[image], grid, threshold)
         assert partition(reduction.assignment[image]) == expected
         assert reduction.counts[image] == len(expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_name_the_smallest_index(backend):
-    start, end = torch.randint(60, (2, 45))
-    graph = networkx.Graph(zip(start.tolist(), end.tolist(), strict=True))
-    graph.add_nodes_from(range(60))
-    roots = component_roots(start, end, 60, backend)
-    for component in networkx.connected_components(graph):
-        assert set(roots[list(component)].tolist()) == {min(component)}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_long_chain_is_one_component(backend):
-    order = torch.randperm(500)
-    assert not component_roots(order[:-1], order[1:], 500, backend).any()
 
 
 def test_a_batch_equals_its_images():
@@ -91,16 +78,25 @@ def test_uniform_merges_the_most_similar_first():
     assert partition(uniform.assignment[0]) in own
 
 
-def test_spanning_forest_is_networkx():
-    pairs = torch.combinations(torch.arange(30))
-    start, end = pairs[torch.randperm(len(pairs))[:60]].T
-    weight = torch.rand(60)
-    graph = networkx.Graph()
-    graph.add_weighted_edges_from(zip(start.tolist(), end.tolist(), weight.tolist(), strict=True))
-    forest = spanning_forest(start, end, weight, 30)
-    expected = networkx.maximum_spanning_tree(graph).size(weight="weight")
-    assert weight[forest].sum().item() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(weight[forest], weight[forest].sort(descending=True).values)
+@pytest.mark.parametrize("n_values", [4, 10**6])
+def test_uniform_keeps_the_head_of_the_maximum_spanning_forest(n_values):
+    """Kruskal's: the most similar edges that join two groups, of equal ones the earlier; 4 values: nearly all equal."""
+    grid = (7, 6)
+    similarity = [torch.randint(n_values, (3, *shape)) / n_values for shape in ((7, 5), (6, 6))]
+    threshold = [torch.tensor([0.6, 0.2, -1.0]).view(3, 1, 1)] * 2
+    kept = tuple(s > t for s, t in zip(similarity, threshold, strict=True))
+    counts = grid_components(*kept)[1]
+    n_merges = 42 - counts.max().item()
+    chosen = _strongest_edges(tuple(similarity), kept, n_merges, counts, "auto")
+    start, end = (part.tolist() for part in _edge_ends(*grid, "cpu"))
+    for image in range(3):
+        weight, alive = (torch.cat([part[image].flatten() for part in pair]).tolist() for pair in (similarity, kept))
+        forest, taken = networkx.utils.UnionFind(range(42)), set()
+        for edge in sorted((e for e in range(len(weight)) if alive[e]), key=lambda e: (-weight[e], e)):
+            if forest[start[edge]] != forest[end[edge]]:
+                forest.union(start[edge], end[edge])
+                taken |= {edge} if len(taken) < n_merges else set()
+        assert set(torch.cat([part[image].flatten() for part in chosen]).nonzero().flatten().tolist()) == taken
 
 
 def test_a_higher_threshold_only_splits():
@@ -118,13 +114,39 @@ def test_similarities_are_cosines():
     torch.testing.assert_close(down, torch.cosine_similarity(tokens[:, :-1], tokens[:, 1:], dim=-1))
 
 
+def test_similarities_of_tokens_that_lie_apart_in_memory():
+    x = torch.randn(2, 13, 5)
+    for near, apart in zip(
+        edge_similarities(x[:, 1:].contiguous(), (3, 4)), edge_similarities(x[:, 1:], (3, 4)), strict=True
+    ):
+        assert torch.equal(near, apart)
+
+
+def test_zero_tokens_are_like_nothing():
+    x = torch.ones(1, 4, 3)
+    x[0, 1] = 0
+    right, down = edge_similarities(x, (2, 2))
+    assert right.flatten().tolist() == pytest.approx([0, 1]) and down.flatten().tolist() == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize("batch", ["ragged", "uniform"])
+def test_a_token_that_is_not_finite_stays_alone(batch):
+    x = torch.ones(2, 16, 3)
+    x[:, 5] = float("nan")
+    x[0, 10] = float("inf")
+    for threshold in (-1.0, 0.5):
+        reduction = graph_merge(x, (4, 4), threshold, batch=batch)
+        assert (reduction.assignment == reduction.assignment[:, 5:6]).sum(1).tolist() == [1, 1]
+        assert (reduction.assignment[0] == reduction.assignment[0, 10]).sum() == 1
+
+
 def test_half_precision_tokens_are_compared_in_float32():
     x = smooth_tokens(1, (8, 8)).bfloat16()
     expected = graph_merge(x.float(), (8, 8), 0.6)
     assert torch.equal(graph_merge(x, (8, 8), 0.6).assignment, expected.assignment)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_threshold_one_merges_nothing_at_all(backend):
     """Rounding would give equal tokens a cosine above 1."""
     x = torch.randn(1, 1, 33).expand(6, 64, 33)

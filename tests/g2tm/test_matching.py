@@ -116,6 +116,27 @@ def test_a_token_that_is_not_finite_does_not_merge(r):
     assert reduction.counts.item() == 12 - r
 
 
+def test_tokens_that_are_not_finite_merge_last_and_prefix_tokens_never():
+    metric = torch.randn(2, 12, 4)
+    metric[:, [2, 4, 6]] = float("nan")
+    reduction = bipartite(metric, r=4, prefix=2)
+    assert reduction.counts.tolist() == [8, 8] and reduction.padding is None
+    for image in range(2):
+        groups = reduction.assignment[image]
+        assert all((groups == groups[token]).sum() == 1 for token in (0, 1))
+        merged = [token for token in (2, 4, 6, 8, 10) if (groups == groups[token]).sum() > 1]
+        assert {8, 10} <= set(merged) and len(merged) <= 5
+
+
+@pytest.mark.parametrize("r", [0, 3, 100])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_sizes_without_padding_need_not_be_searched_for_it(r, prefix):
+    metric, sizes = torch.randn(2, 15, 4), torch.randint(1, 5, (2, 15)).float()
+    searched, told = (bipartite(metric, r=r, sizes=sizes, prefix=prefix, padded=padded) for padded in (True, False))
+    assert torch.equal(searched.assignment, told.assignment) and torch.equal(searched.counts, told.counts)
+    assert torch.equal(searched.sizes, told.sizes) and told.padding is None and searched.padding is None
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_sequences_with_hardly_a_token(length):
     for arguments in ({"r": 5}, {"threshold": "adaptive", "layer": 2}, {"threshold": -1.0}):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from g2tm import clap
-from g2tm.windows import grid_windows, window_similarities
+from g2tm.windows import window_similarities
+
+
+def grid_windows(grid, window):
+    """Patches of every whole window: (W, height·width)."""
+    rows, columns = grid[0] // window[0], grid[1] // window[1]
+    index = torch.arange(grid[0] * grid[1]).view(grid)[: rows * window[0], : columns * window[1]]
+    return index.reshape(rows, window[0], columns, window[1]).transpose(1, 2).reshape(rows * columns, -1)
 
 
 def by_definition(x, grid, window, threshold):
@@ -44,7 +51,7 @@ def test_similarity_of_a_window_is_the_mean_over_its_pairs():
     x, windows = torch.randn(2, 24, 5), grid_windows((4, 6), (2, 2))
     unit = torch.nn.functional.normalize(x, dim=-1)[:, windows]
     expected = torch.stack([(unit[:, :, a] * unit[:, :, b]).sum(-1) for a, b in combinations(range(4), 2)]).mean(0)
-    torch.testing.assert_close(window_similarities(x, windows), expected)
+    torch.testing.assert_close(window_similarities(x, (4, 6), (2, 2)), expected)
 
 
 def test_windows_over_the_edge_are_left_alone():
@@ -58,7 +65,7 @@ def test_uniform_merges_as_many_windows_as_the_image_that_merges_least():
     ragged, uniform = clap(x, (8, 8), 0.5), clap(x, (8, 8), 0.5, batch="uniform")
     most = ragged.counts.max()
     assert torch.equal(uniform.counts, most.expand(3)) and uniform.padding is None
-    similarity = window_similarities(x, grid_windows((8, 8), (2, 2)))
+    similarity = window_similarities(x, (8, 8), (2, 2))
     n_merged = (64 - most.item()) // 3
     for image in range(3):
         chosen = similarity[image].argsort(descending=True)[:n_merged]
@@ -77,7 +84,7 @@ def test_a_batch_equals_its_images():
 def test_a_window_that_is_not_finite_does_not_merge():
     x = torch.randn(1, 16, 3)
     x[0, 0] = float("nan")
-    similarity = window_similarities(x, grid_windows((4, 4), (2, 2)))[0]
+    similarity = window_similarities(x, (4, 4), (2, 2))[0]
     assert similarity[0] == float("-inf")
     second = similarity.sort().values[-1].item()
     reduction = clap(x, (4, 4), second)

@@ -444,7 +444,8 @@ def test_commands_run_as_files_and_as_modules(file):
 @pytest.mark.slow
 def test_two_processes_train_and_score_like_one(run, folder_data, tmp_path):
     """gloo, under torchrun: the same mIoU as one process, one run directory, every image counted once."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Without the "--", torchrun takes --r for an option of its own.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     environment = os.environ | {"DATASET": str(folder_data), "OMP_NUM_THREADS": "1"}
 
     def launch(*arguments):
@@ -455,9 +456,15 @@ def test_two_processes_train_and_score_like_one(run, folder_data, tmp_path):
 
     printed = launch("segm/test.py", run, "--device", "cpu")
     assert printed == call(test, run, "--device", "cpu")
-    options = ["--patch-type", "graph", "--selected-layer", "1", "--threshold", "0.5"]
-    launch("segm/train.py", "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, *options)
-    entries = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
-    assert [entry["num_updates"] for entry in entries] == [2, 4]
-    score = entries[-1]["val_mean_iou"]
-    assert f"mean_iou: {score:.2f}" in call(test, tmp_path / "run", "--device", "cpu")
+    methods = {
+        "graph": ["--selected-layer", "1", "--threshold", "0.5"],
+        "algm": ["--selected-layers", "1", "2", "--threshold", "0.5"],
+        "tome": ["--r", "2"],
+    }
+    for method, options in methods.items():
+        folder = tmp_path / method
+        launch("segm/train.py", "--log-dir", folder, "--dataset", "folder", *TINY, "--patch-type", method, *options)
+        entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        assert [entry["num_updates"] for entry in entries] == [2, 4]
+        score = entries[-1]["val_mean_iou"]
+        assert f"mean_iou: {score:.2f}" in call(test, folder, "--device", "cpu")

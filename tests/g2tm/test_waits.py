@@ -1,0 +1,106 @@
+"""How often a merge waits for the device: whenever a tensor becomes a number, or its values decide on a shape."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from g2tm import bipartite, clap, components, graph_merge
+
+READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
+
+
+class Reads(TorchFunctionMode):
+    """Counts what turns a tensor into numbers.
+
+    `numpy()` is left out: only branches for tensors on the CPU take it, where there is nothing to wait for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in READING
+        return function(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations inside of torch that a CUDA device would have to finish its queue for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.count += by_mask or name in WAITING
+        return function(*args, **(kwargs or {}))
+
+
+X = torch.randn(3, 64, 6, generator=torch.Generator().manual_seed(0)) + 0.5
+SIZES = torch.ones(3, 64)
+MERGES = {
+    "graph": (lambda: graph_merge(X, (8, 8), 0.5, backend="torch"), 1),
+    "clap": (lambda: clap(X, (8, 8), 0.3), 1),
+    "clap uniform": (lambda: clap(X, (8, 8), 0.3, batch="uniform"), 1),
+    "gbm": (lambda: bipartite(X, threshold="adaptive", layer=3, sizes=SIZES), 1),
+    "gbm uniform": (lambda: bipartite(X, threshold="adaptive", layer=3, batch="uniform"), 1),
+    "tome": (lambda: bipartite(X, r=5, prefix=0), 0),
+    "tome, prefix": (lambda: bipartite(X, r=5, prefix=3), 0),
+    "tome, sizes": (lambda: bipartite(X, r=5, sizes=SIZES, padded=False), 0),
+    "tome, padding": (lambda: bipartite(X, r=5, sizes=SIZES), 1),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_one_wait_at_most(name):
+    merge, expected = MERGES[name]
+    with Waits() as waits, Reads() as reads:
+        reduction = merge()
+        reduction.unmerge(reduction.merge(X))
+        reduction.then(reduction_of_all(reduction)).without_prefix(0)
+    assert (reads.count, waits.count) == (expected, 0)
+
+
+def reduction_of_all(first):
+    """A second step, made without waiting."""
+    width = first.sizes.shape[1]
+    return type(first)(torch.zeros(len(first.sizes), width, dtype=torch.long), torch.ones(3, dtype=torch.long), 1)
+
+
+def test_waiting_operations_are_seen():
+    with Waits() as waits:
+        X[X > 0]
+        X.sum().item()
+    assert waits.count >= 2
+    with Reads() as reads:
+        X.tolist()
+        bool(X[0, 0, 0] > 0)
+    assert reads.count == 2
+
+
+def test_propagation_alone_reads_nothing():
+    with Waits() as waits, Reads() as reads:
+        components._torch_components(torch.ones(2, 4, 3).bool(), torch.ones(2, 3, 4).bool())
+    assert reads.count == waits.count == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_cuda_waits_once(backend):
+    x = torch.randn(3, 64, 6, device="cuda") + 0.5
+    graph_merge(x, (8, 8), 0.5, backend=backend)  # compiled now, not while counting
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            reduction = graph_merge(x, (8, 8), 0.5, backend=backend)
+            reduction.unmerge(reduction.merge(x))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
