@@ -15,6 +15,7 @@ from patch.blocks import (
     patch_block,
     unpatch_block,
 )
+from patch.compiled import is_compiled, uncompile
 from patch.registry import Encoder, resolve
 
 
@@ -101,6 +102,8 @@ def _install(model, encoder, method, options, more_blocks=()):
     """Check everything, then let the blocks of an encoder merge; returns the shared state."""
     if is_patched(model):
         raise ValueError(f"the model is patched with {model.merging.name} already: call patch.remove first")
+    if is_compiled(model):
+        raise ValueError("the model is compiled already: call patch.remove first, and patch before compiling")
     target = Encoder(len(encoder.blocks), tuple(encoder.patch_embed.grid_size))
     entry, settings = resolve(method, target, options)
     for block in (*encoder.blocks, *more_blocks):
@@ -134,7 +137,9 @@ def check(method, depth, grid, **options):
 
 
 def remove(model):
-    """Undo `segmenter` or `timm`: the model is exactly what it was before. Without a patch, nothing happens."""
+    """Undo `segmenter` or `timm`, and `compile`: the model is exactly what it was before. Without them, nothing
+    happens."""
+    uncompile(model)
     if not is_patched(model):
         return model
     if isinstance(model, _UnmergedFeatures):

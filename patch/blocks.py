@@ -1,11 +1,14 @@
 """timm's `Block` with merging, and the state that the blocks of one model share."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from g2tm import attention_bias
+from patch.flash import KeyBias, carries
 from patch.registry import Step
 
 
@@ -20,6 +23,8 @@ class Merging:
         reduction: from all patches to the current tokens; None while nothing was merged.
         keys: (B, L, head dim) of the current attention, if the method wants them.
         on_merge: called with (layer, reduction) after every merge; None: nobody looks.
+        bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
+            shapes repeat; None: they are not.
     """
 
     def __init__(self, name, method, settings, encoder, prefix):
@@ -32,32 +37,42 @@ class Merging:
         self.reduction = None
         self.keys = None
         self.on_merge = None
-        self._bias = None
+        self.bucket = None
+        self.key_bias = None
 
-    def begin(self, grid):
+    def begin(self, grid, bucket=None):
         """Forget the last forward pass."""
-        self.grid, self.reduction, self.keys, self._bias = tuple(grid), None, None, None
+        self.grid, self.bucket = tuple(grid), bucket
+        self.reduction, self.keys, self.key_bias = None, None, None
 
     def reduce(self, x, layer, training):
         """One merge step; x: (B, P + N, D) -> (B, P + M, D)."""
-        sizes = None if self.reduction is None else self.reduction.sizes
+        sizes, padded = (None, False) if self.reduction is None else (self.reduction.sizes, self.reduction.padded)
         batch = self.settings["batch"] or ("uniform" if training else "ragged")
-        step = Step(x, self.keys, self.prefix, self.grid, sizes, layer, self.encoder.depth, batch, self.settings)
+        depth = self.encoder.depth
+        step = Step(x, self.keys, self.prefix, self.grid, sizes, padded, layer, depth, batch, self.settings)
         merged, self.keys = self.method.merge(step), None
+        if self.bucket is not None:
+            width = self.bucket * math.ceil(merged.sizes.shape[1] / self.bucket)
+            merged = merged.widened(min(width, step.x.shape[1]))
         self.reduction = merged if self.reduction is None else self.reduction.then(merged)
-        self._bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)
+        self.key_bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)
         if self.on_merge is not None:
             self.on_merge(layer, self.reduction)
         return torch.cat([x[:, : self.prefix], merged.merge(step.x)], dim=1)
 
-    def bias(self, before, after, dtype):
+    def bias(self, before, after, x, alone):
         """Additive bias of the next attention, (B, 1, 1, before + M + after), or None.
 
         Args:
             before, after: tokens in front of and behind the patch tokens, which count as one patch each.
-            dtype: that of the tokens.
+            x: the tokens that attend.
+            alone: whether it is all that `scaled_dot_product_attention` is given as `attn_mask`.
         """
-        return None if self._bias is None else F.pad(self._bias, (before, after)).to(dtype)
+        if self.key_bias is None:
+            return None
+        bias = F.pad(self.key_bias, (before, after))
+        return bias.as_subclass(KeyBias) if alone and carries(x) else bias.to(x.dtype)
 
 
 class PatchedBlock(Block):
@@ -66,11 +81,20 @@ class PatchedBlock(Block):
 
     def forward(self, x, attn_mask=None, is_causal=False):
         """x: (B, L, D) -> (B, L', D), with L' ≤ L where tokens merge."""
-        bias = self.merging.bias(*self.neighbours, x.dtype)
-        mask = attn_mask if bias is None else bias if attn_mask is None else attn_mask + bias
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal)))
+        x = self.attend(x, attn_mask, is_causal)
         if self.merge_layer is not None:
             x = self.merging.reduce(x, self.merge_layer, self.training)
+        return self.feed(x)
+
+    def attend(self, x, attn_mask=None, is_causal=False):
+        """The half before the merge; x: (B, L, D)."""
+        alone = attn_mask is None and self.attn.fused_attn
+        bias = self.merging.bias(*self.neighbours, x, alone)
+        mask = attn_mask if bias is None else bias if attn_mask is None else attn_mask + bias
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal)))
+
+    def feed(self, x):
+        """The half after the merge; x: (B, L', D)."""
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 

@@ -79,7 +79,7 @@ def _merge_tome(step):
     """ToMe: the most similar keys, a fixed number in every layer."""
     removed = scheduled_r(step.settings["r"], step.layer, step.depth)
     sizes = step.sequence_sizes
-    matched = bipartite(step.keys, r=removed, sizes=sizes, prefix=step.prefix, batch=step.batch)
+    matched = bipartite(step.keys, r=removed, sizes=sizes, prefix=step.prefix, batch=step.batch, padded=step.padded)
     return matched.without_prefix(step.prefix)
 
 

@@ -23,6 +23,7 @@ class Step:
         prefix: P, number of prefix tokens.
         grid: (gh, gw), patches of the padded image.
         sizes: (B, N), patches per patch token, 0 for padding; None before the first merge.
+        padded: whether any of the sizes is 0.
         layer, depth: this layer, 1-based, and how many there are.
         batch: "ragged" or "uniform".
         settings: the options of the patch.
@@ -33,6 +34,7 @@ class Step:
     prefix: int
     grid: tuple[int, int]
     sizes: Tensor | None
+    padded: bool
     layer: int
     depth: int
     batch: str

@@ -43,6 +43,11 @@ COLUMNS = {
     "peak MiB": "{memory}",
 }
 
+COMPILED_COLUMNS = {
+    "compiled/s, pure → merged": "{scores_compiled_pure:.2f} → {scores_compiled:.2f}",
+    "compiled to eager pure, pure → merged": "{ratio_compiled_pure:.2f} → {ratio_compiled:.2f}",
+}
+
 
 class Listed(click.ParamType):
     """Values with commas between them."""
@@ -80,10 +85,13 @@ class Listed(click.ParamType):
 @click.option("--images", type=click.Choice(["shapes", "camvid"]), default="shapes", show_default=True)
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
+@click.option("--compile", "compiled", is_flag=True, help="Time compiled models as well, against plain execution.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
 @device_option
-def main(models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, out, check, device):
+def main(
+    models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, compiled, out, check, device
+):
     """Time models with random weights on images, without merging and with it, and print one row per combination.
 
     Speeds are medians over images, all calls interleaved. The realised share is the gain in speed over the gain in
@@ -97,7 +105,7 @@ def main(models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, bat
         views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
         options = settings_for(model, method, views, round(tokens * (side // 16) ** 2))
         case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}
-        rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats))
+        rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats, compiled))
         if out is not None:
             content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
             out.write_text(json.dumps(content, indent=2))
@@ -118,7 +126,8 @@ def load_batches(name, side, batch_size, n_batches, device, dtype):
 
 def format_table(rows):
     """The rows as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    columns = COLUMNS | (COMPILED_COLUMNS if all("scores_compiled" in row for row in rows) else {})
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     for row in rows:
         shown = {
             "merge": 100 * sum(row["overhead"].values()),
@@ -126,7 +135,7 @@ def format_table(rows):
             "difference": 100 * row["overhead_difference"],
             "memory": " → ".join(_mib(row[f"memory_scores{name}_mib"]) for name in ("_pure", "")),
         }
-        lines.append("| " + " | ".join(text.format(**row, **shown) for text in COLUMNS.values()) + " |")
+        lines.append("| " + " | ".join(text.format(**row, **shown) for text in columns.values()) + " |")
     return "\n".join(lines)
 
 
@@ -148,6 +157,9 @@ def missed_targets(row, device_type):
     missed = []
     if share is not None and row["share_scores"] < share:
         missed.append(f"{name}: realised share {row['share_scores']:.3f}, target {share}")
+    compiled = _compiled_target(row, device_type)
+    if compiled is not None and row["ratio_compiled"] < compiled:
+        missed.append(f"{name}: compiled {row['ratio_compiled']:.2f} times plain execution, target {compiled}")
     if overhead is not None and _overhead(row) > overhead:
         missed.append(f"{name}: merge overhead {100 * _overhead(row):.2f} %, target {100 * overhead:.0f} %")
     return missed
@@ -167,6 +179,13 @@ def _overhead_target(row, device_type):
     if row["method"] in ONCE:
         return 0.01 if device_type == "cpu" else 0.03 if row["batch_size"] == 1 else None
     return None
+
+
+def _compiled_target(row, device_type):
+    """Of methods that merge once or twice: what merges is not compiled."""
+    reference = (row["dtype"], row["batch_size"]) == ("bfloat16", 1) and row["model"] in ("T", "S", "B")
+    applies = device_type == "cuda" and reference and row["method"] in ONCE and "ratio_compiled" in row
+    return 3 if applies else None
 
 
 def _overhead(row):

@@ -13,6 +13,7 @@ from segm.eval.operations import count_operations
 from segm.eval.timing import interleaved_rates
 from segm.model.factory import create_segmenter
 from segm.model.upsample import upsample
+from segm.speedtest import meet_every_shape
 from segm.token_stats import count_tokens
 
 BACKBONES = {
@@ -120,7 +121,7 @@ def eager_label_map(model):
 
 
 @torch.inference_mode()
-def measure(model, method, options, batches, device, repeats):
+def measure(model, method, options, batches, device, repeats, compiled=False):
     """One row of the benchmark.
 
     Args:
@@ -128,12 +129,14 @@ def measure(model, method, options, batches, device, repeats):
         method, options: for `patch.segmenter`.
         batches: list of images (B, 3, H, W), on the device.
         repeats: timed passes per batch.
+        compiled: also compile the model, without merging and with it, and time its token scores.
 
     Returns:
         dict: `tokens`, `n_patches`, `gflops_pure`, `gflops`; images/s of token scores (`scores_pure`, `scores`) and of
         label maps (`predict_eager`, `predict_pure`, `predict`); `ratio` and `share` of both; `upsampling_*_ms`;
         `overhead` of the merges alone by layer, `overhead_undo` and `overhead_difference`, as shares of the pure pass;
-        peak memory above the models, MiB.
+        peak memory above the models, MiB. With `compiled` also `scores_compiled_pure`, `scores_compiled`, and their
+        ratios to the pure model as it is, `ratio_compiled_pure` and `ratio_compiled`.
     """
     merged = patch.segmenter(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
@@ -146,6 +149,7 @@ def measure(model, method, options, batches, device, repeats):
         "predict_pure": model.predict,
         "predict": merged.predict,
         **_merge_calls(merged, recorded),
+        **(_compiled_calls(model, merged, batches) if compiled else {}),
     }
     rates = interleaved_rates(calls, batches, device, repeats=repeats)
     row = {
@@ -157,11 +161,21 @@ def measure(model, method, options, batches, device, repeats):
     row |= {name: rates[name].median().item() for name in calls if name.split("_")[0] in ("scores", "predict")}
     row |= _ratios(rates, row)
     row |= _overhead(rates, merged)
+    for name in ("compiled_pure", "compiled") if compiled else ():
+        row[f"ratio_{name}"] = (rates[f"scores_{name}"] / rates["scores_pure"]).median().item()
     memory = {
         name: peak_memory(calls[name], batches[0], device)
         for name in ("scores_pure", "scores", "predict_pure", "predict")
     }
     return row | {f"memory_{name}_mib": value for name, value in memory.items()}
+
+
+def _compiled_calls(model, merged, batches):
+    """Token scores of compiled copies, which have met the batches."""
+    copies = {"scores_compiled_pure": model, "scores_compiled": merged}
+    calls = {name: patch.compile(copy.deepcopy(one)).grid_scores for name, one in copies.items()}
+    meet_every_shape(calls, batches)
+    return calls
 
 
 def _merge_calls(merged, recorded):

@@ -5,6 +5,7 @@ it is, draws two sheets of pictures, and ends with the report of all: measured o
 and as a web page. Everything lies in runs/demo. A finished training is not done again.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -24,15 +25,15 @@ from segm.pictures import write_picture
 from vis import colorize, fill_tokens, legend, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORK = ["--patch-size", "8", "--d-model", "96", "--n-heads", "3", "--n-layers", "4", "--no-pretrained"]
+NETWORK = ["--patch-size", "8", "--d-model", "64", "--n-heads", "2", "--n-layers", "4", "--no-pretrained"]
 SCHEDULE = [
     *["--optimizer", "adamw", "--scheduler", "cosine", "--weight-decay", "0.01"],
     *["--drop-path", "0", "--decoder-dropout", "0"],  # too short a training to overfit
 ]
-COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "0"]
-THRESHOLD = 0.9
+COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "1"]
+THRESHOLD = 0.95
 TRAININGS = {
-    "pure": [*NETWORK, "--learning-rate", "1e-3", "--epochs", "3", "--eval-freq", "3"],
+    "pure": [*NETWORK, "--learning-rate", "2e-3", "--epochs", "3", "--eval-freq", "3"],
     "graph": [
         *["--finetune", "{pure}", "--patch-type", "graph", "--selected-layer", "2", "--threshold", str(THRESHOLD)],
         *["--learning-rate", "3e-4", "--epochs", "1"],
@@ -43,6 +44,7 @@ APPLIED = {
     "tome": ["--patch-type", "tome", "--r", "32"],
 }
 N_PICTURES, N_COST_IMAGES = 4, 10
+N_THREADS = 1  # on the CPU threads of so small a model mostly wait for each other, above all on a busy machine
 
 
 @click.command(cls=Command)
@@ -52,6 +54,7 @@ N_PICTURES, N_COST_IMAGES = 4, 10
 def main(out):
     """Train, evaluate and picture a small Segmenter, plain and with graph merging."""
     device = torch.device(default_device())
+    torch.set_num_threads(N_THREADS)
     for name, options in TRAININGS.items():
         train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
     runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS]
@@ -76,7 +79,8 @@ def train_once(name, folder, options):
         options = ["--resume"]
     command = ["segm/train.py", "--log-dir", str(folder), *COMMON, *SCHEDULE, *options]
     click.echo(f"{name}: python {' '.join(command)}")
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+    environment = os.environ | {"OMP_NUM_THREADS": str(N_THREADS)}
+    if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode:
         raise ValueError(f"the training of {name} failed, see above")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import torch
+from tqdm import tqdm
 
 import patch
 from segm.data import DATASETS
@@ -34,6 +35,7 @@ OUTPUTS = {
     "scores": lambda model: model.grid_scores,
     "labels": lambda model: model.predict,
 }
+COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
 
 
 @click.command(cls=Command)
@@ -55,12 +57,25 @@ OUTPUTS = {
     "--compare",
     help='Methods to time side by side, e.g. pure,graph or "pure,graph --threshold 0.9,algm --threshold 0.9".',
 )
+@click.option("--compile", "compiled", is_flag=True, help="Compile every method, before anything is timed.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @device_option
 @max_images_option
 @patch_options
 def main(
-    checkpoint, dataset_name, batch_size, duplicate, dtype, output, warmup, repeats, compare, out, device, **given
+    checkpoint,
+    dataset_name,
+    batch_size,
+    duplicate,
+    dtype,
+    output,
+    warmup,
+    repeats,
+    compare,
+    compiled,
+    out,
+    device,
+    **given,
 ):
     """Print images/s of CHECKPOINT on DATASET, at crop x crop pixels.
 
@@ -80,10 +95,15 @@ def main(
     )
     models = {name: patched.to(device=device, dtype=precision) for name, patched in models.items()}
     calls = {name: OUTPUTS[output](patched) for name, patched in models.items()}
+    if compiled:
+        for patched in models.values():
+            patch.compile(patched)
+        meet_every_shape(calls, views)
     rates = interleaved_rates(calls, views, device, repeats=repeats, warmup=warmup, progress=True)
     tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
     rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]
     conditions = environment(device) | {"dtype": dtype, "batch_size": views.batch_size, "duplicate": duplicate}
+    conditions |= {"compiled": compiled}
     conditions |= {"output": output, "side": views.side, "batches": len(views), "repeats": repeats, "warmup": warmup}
     click.echo(describe(conditions))
     click.echo(format_rows(rows))
@@ -127,6 +147,20 @@ def _common_options(given, method):
     return {key: value for key, value in read_given_options(given).items() if key in known}
 
 
+@torch.inference_mode()
+def meet_every_shape(calls, batches):
+    """Let compiled models see every number of tokens before they are timed.
+
+    Args:
+        calls: name -> function of a batch (B, 3, H, W).
+        batches: those that will be timed.
+    """
+    for batch in tqdm(batches, desc="compiling", unit="batch", leave=False):
+        for call in calls.values():
+            for _ in range(COMPILING_PASSES):
+                call(batch)
+
+
 def mean_tokens(model, views):
     """Patch tokens that an image keeps, on average."""
     return torch.cat([count_tokens(model, batch) for batch in views]).double().mean().item()
@@ -143,7 +177,8 @@ def describe(conditions):
     """One line that says what was measured with."""
     c = conditions
     images = f"{c['batches']} x {c['batch_size']} images of {c['side']} x {c['side']}"
-    return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}"
+    compiled = ", compiled" if c["compiled"] else ""
+    return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}{compiled}"
 
 
 def format_rows(rows):

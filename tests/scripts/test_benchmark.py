@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,11 @@ def row_of(**changed):
         ({"overhead": dict.fromkeys(range(1, 13), 0.006), "method": "tome", "share_scores": 0.5}, "cpu", 1),
         ({"overhead": {2: 0.02}}, "cuda", 0),
         ({"share_scores": 0.94, "dtype": "bfloat16", "batch_size": 32}, "cuda", 1),
+        ({"ratio_compiled": 2.9, "dtype": "bfloat16"}, "cuda", 1),
+        ({"ratio_compiled": 3.1, "dtype": "bfloat16"}, "cuda", 0),
+        ({"ratio_compiled": 2.9, "dtype": "bfloat16"}, "cpu", 0),
+        ({"ratio_compiled": 2.9, "dtype": "float32"}, "cuda", 0),
+        ({"ratio_compiled": 2.9, "dtype": "bfloat16", "model": "L"}, "cuda", 0),
     ],
 )
 def test_targets(benchmark, changed, device, missed):
@@ -126,6 +132,26 @@ def test_the_command_writes_rows_and_fails_where_a_target_is_missed(benchmark, t
     assert "| T | 64 | 1 | float32 | graph | " in passed.output
     failed = CliRunner().invoke(benchmark.main, [*options, "--check"])
     assert failed.exit_code == 1 and "tome is too slow" in failed.output
+
+
+@pytest.fixture
+def plain_backend(monkeypatch):
+    """Traces without generating code, which would take a compiler and half a minute."""
+    monkeypatch.setattr(patch, "compile", partial(patch.compile, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_models_get_columns_of_their_own(benchmark, plain_backend, tmp_path):
+    options = ["--models", "T", "--sides", "64", "--methods", "graph", "--batches", "1", "--repeats", "1", "--compile"]
+    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path / "rows.json")]
+    passed = CliRunner().invoke(benchmark.main, options)
+    assert passed.exit_code == 0, passed.output
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["scores_compiled_pure"] > 0
+    assert row["ratio_compiled"] == pytest.approx(row["scores_compiled"] / row["scores_pure"])
+    assert "compiled to eager pure, pure → merged |" in passed.output
 
 
 @pytest.mark.parametrize(

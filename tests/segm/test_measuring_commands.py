@@ -1,6 +1,7 @@
 """The commands that measure: speed, operations, profile, tokens."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ class TestSpeed:
         options = ["--batch-size", 3, "--duplicate", "--warmup", 0, "--repeats", 1, "--dtype", dtype]
         printed = call(speedtest, shapes_run, *OPTIONS, *options, "--output", output, *GRAPH).stdout
         assert f"3 x 3 images of 32 x 32, {output}" in printed and dtype in printed
+
+    def test_compiled_methods_are_compared(self, shapes_run, tmp_path, monkeypatch):
+        monkeypatch.setattr(patch, "compile", partial(patch.compile, backend="eager"))
+        compare = "pure,graph --threshold 0.5"
+        options = ["--compare", compare, "--compile", "--warmup", 0, "--repeats", 1, "--out", tmp_path / "speed.json"]
+        printed = call(speedtest, shapes_run, *OPTIONS, *options).stdout
+        torch._dynamo.reset()
+        saved = json.loads((tmp_path / "speed.json").read_text())
+        assert saved["compiled"] and len(saved["rows"]) == 2 and "logits, compiled" in printed
 
     def test_common_options_hold_where_they_are_known(self, shapes_run):
         given = {"threshold": 0.5, "selected_layers": (2,), "r": ()}

@@ -1,0 +1,276 @@
+"""A compiled Segmenter: the same results, few compilations, and a way back."""
+
+import copy
+
+import pytest
+import torch
+
+import patch
+from g2tm import Reduction
+from segm.model.factory import create_segmenter
+
+METHODS = {
+    "pure": {},
+    "graph": {"threshold": 0.2},
+    "algm": {"layers": [1, 3], "threshold": 0.1},
+    "tome": {"r": 3},
+}
+SIZES = ((64, 64), (48, 80), (60, 60), (64, 64))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def net(small_net):
+    return small_net | {"image_size": [64, 64]}
+
+
+def create(net, method, **options):
+    model = create_segmenter(net).eval()
+    return model if method == "pure" else patch.segmenter(model, method, **METHODS[method] | options)
+
+
+def batches(sizes=SIZES, n_images=(1, 2), repeats=3):
+    """Images that merge more and less."""
+    for size in sizes:
+        for n in n_images:
+            for scale in range(1, repeats + 1):
+                yield torch.randn(n, 3, *size) * torch.tensor([0.2, 1.0])[:n].view(n, 1, 1, 1) * scale
+
+
+class Counting:
+    """A backend that runs what it is given as it is, and notes the shapes of the tokens or images in it."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, graph, inputs):
+        self.shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 2])
+        return graph.forward
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:1], pytest.param(SIZES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("pure", {}),
+        ("graph", {"attention": "none"}),
+        ("graph", {"attention": "inverse"}),
+        ("algm", {"attention": "proportional"}),
+        ("tome", {}),
+    ],
+)
+@torch.inference_mode()
+def test_outputs_and_reductions_are_those_of_the_eager_model(net, method, options, sizes):
+    model = create(net, method, **options)
+    compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
+    for images in batches(sizes, repeats=2):
+        torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+        if method != "pure":
+            found, expected = patch.reduction(compiled), patch.reduction(model)
+            assert torch.equal(found.counts, expected.counts) and torch.equal(found.assignment, expected.assignment)
+            n_patches = expected.assignment.shape[1]
+            assert found.sizes.shape[1] % 8 == 0 or found.sizes.shape[1] <= n_patches
+            assert torch.equal(found.sizes[:, : expected.sizes.shape[1]], expected.sizes)
+            assert torch.equal(found.padding, found.sizes == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.inference_mode()
+def test_backends_give_the_eager_outputs(net, method, backend):
+    model = create(net, method)
+    compiled = patch.compile(copy.deepcopy(model), bucket=16, mode="default", backend=backend)
+    for images in batches(sizes=((64, 64), (48, 80)), repeats=1):
+        torch.testing.assert_close(compiled(images), model(images), atol=2e-5, rtol=1e-5)
+        assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(("method", "parts"), [("pure", 1), ("graph", 2), ("algm", 3), ("tome", 4)])
+@torch.inference_mode()
+def test_every_part_is_compiled_once_for_all_token_counts(net, method, parts):
+    backend, model = Counting(), create(net, method)
+    patch.compile(model, bucket=8, backend=backend)
+    widths = set()
+    for images in batches(sizes=((64, 64),), n_images=(1,), repeats=8):
+        model.grid_scores(images)
+        widths.add(None if method == "pure" else patch.reduction(model).sizes.shape[1])
+    assert len(widths) > 2 or method in ("pure", "tome")
+    assert len(backend.shapes) == parts + 1  # and the decoder
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compilations_stay_bounded_over_sizes_and_batches(net):
+    """Two batch sizes and any number of image sizes: no more than four versions of a part."""
+    backend = Counting()
+    model = patch.compile(create(net, "graph"), bucket=8, backend=backend)
+    sizes = [(64, 64), (48, 80), (80, 48), (96, 64), (64, 40), (56, 56)]
+    for images in batches(sizes=sizes, repeats=2):
+        model.grid_scores(images)
+    assert len(backend.shapes) <= 4 * 3
+    before = len(backend.shapes)
+    for images in batches(sizes=[*sizes, (72, 88)], repeats=2):
+        model.grid_scores(images)
+    assert len(backend.shapes) == before
+
+
+@torch.inference_mode()
+def test_buckets_bound_the_shapes(net):
+    """Every width is a multiple of the bucket, or what there was before the merge."""
+    model, bucket = create(net, "tome", r=5), 24
+    patch.compile(model, bucket=bucket, backend="eager")
+    with patch.reductions(model) as steps:
+        model.grid_scores(torch.randn(1, 3, 64, 64))
+    assert [step.counts.item() for step in steps.values()] == [59, 54, 49]
+    assert [step.sizes.shape[1] for step in steps.values()] == [64, 64, 64]
+
+
+@pytest.mark.parametrize("method", ["pure", "tome"])
+@torch.inference_mode()
+def test_remove_takes_it_out(net, method):
+    model, images = create_segmenter(net).eval(), torch.randn(2, 3, 64, 64)
+    before, keys = model(images), list(model.state_dict())
+    parameters = [id(p) for p in model.parameters()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    if method != "pure":
+        patch.segmenter(model, method, **METHODS[method])
+    patch.compile(model, backend="eager")(images)
+    assert patch.is_compiled(model)
+    assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+    patch.remove(model)
+    assert not patch.is_compiled(model) and not patch.is_patched(model)
+    assert torch.equal(model(images), before)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+@torch.inference_mode()
+def test_a_copy_is_compiled_by_itself(net):
+    model, images = create(net, "graph"), torch.randn(1, 3, 64, 64)
+    expected = model(images)
+    patch.compile(model, backend="eager")(images)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    patch.remove(model)
+    assert patch.is_compiled(twin) and twin.compilation.model is twin
+    torch.testing.assert_close(twin(images), expected, atol=1e-5, rtol=1e-5)
+    assert patch.reduction(twin) is not None and not patch.is_patched(model)
+
+
+@torch.inference_mode()
+def test_looking_inside_runs_as_it_is(net):
+    """A hook would be passed by in compiled code."""
+    model, images = create(net, "graph", attention="proportional"), torch.randn(1, 3, 64, 64)
+    expected = [model.attention(images, 2), model.attention(images, 0, "decoder")]
+    patch.compile(model, backend="eager")(images)
+    found = [model.attention(images, 2), model.attention(images, 0, "decoder")]
+    torch.testing.assert_close(found, expected)
+    plain = patch.compile(create(net, "pure"), backend="eager")
+    plain(images)
+    with patch.edges(plain.encoder, 2) as edges:
+        plain(images)
+    assert edges["right"].shape == (1, 8, 7)
+
+
+@torch.inference_mode()
+def test_merges_can_be_profiled(net):
+    model, images = patch.compile(create(net, "tome"), backend="eager"), torch.randn(1, 3, 64, 64)
+    with torch.profiler.profile() as profile, patch.merge_ranges(model, "merging"):
+        model(images)
+    assert sum(event.name == "merging" for event in profile.events()) == 4  # three layers, and the undoing
+
+
+@torch.inference_mode()
+def test_weights_and_thresholds_may_change_afterwards(net):
+    model, images = create(net, "graph"), torch.randn(1, 3, 64, 64)
+    compiled = patch.compile(copy.deepcopy(model), backend="eager")
+    compiled(images)
+    for changed in (model, compiled):
+        patch.set_threshold(changed, 0.4)
+        changed.load_state_dict({key: 1.1 * value for key, value in changed.state_dict().items()})
+    torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compiled.double()(images.double()), model.double()(images.double()), atol=1e-6, rtol=1e-6
+    )
+
+
+@torch.inference_mode()
+def test_linear_decoder(net):
+    model = create(net | {"decoder": {"name": "linear"}}, "graph")
+    compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
+    for images in batches(repeats=2):
+        torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_bias_through_channels_compiles_too(net, monkeypatch):
+    model = create(net, "graph", attention="proportional")
+    expected = {images: model(images) for images in batches(sizes=((64, 64),), repeats=2)}
+    monkeypatch.setattr(patch.blocks, "carries", lambda x: True)
+    backend = Counting()
+    patch.compile(model, bucket=8, backend=backend)
+    for images, scores in expected.items():
+        torch.testing.assert_close(model(images), scores, atol=1e-5, rtol=1e-5)
+    assert len(backend.shapes) == 2 * 3  # two batch sizes, no break inside a part
+
+
+def test_a_pass_without_inference_mode_gives_no_gradients(net):
+    model = patch.compile(create(net, "graph"), backend="eager")
+    assert not model(torch.randn(1, 3, 64, 64)).requires_grad
+
+
+def test_training_is_refused_with_the_reason(net):
+    model = create(net, "graph")
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        patch.compile(model.train())
+    patch.compile(model.eval(), backend="eager").train()
+    for part in (lambda: model(torch.randn(1, 3, 64, 64)), lambda: model.decoder(torch.randn(1, 9, 32))):
+        with pytest.raises(ValueError, match=r"patch\.remove"):
+            part()
+
+
+def test_what_cannot_be_compiled_is_refused(net):
+    model = create(net, "pure")
+    with pytest.raises(ValueError, match="Segmenter"):
+        patch.compile(model.encoder)
+    for bucket in (0, 1.5, True):
+        with pytest.raises(ValueError, match="from 1"):
+            patch.compile(model, bucket=bucket)
+    patch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="compiled already"):
+        patch.compile(model)
+    with pytest.raises(ValueError, match="before compiling"):
+        patch.segmenter(model, "graph")
+    assert not patch.is_patched(model)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+@torch.inference_mode()
+def test_cuda_graphs_are_replayed(net, method):
+    """What a pass returned must outlive the next ones."""
+    model = create(net, method).cuda()
+    compiled = patch.compile(copy.deepcopy(model), bucket=16)
+    images = [images.cuda() for images in batches(sizes=((64, 64),), repeats=2)]
+    expected = [model.grid_scores(batch) for batch in images]
+    for _ in range(4):  # warm up, record, replay
+        found = [compiled.grid_scores(batch) for batch in images]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_a_widened_reduction_merges_the_same():
+    reduction = Reduction.of_counts(torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]]), torch.tensor([3, 2]), torch.rand(2, 4))
+    wide, x = reduction.widened(5), torch.randn(2, 4, 3)
+    assert wide.sizes.shape == (2, 5) and wide.padding.sum(1).tolist() == [2, 3]
+    assert torch.equal(wide.merge(x)[:, :3], reduction.merge(x)) and not wide.merge(x)[:, 3:].any()
+    assert torch.equal(wide.unmerge(wide.merge(x)), reduction.unmerge(reduction.merge(x)))
+    assert reduction.widened(1).sizes.shape == (2, 3)

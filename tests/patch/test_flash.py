@@ -1,0 +1,185 @@
+"""The bias of merged tokens as channels of queries and keys."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import patch
+from g2tm import attention_bias
+from patch import blocks
+from patch.flash import KeyBias, carries, key_channels
+from segm.model.factory import create_segmenter
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+WIDTHS = (64, 32, 80, 20)
+
+
+@pytest.fixture
+def through_channels(monkeypatch):
+    """On the CPU too; gives the number of attentions that took the bias."""
+    taken = []
+    original = KeyBias.__torch_function__.__func__
+
+    def counted(cls, function, types, args=(), kwargs=None):
+        taken.append(function is F.scaled_dot_product_attention)
+        return original(cls, function, types, args, kwargs)
+
+    monkeypatch.setattr(blocks, "carries", lambda x: True)
+    monkeypatch.setattr(KeyBias, "__torch_function__", classmethod(counted))
+    return taken
+
+
+def attention_case(width, dtype=torch.float32, mode="proportional"):
+    """Queries, keys, values (2, 3, 40, width), and the bias (2, 1, 1, 40) of sizes up to 900 with padding."""
+    sizes = torch.randint(1, 900, (2, 40)).float()
+    sizes[1, 30:] = 0
+    return torch.randn(3, 2, 3, 40, width).to(dtype).unbind(0), attention_bias(sizes, mode, sizes == 0)
+
+
+@pytest.mark.parametrize("mode", ["none", "proportional", "inverse"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_attention_is_that_with_the_additive_bias(width, dtype, mode):
+    qkv, bias = attention_case(width, dtype, mode)
+    expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
+    found = F.scaled_dot_product_attention(*qkv, attn_mask=bias.as_subclass(KeyBias))
+    assert found.dtype == dtype and type(found) is torch.Tensor
+    torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_nearer_than_an_additive_bias(dtype):
+    qkv, bias = attention_case(64, dtype)
+    expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
+    error = [
+        (F.scaled_dot_product_attention(*qkv, attn_mask=mask).double() - expected).abs().max()
+        for mask in (bias.as_subclass(KeyBias), bias.to(dtype))
+    ]
+    assert error[0] < error[1] / 2
+
+
+def test_a_bias_is_split_into_what_rounding_keeps_and_what_it_leaves():
+    bias = torch.log(torch.arange(1.0, 1025.0)).view(1, 1, 1, -1)
+    for dtype, relative in ((torch.float32, 2**-24), (torch.bfloat16, 2**-17), (torch.float16, 2**-22)):
+        error = (key_channels(bias, 0.125, dtype).double().sum(-1) * 0.125 - bias[0, 0].double()).abs()
+        assert (error <= relative * bias[0, 0].double() + 1e-7).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_padding_has_no_weight_and_no_gradient(width):
+    (q, k, v), bias = attention_case(width)
+    v[1, :, 30:] = 1e6
+    k, v = k.requires_grad_(), v.requires_grad_()
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.as_subclass(KeyBias))
+    assert found.abs().max() < 100
+    found.square().sum().backward()
+    assert not k.grad[1, :, 30:].any() and not v.grad[1, :, 30:].any()
+
+
+def test_gradients_are_those_with_the_additive_bias():
+    qkv, bias = attention_case(32)
+    gradients = []
+    for mask in (bias, bias.as_subclass(KeyBias)):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        F.scaled_dot_product_attention(*inputs, attn_mask=mask).square().sum().backward()
+        gradients.append([x.grad for x in inputs])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_elsewhere_it_is_an_ordinary_tensor():
+    bias = torch.randn(2, 1, 1, 5)
+    carried = bias.as_subclass(KeyBias)
+    for result in (carried + 1, 1 + carried, torch.cat([carried, bias]), carried[0], carried.to(torch.float64)):
+        assert type(result) is torch.Tensor
+    assert torch.equal(torch.zeros(2, 3, 5, 5) + carried, torch.zeros(2, 3, 5, 5) + bias)
+    assert carried.dtype == torch.float32 and carried.shape == bias.shape
+
+
+@pytest.mark.parametrize("attention", ["none", "proportional", "inverse"])
+@pytest.mark.parametrize(("method", "options"), [("graph", {"threshold": 0.2}), ("tome", {"r": 2})])
+@torch.inference_mode()
+def test_a_model_gives_the_same_either_way(small_net, monkeypatch, through_channels, method, options, attention):
+    """Prefix tokens in the encoder, class tokens in the decoder, padding in a ragged batch."""
+    model = create_segmenter(small_net).eval()
+    patch.segmenter(model, method, attention=attention, **options)
+    images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
+    found = model(images)
+    assert sum(through_channels) == {"graph": 2, "tome": 3 if attention != "none" else 0}[method]
+    monkeypatch.setattr(blocks, "carries", carries)
+    torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_training_gives_the_same_gradients(small_net, monkeypatch, through_channels):
+    model = create_segmenter(small_net).train()
+    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    images = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for decide in (lambda x: True, carries):
+        monkeypatch.setattr(blocks, "carries", decide)
+        model.zero_grad()
+        model(images).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert through_channels
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_attention_weights_can_still_be_shown(small_net, through_channels, dtype):
+    model = create_segmenter(small_net).eval().to(dtype)
+    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    weights = model.attention(torch.randn(1, 3, 32, 32, dtype=dtype), 2)
+    assert any(through_channels)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+@torch.inference_mode()
+def test_explicit_attention_keeps_the_additive_bias(small_net, through_channels):
+    model = create_segmenter(small_net).eval().bfloat16()
+    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        block.attn.fused_attn = False
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
+    assert not through_channels
+
+
+@torch.inference_mode()
+def test_mixed_precision(small_net, through_channels):
+    model = create_segmenter(small_net).eval()
+    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images).float(), expected, atol=0.1, rtol=0)
+
+
+def test_the_cpu_keeps_the_additive_bias(small_net):
+    assert not carries(torch.ones(1, dtype=torch.bfloat16))
+    with torch.device("meta"):
+        assert not carries(torch.ones(1))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 32, 80])
+def test_flash_kernels_take_the_bias(width, dtype):
+    qkv, bias = attention_case(width, dtype)
+    assert carries(qkv[0].cuda()) and not carries(qkv[0].cuda().float())
+    expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        found = F.scaled_dot_product_attention(*(x.cuda() for x in qkv), attn_mask=bias.cuda().as_subclass(KeyBias))
+    torch.testing.assert_close(found.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@torch.inference_mode()
+def test_beside_another_mask_it_stays_additive(small_net, through_channels):
+    model = create_segmenter(small_net).eval().bfloat16()
+    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    images = torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
+    expected = model.encoder.forward_features(images)
+    through_channels.clear()
+    none = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    found = model.encoder.forward_features(images, attn_mask=none)
+    assert not through_channels
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
