@@ -12,14 +12,15 @@ import patch
 from segm.eval.operations import count_operations
 from segm.eval.timing import interleaved_rates
 from segm.model.factory import create_segmenter
-from segm.model.upsample import upsample
+from segm.model.upsample import label_map, upsample
 from segm.speedtest import meet_every_shape
 from segm.token_stats import count_tokens
 
 BACKBONES = {
     name: f"vit_{size}_patch16_384" for name, size in zip("TSBL", ("tiny", "small", "base", "large"), strict=True)
 }
-BISECTIONS = 40
+BISECTIONS = 25
+PAIR_REPEATS = 4
 
 
 def build_model(name, side, n_cls, device, dtype):
@@ -141,17 +142,28 @@ def measure(model, method, options, batches, device, repeats, compiled=False):
     merged = patch.segmenter(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
     tokens = torch.cat([count_tokens(merged, batch) for batch in batches]).double().mean().item()
-    calls = {
-        "scores_pure": model.grid_scores,
-        "scores": merged.grid_scores,
+    pair = {"scores_pure": model.grid_scores, "scores": merged.grid_scores}
+    parts = {
         "scores_free": replaying(merged, recorded),
-        "predict_eager": eager_label_map(model),
-        "predict_pure": model.predict,
-        "predict": merged.predict,
         **_merge_calls(merged, recorded),
         **(_compiled_calls(model, merged, batches) if compiled else {}),
     }
-    rates = interleaved_rates(calls, batches, device, repeats=repeats)
+    labels = {
+        "predict_eager": eager_label_map(model),
+        "predict_pure": model.predict,
+        "predict": merged.predict,
+        "upsampling_pure": _upsampling_call(model, batches),
+        "upsampling": _upsampling_call(merged, batches),
+    }
+    # Apart: all scores upsampled at once leave memory in a state that slows down what comes next.
+    rates = interleaved_rates(pair | parts, batches, device, repeats=repeats)
+    beside = _overhead(rates, merged)
+    for name in ("compiled_pure", "compiled") if compiled else ():
+        beside[f"ratio_{name}"] = (rates[f"scores_{name}"] / rates["scores_pure"]).median().item()
+    # The two that the targets are about once more, next to each other and more often.
+    rates |= interleaved_rates(pair, batches, device, repeats=PAIR_REPEATS * repeats)
+    rates |= interleaved_rates(labels, batches, device, repeats=repeats)
+    calls = pair | parts | labels
     row = {
         "tokens": tokens,
         "n_patches": count_tokens(model, batches[0][:1]).item(),
@@ -160,9 +172,7 @@ def measure(model, method, options, batches, device, repeats, compiled=False):
     row |= _operations(model, merged, batches)
     row |= {name: rates[name].median().item() for name in calls if name.split("_")[0] in ("scores", "predict")}
     row |= _ratios(rates, row)
-    row |= _overhead(rates, merged)
-    for name in ("compiled_pure", "compiled") if compiled else ():
-        row[f"ratio_{name}"] = (rates[f"scores_{name}"] / rates["scores_pure"]).median().item()
+    row |= beside
     memory = {
         name: peak_memory(calls[name], batches[0], device)
         for name in ("scores_pure", "scores", "predict_pure", "predict")
@@ -195,6 +205,12 @@ def _merge_calls(merged, recorded):
     return calls
 
 
+def _upsampling_call(model, batches):
+    """From the scores of the patches to the label map, the last part of `predict`, as a function of a batch."""
+    scores = {batch.data_ptr(): model.grid_scores(batch) for batch in batches}
+    return lambda batch: label_map(scores[batch.data_ptr()], model.patch_size)
+
+
 def _operations(model, merged, batches):
     """10⁹ operations per image of encoder and decoder, mean over the batches."""
     found = {}
@@ -210,11 +226,10 @@ def _ratios(rates, row):
     ratios = {name: (rates[name] / rates[f"{name}_pure"]).median().item() for name in ("scores", "predict")}
     found = {f"ratio_{name}": ratio for name, ratio in ratios.items()} | {"saving": saving}
     found |= {f"share_{name}": ratio / saving for name, ratio in ratios.items()}
+    for name in ("_pure", ""):
+        found[f"upsampling{name}_ms"] = (1000 / rates[f"upsampling{name}"]).median().item()
     found["ratio_predict_eager"] = (rates["predict"] / rates["predict_eager"]).median().item()
     found["ratio_pure_eager"] = (rates["predict_pure"] / rates["predict_eager"]).median().item()
-    for name in ("_pure", ""):
-        upsampling = (1 / rates[f"predict{name}"] - 1 / rates[f"scores{name}"]).median().item()
-        found[f"upsampling{name}_ms"] = 1000 * upsampling
     return found
 
 

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 @torch.inference_mode()
 def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=False):
-    """Speed of several functions, interleaved call by call so that they meet the same conditions.
+    """Speed of several functions, interleaved call by call so that they meet the same conditions; each in turn is the
+    first, since what ran before leaves its marks on caches and memory.
 
     Args:
         calls: name -> function of a batch (B, 3, H, W).
@@ -21,17 +22,17 @@ def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=F
     Returns:
         name -> (len(batches),) images/s, float64, each the median of its repeats.
     """
-    rates = {name: [] for name in calls}
+    names, rates = list(calls), {name: [] for name in calls}
     for index, batch in enumerate(tqdm(batches, desc="timing", unit="batch", leave=False, disable=not progress)):
         if index == 0:
             for call in calls.values():
                 for _ in range(warmup):
                     call(batch)
         seconds = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
+        for turn in range(repeats):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = _now(device)
-                call(batch)
+                calls[name](batch)
                 seconds[name].append(_now(device) - start)
         for name, values in seconds.items():
             rates[name].append(len(batch) / torch.tensor(values, dtype=torch.float64).quantile(0.5))
