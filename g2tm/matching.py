@@ -82,11 +82,11 @@ def best_partners(metric, sources, targets):
     rows = max(1, MAX_SIMILARITIES // (len(metric) * b.shape[2]))
     best = []
     for part in a.split(rows, dim=1):
-        product = (part @ b).clamp_(-1, 1)
+        product = part @ b
         best.append(first_maximum(product if targets is None else product.masked_fill_(~targets.unsqueeze(1), lowest)))
     similarity, partner = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    # NaN would sort as the most similar.
-    return similarity.masked_fill(~sources, lowest).nan_to_num(nan=lowest, neginf=lowest), partner
+    similarity = similarity.clamp(-1, 1).masked_fill(~sources | similarity.isinf(), lowest)
+    return similarity.nan_to_num(nan=lowest, neginf=lowest), partner  # NaN would sort as the most similar
 
 
 def adaptive_threshold(similarity, sources, layer):
