@@ -26,7 +26,8 @@ def device_name(device):
     """Name of the GPU, or of the processor and the number of threads that are used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{_processor()}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def _processor():

@@ -48,4 +48,4 @@ def test_views_are_the_images_resized_to_the_crop(variant):
 
 def test_the_environment_names_the_device():
     found = environment(CPU)
-    assert "threads" in found["device"] and found["torch"] == torch.__version__
+    assert "1 thread" in found["device"] and found["torch"] == torch.__version__
