@@ -129,9 +129,19 @@ def resolve(name, encoder, options):
     check_attention(settings["attention"])
     if settings["batch"] not in (None, *BATCH_MODES):
         raise ValueError(f"batch {settings['batch']!r}: choose {' or '.join(BATCH_MODES)}")
-    settings["layers"] = check_layers(settings["layers"], encoder.depth)
+    settings["layers"] = _layers_of(name, settings["layers"], encoder.depth, chosen="layers" in given)
     method.check(settings, encoder)
     return method, settings
+
+
+def _layers_of(name, layers, depth, chosen):
+    """`check_layers`, with a way out for those who chose none."""
+    try:
+        return check_layers(layers, depth)
+    except ValueError as error:
+        if chosen:
+            raise
+        raise ValueError(f"{name} merges by default in {error}; name other layers (--selected-layers)") from error
 
 
 def check_layers(layers, depth):

@@ -152,9 +152,15 @@ batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Images per forward pass."
 )
 patch_options = _stack(
-    click.option("--patch-type", type=MethodName(), help="Merging method; pure: none."),
+    click.option(
+        "--patch-type",
+        type=MethodName(),
+        help="Merging method; pure: none. It and its options default to what the checkpoint was trained with.",
+    ),
     click.option("--selected-layer", type=int, help="Layer in which to merge, counted from 1."),
-    click.option("--selected-layers", cls=Numbers, type=int, help="Layers in which to merge, counted from 1."),
+    click.option(
+        "--selected-layers", cls=Numbers, type=int, help="Layers in which to merge, counted from 1, as in 1 5."
+    ),
     click.option(
         "--threshold",
         type=NumberOr(AUTO),
@@ -164,7 +170,9 @@ patch_options = _stack(
         "--gbm-threshold", type=NumberOr("adaptive", "tau"), help="algm: that of GBM; tau: the same as --threshold."
     ),
     click.option("--merging-window-size", type=int, nargs=2, help="algm: patches per window; 0 0: GBM in every layer."),
-    click.option("--r", cls=Numbers, type=int, help="tome: tokens that a layer removes; or one number per layer."),
+    click.option(
+        "--r", cls=Numbers, type=int, help="tome: tokens that a layer removes; or one number per layer, as in 16 8 8 0."
+    ),
     click.option(
         "--r-inflection", type=float, help="tome: from fewer to more over the layers (1), or the other way (-1)."
     ),

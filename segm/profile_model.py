@@ -11,7 +11,7 @@ from segm.checkpoint import checkpoint_file
 from segm.data import DATASETS
 from segm.eval.environment import device_name
 from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import Command, batch_size_option, device_option, load_patched, patch_options
+from segm.options import PURE, Command, batch_size_option, device_option, load_patched, patch_options
 
 FORWARD, MERGE = "forward pass", "merging and its undoing"
 
@@ -25,7 +25,7 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace.json beside CHECKPOINT]",
+    help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace_<method>.json beside CHECKPOINT]",
 )
 @device_option
 @patch_options
@@ -36,6 +36,9 @@ def main(checkpoint, dataset_name, batch_size, max_images, rows, out, device, **
     """
     model, variant = load_patched(checkpoint, given, device)
     dataset, _ = open_evaluation(variant, dataset_name)
+    method = patch.method(model) if patch.is_patched(model) else PURE
+    trace = out or checkpoint_file(checkpoint).parent / f"trace_{method}.json"
+    trace.parent.mkdir(parents=True, exist_ok=True)
     views = [*SquareViews(dataset, variant, max_images, batch_size=batch_size, device=device)]
     profiler = run_profile(model, views, device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -44,7 +47,6 @@ def main(checkpoint, dataset_name, batch_size, max_images, rows, out, device, **
     total, merging = times[FORWARD], times.get(MERGE, 0)
     click.echo(f"{device_name(device)}: {total / len(views) / 1000:.2f} ms per pass of {len(views[0])} images")
     click.echo(f"{MERGE}: {merging / len(views) / 1000:.2f} ms, {100 * merging / total:.1f} % of it")
-    trace = out or checkpoint_file(checkpoint).parent / "trace.json"
     profiler.export_chrome_trace(str(trace))
     click.echo(f"written to {trace}")
 

@@ -85,6 +85,8 @@ def main(
     --duplicate.
     """
     max_images = given.pop("max_images")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     model, variant = load_model(checkpoint)
     methods = read_methods(compare, given, variant)
     models = {name: apply_patch(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
@@ -129,22 +131,33 @@ def read_methods(compare, given, variant):
     if compare is None:
         method, options = merging_settings(given, saved)
         return {method: (method, options)}
-    methods = {}
+    if given.get("patch_type") is not None:
+        raise ValueError("--compare and --patch-type: name all methods in --compare")
+    common, methods = read_given_options(given), {}
     for text in (part.strip() for part in compare.split(",")):
-        name, *own = shlex.split(text) or [""]
         if text in methods:
             raise ValueError(f"--compare {compare}: {text} stands there twice")
-        method, options = merging_settings(read_merging_options(["--patch-type", name, *own]), saved)
-        methods[text] = method, _common_options(given, method) | options
+        method, options = _read_method(text, saved)
+        methods[text] = method, {key: common[key] for key in common if key in _known(method)} | options
+    unused = [key for key in common if not any(key in _known(method) for method, _ in methods.values())]
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: none of the methods in --compare {compare} takes it")
     return methods
 
 
-def _common_options(given, method):
-    """Of the options that hold for all methods, those that this one takes."""
-    if method == PURE:
-        return {}
-    known = patch.METHODS[method].defaults
-    return {key: value for key, value in read_given_options(given).items() if key in known}
+def _read_method(text, saved):
+    """`NAME [merging options]` -> (method, options); errors name --compare."""
+    try:
+        name, *own = shlex.split(text) or [""]
+        return merging_settings(read_merging_options(["--patch-type", name, *own]), saved)
+    except (click.UsageError, ValueError) as error:
+        message = error.format_message() if isinstance(error, click.UsageError) else error
+        raise ValueError(f"--compare {text!r}: {message}") from error
+
+
+def _known(method):
+    """Options that a method takes."""
+    return () if method == PURE else patch.METHODS[method].defaults
 
 
 @torch.inference_mode()
@@ -183,7 +196,7 @@ def describe(conditions):
 
 def format_rows(rows):
     """The rows as Markdown."""
-    lines = ["| method | tokens | images/s | quartiles | ratio |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| method | tokens | images/s | quartiles | median ratio |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         quartiles = f"{row['q25']:.2f} to {row['q75']:.2f}"
         cells = f"{row['tokens']:.1f} | {row['images_per_second']:.2f} | {quartiles} | {row['ratio']:.3f}"

@@ -27,7 +27,7 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of tokens.json and tokens.png.  [default: beside CHECKPOINT]",
+    help="Folder of tokens.json and tokens.png.  [default: token_stats_<method> beside CHECKPOINT]",
 )
 @device_option
 @max_images_option

@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vis.curves import BLUE, ORANGE
 
@@ -36,6 +37,7 @@ def _draw_counts(axis, layer, counts, n_patches):
     axis.axvline(np.mean(counts), color=ORANGE, linestyle="--", label=f"mean {np.mean(counts):.0f}")
     axis.axvline(n_patches, color="0.5", linestyle=":", label=f"unmerged {n_patches}")
     axis.set(title=f"after layer {layer}", xlabel="tokens per image", ylabel="images")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, fontsize=9)
 
 

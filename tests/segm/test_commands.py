@@ -427,7 +427,7 @@ def test_open_ended_numbers():
     assert repeat_option(["--layers", "1", "5", "x"], names) == ["--layers", "1", "--layers", "5", "x"]
     assert repeat_option(["a", "--layers", "-1", "--b", "2"], names) == ["a", "--layers", "-1", "--b", "2"]
     assert repeat_option(["--layers"], names) == ["--layers"]
-    assert repeat_option(["--layers=3", "4"], names) == ["--layers=3", "4"]
+    assert repeat_option(["--layers=3", "4"], names) == ["--layers", "3", "--layers", "4"]
 
 
 @pytest.mark.parametrize("file", ["train.py", "test.py", "inference.py", "eval/miou.py"])

@@ -77,7 +77,18 @@ class TestSpeed:
         [("pure,nosuch", "graph"), ("pure,pure", "twice"), ("pure,,graph", "graph"), ("graph --nosuch", "nosuch")],
     )
     def test_bad_comparisons_are_refused(self, shapes_run, compare, allowed):
-        assert allowed in refusal(speedtest, shapes_run, *OPTIONS, "--compare", compare)
+        message = refusal(speedtest, shapes_run, *OPTIONS, "--compare", compare)
+        assert allowed in message and "--compare" in message
+
+    def test_options_that_no_method_takes_are_refused(self, shapes_run):
+        assert "r: none" in refusal(speedtest, shapes_run, *OPTIONS, "--compare", "pure,graph", "--r", 5)
+        assert "--patch-type" in refusal(speedtest, shapes_run, *OPTIONS, "--compare", "pure", "--patch-type", "tome")
+        assert "--selected-layers" in refusal(speedtest, shapes_run, *OPTIONS, "--compare", "pure,algm")
+
+    def test_results_go_to_a_new_folder(self, shapes_run, tmp_path):
+        options = ["--warmup", 0, "--repeats", 1, "--out", tmp_path / "new/speed.json"]
+        assert call(speedtest, shapes_run, *OPTIONS, *options).exit_code == 0
+        assert (tmp_path / "new/speed.json").exists()
 
 
 class TestOperations:
