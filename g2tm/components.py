@@ -14,8 +14,6 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from g2tm.reduction import count_extremes
-
 HAS_TRITON = find_spec("triton") is not None
 # Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs).
 MAX_ON_CHIP = 64 * 64
@@ -35,7 +33,7 @@ def grid_components(right, down, backend="auto"):
     Returns:
         assignment: (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
         counts: (B,), int64, components of each image.
-        extremes: the smallest and the largest count as numbers: the one wait for the device.
+        lengths: the counts as B numbers: the one wait for the device.
 
     Raises:
         ValueError: unknown backend.
@@ -44,13 +42,13 @@ def grid_components(right, down, backend="auto"):
     if backend == "auto":
         backend = _fastest(right, down)
     assignment, counts = BACKENDS[backend](right, down)
-    extremes = count_extremes(counts)
+    lengths = counts.tolist()
     rounds = propagation_rounds(assignment.shape[1])
-    while extremes[0] == 0:  # of torch's propagation alone, and never seen
+    while 0 in lengths:  # of torch's propagation alone, and never seen
         rounds *= 2
         assignment, counts = _torch_components(right, down, rounds)
-        extremes = count_extremes(counts)
-    return assignment, counts, extremes
+        lengths = counts.tolist()
+    return assignment, counts, lengths
 
 
 def check_backend(backend):

@@ -62,11 +62,11 @@ def graph_merge(x, grid, threshold, *, sizes=None, batch="ragged", backend="auto
     check_batch(batch)
     similarity = edge_similarities(x, grid)
     right, down = (edges > threshold for edges in similarity)
-    assignment, counts, (fewest, most) = grid_components(right, down, backend)
-    if batch == "uniform" and fewest < most:
-        right, down = _strongest_edges(similarity, (right, down), x.shape[1] - most, counts, backend)
-        assignment, counts, (fewest, most) = grid_components(right, down, backend)
-    return Reduction(assignment, counts, most, sizes, padded=fewest < most)
+    assignment, counts, lengths = grid_components(right, down, backend)
+    if batch == "uniform" and min(lengths) < max(lengths):
+        right, down = _strongest_edges(similarity, (right, down), x.shape[1] - max(lengths), counts, backend)
+        assignment, counts, lengths = grid_components(right, down, backend)
+    return Reduction(assignment, counts, lengths, sizes)
 
 
 def _strongest_edges(similarity, kept, n_merges, counts, backend):

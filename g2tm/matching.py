@@ -11,6 +11,7 @@ from g2tm.validation import check_batch, check_threshold
 ADAPTIVE = "adaptive"
 # Similarities that are held at once, in numbers: bounds the memory of long sequences.
 MAX_SIMILARITIES = 2**24
+UNKNOWN = -2.0  # similarity of tokens that are not finite: below every other, but before what may not merge
 
 
 @selection
@@ -36,44 +37,44 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     Raises:
         ValueError: not exactly one of r and threshold, or a value that is not allowed.
     """
-    n_images, length = metric.shape[:2]
+    n_images, length = map(int, metric.shape[:2])
     _check(r, threshold, layer, prefix, length)
     check_batch(batch)
-    padded = padded and sizes is not None
+    present = sizes > 0 if padded and sizes is not None else None
+    n_tokens = length if present is None else present.sum(1)
     position = torch.arange(length, device=metric.device)
-    patch = (position >= prefix) & (sizes > 0) if padded else (position >= prefix).expand(n_images, -1)
-    sources, targets = patch[:, ::2], patch[:, 1::2]
-    if targets.shape[1] == 0:
-        return Reduction.of_counts(position.expand(n_images, -1).contiguous(), patch.sum(1) + prefix, sizes)
-    similarity, partner = best_partners(metric, sources, targets if padded or prefix > 1 else None)
+    if length // 2 == prefix // 2:  # no B token but prefix tokens
+        everyone = position.new_full((n_images,), 0) + n_tokens
+        return Reduction.of_counts(position.expand(n_images, -1).contiguous(), everyone, sizes)
+    similarity, partner = best_partners(metric, prefix, present)
+    half = (n_tokens - prefix) // 2
     if r is None:
-        n_merges = _count_above(similarity, sources, threshold, layer, batch)
+        n_merges = _count_above(similarity, threshold, layer, batch)
     else:
-        n_merges = (patch.sum(1) // 2).clamp(max=r)
-        similarity = similarity.masked_fill(sources & similarity.isinf(), -2)  # not finite, but before prefix tokens
+        n_merges = position.new_full((n_images,), min(r, half)) if present is None else half.clamp(max=r)
     order = similarity.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    assignment = _assign(rank < n_merges[:, None], partner, patch, prefix)
-    if padded:  # padding carries no weight and goes anywhere
-        assignment[:, prefix:] *= patch[:, prefix:]
-    counts = patch.sum(1) + prefix - n_merges
-    if r is None or padded:
+    rank = torch.empty_like(order).scatter_(1, order, position[: order.shape[1]].expand_as(order))
+    first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
+    assignment = _assign(rank < n_merges[:, None], partner, first_b, position, prefix)
+    counts = n_tokens - n_merges
+    if present is not None:  # padding carries no weight and goes anywhere
+        assignment[:, prefix:] *= present[:, prefix:]
+    if r is None or present is not None:
         return Reduction.of_counts(assignment, counts, sizes)
-    return Reduction(assignment, counts, int(length) - min(r, (int(length) - prefix) // 2), sizes)
+    return Reduction(assignment, counts, [length - min(r, half)] * n_images, sizes)
 
 
-def best_partners(metric, sources, targets):
+def best_partners(metric, prefix, present=None):
     """Most similar B token of every A token.
 
     Args:
         metric: (B, L, D).
-        sources: (B, ceil(L/2)), bool, A tokens that may merge.
-        targets: (B, floor(L/2)), bool, B tokens that may be merged into; None: all.
+        prefix: number of prefix tokens, which come first.
+        present: (B, L), bool, False for padding, which comes last; None: there is none.
 
     Returns:
-        similarity: (B, ceil(L/2)), -inf where there is no source or no target; partner: index among the B tokens.
+        similarity: (B, ceil(L/2)), at most 1, `UNKNOWN` where a token is not finite or there is no B token, -inf
+        for prefix tokens and padding; partner: (B, ceil(L/2)), index among the B tokens.
     """
     metric = metric if metric.dtype == torch.float64 else metric.float()
     metric = F.normalize(metric, dim=-1)
@@ -83,22 +84,28 @@ def best_partners(metric, sources, targets):
     best = []
     for part in a.split(rows, dim=1):
         product = part @ b
-        best.append(first_maximum(product if targets is None else product.masked_fill_(~targets.unsqueeze(1), lowest)))
+        product[:, :, : prefix // 2] = lowest
+        if present is not None:
+            product.masked_fill_(~present[:, None, 1::2], lowest)
+        best.append(first_maximum(product))
     similarity, partner = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    similarity = similarity.clamp(-1, 1).masked_fill(~sources | similarity.isinf(), lowest)
-    return similarity.nan_to_num(nan=lowest, neginf=lowest), partner  # NaN would sort as the most similar
+    similarity = similarity.nan_to_num(nan=UNKNOWN, neginf=UNKNOWN).clamp_(max=1)  # NaN would sort as the most similar
+    similarity[:, : (prefix + 1) // 2] = lowest
+    if present is not None:
+        similarity.masked_fill_(~present[:, ::2], lowest)
+    return similarity, partner
 
 
-def adaptive_threshold(similarity, sources, layer):
+def adaptive_threshold(similarity, layer):
     """Mean + (unbiased) standard deviation / layer of the best similarities of each image.
 
     Args:
-        similarity, sources: (B, A), see `best_partners`.
+        similarity: (B, A), see `best_partners`; what is `UNKNOWN` or -inf does not count.
 
     Returns:
         (B, 1).
     """
-    known = sources & torch.isfinite(similarity)
+    known = similarity > UNKNOWN
     count = known.sum(1, keepdim=True)
     values = similarity.masked_fill(~known, 0)
     mean = values.sum(1, keepdim=True) / count.clamp(min=1)
@@ -106,37 +113,34 @@ def adaptive_threshold(similarity, sources, layer):
     return mean + variance.sqrt() / layer
 
 
-def _count_above(similarity, sources, threshold, layer, batch):
+def _count_above(similarity, threshold, layer, batch):
     """Number of pairs that exceed the threshold in each image: (B,), int64."""
     if threshold == ADAPTIVE:
-        threshold = adaptive_threshold(similarity, sources, layer)
+        threshold = adaptive_threshold(similarity, layer)
         threshold = threshold.mean() if batch == "uniform" else threshold
     count = (similarity > threshold).sum(1)
     return count.min().expand_as(count) if batch == "uniform" else count
 
 
-def _assign(merging, partner, patch, prefix):
+def _assign(merging, partner, first_b, position, prefix):
     """Prefix tokens, then A tokens that stay, then B tokens.
 
     Args:
         merging: (B, A), bool, A tokens that merge.
         partner: (B, A), index among the B tokens.
-        patch: (B, L), bool, neither prefix nor padding.
+        first_b: (B,), what the first B token would become if it were no prefix token.
+        position: (L,), 0 to L-1.
 
     Returns:
-        (B, L), int64.
+        (B, L), int64; what padding gets means nothing.
     """
-    stays = patch.clone()
-    stays[:, ::2] &= ~merging
-    from_a, from_b = stays.clone(), stays.clone()
-    from_a[:, 1::2] = False
-    from_b[:, ::2] = False
-    place_a = prefix + from_a.cumsum(1) - 1
-    place_b = prefix + from_a.sum(1, keepdim=True) + from_b.cumsum(1) - 1
-    assignment = torch.where(from_a, place_a, place_b)
-    target = place_b[:, 1::2].gather(1, partner)
-    assignment[:, ::2] = torch.where(merging, target, assignment[:, ::2])
-    assignment[:, :prefix] = torch.arange(prefix, device=patch.device)
+    n_images, length = len(merging), len(position)
+    place_a = (~merging).cumsum(1).add_(prefix // 2 - 1)
+    place_b = position[: length // 2] + first_b[:, None]
+    assignment = position.new_empty(n_images, length)
+    assignment[:, 1::2] = place_b
+    assignment[:, ::2] = torch.where(merging, place_b.gather(1, partner), place_a)
+    assignment[:, :prefix] = position[:prefix]
     return assignment
 
 

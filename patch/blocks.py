@@ -53,7 +53,7 @@ class Merging:
         step = Step(x, self.keys, self.prefix, self.grid, sizes, padded, layer, depth, batch, self.settings)
         merged, self.keys = self.method.merge(step), None
         if self.bucket is not None:
-            width = self.bucket * math.ceil(merged.sizes.shape[1] / self.bucket)
+            width = self.bucket * math.ceil(merged.width / self.bucket)
             merged = merged.widened(min(width, step.x.shape[1]))
         self.reduction = merged if self.reduction is None else self.reduction.then(merged)
         self.key_bias = attention_bias(self.reduction.sizes, self.settings["attention"], self.reduction.padding)

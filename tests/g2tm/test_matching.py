@@ -58,12 +58,10 @@ def test_a_threshold_merges_what_exceeds_it():
 
 def test_adaptive_threshold_is_mean_plus_std_over_layer():
     metric = torch.randn(2, 30, 5)
-    sources, targets = torch.ones(2, 15, dtype=torch.bool), torch.ones(2, 15, dtype=torch.bool)
-    sources[:, 0] = False  # CLS
-    similarity, _ = best_partners(metric, sources, targets)
-    best = similarity[:, 1:]
+    similarity, _ = best_partners(metric, prefix=1)
+    best = similarity[:, 1:]  # without CLS
     expected = best.mean(1, keepdim=True) + best.std(1, keepdim=True) / 5
-    torch.testing.assert_close(adaptive_threshold(similarity, sources, 5), expected)
+    torch.testing.assert_close(adaptive_threshold(similarity, 5), expected)
     merged = bipartite(metric, threshold="adaptive", layer=5)
     assert torch.equal(30 - merged.counts, (best > expected).sum(1))
 

@@ -13,7 +13,7 @@ def random_reduction(n_images, n_tokens, n_groups, sizes=None):
     for count in counts.tolist():
         free = torch.randint(count, (n_tokens - count,))
         rows.append(torch.cat([torch.arange(count), free])[torch.randperm(n_tokens)])
-    return Reduction(torch.stack(rows), counts, n_groups, sizes, padded=n_images > 1)
+    return Reduction(torch.stack(rows), counts, counts.tolist(), sizes)
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
@@ -71,7 +71,7 @@ def test_padding_is_marked_and_empty():
 
 def test_half_precision_is_summed_in_float32():
     x = torch.full((1, 4096, 2), 1.0, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
-    merged = Reduction(torch.zeros(1, 4096, dtype=torch.long), torch.tensor([1]), 1).merge(x)
+    merged = Reduction(torch.zeros(1, 4096, dtype=torch.long), torch.tensor([1]), [1]).merge(x)
     assert merged.dtype == torch.bfloat16
     assert torch.equal(merged, torch.ones_like(merged))
 

@@ -69,8 +69,8 @@ def test_one_wait_at_most(name):
 
 def reduction_of_all(first):
     """A second step, made without waiting."""
-    width = first.sizes.shape[1]
-    return type(first)(torch.zeros(len(first.sizes), width, dtype=torch.long), torch.ones(3, dtype=torch.long), 1)
+    width = first.width
+    return type(first)(torch.zeros(3, width, dtype=torch.long), torch.ones(3, dtype=torch.long), [1] * 3)
 
 
 def test_waiting_operations_are_seen():

@@ -282,7 +282,7 @@ def halves():
         n_images, n_tokens = step.x.shape[:2]
         assignment = (torch.arange(n_tokens) // 2).expand(n_images, -1)
         width = -(-n_tokens // 2)
-        return Reduction(assignment, torch.full((n_images,), width), width, step.sizes)
+        return Reduction(assignment, torch.full((n_images,), width), [width] * n_images, step.sizes)
 
     patch.register("halves", merge, layers=(1, 3))
     yield "halves"

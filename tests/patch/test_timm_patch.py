@@ -137,7 +137,7 @@ def test_a_registered_method_works_in_timm_too():
     def merge(step):
         n_images, n_tokens = step.x.shape[:2]
         everything = torch.zeros(n_images, n_tokens, dtype=torch.long)
-        return Reduction(everything, torch.ones(n_images, dtype=torch.long), 1, step.sizes)
+        return Reduction(everything, torch.ones(n_images, dtype=torch.long), [1] * n_images, step.sizes)
 
     patch.register("one", merge, layers=(2,))
     try:

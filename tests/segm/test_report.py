@@ -174,7 +174,7 @@ def toy():
     def merge(step):
         n_images, n_tokens = step.x.shape[:2]
         one = torch.zeros(n_images, n_tokens, dtype=torch.long)
-        return Reduction(one, torch.ones(n_images, dtype=torch.long), 1, step.sizes)
+        return Reduction(one, torch.ones(n_images, dtype=torch.long), [1] * n_images, step.sizes)
 
     patch.register("toy", merge, layers=(2,), pace=None)
     yield
