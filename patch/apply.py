@@ -10,6 +10,7 @@ from patch.blocks import (
     BeginPass,
     Merging,
     Unmerge,
+    Watchers,
     check_block,
     check_checkpointing,
     patch_block,
@@ -45,7 +46,7 @@ def segmenter(model, method, **options):
         raise ValueError(f"cannot patch a {type(model).__name__} as a Segmenter: take patch.timm for a ViT of timm")
     merging = _install(model, model.encoder, method, options, model.decoder.blocks)
     for block in model.decoder.blocks:
-        patch_block(block, merging, after=model.n_cls)
+        patch_block(block, merging, after=model.n_cls, last=block is model.decoder.blocks[-1])
     model.to_grid = Unmerge(model.to_grid, merging)
     return model
 
@@ -112,8 +113,12 @@ def _install(model, encoder, method, options, more_blocks=()):
     if isinstance(encoder.patch_drop, PatchDropout):
         raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
     merging = Merging(method, entry, settings, target, encoder.num_prefix_tokens)
+    depth = len(encoder.blocks)
     for layer, block in enumerate(encoder.blocks, start=1):
-        patch_block(block, merging, before=merging.prefix, merge_layer=layer if layer in settings["layers"] else None)
+        merge_layer = layer if layer in settings["layers"] else None
+        patch_block(block, merging, before=merging.prefix, merge_layer=merge_layer, last=layer == depth)
+    modules = [module for block in (*encoder.blocks, *more_blocks) for module in block.modules()]
+    merging.watchers = Watchers(modules, own=sum(hasattr(block, "keys_hook") for block in encoder.blocks))
     model.merging = merging
     model.merging_hook = encoder.patch_embed.register_forward_hook(BeginPass(merging, encoder))
     return merging

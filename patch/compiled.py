@@ -11,6 +11,8 @@ from types import FunctionType
 
 import torch
 
+from patch.blocks import Watchers
+
 
 def compile(model, bucket=64, mode="reduce-overhead", backend="inductor"):
     """Compile a Segmenter for inference in place; `patch.remove` undoes it, together with the patch.
@@ -85,7 +87,7 @@ class Compilation:
         """What `forward_features` of the encoder gives: (B, 3, H, W) -> (B, P + M, D)."""
         encoder, merging = self.model.encoder, self._merging
         _check_inference(self.model)
-        if self._watched():
+        if self._watchers.present():
             return type(encoder).forward_features(encoder, images)
         torch.compiler.cudagraph_mark_step_begin()
         if merging is not None:
@@ -105,7 +107,7 @@ class Compilation:
     def scores(self, x):
         """What `forward` of the decoder gives: (B, M, D) -> (B, M, C)."""
         _check_inference(self.model)
-        if self._watched():
+        if self._watchers.present():
             return type(self.model.decoder).forward(self.model.decoder, x)
         if not self._layers:
             return self._decode(x).clone()  # nobody copies them by undoing a merge
@@ -142,20 +144,11 @@ class Compilation:
         part = FunctionType(code, part.__globals__, part.__name__, part.__defaults__, part.__closure__)
         return torch.compile(part, **self.options)
 
-    def _watched(self):
-        """Whether any module has a hook besides those of the patch: compiled code would pass it by."""
-        return sum(map(len, self._hooks)) > self._own_hooks
-
     @cached_property
-    def _hooks(self):
-        """The hooks of every module inside the compiled parts, as they will be at any time."""
-        modules = [*self.model.encoder.modules(), *self.model.decoder.modules()]
-        return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-
-    @cached_property
-    def _own_hooks(self):
-        keys = sum(hasattr(block, "keys_hook") for block in self.model.encoder.blocks)
-        return keys + (self._merging is not None)
+    def _watchers(self):
+        """Hooks inside the compiled parts: compiled code would pass them by."""
+        own = sum(hasattr(block, "keys_hook") for block in self.model.encoder.blocks) + (self._merging is not None)
+        return Watchers([*self.model.encoder.modules(), *self.model.decoder.modules()], own)
 
 
 def encoder_part(encoder, begin, end):

@@ -47,19 +47,28 @@ class KeyBias(torch.Tensor):
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
     """`scaled_dot_product_attention` with the `KeyBias` as `attn_mask`; query, key, value: (B, H, L, d)."""
-    width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    channels = key_channels(attn_mask, scale, key.dtype)
+    width = value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = F.scaled_dot_product_attention(
+        *carry(query, key, value, attn_mask, scale), dropout_p=dropout_p, is_causal=is_causal, scale=scale, **options
+    )
+    return output[..., :width]
+
+
+def carry(query, key, value, bias, scale):
+    """Queries, keys and values whose products hold the bias, all of one width that the kernels accept.
+
+    Args:
+        query, key, value: (B, H, L, d).
+        bias: (B, 1, 1, L), -inf marks padding; None: there is none.
+        scale: of the logits.
+    """
+    channels = key.new_zeros(1, 1, 1, 0) if bias is None else key_channels(bias, scale, key.dtype)
     n_channels = channels.shape[-1]
-    rest = -(width + n_channels) % ALIGNMENT
+    rest = -(query.shape[-1] + n_channels) % ALIGNMENT
     query = torch.cat([F.pad(query, (0, n_channels), value=1.0), query.new_zeros(*query.shape[:-1], rest)], -1)
     key = torch.cat([key, F.pad(channels, (0, rest)).expand(*key.shape[:-1], -1)], -1)
-    value_width = value.shape[-1]
-    value = F.pad(value, (0, query.shape[-1] - value_width))
-    output = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **options
-    )
-    return output[..., :value_width]
+    return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1]))
 
 
 def key_channels(bias, scale, dtype):

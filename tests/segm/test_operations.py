@@ -35,6 +35,18 @@ def test_the_count_is_per_image(small_net):
     assert count_operations(model, images).total == pytest.approx(count_operations(model, images[:1]).total, rel=1e-9)
 
 
+@pytest.mark.parametrize(("method", "options"), [("graph", {"threshold": 0.2}), ("algm", {"layers": [1, 3]})])
+def test_a_batch_counts_as_its_images_alone(small_net, method, options):
+    """Images that keep different numbers of tokens cost what they cost alone: on padding, only the norm behind the
+    blocks is computed, and in a second merge similarities."""
+    model = patch.segmenter(create_segmenter(small_net).eval(), method, **({"threshold": 0.1} | options))
+    images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
+    model.grid_scores(images)
+    assert patch.reduction(model).padded
+    together, alone = count_operations(model, images), [count_operations(model, image[None]) for image in images]
+    assert together.encoder == pytest.approx(sum(one.encoder for one in alone) / 3, rel=3e-3)
+
+
 def test_attention_counts_as_its_two_products(small_net):
     """Against a count by hand of one block: 4 + 8 products of width², and two of L²."""
     model = create_segmenter(small_net).eval()
@@ -56,8 +68,8 @@ def test_attention_counts_as_its_two_products(small_net):
         # The same sums; pairs within windows are element-wise work, which fvcore never counts.
         ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16),
         # 9 tokens at even and 8 at odd positions of the whole sequence, keys of width 16, in each of 3 layers; sizes
-        # are summed with and without CLS, and once more where two steps are seen as one.
-        ("tome", {"r": 0}, 3 * (9 * 8 * 16 + 16 * 32 + 17 + 16) + 2 * 16),
+        # are summed in each, and once more where two steps are seen as one and another follows.
+        ("tome", {"r": 0}, 3 * (9 * 8 * 16 + 16 * 32 + 16) + 16),
     ],
 )
 def test_nothing_of_the_merge_is_missed(small_net, method, options, added):
