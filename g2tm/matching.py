@@ -40,12 +40,14 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     n_images, length = map(int, metric.shape[:2])
     _check(r, threshold, layer, prefix, length)
     check_batch(batch)
-    present = sizes > 0 if padded and sizes is not None else None
+    present = _present(sizes, prefix) if padded and sizes is not None else None
     n_tokens = length if present is None else present.sum(1)
     position = torch.arange(length, device=metric.device)
     if length // 2 == prefix // 2:  # no B token but prefix tokens
-        everyone = position.new_full((n_images,), 0) + n_tokens
-        return Reduction.of_counts(position.expand(n_images, -1).contiguous(), everyone, sizes)
+        everyone = position.expand(n_images, -1).contiguous()
+        if present is not None:
+            return Reduction.of_counts(everyone, n_tokens, sizes)
+        return Reduction(everyone, position.new_full((n_images,), length), [length] * n_images, sizes)
     similarity, partner = best_partners(metric, prefix, present)
     half = (n_tokens - prefix) // 2
     if r is None:
@@ -62,6 +64,13 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     if r is None or present is not None:
         return Reduction.of_counts(assignment, counts, sizes)
     return Reduction(assignment, counts, [length - min(r, half)] * n_images, sizes)
+
+
+def _present(sizes, prefix):
+    """(B, L), bool: False for padding, which prefix tokens never are."""
+    present = sizes > 0
+    present[:, :prefix] = True
+    return present
 
 
 def best_partners(metric, prefix, present=None):

@@ -23,7 +23,9 @@ from patch.registry import Encoder, resolve
 def segmenter(model, method, **options):
     """Patch a Segmenter in place, so that its encoder merges tokens and its scores come back unmerged.
 
-    No parameter and no state-dict key changes.
+    No parameter and no state-dict key changes. Images of a batch that keep different numbers of tokens are not padded
+    but stand behind each other, (1, T, D), while they are between blocks, where attention runs fused and no hook
+    looks into a block.
 
     Args:
         model: a `segm.model.segmenter.Segmenter`.

@@ -145,12 +145,13 @@ class Watchers:
     """The hooks through which somebody may look into modules.
 
     Args:
-        modules: where to count them.
+        modules: where to count them; what is put in their place later is not looked at.
         own: how many of them belong to the patch.
     """
 
     def __init__(self, modules, own=0):
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self.hooks = [getattr(module, kind) for module in modules for kind in kinds]
         self.own = own
 
     def present(self):

@@ -59,16 +59,20 @@ def carry(query, key, value, bias, scale):
     """Queries, keys and values whose products hold the bias, all of one width that the kernels accept.
 
     Args:
-        query, key, value: (B, H, L, d).
+        query, key: (B, H, L, d).
+        value: (B, H, L, d'), whose dtype all get: norms of queries and keys leave float32 under autocast.
         bias: (B, 1, 1, L), -inf marks padding; None: there is none.
         scale: of the logits.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)
     channels = key.new_zeros(1, 1, 1, 0) if bias is None else key_channels(bias, scale, key.dtype)
     n_channels = channels.shape[-1]
-    rest = -(query.shape[-1] + n_channels) % ALIGNMENT
+    needed = max(query.shape[-1] + n_channels, value.shape[-1])
+    width = needed + -needed % ALIGNMENT
+    rest = width - query.shape[-1] - n_channels
     query = torch.cat([F.pad(query, (0, n_channels), value=1.0), query.new_zeros(*query.shape[:-1], rest)], -1)
     key = torch.cat([key, F.pad(channels, (0, rest)).expand(*key.shape[:-1], -1)], -1)
-    return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+    return query, key, F.pad(value, (0, width - value.shape[-1]))
 
 
 def key_channels(bias, scale, dtype):

@@ -1,7 +1,6 @@
 """Images that kept different numbers of tokens, behind each other instead of padded to the longest."""
 
 import inspect
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,8 @@ def can_pack(x, dropout=0.0):
         return False
     if x.device.type != "cuda":
         return x.device.type == "cpu"
-    return HAS_VARLEN and not dropout and carries(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    has_kernel = HAS_VARLEN and torch.backends.cuda.flash_sdp_enabled()
+    return has_kernel and not dropout and carries(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class Packing:
@@ -41,6 +41,12 @@ class Packing:
         reduction: from the patches to the tokens, padded.
         before, after: tokens in front of and behind the patch tokens of every image.
         bias: (B, 1, 1, M), of the patch tokens as keys; None: none.
+
+    Attributes:
+        shape: (B, L).
+        lengths: B numbers that sum to T.
+        starts: (B + 1,), int32, where each image begins, and the end of the last.
+        bias: (1, 1, 1, T), float32, or None.
     """
 
     def __init__(self, reduction, before, after, bias):
@@ -53,7 +59,8 @@ class Packing:
         rows = position.new_empty(total + 1)  # not by `nonzero`, which waits for the device
         rows.scatter_(0, torch.where(kept.flatten(), self.places, total), position)
         self.rows = rows[:total]  # (T,), in the padded batch
-        self.mask = Within.of(self, None if bias is None else F.pad(bias, (before, after)).flatten()[self.rows])
+        self.starts = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+        self.bias = None if bias is None else F.pad(bias, (before, after)).flatten()[self.rows].view(1, 1, 1, -1)
 
     def pack(self, x):
         """(B, L, D) -> (1, T, D)"""
@@ -70,11 +77,12 @@ class Packing:
         factors = drop_path(x.new_ones(self.shape[0], 1, 1)).flatten()
         return x * factors[self.rows // self.shape[1]].unsqueeze(-1)
 
-    @cached_property
-    def starts(self):
-        """(B + 1,), int32: where each image begins, and the end of the last."""
-        ends = self.places.view(self.shape)[:, -1] + 1
-        return F.pad(ends, (1, 0)).int()
+    @property
+    def mask(self):
+        """What `scaled_dot_product_attention` is handed as `attn_mask`."""
+        mask = torch.empty(0).as_subclass(Within)
+        mask.packing = self
+        return mask
 
 
 class Within(torch.Tensor):
@@ -82,15 +90,7 @@ class Within(torch.Tensor):
 
     Attributes:
         packing: the `Packing`.
-        bias: (1, 1, 1, T), float32, of the keys; None: none.
     """
-
-    @classmethod
-    def of(cls, packing, bias):
-        """bias: (T,) or None"""
-        mask = torch.empty(0).as_subclass(cls)
-        mask.packing, mask.bias = packing, None if bias is None else bias.view(1, 1, 1, -1)
-        return mask
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -104,13 +104,14 @@ def _attention(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, sca
     """`scaled_dot_product_attention` with a `Within` as `attn_mask`; query, key, value: (1, H, T, d)."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attend = _in_one_kernel if query.device.type == "cuda" else _image_by_image
-    return attend(query, key, value, attn_mask.packing, attn_mask.bias, dropout_p, scale)
+    return attend(query, key, value, attn_mask.packing, dropout_p, scale)
 
 
-def _image_by_image(query, key, value, packing, bias, dropout, scale):
+def _image_by_image(query, key, value, packing, dropout, scale):
     """(1, H, T, d), laid out as (1, T, H, d), as timm goes on with it."""
     images = zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True)
     n_images = len(packing.lengths)
+    bias = packing.bias
     biases = [None] * n_images if bias is None else bias.to(query.dtype).split(packing.lengths, dim=3)
     outputs = [
         F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
@@ -119,11 +120,11 @@ def _image_by_image(query, key, value, packing, bias, dropout, scale):
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
-def _in_one_kernel(query, key, value, packing, bias, dropout, scale):
+def _in_one_kernel(query, key, value, packing, dropout, scale):
     """(1, H, T, d); the kernel takes no bias, so it goes through channels."""
     assert not dropout
     width = value.shape[-1]
-    query, key, value = carry(query, key, value, bias, scale)
+    query, key, value = carry(query, key, value, packing.bias, scale)
     tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     longest = max(packing.lengths)
     output = varlen_attn(*tokens, packing.starts, packing.starts, longest, longest, scale=scale)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 import torch
-from benchmarking import BACKBONES, build_model, measure, settings_for
+from benchmarking import BACKBONES, build_model, measure, profile_merges, settings_for
+from result_tables import markdown
 from tqdm import tqdm
 
 import patch
@@ -47,6 +48,9 @@ COMPILED_COLUMNS = {
     "compiled/s, pure → merged": "{scores_compiled_pure:.2f} → {scores_compiled:.2f}",
     "compiled to eager pure, pure → merged": "{ratio_compiled_pure:.2f} → {ratio_compiled:.2f}",
 }
+
+PROFILE_COLUMNS = {"operator": "{operator}", "calls per pass": "{calls}", "share of the merges": "{share:.3f}"}
+PROFILE_ROWS = 12
 
 
 class Listed(click.ParamType):
@@ -86,17 +90,20 @@ class Listed(click.ParamType):
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
 @click.option("--compile", "compiled", is_flag=True, help="Time compiled models as well, against plain execution.")
+@click.option("--profile", is_flag=True, help="Also print which operators the merges spend their time in.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
 @device_option
 def main(
-    models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, compiled, out, check, device
-):
+    models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, compiled, profile, out, check,
+    device,
+):  # fmt: skip
     """Time models with random weights on images, without merging and with it, and print one row per combination.
 
-    Speeds are medians over images, all calls interleaved. The realised share is the gain in speed over the gain in
-    GFLOPs of encoder and decoder, image in, token scores out; 1: every saved operation became saved time. The merge
-    is timed by itself, and as the difference to a pass that is given the same reductions.
+    Speeds are those over all batches, each at the median of its turns, all calls interleaved; ratios are medians over
+    the turns of a batch. The realised share is the gain in speed over the gain in GFLOPs of encoder and decoder, image
+    in, token scores out; 1: every saved operation became saved time. The merge is timed by itself, and as the
+    difference to a pass that is given the same reductions.
     """
     cases = list(product(models, sides, batch_sizes, dtypes, methods))
     rows = []
@@ -106,11 +113,16 @@ def main(
         options = settings_for(model, method, views, round(tokens * (side // 16) ** 2))
         case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}
         rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats, compiled))
+        if profile:
+            rows[-1]["profile"] = profile_merges(model, method, options, views[0], device)
         if out is not None:
             content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
             out.write_text(json.dumps(content, indent=2))
     click.echo(f"{environment(device)['device']}, torch {torch.__version__}; {batches} batches of {images}\n")
     click.echo(format_table(rows))
+    for row in rows if profile else ():
+        click.echo("\nmerges of {model}, {dtype}, batch {batch_size}, {method}\n".format(**row))
+        click.echo(markdown(PROFILE_COLUMNS, row["profile"][:PROFILE_ROWS]))
     missed = [text for row in rows for text in missed_targets(row, device.type)]
     if check:
         click.echo("\n" + ("\n".join(missed) or "all targets met"))
@@ -127,16 +139,17 @@ def load_batches(name, side, batch_size, n_batches, device, dtype):
 def format_table(rows):
     """The rows as Markdown."""
     columns = COLUMNS | (COMPILED_COLUMNS if all("scores_compiled" in row for row in rows) else {})
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for row in rows:
-        shown = {
-            "merge": 100 * sum(row["overhead"].values()),
-            "undo": 100 * row["overhead_undo"],
-            "difference": 100 * row["overhead_difference"],
-            "memory": " → ".join(_mib(row[f"memory_scores{name}_mib"]) for name in ("_pure", "")),
-        }
-        lines.append("| " + " | ".join(text.format(**row, **shown) for text in columns.values()) + " |")
-    return "\n".join(lines)
+    return markdown(columns, [row | _shown(row) for row in rows])
+
+
+def _shown(row):
+    """What the table derives from a row."""
+    return {
+        "merge": 100 * sum(row["overhead"].values()),
+        "undo": 100 * row["overhead_undo"],
+        "difference": 100 * row["overhead_difference"],
+        "memory": " → ".join(_mib(row[f"memory_scores{name}_mib"]) for name in ("_pure", "")),
+    }
 
 
 def _mib(value):

@@ -12,6 +12,7 @@ import click
 import torch
 from benchmark import Listed
 from benchmarking import peak_memory
+from result_tables import markdown
 from tqdm import tqdm
 
 import g2tm
@@ -26,6 +27,13 @@ MERGES = {
     "graph": lambda x, grid: g2tm.graph_merge(x, grid, THRESHOLD),
     "CLAP": lambda x, grid: g2tm.clap(x, grid, THRESHOLD),
     "ToMe": lambda x, grid: g2tm.bipartite(x, r=x.shape[1] // 12, prefix=0),
+}
+COLUMNS = {
+    "method": "{method}",
+    "patches": "{patches}",
+    "tokens left": "{tokens}",
+    "µs per patch": "{microseconds_per_patch:.2f}",
+    "peak KiB per patch": "{memory}",
 }
 
 
@@ -82,15 +90,11 @@ def merge_and_back(merge, side, x):
 
 def format_rows(rows):
     """The rows as Markdown."""
-    lines = [
-        "| method | patches | tokens left | µs per patch | peak KiB per patch |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        memory = "?" if row["kib_per_patch"] is None else f"{row['kib_per_patch']:.1f}"
-        cells = f"{row['patches']} | {row['tokens']} | {row['microseconds_per_patch']:.2f} | {memory}"
-        lines.append(f"| {row['method']} | {cells} |")
-    return "\n".join(lines)
+    return markdown(COLUMNS, [row | {"memory": _kib(row["kib_per_patch"])} for row in rows])
+
+
+def _kib(value):
+    return "?" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from benchmark import Listed
 from benchmarking import BACKBONES, build_model, settings_for
+from result_tables import markdown
 from tqdm import tqdm
 
 import patch
@@ -21,6 +22,13 @@ from segm.eval.environment import environment
 from segm.optim import create_optimizer, create_scheduler
 from segm.options import PURE, Command, apply_patch, device_option
 
+COLUMNS = {
+    "method": "{method}",
+    "tokens": "{tokens}",
+    "images/s": "{images_per_second:.2f}",
+    "ratio": "{ratio:.2f}",
+    "waiting for data, %": "{data_wait:.1f}",
+}
 FAR = 10**6  # epochs of the schedule: the learning rate does not matter here
 
 
@@ -94,12 +102,11 @@ def row(name, entries, pure):
 
 def format_rows(rows):
     """The rows as Markdown."""
-    lines = ["| method | tokens | images/s | ratio | waiting for data, % |", "| --- | --- | --- | --- | --- |"]
-    for found in rows:
-        tokens = "all" if found["tokens"] is None else f"{found['tokens']:.0f}"
-        cells = f"{found['images_per_second']:.2f} | {found['ratio']:.2f} | {found['data_wait']:.1f}"
-        lines.append(f"| {found['method']} | {tokens} | {cells} |")
-    return "\n".join(lines)
+    return markdown(COLUMNS, [row | {"tokens": _kept(row["tokens"])} for row in rows])
+
+
+def _kept(tokens):
+    return "all" if tokens is None else f"{tokens:.0f}"
 
 
 if __name__ == "__main__":

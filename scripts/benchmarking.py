@@ -3,14 +3,16 @@
 import copy
 import ctypes
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
 from segm.eval.operations import count_operations
-from segm.eval.timing import interleaved_rates
+from segm.eval.timing import interleaved_turns
 from segm.model.factory import create_segmenter
 from segm.model.upsample import label_map, upsample
 from segm.speedtest import meet_every_shape
@@ -20,6 +22,7 @@ BACKBONES = {
     name: f"vit_{size}_patch16_384" for name, size in zip("TSBL", ("tiny", "small", "base", "large"), strict=True)
 }
 BISECTIONS = 25
+MERGES = "merges"
 PAIR_REPEATS = 4
 
 
@@ -156,13 +159,13 @@ def measure(model, method, options, batches, device, repeats, compiled=False):
         "upsampling": _upsampling_call(merged, batches),
     }
     # Apart: all scores upsampled at once leave memory in a state that slows down what comes next.
-    rates = interleaved_rates(pair | parts, batches, device, repeats=repeats)
+    rates = interleaved_turns(pair | parts, batches, device, repeats=repeats)
     beside = _overhead(rates, merged)
     for name in ("compiled_pure", "compiled") if compiled else ():
-        beside[f"ratio_{name}"] = (rates[f"scores_{name}"] / rates["scores_pure"]).median().item()
+        beside[f"ratio_{name}"] = ratio(rates[f"scores_{name}"], rates["scores_pure"])
     # The two that the targets are about once more, next to each other and more often.
-    rates |= interleaved_rates(pair, batches, device, repeats=PAIR_REPEATS * repeats)
-    rates |= interleaved_rates(labels, batches, device, repeats=repeats)
+    rates |= interleaved_turns(pair, batches, device, repeats=PAIR_REPEATS * repeats)
+    rates |= interleaved_turns(labels, batches, device, repeats=repeats)
     calls = pair | parts | labels
     row = {
         "tokens": tokens,
@@ -170,7 +173,7 @@ def measure(model, method, options, batches, device, repeats, compiled=False):
         "settings": patch.settings(merged),
     }
     row |= _operations(model, merged, batches)
-    row |= {name: rates[name].median().item() for name in calls if name.split("_")[0] in ("scores", "predict")}
+    row |= {name: speed(rates[name]) for name in calls if name.split("_")[0] in ("scores", "predict")}
     row |= _ratios(rates, row)
     row |= beside
     memory = {
@@ -178,6 +181,62 @@ def measure(model, method, options, batches, device, repeats, compiled=False):
         for name in ("scores_pure", "scores", "predict_pure", "predict")
     }
     return row | {f"memory_{name}_mib": value for name, value in memory.items()}
+
+
+@torch.inference_mode()
+def profile_merges(model, method, options, batch, device, repeats=20):
+    """What the merges of one pass spend their time in, by operator; a plain pass before each keeps caches as they are.
+
+    Args:
+        model: an unpatched Segmenter.
+        method, options: for `patch.segmenter`.
+        batch: (B, 3, H, W), on the device.
+
+    Returns:
+        list of `operator`, `calls` per pass and `share` of the time that the profiler saw, the longest first; what is
+        no operator of PyTorch's (Python, NumPy, OpenCV) is the rest of the time, called "outside".
+    """
+    merged = patch.segmenter(copy.deepcopy(model), method, **options)
+    merges, merge = Merges.record(merged, batch), merged.merging.method.merge
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    totals, calls = Counter(), Counter()
+    for turn in range(1 + repeats):
+        model.grid_scores(batch)
+        with profile(activities=activities) as profiler, record_function(MERGES):
+            for layer in merges.steps:
+                merges.repeat(merge, layer)
+        if turn == 0:
+            continue
+        for event in profiler.key_averages():
+            time = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+            totals[event.key] += time
+            calls[event.key] += event.count
+    totals["outside"], calls["outside"] = totals.pop(MERGES, 0), 0
+    whole = sum(totals.values())
+    return [
+        {"operator": name, "calls": round(calls[name] / repeats), "share": time / whole}
+        for name, time in totals.most_common()
+    ]
+
+
+def speed(rates):
+    """Images/s over all batches, each at the median of its turns; rates: (batches, turns), images/s."""
+    return 1 / (1 / rates.quantile(0.5, dim=1)).mean().item()
+
+
+def ratio(rates, others):
+    """Speed over all batches against another's, which takes the same time for each: of every batch the median over its
+    turns, in which both ran one after the other, so that a machine whose speed drifts changes little.
+
+    Args:
+        rates, others: (batches, turns), images/s.
+    """
+    return 1 / share_of_time(others, rates)
+
+
+def share_of_time(others, rates):
+    """Time per pass as a share of another's, mean over the batches; arguments as for `ratio`, the other first."""
+    return (others / rates).quantile(0.5, dim=1).mean().item()
 
 
 def _compiled_calls(model, merged, batches):
@@ -223,22 +282,23 @@ def _operations(model, merged, batches):
 def _ratios(rates, row):
     """Speed against the pure model, its share of the saved operations, and milliseconds of upsampling per image."""
     saving = row["gflops_pure"] / row["gflops"]
-    ratios = {name: (rates[name] / rates[f"{name}_pure"]).median().item() for name in ("scores", "predict")}
-    found = {f"ratio_{name}": ratio for name, ratio in ratios.items()} | {"saving": saving}
-    found |= {f"share_{name}": ratio / saving for name, ratio in ratios.items()}
+    ratios = {name: ratio(rates[name], rates[f"{name}_pure"]) for name in ("scores", "predict")}
+    found = {f"ratio_{name}": value for name, value in ratios.items()} | {"saving": saving}
+    found |= {f"share_{name}": value / saving for name, value in ratios.items()}
     for name in ("_pure", ""):
-        found[f"upsampling{name}_ms"] = (1000 / rates[f"upsampling{name}"]).median().item()
-    found["ratio_predict_eager"] = (rates["predict"] / rates["predict_eager"]).median().item()
-    found["ratio_pure_eager"] = (rates["predict_pure"] / rates["predict_eager"]).median().item()
+        found[f"upsampling{name}_ms"] = 1000 / speed(rates[f"upsampling{name}"])
+    found["ratio_predict_eager"] = ratio(rates["predict"], rates["predict_eager"])
+    found["ratio_pure_eager"] = ratio(rates["predict_pure"], rates["predict_eager"])
     return found
 
 
 def _overhead(rates, merged):
     """Time of the merges, as shares of the pure pass."""
     pure = rates["scores_pure"]
-    alone = {layer: (pure / rates[f"merge_{layer}"]).median().item() for layer in merged.merging.settings["layers"]}
-    undo = (pure / rates["undo"]).median().item()
-    difference = (pure / rates["scores"] - pure / rates["scores_free"]).median().item()
+    layers = merged.merging.settings["layers"]
+    alone = {layer: share_of_time(pure, rates[f"merge_{layer}"]) for layer in layers}
+    undo = share_of_time(pure, rates["undo"])
+    difference = share_of_time(pure, rates["scores"]) - share_of_time(pure, rates["scores_free"])
     return {"overhead": alone, "overhead_undo": undo, "overhead_difference": difference}
 
 

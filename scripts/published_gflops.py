@@ -3,6 +3,7 @@
 import click
 import torch
 from benchmarking import build_model
+from result_tables import markdown
 from tqdm import tqdm
 
 from segm.eval.operations import count_operations
@@ -17,18 +18,27 @@ PUBLISHED = {
     ("S", 1024, 19): 285,
     ("B", 1024, 19): 776,
 }
+COLUMNS = {
+    "model": "{model}",
+    "image": "{side} × {side}",
+    "classes": "{n_cls}",
+    "GFLOPs": "{total:.2f}",
+    "encoder": "{encoder:.2f}",
+    "decoder": "{decoder:.2f}",
+    "published": "{published}",
+}
 
 
 @click.command()
 def main():
     """Count the operations of every model on one image and print a table."""
-    click.echo("| model | image | classes | GFLOPs | encoder | decoder | published |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for (name, side, n_cls), published in tqdm(PUBLISHED.items(), leave=False):
         model = build_model(name, side, n_cls, torch.device("cpu"), None)
         counted = count_operations(model, torch.zeros(1, 3, side, side))
-        cells = f"{counted.total:.2f} | {counted.encoder:.2f} | {counted.decoder:.2f} | {published}"
-        tqdm.write(f"| {name} | {side} × {side} | {n_cls} | {cells} |")
+        case = {"model": name, "side": side, "n_cls": n_cls, "published": published}
+        rows.append(case | {"total": counted.total, "encoder": counted.encoder, "decoder": counted.decoder})
+    click.echo(markdown(COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The automatic threshold of ALGM: how similar the tokens of an unpatched model are."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import torch
@@ -10,11 +9,11 @@ from tqdm import tqdm
 
 import patch
 from segm import parallel
-from segm.data import DATASETS, create_dataset
+from segm.data import create_dataset
 from segm.eval.evaluate import as_is
 from segm.eval.runs import run_normalization, square_view
 from segm.model.factory import load_model
-from segm.options import Command, Numbers, device_option, max_images_option
+from segm.options import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Similarity:
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @click.option("--selected-layers", cls=Numbers, type=int, help="Layers, counted from 1.  [default: all]")
 @device_option
 @max_images_option

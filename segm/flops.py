@@ -2,17 +2,17 @@
 
 import statistics
 from collections import Counter
-from pathlib import Path
 
 import click
 from tqdm import tqdm
 
-from segm.data import DATASETS
 from segm.eval.operations import count_operations
 from segm.eval.runs import SquareViews, open_evaluation
 from segm.options import (
     Command,
     batch_size_option,
+    checkpoint_argument,
+    dataset_argument,
     device_option,
     load_patched,
     max_images_option,
@@ -21,8 +21,8 @@ from segm.options import (
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @batch_size_option
 @click.option("--enc-dec", is_flag=True, help="Also print what encoder and decoder take, and the rest.")
 @device_option

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from segm.eval.runs import class_colors, evaluation_windows, photo_view
 from segm.eval.sliding import predict_labels
-from segm.options import Command, device_option, load_patched, patch_options
+from segm.options import Command, checkpoint_argument, device_option, load_patched, patch_options
 from segm.pictures import write_picture
 from vis import blend, colorize
 
@@ -17,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_argument
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of labels in the blends.")

@@ -1,9 +1,12 @@
 """Options that the commands share, and how merging settings travel between options and `variant.yml`."""
 
+from pathlib import Path
+
 import click
 import torch
 
 import patch
+from segm.data import DATASETS
 from segm.model.factory import load_model
 
 PURE = "pure"
@@ -138,6 +141,8 @@ def _stack(*options):
     return decorate
 
 
+checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
 device_option = click.option(
     "--device",
     type=Device(),

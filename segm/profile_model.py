@@ -8,17 +8,25 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
 from segm.checkpoint import checkpoint_file
-from segm.data import DATASETS
 from segm.eval.environment import device_name
 from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import PURE, Command, batch_size_option, device_option, load_patched, patch_options
+from segm.options import (
+    PURE,
+    Command,
+    batch_size_option,
+    checkpoint_argument,
+    dataset_argument,
+    device_option,
+    load_patched,
+    patch_options,
+)
 
 FORWARD, MERGE = "forward pass", "merging and its undoing"
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @batch_size_option
 @click.option("--max-images", type=click.IntRange(min=1), default=10, show_default=True, help="Images to profile.")
 @click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Operators to list.")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import patch
 from segm.data import DATASETS, class_info, normalize
 from segm.eval.runs import class_colors, run_normalization, trained_on
-from segm.options import Command, device_option, load_patched, patch_options
+from segm.options import Command, checkpoint_argument, device_option, load_patched, patch_options
 from segm.pictures import write_picture
 from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
 
@@ -28,7 +28,7 @@ class Query(NamedTuple):
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_argument
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("cmap", required=False)

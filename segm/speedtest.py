@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 import patch
-from segm.data import DATASETS
 from segm.eval.environment import environment
 from segm.eval.runs import SquareViews, open_evaluation
 from segm.eval.timing import interleaved_rates
@@ -20,6 +19,8 @@ from segm.options import (
     Command,
     apply_patch,
     batch_size_option,
+    checkpoint_argument,
+    dataset_argument,
     device_option,
     max_images_option,
     merging_settings,
@@ -39,8 +40,8 @@ COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @batch_size_option
 @click.option("--duplicate", is_flag=True, help="Fill a batch with copies of one image, which keeps its token count.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of model and images.")

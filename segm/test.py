@@ -1,18 +1,16 @@
 """Score a trained Segmenter on the validation images of its data set."""
 
-from pathlib import Path
-
 import click
 
 from segm.eval.evaluate import evaluate
 from segm.eval.runs import open_evaluation
 from segm.metrics import segmentation_scores
-from segm.options import Command, device_option, load_patched, max_images_option, patch_options
+from segm.options import Command, checkpoint_argument, device_option, load_patched, max_images_option, patch_options
 from segm.parallel import is_main, process_group
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_argument
 @device_option
 @max_images_option
 @patch_options

@@ -11,9 +11,16 @@ from tqdm import tqdm
 
 import patch
 from segm.checkpoint import checkpoint_file
-from segm.data import DATASETS
 from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import Command, device_option, load_patched, max_images_option, patch_options
+from segm.options import (
+    Command,
+    checkpoint_argument,
+    dataset_argument,
+    device_option,
+    load_patched,
+    max_images_option,
+    patch_options,
+)
 from segm.pictures import write_picture
 from vis import token_histograms
 
@@ -21,8 +28,8 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @click.option("--layer-id", type=click.IntRange(min=0), help="Only this encoder layer, counted from 0.  [default: all]")
 @click.option(
     "--out",

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 import patch
 from segm.checkpoint import checkpoint_file
-from segm.data import DATASETS
 from segm.eval.environment import device_name
 from segm.eval.evaluate import evaluate
 from segm.eval.runs import SquareViews, open_evaluation
@@ -23,6 +22,8 @@ from segm.options import (
     PURE,
     Command,
     apply_patch,
+    checkpoint_argument,
+    dataset_argument,
     device_option,
     max_images_option,
     merging_settings,
@@ -36,8 +37,8 @@ COST_IMAGES = 10
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @click.option("--highest", type=float, default=1.0, show_default=True, help="First threshold.")
 @click.option("--lowest", type=float, default=0.7, show_default=True, help="Last threshold.")
 @click.option(

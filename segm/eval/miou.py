@@ -1,24 +1,30 @@
 """Score a trained Segmenter on a data set, single-scale or multi-scale, and save what it predicts."""
 
-from pathlib import Path
-
 import click
 import yaml
 
 from segm.checkpoint import checkpoint_file
-from segm.data import DATASETS
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.runs import open_evaluation
 from segm.metrics import segmentation_scores
-from segm.options import Command, device_option, load_patched, max_images_option, merging_of, patch_options
+from segm.options import (
+    Command,
+    checkpoint_argument,
+    dataset_argument,
+    device_option,
+    load_patched,
+    max_images_option,
+    merging_of,
+    patch_options,
+)
 from segm.parallel import is_main, process_group
 from segm.pictures import write_picture
 from vis import blend, colorize
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+@checkpoint_argument
+@dataset_argument
 @click.option("--singlescale/--multiscale", default=True, show_default=True, help="Multi-scale: 0.5 to 1.75, mirrored.")
 @click.option("--split", default="val", show_default=True, help="Which images.")
 @click.option("--window-size", type=click.IntRange(min=1), help="Sliding window, pixels.  [default: the run's]")

@@ -6,10 +6,23 @@ import torch
 from tqdm import tqdm
 
 
-@torch.inference_mode()
 def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=False):
-    """Speed of several functions, interleaved call by call so that they meet the same conditions; each in turn is the
-    first, since what ran before leaves its marks on caches and memory.
+    """Speed of several functions, each the median of its turns; arguments as for `interleaved_turns`.
+
+    Returns:
+        name -> (len(batches),) images/s, float64.
+    """
+    turns = interleaved_turns(calls, batches, device, repeats=repeats, warmup=warmup, progress=progress)
+    return {name: rates.quantile(0.5, dim=1) for name, rates in turns.items()}
+
+
+@torch.inference_mode()
+def interleaved_turns(calls, batches, device, *, repeats=3, warmup=2, progress=False):
+    """Speed of several functions in every turn, interleaved call by call so that they meet the same conditions; each in
+    turn is the first, since what ran before leaves its marks on caches and memory.
+
+    Where a machine's speed drifts, the median ratio of two functions over the turns is steadier than the ratio of
+    their medians.
 
     Args:
         calls: name -> function of a batch (B, 3, H, W).
@@ -20,7 +33,7 @@ def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=F
         progress: show a bar.
 
     Returns:
-        name -> (len(batches),) images/s, float64, each the median of its repeats.
+        name -> (len(batches), repeats) images/s, float64.
     """
     names, rates = list(calls), {name: [] for name in calls}
     for index, batch in enumerate(tqdm(batches, desc="timing", unit="batch", leave=False, disable=not progress)):
@@ -35,7 +48,7 @@ def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=F
                 calls[name](batch)
                 seconds[name].append(_now(device) - start)
         for name, values in seconds.items():
-            rates[name].append(len(batch) / torch.tensor(values, dtype=torch.float64).quantile(0.5))
+            rates[name].append(len(batch) / torch.tensor(values, dtype=torch.float64))
     return {name: torch.stack(values) for name, values in rates.items()}
 
 

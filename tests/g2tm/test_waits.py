@@ -52,6 +52,7 @@ MERGES = {
     "gbm uniform": (lambda: bipartite(X, threshold="adaptive", layer=3, batch="uniform"), 1),
     "tome": (lambda: bipartite(X, r=5, prefix=0), 0),
     "tome, prefix": (lambda: bipartite(X, r=5, prefix=3), 0),
+    "tome, nothing to match": (lambda: bipartite(X, r=5, prefix=64), 0),
     "tome, sizes": (lambda: bipartite(X, r=5, sizes=SIZES, padded=False), 0),
     "tome, padding": (lambda: bipartite(X, r=5, sizes=SIZES), 1),
 }

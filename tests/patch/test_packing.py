@@ -1,5 +1,6 @@
 """Batches whose images keep different numbers of tokens, behind each other instead of padded."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -151,6 +152,13 @@ def test_equal_lengths_and_buckets_are_not_packed(small_net, packed):
     assert not packed
 
 
+def test_who_looks_at_gradients_sees_images_in_rows(small_net):
+    model, shapes = patched(small_net, "graph").train(), []
+    model.encoder.blocks[2].register_full_backward_hook(lambda block, to, of: shapes.append(of[0].shape))
+    model(different_images()).sum().backward()
+    assert shapes == [(3, 1 + patch.reduction(model).width, 32)]
+
+
 @torch.inference_mode()
 def test_a_pass_that_fails_leaves_no_trace(small_net):
     model, images = patched(small_net, "graph").eval(), different_images()
@@ -159,6 +167,7 @@ def test_a_pass_that_fails_leaves_no_trace(small_net):
     with pytest.raises(RuntimeError):
         model(images)
     model.encoder.blocks[2].mlp = mlp
+    torch.testing.assert_close(copy.deepcopy(model)(images), expected, **TOLERANCE)
     torch.testing.assert_close(model(images), expected, **TOLERANCE)
 
 
@@ -222,9 +231,20 @@ def reference_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k
 def test_what_the_kernel_is_given(monkeypatch, width, biased, dtype, tolerance):
     monkeypatch.setattr(packing, "varlen_attn", reference_varlen, raising=False)
     qkv, where, expected = attention_case(width, dtype, biased)
-    found = packing._in_one_kernel(*qkv, where, where.mask.bias, 0.0, width**-0.5)
+    found = packing._in_one_kernel(*qkv, where, 0.0, width**-0.5)
     assert found.dtype == dtype and found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_kernel_is_given_one_dtype_and_one_width(monkeypatch):
+    """Norms of queries and keys leave float32 under autocast; differential attention has values twice as wide."""
+    monkeypatch.setattr(packing, "varlen_attn", reference_varlen, raising=False)
+    (query, key, value), where, _ = attention_case(32, torch.float32, biased=True)
+    wide = torch.cat([value, value.flip(-1)], -1)
+    expected = F.scaled_dot_product_attention(query, key, wide, attn_mask=where.mask)
+    found = packing._in_one_kernel(query, key, wide.bfloat16(), where, 0.0, 32**-0.5)
+    assert found.dtype == torch.bfloat16 and found.shape == wide.shape
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_where_sequences_are_packed():
@@ -249,3 +269,20 @@ def test_cuda_packs_as_the_cpu_does(small_net, packed, name, dtype, tolerance):
     assert packed
     alone = torch.cat([model(image[None]).float() for image in images])
     torch.testing.assert_close(found, alone, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_gradients_of_padded_images(small_net, monkeypatch, packed):
+    if not can_pack(torch.ones(1, dtype=torch.bfloat16, device="cuda")):
+        pytest.skip("needs torch.nn.attention.varlen and compute capability 8.0")
+    model = patched(small_net | {"d_model": 64, "n_heads": 2}, "graph proportional").train().cuda()
+    images, gradients = different_images(8).cuda(), []
+    for decide in (can_pack, lambda x, dropout: False):
+        monkeypatch.setattr(blocks, "can_pack", decide)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(images).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert packed
+    torch.testing.assert_close(*gradients, atol=0.05, rtol=0.1)

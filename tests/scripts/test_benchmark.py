@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
     import benchmark
 
     yield benchmark
-    del sys.modules["benchmark"], sys.modules["benchmarking"]
+    del sys.modules["benchmark"], sys.modules["benchmarking"], sys.modules["result_tables"]
 
 
 @pytest.fixture
@@ -47,6 +47,15 @@ def test_the_threshold_keeps_about_the_wanted_tokens(measuring, model, batches, 
     with torch.inference_mode():
         kept = [count for batch in batches for count in measuring.count_tokens(model, batch).tolist()]
     assert sum(kept) / len(kept) == pytest.approx(30, abs=6)
+
+
+def test_the_profile_tells_where_merging_spends_its_time(measuring, model, batches):
+    found = measuring.profile_merges(model, "tome", {"r": 4}, batches[0], torch.device("cpu"), repeats=2)
+    assert sum(row["share"] for row in found) == pytest.approx(1)
+    assert [row["share"] for row in found] == sorted((row["share"] for row in found), reverse=True)
+    calls = {row["operator"]: row["calls"] for row in found}
+    assert calls["aten::bmm"] == 3 and calls["aten::argsort"] == 3  # one per layer
+    assert "outside" in calls and not patch.is_patched(model)
 
 
 @torch.inference_mode()

@@ -91,6 +91,22 @@ def test_compiled_blocks_learn_the_same(small_net, method, options):
             torch.testing.assert_close(parameter.grad, expected.grad)
 
 
+def test_images_of_other_lengths_need_no_other_code(small_net):
+    """Attention is compiled once for tokens in rows and once for packed ones, in the encoder and in the decoder."""
+    model = patch.segmenter(create_segmenter(small_net), "graph", threshold=0.2)
+    compile_blocks([*model.encoder.blocks, *model.decoder.blocks], backend="aot_eager")
+    lengths, counters = set(), torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    for turn in range(7):
+        model(torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)).sum().backward()
+        lengths.add(patch.reduction(model).lengths)
+        if turn == 2:
+            compiled = counters["stats"]["unique_graphs"]
+    assert len(lengths) > 5 and counters["stats"]["unique_graphs"] == compiled
+    assert not counters["graph_break"]
+
+
 def test_waiting_for_data_is_told(net, monkeypatch):
     real = ShapesDataset.load
     monkeypatch.setattr(ShapesDataset, "load", lambda self, index: time.sleep(0.1) or real(self, index))

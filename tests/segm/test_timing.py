@@ -7,7 +7,7 @@ import torch
 from segm.data import create_dataset
 from segm.eval.environment import environment
 from segm.eval.runs import SquareViews, square_view
-from segm.eval.timing import interleaved_rates
+from segm.eval.timing import interleaved_rates, interleaved_turns
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,16 @@ def test_a_slow_pass_does_not_count(monkeypatch):
     monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
     rates = interleaved_rates({"a": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
     assert rates["a"].tolist() == [4.0]
+
+
+def test_ratios_over_turns_stand_a_machine_that_slows_down(monkeypatch):
+    """b takes twice as long as a, and everything ten times as long from the second turn on."""
+    passes = [1, 2, 20, 10, 10, 20]  # a b, b a, a b
+    clock = iter(np.cumsum([0, *(t for seconds in passes for t in (seconds, 0))]).tolist())
+    monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
+    turns = interleaved_turns({"a": len, "b": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
+    assert turns["a"].shape == (1, 3)
+    assert (turns["a"] / turns["b"]).tolist() == [[2.0, 2.0, 2.0]]
 
 
 @pytest.fixture
