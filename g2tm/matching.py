@@ -93,7 +93,8 @@ def best_partners(metric, prefix, present=None):
     best = []
     for part in a.split(rows, dim=1):
         product = part @ b
-        product[:, :, : prefix // 2] = lowest
+        if prefix > 1:
+            product[:, :, : prefix // 2] = lowest
         if present is not None:
             product.masked_fill_(~present[:, None, 1::2], lowest)
         best.append(first_maximum(product))

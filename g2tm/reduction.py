@@ -94,5 +94,7 @@ class Reduction:
     @cached_property
     def _flat_assignment(self):
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""
+        if len(self.assignment) == 1:
+            return self.assignment.flatten()
         offsets = torch.arange(0, len(self.assignment) * self.width, self.width, device=self.assignment.device)
         return (self.assignment + offsets[:, None]).flatten()

@@ -14,8 +14,11 @@ def selection(function):
 
     @wraps(function)
     def select(x, *args, **kwargs):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(x.device.type):
+                return function(x, *args, **kwargs)
+            with torch.autocast(x.device.type, enabled=False):
+                return function(x, *args, **kwargs)
 
     return select
 
