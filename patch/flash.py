@@ -24,11 +24,21 @@ def carries(x):
     return (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype) in HALF
 
 
-class KeyBias(torch.Tensor):
+class AttentionMask(torch.Tensor):
+    """What stands for `scaled_dot_product_attention` where it is handed this as `attn_mask`, by whatever code: the
+    `attend` of a subclass, with the same arguments. Everywhere else it is an ordinary tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            function = cls.attend if function is F.scaled_dot_product_attention else function
+            return function(*args, **(kwargs or {}))
+
+
+class KeyBias(AttentionMask):
     """An additive bias of the keys, (B, 1, 1, M), float32, that enters fused attention by channels.
 
-    Everywhere else it is an ordinary tensor. Handed as `attn_mask` to `scaled_dot_product_attention`, by whatever
-    code, it becomes one channel of the keys, or two in half precision: the bias rounded, and what rounding left. No
+    It becomes one channel of the keys, or two in half precision: the bias rounded, and what rounding left. No
     bias is handed on.
 
     The error that remains in the bias itself is 2⁻¹⁷ (bfloat16) and 2⁻²² (float16) of its value; as an additive bias
@@ -37,22 +47,12 @@ class KeyBias(torch.Tensor):
     less than half the error of an additive bias in half precision. The GPU's kernels have not been compared yet.
     """
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            if function is F.scaled_dot_product_attention:
-                return _attention(*args, **(kwargs or {}))
-            return function(*args, **(kwargs or {}))
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-    """`scaled_dot_product_attention` with the `KeyBias` as `attn_mask`; query, key, value: (B, H, L, d)."""
-    width = value.shape[-1]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output = F.scaled_dot_product_attention(
-        *carry(query, key, value, attn_mask, scale), dropout_p=dropout_p, is_causal=is_causal, scale=scale, **options
-    )
-    return output[..., :width]
+    @staticmethod
+    def attend(query, key, value, attn_mask, scale=None, **options):
+        """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        carried = carry(query, key, value, attn_mask, scale)
+        return F.scaled_dot_product_attention(*carried, scale=scale, **options)[..., : value.shape[-1]]
 
 
 def carry(query, key, value, bias, scale):

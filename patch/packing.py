@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patch.flash import carries, carry
+from patch.flash import AttentionMask, carries, carry
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -85,26 +85,19 @@ class Packing:
         return mask
 
 
-class Within(torch.Tensor):
-    """Handed as `attn_mask` to `scaled_dot_product_attention`, by whatever code: tokens attend within their image.
+class Within(AttentionMask):
+    """Lets packed tokens attend within their image.
 
     Attributes:
         packing: the `Packing`.
     """
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            if function is F.scaled_dot_product_attention:
-                return _attention(*args, **(kwargs or {}))
-            return function(*args, **(kwargs or {}))
-
-
-def _attention(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, scale=None):
-    """`scaled_dot_product_attention` with a `Within` as `attn_mask`; query, key, value: (1, H, T, d)."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _in_one_kernel if query.device.type == "cuda" else _image_by_image
-    return attend(query, key, value, attn_mask.packing, dropout_p, scale)
+    @staticmethod
+    def attend(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, scale=None):
+        """query, key, value: (1, H, T, d) -> (1, H, T, d)"""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        attend = _in_one_kernel if query.device.type == "cuda" else _image_by_image
+        return attend(query, key, value, attn_mask.packing, dropout_p, scale)
 
 
 def _image_by_image(query, key, value, packing, dropout, scale):
