@@ -1,57 +1,112 @@
-"""What one merge step did, and how to go back."""
+"""What a reduction step did, and how to go back: the protocol, reductions by assignment, and chains of both."""
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
 
 
-class Reduction:
-    """Assignment of N tokens to M groups per image, with the two maps that it gives.
+@runtime_checkable
+class Reduction(Protocol):
+    """From N tokens to M in every image of a batch, and back.
+
+    A reduction by assignment has `assignment` as well, (B, N): for every token the index of the one that carries it.
+
+    Attributes:
+        counts: (B,), int64, how many tokens each image keeps; an image with fewer than M has padding behind them.
+        lengths: the counts as B numbers, known without asking the device.
+        padding: (B, M), bool, True where a slot holds no token; None: no image has any.
+        sizes: (B, M), float32, what attention and statistics call a token's size; 0 in the padding.
+    """
+
+    @property
+    def counts(self) -> Tensor: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> Tensor | None: ...
+    @property
+    def sizes(self) -> Tensor: ...
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x: (B, N, D) -> (B, M, D), in the dtype of x; differentiable."""
+        ...
+
+    def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
+        """y: (B, M, D) -> (B, N, D), every position gets its token back.
+
+        scores: the values do not share the scale of the residual stream (class logits, normalised features): a
+        constant then stays a constant also where a linear transform would scale it.
+        """
+        ...
+
+    def then(self, second: "Reduction") -> "Reduction":
+        """This step followed by `second`, which acts on the M tokens, seen as one step from N."""
+        ...
+
+
+class Grouping:
+    """Reduction by assignment: N tokens to M groups per image.
 
     Args:
         assignment: (B, N), int64; for every token the index of its group.
-        counts: (B,), int64, number of groups of each image; an image with fewer than M has padding behind them.
-        lengths: the counts as B numbers, so that nobody has to wait for the device again.
-        sizes: (B, N), how many patches each token carries already; None: one each. Padding carries 0.
-        width: M, at least the largest count, which it is for None.
+        counts: (B,), int64, number of groups of each image.
+        lengths: the counts as B numbers.
+        sizes: (B, N), what the tokens bring along as their size; None: 1 each. Padding has 0.
+        weights: (B, N), how much each token counts in the mean of its group; 0: it is carried along (pruning). None:
+            its size.
+        width: M, at least the largest count, which it is for None. With a given width the images count as padded.
 
     Attributes:
         assignment, counts, lengths: as given.
         width: M.
-        sizes: (B, M), float32, how many patches each group carries; 0 marks padding.
-        padded: whether images have padding; with a given width they count as padded even if it is the largest count.
+        sizes: (B, M), float32, the sum over the group.
     """
 
-    def __init__(self, assignment, counts, lengths, sizes=None, width=None):
+    def __init__(
+        self,
+        assignment: Tensor,
+        counts: Tensor,
+        lengths: Sequence[int],
+        sizes: Tensor | None = None,
+        weights: Tensor | None = None,
+        width: int | None = None,
+    ) -> None:
         self.assignment = assignment
         self.counts = counts
         self.lengths = tuple(lengths)
-        self.width = max(self.lengths) if width is None else width
-        self.padded = width is not None or min(self.lengths) < self.width
+        self.width = max(self.lengths, default=assignment.shape[1]) if width is None else width
         self._given_width = width
-        self._weights = None if sizes is None else sizes.float()
+        self._old_sizes = None if sizes is None else sizes.float()
+        self._weights = None if weights is None else weights.float()
 
     @classmethod
-    def of_counts(cls, assignment, counts, sizes=None):
+    def of_counts(cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None) -> "Grouping":
         """Reduction to `counts` groups per image; waits for the device once, to learn them."""
         return cls(assignment, counts, counts.tolist(), sizes)
 
     @cached_property
-    def sizes(self):
-        weights = self._weights
-        if weights is None:
-            weights = torch.ones_like(self.assignment, dtype=torch.float32)
-        return weights.new_zeros(len(self.assignment), self.width).scatter_add_(1, self.assignment, weights)
+    def sizes(self) -> Tensor:
+        return self._group_sums(self._old_sizes)
 
     @property
-    def padding(self):
+    def padded(self) -> bool:
+        """Whether images have padding."""
+        return self._given_width is not None or min(self.lengths, default=self.width) < self.width
+
+    @property
+    def padding(self) -> Tensor | None:
         """(B, M), bool: True where a slot holds no token; None if no image has padding."""
         if not self.padded:
             return None
         return torch.arange(self.width, device=self.counts.device) >= self.counts[:, None]
 
-    def merge(self, x):
-        """Mean of every group, weighted by the sizes that the tokens brought along; differentiable.
+    def merge(self, x: Tensor) -> Tensor:
+        """Weighted mean of every group; differentiable.
 
         Args:
             x: (B, N, D).
@@ -60,41 +115,116 @@ class Reduction:
             (B, M, D), in the dtype of x, summed in at least float32; padding is zero.
         """
         values = x if x.dtype == torch.float64 else x.float()
-        sizes = self.sizes.to(values.dtype).clamp(min=1)
-        if self._weights is not None:  # each token's share of its group
-            values = values * (self._weights / sizes.gather(1, self.assignment)).unsqueeze(-1)
-        total = values.new_zeros(len(x) * self.width, x.shape[-1])
+        weights = self._mean_weights
+        totals = self._weight_sums.to(values.dtype).clamp(min=TINY)  # 0 in padding, or where nothing counts
+        if weights is not None:  # each token's share of its group
+            values = values * (weights / totals.gather(1, self.assignment)).unsqueeze(-1)
+        sums = values.new_zeros(len(x) * self.width, x.shape[-1])
         rows = self._flat_assignment.unsqueeze(-1).expand(-1, x.shape[-1])
-        total.scatter_add_(0, rows, values.flatten(0, 1))  # in place: half the time, the same gradient
-        total = total.unflatten(0, (len(x), self.width))
-        mean = total.div_(sizes.unsqueeze(-1)) if self._weights is None else total
+        sums.scatter_add_(0, rows, values.flatten(0, 1))  # in place: half the time, the same gradient
+        sums = sums.unflatten(0, (len(x), self.width))
+        mean = sums.div_(totals.unsqueeze(-1)) if weights is None else sums
         return mean.to(x.dtype)
 
-    def unmerge(self, y):
-        """Give every token the value of its group: y: (B, M, D) -> (B, N, D)."""
-        return y.flatten(0, 1).index_select(0, self._flat_assignment).unflatten(0, self.assignment.shape)
+    def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
+        """Give every token the value of its group: y: (B, M, D) -> (B, N, D). `scores` makes no difference."""
+        shape = (*self.assignment.shape, *y.shape[2:])
+        return y.flatten(0, 1).index_select(0, self._flat_assignment).view(shape)
 
-    def then(self, second):
-        """This step followed by `second`, which acts on the M groups, seen as one step from N tokens."""
+    def then(self, second: Reduction) -> Reduction:
+        """This step followed by `second`, seen as one step; two assignments compose to one.
+
+        Where both take means, so does the composition: a token's weight is its share of its first group times what
+        that group counts in the second.
+        """
+        if type(self) is not Grouping or type(second) is not Grouping:
+            return Chain(self, second)
         assignment = second.assignment.gather(1, self.assignment)
-        return Reduction(assignment, second.counts, second.lengths, self._weights, second._given_width)
+        weights = None
+        if self._weights is not None or second._weights is not None:
+            per_weight = second._all_weights / self._weight_sums.clamp(min=TINY)
+            weights = self._all_weights * per_weight.gather(1, self.assignment)
+        return Grouping(assignment, second.counts, second.lengths, self._old_sizes, weights, second._given_width)
 
-    def without_prefix(self, prefix):
+    def without_prefix(self, prefix: int) -> "Grouping":
         """The same step for the patch tokens alone, where `prefix` tokens come first before and after it."""
-        weights = None if self._weights is None else self._weights[:, prefix:]
+        if prefix == 0:
+            return self
+        sizes, weights = (x if x is None else x[:, prefix:] for x in (self._old_sizes, self._weights))
         assignment = (self.assignment[:, prefix:] - prefix).clamp_(min=0)  # padding may point at a prefix token
         lengths = [length - prefix for length in self.lengths]
         width = None if self._given_width is None else self._given_width - prefix
-        return Reduction(assignment, self.counts - prefix, lengths, weights, width)
+        return type(self)(assignment, self.counts - prefix, lengths, sizes, weights, width)
 
-    def widened(self, width):
+    def widened(self, width: int) -> "Grouping":
         """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""
-        return Reduction(self.assignment, self.counts, self.lengths, self._weights, max(width, self.width))
+        given = self.assignment, self.counts, self.lengths, self._old_sizes, self._weights
+        return type(self)(*given, max(width, self.width))
+
+    @property
+    def _all_weights(self) -> Tensor:
+        """(B, N), float32, what the mean is weighted by."""
+        weights = self._mean_weights
+        return torch.ones_like(self.assignment, dtype=torch.float32) if weights is None else weights
+
+    @property
+    def _mean_weights(self) -> Tensor | None:
+        """(B, N), what the mean is weighted by; None: all count 1."""
+        return self._old_sizes if self._weights is None else self._weights
 
     @cached_property
-    def _flat_assignment(self):
+    def _weight_sums(self) -> Tensor:
+        """(B, M), float32, the weights of every group together."""
+        return self.sizes if self._weights is None else self._group_sums(self._weights)
+
+    def _group_sums(self, values: Tensor | None) -> Tensor:
+        """Sum over every group: (B, N) -> (B, M); None: how many it has."""
+        if values is None:
+            values = torch.ones_like(self.assignment, dtype=torch.float32)
+        return values.new_zeros(len(self.assignment), self.width).scatter_add_(1, self.assignment, values)
+
+    @cached_property
+    def _flat_assignment(self) -> Tensor:
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""
         if len(self.assignment) == 1:
             return self.assignment.flatten()
-        offsets = torch.arange(0, len(self.assignment) * self.width, self.width, device=self.assignment.device)
+        offsets = torch.arange(0, len(self.assignment) * self.width, max(self.width, 1), device=self.assignment.device)
         return (self.assignment + offsets[:, None]).flatten()
+
+
+class Chain:
+    """Any two reductions, one after the other.
+
+    Args:
+        first: from N tokens to some.
+        second: from those to M.
+
+    Attributes:
+        assignment: (B, N), composed, where both steps have one; reading it raises an AttributeError elsewhere.
+    """
+
+    def __init__(self, first: Reduction, second: Reduction) -> None:
+        self.first, self.second = first, second
+
+    counts = property(lambda self: self.second.counts)
+    lengths = property(lambda self: self.second.lengths)
+    padding = property(lambda self: self.second.padding)
+    sizes = property(lambda self: self.second.sizes)
+
+    @cached_property
+    def assignment(self) -> Tensor:
+        return self.second.assignment.gather(1, self.first.assignment)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x: (B, N, D) -> (B, M, D)."""
+        return self.second.merge(self.first.merge(x))
+
+    def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
+        """y: (B, M, D) -> (B, N, D); by one gather where every position has a token."""
+        if hasattr(self, "assignment"):
+            return y.gather(1, self.assignment.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+        return self.first.unmerge(self.second.unmerge(y, scores), scores)
+
+    def then(self, third: Reduction) -> "Chain":
+        """This chain, one longer."""
+        return Chain(self, third)
