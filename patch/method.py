@@ -1,0 +1,380 @@
+"""What a merging method is: its options in one table, what it needs of a model, and the registry of all methods."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from g2tm import ATTENTION_MODES, BATCH_MODES, Reduction
+
+Place = Literal["attention", "block", "before"]
+PLACES: tuple[Place, ...] = ("attention", "block", "before")
+NEEDS = ("keys", "normed")
+
+
+@dataclass(frozen=True)
+class Number:
+    """Type of an option: a number in a range, or one of some words.
+
+    Attributes:
+        low, high: the range, both ends included.
+        integer: whether it counts something. None: an integer or a fraction, told apart by how it is written.
+        words: what may be given instead.
+        read: words that only a command line takes, which turns them into a number.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    integer: bool | None = False
+    words: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+
+    def parse(self, text: str) -> float | int | str:
+        """The value that a text on the command line stands for; raises a ValueError that says what is allowed."""
+        if text in (*self.words, *self.read):
+            return text
+        try:
+            whole = self.integer or (self.integer is None and text.lstrip("+-").isdigit())
+            value = int(text) if whole else float(text)
+        except ValueError:
+            raise ValueError(f"give {self.allowed}") from None
+        return self.check(value)
+
+    def check(self, value: Any) -> Any:
+        """The value; raises a ValueError that says what is allowed."""
+        if isinstance(value, str):
+            if value in self.words:
+                return value
+        elif isinstance(value, Real) and not isinstance(value, bool):
+            if self.low <= value <= self.high and (self.integer is not True or isinstance(value, Integral)):
+                return int(value) if isinstance(value, Integral) else float(value)
+        raise ValueError(f"give {self.allowed}")
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        kind = "an integer" if self.integer else "a number"
+        low, high = (f"{end:g}" for end in (self.low, self.high))
+        ends = f" from {low}" if self.low > -math.inf else ""
+        ends += f" {'to' if ends else 'up to'} {high}" if self.high < math.inf else ""
+        return " or ".join((kind + ends, *self.words, *self.read))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Type of an option: one of some words."""
+
+    words: tuple[str, ...]
+
+    def parse(self, text: str) -> str:
+        """The value that a text on the command line stands for."""
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        """The value; raises a ValueError that says what is allowed."""
+        if value not in self.words:
+            raise ValueError(f"choose {self.allowed}")
+        return value
+
+    @property
+    def allowed(self) -> str:
+        """The words."""
+        return " or ".join(self.words)
+
+
+SIMPLE = {int: Number(integer=True), float: Number(), bool: Choice(("true", "false"))}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: keyword of `patch.apply`, flag of every command, key of `variant.yml`.
+
+    Attributes:
+        default: its value, or a function of the `Target`.
+        help: what it means, with its unit.
+        type: int, float, `Number`, `Choice`; None: that of the default.
+        many: how many values it takes: False: one; True: one, or several in a list; a number: exactly so many.
+        flag: its flag; None: its name. Two flags: the first takes one value, the second several. A mapping: switches,
+            and the value that each stands for.
+        key: its key in `variant.yml`; None: its name. Two keys: the first for one value, the second for several.
+        none: what stands for None in flags and keys, where None is a value of its own; elsewhere None means the
+            default.
+    """
+
+    default: Any
+    help: str
+    type: Any = None
+    many: bool | int = False
+    flag: str | tuple[str, str] | Mapping[str, Any] | None = None
+    key: str | tuple[str, str] | None = None
+    none: Any = None
+
+    @property
+    def kind(self) -> Number | Choice:
+        """What checks one value."""
+        given = self.type or type(self.default)
+        if isinstance(given, Number | Choice):
+            return given
+        if given not in SIMPLE:
+            raise ValueError(f"an option of type {given!r}: give int, float, Number or Choice")
+        return SIMPLE[given]
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as it is kept: one value, or a tuple (for exactly so many) or list of them.
+
+        Raises:
+            ValueError: it is not allowed; names the option, the value and what is allowed.
+        """
+        several = isinstance(value, list | tuple)
+        try:
+            if self.many is False or (self.many is True and not several):
+                return self.kind.check(value)
+            if not several or not value or (self.many is not True and len(value) != self.many):
+                count = "one value or several" if self.many is True else f"{self.many} values"
+                raise ValueError(f"give {count}, each {self.kind.allowed}")
+            checked = [self.kind.check(one) for one in value]
+            return checked if self.many is True else tuple(checked)
+        except ValueError as error:
+            raise ValueError(f"{name} {value!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the options are checked against: number of blocks, and the grid that the model was made for."""
+
+    depth: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method gets to see at one layer.
+
+    Attributes:
+        tokens: (B, P + N, D), the residual stream at the place of the method, prefix tokens first.
+        normed: (B, P + N, D), the normalised input of this block's attention; None unless the method needs it.
+        keys: (B, P + N, head dim), keys of this block's attention averaged over the heads, float32; likewise.
+        prefix: P, number of prefix tokens.
+        grid: (gh, gw), patches of the padded image.
+        sizes: (B, N), patches per patch token, 0 for padding; None before the first merge.
+        padded: whether there is padding.
+        layer, depth: this layer, 1-based, and how many there are.
+        batch: "ragged" or "uniform".
+        options: the options in force.
+        block: the block itself, for its learned parts.
+    """
+
+    tokens: Tensor
+    normed: Tensor | None
+    keys: Tensor | None
+    prefix: int
+    grid: tuple[int, int]
+    sizes: Tensor | None
+    padded: bool
+    layer: int
+    depth: int
+    batch: str
+    options: Mapping[str, Any]
+    block: nn.Module
+
+    @property
+    def x(self) -> Tensor:
+        """(B, N, D), the patch tokens alone."""
+        return self.tokens[:, self.prefix :]
+
+    @property
+    def sequence_sizes(self) -> Tensor | None:
+        """(B, P + N), sizes of the whole sequence, prefix tokens counting 1; None before the first merge."""
+        return None if self.sizes is None else F.pad(self.sizes, (self.prefix, 0), value=1.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merging method.
+
+    Attributes:
+        name: in the registry and for `--patch-type`.
+        merge: from a `Step` to a `Reduction` of its patch tokens.
+        options: name -> `Option`.
+        prepare: rewrites given options before they are checked one by one.
+        check: raises a ValueError if options do not fit each other or the `Target`.
+        place: where it acts: "attention": between attention and MLP of a layer; "block": behind the layer, 0 being
+            before the first; "before": in front of the layer.
+        needs: what a `Step` has to hold besides the tokens, out of `NEEDS`.
+        modules: builds the learned parts into an encoder, under the published names.
+        soft: what takes the place of `merge` in training: keeps all tokens, and lets gradients reach the choice.
+    """
+
+    name: str
+    merge: Callable[[Step], Reduction]
+    options: Mapping[str, Option]
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    check: Callable[[Mapping[str, Any], Target], None] | None = None
+    place: Place = "attention"
+    needs: frozenset[str] = frozenset()
+    modules: Callable[[nn.Module, Mapping[str, Any]], None] | None = None
+    soft: Callable[[Step], Reduction] | None = None
+
+    def takes(self, option: str) -> bool:
+        """Whether it has an option of that name."""
+        return option in self.options
+
+
+COMMON = {
+    "layers": Option(
+        None,
+        "Layers in which to merge, counted from 1.",
+        type=Number(low=0, integer=True),
+        many=True,
+        flag=("--selected-layer", "--selected-layers"),
+        key=("selected_layer", "selected_layers"),
+    ),
+    "attention": Option(
+        "none",
+        "How merged tokens count as keys in later attention: add log(size) to their logits, do not, or subtract it.",
+        type=Choice(ATTENTION_MODES),
+        flag={"--prop-attn": "proportional", "--no-prop-attn": "none", "--iprop-attn": "inverse"},
+    ),
+    "batch": Option(
+        "ragged",
+        "ragged: each image keeps its own number of tokens; uniform: all as many as the one that merges least.",
+        type=Choice(BATCH_MODES),
+        flag="--batch-mode",
+        key="batch_mode",
+    ),
+}
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    merge: Callable[[Step], Reduction],
+    *,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    check: Callable[[Mapping[str, Any], Target], None] | None = None,
+    place: Place = "attention",
+    needs: Iterable[str] = (),
+    modules: Callable[[nn.Module, Mapping[str, Any]], None] | None = None,
+    soft: Callable[[Step], Reduction] | None = None,
+    **options: Any,
+) -> Method:
+    """Make a method available by name to `patch.apply` and to `--patch-type` of every command.
+
+    Args:
+        name, merge, prepare, check, place, needs, modules, soft: see `Method`.
+        options: an `Option` each; for the options that every method has (`layers`, `attention`, `batch`) just the
+            default. `layers` None: every layer. `batch` None: uniform in training, ragged otherwise.
+
+    Raises:
+        ValueError: a name that is taken, or an option that another method has with another meaning.
+    """
+    if name in METHODS or name == "pure":
+        raise ValueError(f"method {name!r} is registered already")
+    if place not in PLACES:
+        raise ValueError(f"place {place!r}: choose {', '.join(PLACES)}")
+    unknown = sorted(set(needs) - set(NEEDS))
+    if unknown:
+        raise ValueError(f"{name} needs {', '.join(unknown)}: a method may need {', '.join(NEEDS)}")
+    table = dict(COMMON)
+    for option, value in options.items():
+        if isinstance(value, Option):
+            table[option] = value
+        elif option in COMMON:
+            table[option] = replace(COMMON[option], default=value)
+        else:
+            raise ValueError(f"{name}: give its option {option} as an Option, with a default and a help text")
+    for option, entry in table.items():
+        _check_alike(name, option, entry)
+    METHODS[name] = Method(name, merge, table, prepare, check, place, frozenset(needs), modules, soft)
+    return METHODS[name]
+
+
+def _check_alike(name: str, option: str, entry: Option) -> None:
+    """One flag has one meaning: an option of several methods differs in default and help text alone."""
+    for other in METHODS.values():
+        known = other.options.get(option)
+        if known is not None and _meaning(known) != _meaning(entry):
+            raise ValueError(f"{name}: {other.name} has an option {option} of another kind, flag or key")
+
+
+def _meaning(option: Option) -> tuple[Any, ...]:
+    return option.kind if option.default is not None or option.type else None, option.many, option.flag, option.key
+
+
+def find(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Complete and check the options of a method.
+
+    Args:
+        name: a registered method.
+        target: `Target`.
+        given: what the user gave; None means the method's default, unless the option has a None of its own.
+
+    Returns:
+        (method, all options in force).
+
+    Raises:
+        ValueError: unknown method or option, or a value that is not allowed.
+    """
+    method = find(name)
+    unknown = sorted(set(given) - set(method.options))
+    if unknown:
+        raise ValueError(f"{name} takes no {', '.join(unknown)}: its options are {', '.join(method.options)}")
+    given = {key: value for key, value in given.items() if value is not None or method.options[key].none is not None}
+    given = method.prepare(given) if method.prepare is not None else given
+    options = {}
+    for key, option in method.options.items():
+        value = given[key] if key in given else option.default
+        value = value(target) if callable(value) else value
+        if value is not None and option.none is not None and tuple(value) == tuple(option.none):
+            value = None
+        options[key] = value if value is None else option.check(key, value)
+    first = 0 if method.place == "block" else 1
+    options["layers"] = _layers_of(name, options["layers"], first, target.depth, chosen="layers" in given)
+    if method.check is not None:
+        method.check(options, target)
+    return method, options
+
+
+def _layers_of(name: str, layers: Any, first: int, depth: int, chosen: bool) -> tuple[int, ...]:
+    """`check_layers`, with a way out for those who chose none."""
+    try:
+        return check_layers(layers, depth, first)
+    except ValueError as error:
+        if chosen:
+            raise
+        raise ValueError(f"{name} merges by default in {error}; name other layers (--selected-layers)") from error
+
+
+def check_layers(layers: int | Sequence[int] | None, depth: int, first: int = 1) -> tuple[int, ...]:
+    """Layers as a tuple, ascending; None: all from 1.
+
+    Raises:
+        ValueError: a layer that is not there, or not in ascending order.
+    """
+    layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    layers = tuple(layers)
+    if not layers or not all(_is_index(layer) and first <= layer <= depth for layer in layers):
+        raise ValueError(f"layers {list(layers)}: the encoder has layers {first} to {depth}")
+    if any(one >= other for one, other in pairwise(layers)):
+        raise ValueError(f"layers {list(layers)}: give each layer once, in ascending order")
+    return tuple(int(layer) for layer in layers)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
