@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from segm.files import atomic, write_text
+
 LAST, BEST, VARIANT = "checkpoint.pth", "checkpoint_best.pth", "variant.yml"
 
 
@@ -51,11 +53,9 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(checkpoint, file):
-    """Write a checkpoint in one step: an interruption leaves the old file as it was."""
-    file = Path(file)
-    partial = file.with_name(file.name + ".part")
-    torch.save(checkpoint, partial)
-    partial.replace(file)
+    """Write a checkpoint in one step."""
+    with atomic(Path(file)) as part:
+        torch.save(checkpoint, part)
 
 
 def restore(path, model, optimizer, scaler):
@@ -111,7 +111,4 @@ def read_variant(path):
 
 def write_variant(variant, folder):
     """Write `variant.yml` into a run directory, in plain YAML."""
-    text = yaml.safe_dump(variant, sort_keys=True)
-    partial = Path(folder) / (VARIANT + ".part")
-    partial.write_text(text)
-    partial.replace(Path(folder) / VARIANT)
+    write_text(Path(folder) / VARIANT, yaml.safe_dump(variant, sort_keys=True))
