@@ -2,7 +2,7 @@
 
 import logging
 
-from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant
+from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant, variant_file
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder, position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
@@ -32,11 +32,12 @@ def create_segmenter(net_kwargs, pretrained=False):
     return Segmenter(encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"]), n_cls)
 
 
-def load_model(path):
+def load_model(path, build=create_segmenter):
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
         path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` stands beside it.
+        build: net_kwargs -> Segmenter.
 
     Returns:
         (model, variant): variant is the content of `variant.yml`.
@@ -47,7 +48,10 @@ def load_model(path):
     """
     checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
     variant = read_variant(path)
-    model = create_segmenter(variant["net_kwargs"])
+    try:
+        model = build(variant["net_kwargs"])
+    except ValueError as error:
+        raise ValueError(f"{variant_file(path)}: {error}") from error
     weights = load_checkpoint(path)["model"]
     try:
         model.load_state_dict(weights, strict=True)
