@@ -44,7 +44,7 @@ def clap(
     check_grid(grid, x.shape[1])
     check_window(window, grid)
     check_batch(batch)
-    n_tokens, removed = x.shape[1], window[0] * window[1] - 1  # by every window
+    n_tokens, removed = int(x.shape[1]), window[0] * window[1] - 1  # by every window
     if tokens is None:
         check_threshold(threshold)
     else:

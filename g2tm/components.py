@@ -18,7 +18,6 @@ HAS_TRITON = find_spec("triton") is not None
 MAX_ON_CHIP = 64 * 64
 
 
-@torch.compiler.disable  # what it finds decides on shapes, and compiled search is compiled already
 def grid_components(right: Tensor, down: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, list[int]]:
     """Number the connected components of every image.
 
@@ -71,7 +70,7 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
         ValueError: unknown backend.
     """
     backend = _chosen(backend, right, down)
-    low, high = right.shape[1] * down.shape[2] - n_components, right[0].numel() + down[0].numel()
+    low, high = int(right.shape[1] * down.shape[2] - n_components), int(right[0].numel() + down[0].numel())
     right, down = _places(right, down)
     if backend != "opencv":
         return _bisect(BACKENDS[backend], right, down, n_components, low, high)

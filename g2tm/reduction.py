@@ -99,7 +99,7 @@ class Grouping:
     @classmethod
     def identity(cls, x: Tensor, sizes: Tensor | None = None) -> "Grouping":
         """The step that merges none of the tokens x: (B, N, D)."""
-        n_images, n_tokens = x.shape[:2]
+        n_images, n_tokens = map(int, x.shape[:2])
         return cls.of_length(torch.arange(n_tokens, device=x.device).repeat(n_images, 1), n_tokens, sizes)
 
     @cached_property
