@@ -4,7 +4,7 @@ with a threshold."""
 import torch
 import torch.nn.functional as F
 
-from g2tm.reduction import Reduction
+from g2tm.reduction import Grouping
 from g2tm.selection import first_maximum, selection
 from g2tm.validation import check_batch, check_threshold
 
@@ -46,8 +46,8 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     if length // 2 == prefix // 2:  # no B token but prefix tokens
         everyone = position.expand(n_images, -1).contiguous()
         if present is not None:
-            return Reduction.of_counts(everyone, n_tokens, sizes)
-        return Reduction(everyone, position.new_full((n_images,), length), [length] * n_images, sizes)
+            return Grouping.of_counts(everyone, n_tokens, sizes)
+        return Grouping(everyone, position.new_full((n_images,), length), [length] * n_images, sizes)
     similarity, partner = best_partners(metric, prefix, present)
     half = (n_tokens - prefix) // 2
     if r is None:
@@ -62,8 +62,8 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     if present is not None:  # padding carries no weight and goes anywhere
         assignment[:, prefix:] *= present[:, prefix:]
     if r is None or present is not None:
-        return Reduction.of_counts(assignment, counts, sizes)
-    return Reduction(assignment, counts, [length - min(r, half)] * n_images, sizes)
+        return Grouping.of_counts(assignment, counts, sizes)
+    return Grouping(assignment, counts, [length - min(r, half)] * n_images, sizes)
 
 
 def _present(sizes, prefix):
