@@ -47,13 +47,13 @@ class Number:
 
     def check(self, value: Any) -> Any:
         """The value; raises a ValueError that says what is allowed."""
-        if isinstance(value, str):
-            if value in self.words:
-                return value
-        elif isinstance(value, Real) and not isinstance(value, bool):
-            if self.low <= value <= self.high and (self.integer is not True or isinstance(value, Integral)):
-                return int(value) if isinstance(value, Integral) else float(value)
-        raise ValueError(f"give {self.allowed}")
+        if isinstance(value, str) and value in self.words:
+            return value
+        if not isinstance(value, Real) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise ValueError(f"give {self.allowed}")
+        if self.integer and not isinstance(value, Integral):
+            raise ValueError(f"give {self.allowed}")
+        return int(value) if isinstance(value, Integral) else float(value)
 
     @property
     def allowed(self) -> str:
@@ -350,7 +350,7 @@ def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method
     given = method.prepare(given) if method.prepare is not None else given
     options = {}
     for key, option in method.options.items():
-        value = given[key] if key in given else option.default
+        value = given.get(key, option.default)
         value = value(target) if callable(value) else value
         if value is not None and option.none is not None and tuple(value) == tuple(option.none):
             value = None

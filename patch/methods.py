@@ -27,7 +27,7 @@ from g2tm.components import BACKENDS
 from patch.learned import add_embeddings
 from patch.method import Choice, Number, Option, Step, Target, register
 
-TAU, PUBLISHED, PAPER = "tau", "published", "paper"
+TAU, CODE, PAPER = "tau", "code", "paper"
 THRESHOLD = Option(
     0.88, "Cosine similarity (-1 to 1) above which tokens may merge.", type=Number(-1, 1, read=("auto",))
 )
@@ -226,9 +226,9 @@ register(
     _merge_tofu,
     needs=["keys"],
     variant=Option(
-        PUBLISHED,
-        "Norm of merged tokens. published: divided by the norm of the target; paper: by that of the mean.",
-        type=Choice((PUBLISHED, PAPER)),
+        CODE,
+        "Norm of merged tokens. code: divided by the norm of the target; paper: by that of the mean.",
+        type=Choice((CODE, PAPER)),
     ),
     **SCHEDULE,
 )
@@ -279,10 +279,10 @@ register(
     soft=_soften_dtem,
     attention="proportional",
     variant=Option(
-        PUBLISHED,
-        "Training. published: random halves, 1/temperature 30, a tenth of the gradient into features; paper: halves "
+        CODE,
+        "Training. code: random halves, 1/temperature 30, a tenth of the gradient into features; paper: halves "
         "by position, 10, none.",
-        type=Choice((PUBLISHED, PAPER)),
+        type=Choice((CODE, PAPER)),
     ),
     **SCHEDULE,
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 

@@ -129,7 +129,8 @@ def _create(backbone, **overrides):
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"timm cannot build {backbone} with {overrides}: {one_line(error)}") from error
     if type(model) not in _ENCODERS:
-        raise ValueError(f"{backbone} is a {type(model).__name__}, not a plain ViT: choose a VisionTransformer or Eva of timm")
+        kind = type(model).__name__
+        raise ValueError(f"{backbone} is a {kind}, not a plain ViT: choose a VisionTransformer or Eva of timm")
     # timm's registry has no place for another class; the subclasses only override one method.
     model.__class__ = _ENCODERS[type(model)]
     return model
