@@ -7,28 +7,26 @@ the next of its row, `down`, (B, gh-1, gw), to the one below.
 import math
 from importlib.util import find_spec
 
-import cv2
-import networkx
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from g2tm.selection import numpy_helps, ranks
 
 HAS_TRITON = find_spec("triton") is not None
 # Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs).
 MAX_ON_CHIP = 64 * 64
 
 
-@torch.compiler.disable  # what it finds decides on shapes, and compiled search is compiled already
-def grid_components(right, down, backend="auto"):
+def grid_components(right: Tensor, down: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, list[int]]:
     """Number the connected components of every image.
 
     Args:
         right, down: (B, gh, gw-1) and (B, gh-1, gw), bool, the edges that survive.
-        backend: "opencv" (compiled labelling of an image of the edges) and "scipy" (compiled graph search) work on
-            the CPU, wherever the masks are; "triton" (one kernel) on CUDA; "torch" (label propagation) on any
-            device; "networkx" is slow, for comparison. "auto": OpenCV on the CPU, Triton on CUDA where it is
-            installed and the grid is no larger than 64×64, torch elsewhere.
+        backend: "opencv" (compiled labelling of an image of the edges) works on the CPU, wherever the masks are;
+            "triton" (one kernel) on CUDA; "torch" (label propagation) on any device; "networkx" is slow, for
+            comparison. "auto": OpenCV on the CPU, Triton on CUDA where it is installed and the grid is no larger
+            than 64×64, torch elsewhere.
 
     Returns:
         assignment: (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
@@ -38,12 +36,14 @@ def grid_components(right, down, backend="auto"):
     Raises:
         ValueError: unknown backend.
     """
-    check_backend(backend)
-    if backend == "auto":
-        backend = _fastest(right, down)
+    n_images, n_patches = len(right), right.shape[1] * down.shape[2]
+    backend = _chosen(backend, right, down)
+    if n_images == 0:
+        empty = torch.zeros(0, n_patches, dtype=torch.int64, device=right.device)
+        return empty, empty.new_zeros(0), []
     assignment, counts = BACKENDS[backend](right, down)
     lengths = counts.tolist()
-    rounds = propagation_rounds(assignment.shape[1])
+    rounds = propagation_rounds(n_patches)
     while 0 in lengths:  # of torch's propagation alone, and never seen
         rounds *= 2
         assignment, counts = _torch_components(right, down, rounds)
@@ -51,24 +51,85 @@ def grid_components(right, down, backend="auto"):
     return assignment, counts, lengths
 
 
-def check_backend(backend):
+def strongest_components(right: Tensor, down: Tensor, n_components: int, backend: str = "auto") -> Tensor:
+    """Components along the strongest edges of every image: as few edges as leave `n_components`.
+
+    An edge lowers the number of components by one at most, so every number is reached. How many edges that takes
+    is found by bisection, for all images at once. Nothing is read back from the device.
+
+    Args:
+        right, down: (B, gh, gw-1) and (B, gh-1, gw), strength of every edge, which the strongest survive; of equal
+            ones the first in row-major order, those of `right` before those of `down`; NaN is the weakest.
+        n_components: from 1 to gh·gw.
+        backend: see `grid_components`.
+
+    Returns:
+        (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    backend = _chosen(backend, right, down)
+    low, high = int(right.shape[1] * down.shape[2] - n_components), int(right[0].numel() + down[0].numel())
+    right, down = _places(right, down)
+    if backend != "opencv":
+        return _bisect(BACKENDS[backend], right, down, n_components, low, high)
+    found = _bisect(_opencv_labels, right.cpu().numpy(), down.cpu().numpy(), n_components, low, high)
+    return torch.from_numpy(found).to(right.device)
+
+
+def _bisect(label, right, down, n_components, low, high):
+    """The components that `label` finds along so many of the first edges that there are `n_components`.
+
+    Args:
+        label: from (right, down), bool, to (assignment, counts); of tensors or of NumPy arrays.
+        right, down: place of every edge; of the same kind.
+        low, high: bounds of the number of edges.
+    """
+    for _ in range((high - low).bit_length() + 1):
+        middle = (low + high) // 2
+        assignment, counts = label(right < middle, down < middle)
+        over = counts.reshape(-1, 1, 1) - n_components  # at least so many edges are missing, or too many
+        if isinstance(over, np.ndarray) and not over.any():  # of a tensor it would have to be read back
+            break
+        low = low + (over > 0) * (middle + over - low)
+        high = high + (over <= 0) * (middle + over - high)
+    return assignment
+
+
+def check_backend(backend: str) -> None:
     """Raise a ValueError for an unknown backend."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
 
 
-def _fastest(right, down):
-    """The backend for masks of this size and device."""
-    if right.device.type == "cpu":
+def _chosen(backend: str, right: Tensor, down: Tensor) -> str:
+    """The backend, for "auto" the fastest for edges of this size and device."""
+    check_backend(backend)
+    if backend != "auto":
+        return backend
+    if numpy_helps(right):
         return "opencv"
     fits = right.shape[1] * down.shape[2] <= MAX_ON_CHIP
     return "triton" if right.device.type == "cuda" and HAS_TRITON and fits else "torch"
 
 
-def _opencv_components(right, down):
+def _places(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of every edge among those of its image, the strongest first, from 0: int64, shaped as the edges."""
+    strength = torch.cat([right.flatten(1), down.flatten(1)], 1)
+    first, second = ranks(strength.nan_to_num(nan=-math.inf)).split([right[0].numel(), down[0].numel()], 1)
+    return first.view(right.shape), second.view(down.shape)
+
+
+def _opencv_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    assignment, counts = _opencv_labels(right.cpu().numpy(), down.cpu().numpy())
+    return torch.from_numpy(assignment).to(right.device), torch.from_numpy(counts).to(right.device)
+
+
+def _opencv_labels(right: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """OpenCV's labelling of a picture with a pixel per patch and per possible edge, the images below each other."""
-    device = right.device
-    right, down = right.cpu().numpy(), down.cpu().numpy()
+    import cv2
+
     n_images, gh, gw = len(right), right.shape[1], down.shape[2]
     picture = np.zeros((n_images, 2 * gh, 2 * gw), dtype=np.uint8)  # the last row of each image parts it from the next
     picture[:, ::2, ::2] = 1
@@ -76,11 +137,10 @@ def _opencv_components(right, down):
     picture[:, 1:-1:2, ::2] = down
     labels = cv2.connectedComponents(picture.reshape(-1, 2 * gw), connectivity=4, ltype=cv2.CV_32S)[1]
     labels = labels.reshape(n_images, 2 * gh, 2 * gw)[:, ::2, ::2].reshape(n_images, gh * gw)
-    assignment, counts = _first_seen_order(labels)
-    return torch.from_numpy(assignment).to(device), torch.from_numpy(counts).to(device)
+    return _first_seen_order(labels)
 
 
-def _first_seen_order(labels):
+def _first_seen_order(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number labels from 0 in each image, in the order in which they first appear.
 
     Args:
@@ -103,12 +163,12 @@ def _first_seen_order(labels):
     return flat.reshape(labels.shape) - (ends - counts + 1)[:, None], counts
 
 
-def propagation_rounds(n_patches):
+def propagation_rounds(n_patches: int) -> int:
     """Rounds of `_torch_components` that are enough: one more than the worst case found (snakes, spirals, mazes)."""
     return math.ceil(math.log2(max(n_patches, 2)) / 2) + 2
 
 
-def _torch_components(right, down, rounds=None):
+def _torch_components(right: Tensor, down: Tensor, rounds: int | None = None) -> tuple[Tensor, Tensor]:
     """Label propagation: hook the larger label of every edge onto the smaller, then shorten the chains of pointers.
 
     Nothing is read back: a count of 0 says that the image needs more rounds.
@@ -131,7 +191,7 @@ def _torch_components(right, down, rounds=None):
     return assignment, counts * settled
 
 
-def _number_roots(roots):
+def _number_roots(roots: Tensor) -> tuple[Tensor, Tensor]:
     """Components from 0 in each image, from the first patch of every patch's component.
 
     Args:
@@ -145,58 +205,31 @@ def _number_roots(roots):
     return rank.flatten()[roots] - 1, rank[:, -1]
 
 
-def _triton_components(right, down):
+def _triton_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     from g2tm.triton_components import components  # needs Triton, which is not everywhere
 
     return components(right, down)
 
 
-def component_roots(start, end, n_nodes):
-    """Root of every node of any graph, on the CPU.
-
-    Args:
-        start, end: (E,), int64, the nodes at the two ends of every edge.
-        n_nodes: number of nodes.
-
-    Returns:
-        (n_nodes,), int64: the smallest index in each node's component.
-    """
-    ends = start.cpu().numpy(), end.cpu().numpy()
-    graph = coo_array((np.ones(len(start), dtype=np.int8), ends), shape=(n_nodes, n_nodes)).tocsr()
-    n_components, labels = connected_components(graph, directed=False)
-    roots = np.empty(n_components, dtype=np.int64)
-    roots[labels[::-1]] = np.arange(n_nodes)[::-1]  # the last assignment wins: the smallest index
-    return torch.from_numpy(roots[labels]).to(start.device)
-
-
-def _networkx_roots(start, end, n_nodes):
+def _networkx_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The oracle: a textbook search in Python."""
+    import networkx
+
+    index = torch.arange(len(right) * right.shape[1] * down.shape[2]).view(len(right), right.shape[1], down.shape[2])
+    right_of, below = right.cpu(), down.cpu()
     graph = networkx.Graph()
-    graph.add_nodes_from(range(n_nodes))
-    graph.add_edges_from(zip(start.tolist(), end.tolist(), strict=True))
-    roots = torch.empty(n_nodes, dtype=torch.long)
+    graph.add_nodes_from(range(index.numel()))
+    graph.add_edges_from(zip(index[:, :, :-1][right_of].tolist(), index[:, :, 1:][right_of].tolist(), strict=True))
+    graph.add_edges_from(zip(index[:, :-1][below].tolist(), index[:, 1:][below].tolist(), strict=True))
+    roots = torch.empty(index.numel(), dtype=torch.long)
     for component in networkx.connected_components(graph):
         roots[list(component)] = min(component)
-    return roots.to(start.device)
-
-
-def _of_edges(find_roots):
-    """A backend of `grid_components` from one that takes a list of edges."""
-
-    def components(right, down):
-        shape = len(right), right.shape[1] * down.shape[2]
-        index = torch.arange(math.prod(shape), device=right.device).view(-1, right.shape[1], down.shape[2])
-        start = torch.cat([index[:, :, :-1][right], index[:, :-1][down]])
-        end = torch.cat([index[:, :, 1:][right], index[:, 1:][down]])
-        return _number_roots(find_roots(start, end, math.prod(shape)).view(shape))
-
-    return components
+    return _number_roots(roots.view(len(right), -1).to(right.device))
 
 
 BACKENDS = {
     "opencv": _opencv_components,
-    "scipy": _of_edges(component_roots),
     "torch": _torch_components,
     "triton": _triton_components,
-    "networkx": _of_edges(_networkx_roots),
+    "networkx": _networkx_components,
 }

@@ -1,21 +1,32 @@
 """Bipartite soft matching: ToMe (section 3) with a fixed number of merges, ALGM's global merging (GBM, section 3.3)
 with a threshold."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from g2tm.reduction import Reduction
-from g2tm.selection import first_maximum, selection
+from g2tm.reduction import Grouping
+from g2tm.selection import comparable, most_similar, ranks, selection
 from g2tm.validation import check_batch, check_threshold
 
 ADAPTIVE = "adaptive"
-# Similarities that are held at once, in numbers: bounds the memory of long sequences.
-MAX_SIMILARITIES = 2**24
 UNKNOWN = -2.0  # similarity of tokens that are not finite: below every other, but before what may not merge
 
 
 @selection
-def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=1, batch="ragged", padded=True):
+def bipartite(
+    metric: Tensor,
+    *,
+    r: int | None = None,
+    threshold: float | str | None = None,
+    layer: int | None = None,
+    sizes: Tensor | None = None,
+    prefix: int = 1,
+    batch: str = "ragged",
+    padded: bool = True,
+) -> Grouping:
     """Merge tokens at even positions (A) into their most similar token at an odd position (B).
 
     Args:
@@ -32,7 +43,8 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
         padded: False if `sizes` marks no padding: with r, there is then nothing to wait for on the device.
 
     Returns:
-        A `Reduction` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
+        A `Grouping` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
+        `sources` says which tokens went into another.
 
     Raises:
         ValueError: not exactly one of r and threshold, or a value that is not allowed.
@@ -40,40 +52,54 @@ def bipartite(metric, *, r=None, threshold=None, layer=None, sizes=None, prefix=
     n_images, length = map(int, metric.shape[:2])
     _check(r, threshold, layer, prefix, length)
     check_batch(batch)
+    if n_images == 0:
+        return Grouping.identity(metric, sizes)
     present = _present(sizes, prefix) if padded and sizes is not None else None
     n_tokens = length if present is None else present.sum(1)
-    position = torch.arange(length, device=metric.device)
     if length // 2 == prefix // 2:  # no B token but prefix tokens
-        everyone = position.expand(n_images, -1).contiguous()
-        if present is not None:
-            return Reduction.of_counts(everyone, n_tokens, sizes)
-        return Reduction(everyone, position.new_full((n_images,), length), [length] * n_images, sizes)
+        everyone = Grouping.identity(metric, sizes)
+        return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
     similarity, partner = best_partners(metric, prefix, present)
+    position = torch.arange(length, device=metric.device)
     half = (n_tokens - prefix) // 2
     if r is None:
         n_merges = _count_above(similarity, threshold, layer, batch)
     else:
         n_merges = position.new_full((n_images,), min(r, half)) if present is None else half.clamp(max=r)
-    order = similarity.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, position[: order.shape[1]].expand_as(order))
     first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
-    assignment = _assign(rank < n_merges[:, None], partner, first_b, position, prefix)
-    counts = n_tokens - n_merges
+    assignment = _assign(ranks(similarity) < n_merges[:, None], partner, first_b, position, prefix)
     if present is not None:  # padding carries no weight and goes anywhere
         assignment[:, prefix:] *= present[:, prefix:]
     if r is None or present is not None:
-        return Reduction.of_counts(assignment, counts, sizes)
-    return Reduction(assignment, counts, [length - min(r, half)] * n_images, sizes)
+        return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
+    return Grouping.of_length(assignment, length - min(r, half), sizes)
 
 
-def _present(sizes, prefix):
+def sources(matched: Grouping, prefix: int = 1) -> Tensor:
+    """Tokens of a `bipartite` step that went into another one.
+
+    Args:
+        matched: what `bipartite` gave.
+        prefix: number of prefix tokens, as it was given.
+
+    Returns:
+        (B, L), bool: A tokens whose group stands among the B tokens, which come last.
+    """
+    assignment, first_b = matched.assignment, prefix | 1
+    is_a = torch.arange(assignment.shape[1], device=assignment.device) % 2 == 0
+    if first_b >= assignment.shape[1]:
+        return torch.zeros_like(assignment, dtype=torch.bool)
+    return is_a & (assignment >= assignment[:, first_b, None])
+
+
+def _present(sizes: Tensor, prefix: int) -> Tensor:
     """(B, L), bool: False for padding, which prefix tokens never are."""
     present = sizes > 0
     present[:, :prefix] = True
     return present
 
 
-def best_partners(metric, prefix, present=None):
+def best_partners(metric: Tensor, prefix: int, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Most similar B token of every A token.
 
     Args:
@@ -85,20 +111,16 @@ def best_partners(metric, prefix, present=None):
         similarity: (B, ceil(L/2)), at most 1, `UNKNOWN` where a token is not finite or there is no B token, -inf
         for prefix tokens and padding; partner: (B, ceil(L/2)), index among the B tokens.
     """
-    metric = metric if metric.dtype == torch.float64 else metric.float()
-    metric = F.normalize(metric, dim=-1)
-    a, b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
+    metric = F.normalize(comparable(metric), dim=-1)
     lowest = float("-inf")
-    rows = max(1, MAX_SIMILARITIES // (len(metric) * b.shape[2]))
-    best = []
-    for part in a.split(rows, dim=1):
-        product = part @ b
+
+    def exclude(product: Tensor, _: int) -> None:
         if prefix > 1:
             product[:, :, : prefix // 2] = lowest
         if present is not None:
             product.masked_fill_(~present[:, None, 1::2], lowest)
-        best.append(first_maximum(product))
-    similarity, partner = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+
+    similarity, partner = most_similar(metric[:, ::2], metric[:, 1::2], exclude)
     similarity = similarity.nan_to_num(nan=UNKNOWN, neginf=UNKNOWN).clamp_(max=1)  # NaN would sort as the most similar
     similarity[:, : (prefix + 1) // 2] = lowest
     if present is not None:
@@ -106,7 +128,7 @@ def best_partners(metric, prefix, present=None):
     return similarity, partner
 
 
-def adaptive_threshold(similarity, layer):
+def adaptive_threshold(similarity: Tensor, layer: int) -> Tensor:
     """Mean + (unbiased) standard deviation / layer of the best similarities of each image.
 
     Args:
@@ -123,7 +145,7 @@ def adaptive_threshold(similarity, layer):
     return mean + variance.sqrt() / layer
 
 
-def _count_above(similarity, threshold, layer, batch):
+def _count_above(similarity: Tensor, threshold: Any, layer: Any, batch: str) -> Tensor:
     """Number of pairs that exceed the threshold in each image: (B,), int64."""
     if threshold == ADAPTIVE:
         threshold = adaptive_threshold(similarity, layer)
@@ -132,7 +154,7 @@ def _count_above(similarity, threshold, layer, batch):
     return count.min().expand_as(count) if batch == "uniform" else count
 
 
-def _assign(merging, partner, first_b, position, prefix):
+def _assign(merging: Tensor, partner: Tensor, first_b: Tensor, position: Tensor, prefix: int) -> Tensor:
     """Prefix tokens, then A tokens that stay, then B tokens.
 
     Args:
@@ -154,7 +176,7 @@ def _assign(merging, partner, first_b, position, prefix):
     return assignment
 
 
-def _check(r, threshold, layer, prefix, length):
+def _check(r: Any, threshold: Any, layer: Any, prefix: int, length: int) -> None:
     if (r is None) == (threshold is None):
         raise ValueError("bipartite matching takes either r or threshold: give one of them")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 0):

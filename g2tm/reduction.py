@@ -89,6 +89,19 @@ class Grouping:
         """Reduction to `counts` groups per image; waits for the device once, to learn them."""
         return cls(assignment, counts, counts.tolist(), sizes)
 
+    @classmethod
+    def of_length(cls, assignment: Tensor, length: int, sizes: Tensor | None = None) -> "Grouping":
+        """Reduction to `length` groups in every image; nothing to wait for."""
+        n_images = len(assignment)
+        counts = torch.full((n_images,), length, dtype=torch.int64, device=assignment.device)
+        return cls(assignment, counts, [length] * n_images, sizes)
+
+    @classmethod
+    def identity(cls, x: Tensor, sizes: Tensor | None = None) -> "Grouping":
+        """The step that merges none of the tokens x: (B, N, D)."""
+        n_images, n_tokens = map(int, x.shape[:2])
+        return cls.of_length(torch.arange(n_tokens, device=x.device).repeat(n_images, 1), n_tokens, sizes)
+
     @cached_property
     def sizes(self) -> Tensor:
         return self._group_sums(self._old_sizes)
@@ -155,6 +168,10 @@ class Grouping:
         lengths = [length - prefix for length in self.lengths]
         width = None if self._given_width is None else self._given_width - prefix
         return type(self)(assignment, self.counts - prefix, lengths, sizes, weights, width)
+
+    def with_weights(self, weights: Tensor) -> "Grouping":
+        """The same groups and sizes with other means: weights: (B, N), how much each token counts in its group."""
+        return type(self)(self.assignment, self.counts, self.lengths, self._old_sizes, weights, self._given_width)
 
     def widened(self, width: int) -> "Grouping":
         """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""

@@ -1,19 +1,28 @@
 """How every selection runs: without gradients, and in float32 whatever surrounds it."""
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
+# Similarities that are held at once, in numbers: bounds the memory of long sequences.
+MAX_SIMILARITIES = 2**24
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def selection(function):
+def selection(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     """Decorator of a function of tokens, (B, N, D) first: no gradients, and no autocast.
 
     Similarities in bfloat16 change partitions; autocast would compute them so even from float32 tokens.
     """
 
     @wraps(function)
-    def select(x, *args, **kwargs):
+    def select(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad():
             if not torch.is_autocast_enabled(x.device.type):
                 return function(x, *args, **kwargs)
@@ -23,32 +32,67 @@ def selection(function):
     return select
 
 
-def products(a, b):
+def comparable(x: Tensor) -> Tensor:
+    """Tokens in the precision that they are compared in: float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
     """Inner products over the last axis: two (..., D) of one dtype, without gradients -> (...).
 
     NumPy's need no matrix of all products on the CPU.
     """
-    if _numpy_may_help(a):
+    if numpy_helps(a):
         return torch.from_numpy(np.asarray(np.vecdot(a.detach().numpy(), b.detach().numpy())))
     return torch.linalg.vecdot(a, b)
 
 
-def square_sums(x):
+def square_sums(x: Tensor) -> Tensor:
     """Squared lengths of the vectors on the last axis: (..., D), without gradients -> (...)."""
-    return products(x, x) if _numpy_may_help(x) else x.square().sum(-1)
+    return products(x, x) if numpy_helps(x) else x.square().sum(-1)
 
 
-def first_maximum(x):
+def ranks(values: Tensor) -> Tensor:
+    """Place of every number of its row, (B, K), the largest first, from 0; of equal ones the first comes first."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(values.shape[1], device=values.device)
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+
+
+def first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values, indices) of the largest number of the last axis, of equal ones the first; NaN is the largest.
 
     x: (..., K), without gradients. NumPy's is ten times as fast on the CPU.
     """
-    if _numpy_may_help(x):
+    if numpy_helps(x):
         indices = torch.from_numpy(np.asarray(x.detach().numpy().argmax(-1)))
         return x.gather(-1, indices.unsqueeze(-1)).squeeze(-1), indices
     return x.max(dim=-1)
 
 
-def _numpy_may_help(x):
+def most_similar(a: Tensor, b: Tensor, exclude: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor]:
+    """The b with the largest inner product for every a, never all products at once.
+
+    Args:
+        a, b: (B, I, D) and (B, J, D).
+        exclude: is given the products of some a, (B, i, J), and the index of the first of them; sets those that do
+            not count to -inf, in place.
+
+    Returns:
+        (values, indices), (B, I) each; of equal ones the first, and NaN is the largest.
+    """
+    rows = max(1, MAX_SIMILARITIES // max(len(a) * b.shape[1], 1))
+    transposed, best = b.transpose(1, 2), []
+    for first in range(0, a.shape[1], rows):
+        product = a[:, first : first + rows] @ transposed
+        exclude(product, first)
+        best.append(first_maximum(product))
+    if len(best) == 1:
+        return best[0]
+    values, indices = zip(*best, strict=True)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
+def numpy_helps(x: Tensor) -> bool:
     """On the CPU, unless torch.compile looks on, which has loops of its own, or a trace, in which operations count."""
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())

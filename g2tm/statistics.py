@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from g2tm.selection import selection
 
 
 @selection
-def similarity_moments(x):
+def similarity_moments(x: Tensor) -> Tensor:
     """Number, sum and sum of squares of the cosine similarities of all pairs i < j of tokens.
 
     Exact without an N×N matrix: with unit vectors u, the sum over all i, j of u_i·u_j is |Σu|², and that of
@@ -28,8 +29,14 @@ def similarity_moments(x):
     return torch.stack([pairs, total, squares]) / 2
 
 
-def mean_and_std(moments):
-    """(mean, population standard deviation) from summed `similarity_moments`."""
+def mean_and_std(moments: Tensor) -> tuple[float, float]:
+    """(mean, population standard deviation) from summed `similarity_moments`.
+
+    Raises:
+        ValueError: the moments are those of no pair at all.
+    """
     pairs, total, squares = moments.tolist()
+    if pairs == 0:
+        raise ValueError("no pair of tokens to compare: give images of at least two patches")
     mean = total / pairs
     return mean, max(squares / pairs - mean**2, 0.0) ** 0.5

@@ -6,11 +6,12 @@ One launch each. Tested in Triton's interpreter, and compiled for NVIDIA archite
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 UNLABELLED = tl.constexpr(2**30)  # larger than any patch's index
 
 
-def edge_similarities(x, grid, eps):
+def edge_similarities(x: Tensor, grid: tuple[int, int], eps: float) -> tuple[Tensor, Tensor]:
     """Cosine similarity of neighbouring patches, each token read where it lies, in one launch.
 
     Args:
@@ -25,6 +26,8 @@ def edge_similarities(x, grid, eps):
     x = x if x.stride(-1) == 1 else x.contiguous()
     right = x.new_empty(len(x), gh, gw - 1, dtype=torch.float32)
     down = x.new_empty(len(x), gh - 1, gw, dtype=torch.float32)
+    if len(x) == 0:
+        return right, down
     _edge_similarities[(triton.cdiv(gh * gw, 16), len(x))](
         x, right, down, x.stride(0), x.stride(1), gh, gw, x.shape[2], eps, block=16, chunk=64
     )
@@ -80,7 +83,7 @@ def _clamp(cosine):
     return tl.where(cosine < -1, -1.0, cosine)
 
 
-def components(right, down):
+def components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Connected components of every image, in one launch of one program per image; its labels never leave the chip.
 
     Args:

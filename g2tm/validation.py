@@ -1,30 +1,56 @@
 """Checks of arguments that the merging methods share; each raises a ValueError that says what is allowed."""
 
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
 BATCH_MODES = ("ragged", "uniform")
 
 
-def check_threshold(threshold, name="threshold"):
+def check_threshold(threshold: Any, name: str = "threshold") -> None:
     """A cosine similarity."""
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
         raise ValueError(f"{name} {threshold!r}: give a cosine similarity from -1 to 1")
 
 
-def check_batch(batch):
+def check_tokens(tokens: Any, lowest: int, highest: int) -> None:
+    """A number of patch tokens that a merge can leave: from `lowest` to `highest`."""
+    if not _is_count(tokens) or not lowest <= tokens <= highest:
+        raise ValueError(f"tokens {tokens!r}: this merge can leave {lowest} to {highest} patch tokens")
+
+
+def budget(tokens: Any, n_patches: int) -> int:
+    """Number of patch tokens that a budget allows, at least one.
+
+    Args:
+        tokens: how many, from 1 to n_patches (an int), or their share of the patches, above 0 and up to 1 (a float).
+        n_patches: patches of an image.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if _is_count(tokens) and tokens <= n_patches:
+        return int(tokens)
+    if isinstance(tokens, Real) and not isinstance(tokens, Integral) and 0 < tokens <= 1:
+        return max(round(float(tokens) * n_patches), 1)
+    raise ValueError(f"tokens {tokens!r}: give a number from 1 to {n_patches} or a share of the patches such as 0.5")
+
+
+def check_batch(batch: Any) -> None:
     """How images of one batch share a tensor."""
     if batch not in BATCH_MODES:
         raise ValueError(f"batch mode {batch!r}: choose {' or '.join(BATCH_MODES)}")
 
 
-def check_grid(grid, n_tokens):
+def check_grid(grid: tuple[int, int], n_tokens: int) -> None:
     """A grid of patches that holds all tokens."""
     gh, gw = grid
+    if gh < 1 or gw < 1:
+        raise ValueError(f"a grid of {gh}×{gw} patches is empty: give at least one row and one column")
     if gh * gw != n_tokens:
         raise ValueError(f"a grid of {gh}×{gw} patches does not hold {n_tokens} tokens: give patch tokens alone")
 
 
-def check_window(window, grid=None):
+def check_window(window: Any, grid: tuple[int, int] | None = None) -> None:
     """A window of at least two patches, no larger than the grid."""
     if not isinstance(window, list | tuple) or len(window) != 2 or not all(_is_count(side) for side in window):
         raise ValueError(f"window {window}: give its height and width in patches, such as (2, 2)")
@@ -34,5 +60,5 @@ def check_window(window, grid=None):
         raise ValueError(f"window {window[0]}×{window[1]} is larger than the grid of {grid[0]}×{grid[1]} patches")
 
 
-def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

@@ -1,37 +1,60 @@
 """Puts a merging method of `g2tm` into a model's blocks and takes it out again. Knows blocks, not files.
 
-patch.segmenter(model, "graph", layers=[2], threshold=0.88)
-patch.reduction(model)   # of the last forward pass
+patch.apply(model, "graph", layers=[2], threshold=0.88)
+patch.reduction(model)   # of this thread's last forward pass
 patch.compile(model)     # for inference
 patch.remove(model)
 """
 
 import patch.methods  # noqa: F401 - fills the registry
-from patch.apply import check, is_patched, method, reduction, remove, segmenter, set_threshold, settings, timm
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
+from patch.learned import add_modules, has_modules
+from patch.method import METHODS, Choice, Method, Number, Option, Step, Target, find, register
 from patch.observe import edges, mean_and_std, merge_ranges, reductions, similarities
-from patch.registry import METHODS, Step, register
+from patch.patching import (
+    apply,
+    check,
+    is_patched,
+    method,
+    options,
+    reduction,
+    remove,
+    replaced_merge,
+    segmenter,
+    set_threshold,
+    timm,
+)
 
 __all__ = [
     "METHODS",
+    "Choice",
     "Curriculum",
+    "Method",
+    "Number",
+    "Option",
     "Step",
+    "Target",
+    "add_modules",
+    "apply",
     "check",
     "compile",
     "edges",
+    "find",
+    "has_modules",
     "is_compiled",
     "is_patched",
     "mean_and_std",
     "merge_ranges",
     "method",
+    "options",
     "reduction",
     "reductions",
     "register",
     "remove",
+    "replaced_merge",
     "segmenter",
     "set_threshold",
-    "settings",
     "similarities",
     "timm",
 ]

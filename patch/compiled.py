@@ -1,20 +1,26 @@
 """`torch.compile` for a Segmenter that merges: everything between two merges is one compiled part.
 
-What merges tokens runs as it is, since its result decides the shapes of what follows. So that these shapes repeat, and
+The merge itself runs uncompiled, since its result decides the shapes of what follows. So that these shapes repeat, and
 with them the CUDA graphs that are replayed for each, merged tokens are padded to a multiple of a bucket.
 """
 
-import copy
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from patch.blocks import Watchers
+from patch.families import family_of
+from patch.families.base import Patched, PatchedBlock, put_in_front, take_away
+from patch.families.segmenter import is_segmenter
+from patch.state import Watchers
 
 
-def compile(model, bucket=64, mode="reduce-overhead", backend="inductor"):
+def compile(
+    model: nn.Module, bucket: int = 64, mode: str = "reduce-overhead", backend: str | Callable[..., Any] = "inductor"
+) -> nn.Module:
     """Compile a Segmenter for inference in place; `patch.remove` undoes it, together with the patch.
 
     The encoder becomes one part up to the first merge, one from each merge to the next, and one after the last; the
@@ -38,7 +44,7 @@ def compile(model, bucket=64, mode="reduce-overhead", backend="inductor"):
     Raises:
         ValueError: a model that is no Segmenter, is in training mode or compiled already, or a bucket below 1.
     """
-    if not all(hasattr(model, name) for name in ("encoder", "decoder", "to_grid")):
+    if not is_segmenter(model):
         raise ValueError(f"cannot compile a {type(model).__name__}: only a Segmenter has the parts")
     if is_compiled(model):
         raise ValueError("the model is compiled already: call patch.remove first")
@@ -46,142 +52,185 @@ def compile(model, bucket=64, mode="reduce-overhead", backend="inductor"):
         raise ValueError(f"bucket {bucket!r}: give a number of tokens from 1")
     _check_inference(model)
     options = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
-    compilation = Compilation(model, bucket, options)
-    model.compilation = compilation
-    model.encoder.forward_features = compilation.features
-    model.decoder.forward = compilation.scores
+    watchers = Watchers([*model.encoder.modules(), *model.decoder.modules()])
+    compilation = Compilation(bucket, options, watchers, merges=hasattr(model, "merging"))
+    put_in_front(model.encoder, CompiledEncoder, compilation=compilation)
+    put_in_front(model.decoder, CompiledDecoder, compilation=compilation)
     return model
 
 
-def is_compiled(model):
+def is_compiled(model: nn.Module) -> bool:
     """Whether `compile` was applied."""
-    return hasattr(model, "compilation")
+    return is_segmenter(model) and isinstance(model.encoder, CompiledEncoder)
 
 
-def uncompile(model):
+def uncompile(model: nn.Module) -> None:
     """Undo `compile`. Without it, nothing happens."""
     if is_compiled(model):
-        del model.compilation, model.encoder.forward_features, model.decoder.forward
+        take_away(model.encoder)
+        take_away(model.decoder)
 
 
 class Compilation:
-    """Stands in for the forward passes of a Segmenter's encoder and decoder.
+    """What `compile` put into a model.
 
-    Args:
-        model: the Segmenter.
+    Attributes:
         bucket: see `compile`.
         options: of `torch.compile`.
+        watchers: hooks inside the compiled parts: compiled code would pass them by.
+        merges: whether the model is patched.
+        parts: of the encoder, once they are compiled.
+        decode: of the decoder.
     """
 
-    def __init__(self, model, bucket, options):
-        self.model = model
-        self.bucket = bucket
-        self.options = options
+    def __init__(self, bucket: int, options: dict[str, Any], watchers: Watchers, merges: bool) -> None:
+        self.bucket, self.options, self.watchers, self.merges = bucket, options, watchers, merges
+        self.parts: list[Part] | None = None
+        self.decode: Callable[[Tensor], Tensor] | None = None
 
-    def __deepcopy__(self, memo):
+    def __getstate__(self) -> dict[str, Any]:
         """For a copy of the model: compiled functions know the old one."""
-        return Compilation(copy.deepcopy(self.model, memo), self.bucket, self.options)
+        return self.__dict__ | {"parts": None, "decode": None}
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of its own for Dynamo, which keeps what it compiled by code object, and stops after a few."""
+        code = function.__code__.replace()
+        name, defaults, closure = function.__name__, function.__defaults__, function.__closure__
+        return torch.compile(FunctionType(code, function.__globals__, name, defaults, closure), **self.options)
+
+
+class CompiledEncoder(Patched):
+    """An encoder whose parts between two merges are compiled."""
+
+    ATTRIBUTES = ("compilation",)
+
+    compilation: Compilation
 
     @torch.no_grad()
-    def features(self, images):
-        """What `forward_features` of the encoder gives: (B, 3, H, W) -> (B, P + M, D)."""
-        encoder, merging = self.model.encoder, self._merging
-        _check_inference(self.model)
-        if self._watchers.present():
-            return type(encoder).forward_features(encoder, images)
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, P + M, D)"""
+        own = self.compilation
+        _check_inference(self)
+        if own.watchers.present():
+            return super().forward_features(images)
         torch.compiler.cudagraph_mark_step_begin()
-        if merging is not None:
-            patch_size = encoder.patch_embed.patch_size
-            grid = [side // patch for side, patch in zip(images.shape[-2:], patch_size, strict=True)]
-            merging.begin(grid, self.bucket)
-        first, *others = self._parts
-        x = first(images)
-        for layer, part in zip(self._layers, others, strict=True):
-            x = merging.reduce(x, layer, False)
-            _vary(x, 1)
-            _vary(merging.key_bias, 3)
-            x = part(x)
-        return x
+        if own.parts is None:
+            own.parts = [part._replace(run=own.compiled(part.run)) for part in encoder_parts(self)]
+        grid = family_of(self).grid(self, images.shape[-2:])
+        with self.merging.encode(grid, own.bucket) if own.merges else nullcontext() as here:
+            x, ropes = images, None
+            for run, block, layer in own.parts:
+                x, ropes = run(x, ropes)
+                if block is not None:
+                    x = here.reduce(x, block, layer)
+                    _vary(x, 1)
+                    _vary(here.key_bias, 3)
+            return x
+
+
+class CompiledDecoder(Patched):
+    """A compiled decoder."""
+
+    ATTRIBUTES = ("compilation",)
+
+    compilation: Compilation
 
     @torch.no_grad()
-    def scores(self, x):
-        """What `forward` of the decoder gives: (B, M, D) -> (B, M, C)."""
-        _check_inference(self.model)
-        if self._watchers.present():
-            return type(self.model.decoder).forward(self.model.decoder, x)
-        if not self._layers:
-            return self._decode(x).clone()  # nobody copies them by undoing a merge
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, D) -> (B, M, C)"""
+        own = self.compilation
+        _check_inference(self)
+        if own.watchers.present():
+            return super().forward(x)
+        if own.decode is None:
+            whole = super().forward
+
+            def decode(x: Tensor) -> Tensor:
+                return whole(x)
+
+            own.decode = own.compiled(decode)
+        if not own.merges:
+            return own.decode(x).clone()  # no undoing of a merge copies them
         _vary(x, 1)
-        return self._decode(x)
-
-    @property
-    def _merging(self):
-        return getattr(self.model, "merging", None)
-
-    @property
-    def _layers(self):
-        return () if self._merging is None else self._merging.settings["layers"]
-
-    @cached_property
-    def _parts(self):
-        """The parts of the encoder: one more than there are merges."""
-        bounds = (None, *self._layers, None)
-        parts = (encoder_part(self.model.encoder, *ends) for ends in pairwise(bounds))
-        return [self._compiled(part) for part in parts]
-
-    @cached_property
-    def _decode(self):
-        decoder = self.model.decoder
-
-        def decode(x):
-            return type(decoder).forward(decoder, x)
-
-        return self._compiled(decode)
-
-    def _compiled(self, part):
-        # Dynamo keeps what it compiled by code object, and stops after a few: every part gets one of its own.
-        code = part.__code__.replace()
-        part = FunctionType(code, part.__globals__, part.__name__, part.__defaults__, part.__closure__)
-        return torch.compile(part, **self.options)
-
-    @cached_property
-    def _watchers(self):
-        """Hooks inside the compiled parts: compiled code would pass them by."""
-        own = sum(hasattr(block, "keys_hook") for block in self.model.encoder.blocks) + (self._merging is not None)
-        return Watchers([*self.model.encoder.modules(), *self.model.decoder.modules()], own)
+        return own.decode(x)
 
 
-def encoder_part(encoder, begin, end):
-    """What an encoder does between two merges, as a function of tokens.
+class Part(NamedTuple):
+    """What an encoder does between two merges.
 
-    Args:
-        encoder: a timm ViT.
-        begin: 1-based layer of the merge before; None: the function takes images.
-        end: 1-based layer of the merge behind; None: it goes to the end of the features.
+    Attributes:
+        run: (x, rotary tables) -> the same; the first part takes images and no tables.
+        block, layer: where tokens merge behind it; None: at the end.
     """
-    blocks = list(encoder.blocks)
-    whole = blocks[begin or 0 : None if end is None else end - 1]
 
-    def run(x):
-        if begin is None:
-            # `forward` itself: the hook that begins a pass is called outside of the compiled code
-            x = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed.forward(x)))
+    run: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    block: nn.Module | None
+    layer: int | None
+
+
+def encoder_parts(encoder: nn.Module) -> list[Part]:
+    """The parts of an encoder: one more than there are merges."""
+    family = family_of(encoder)
+    parts, stages = [], [_embedding(encoder, family.embed)]
+
+    def cut(block: nn.Module, place: str) -> None:
+        if place in getattr(block, "places", ()):
+            parts.append(Part(_sequence(stages.copy()), block, block.places[place]))
+            stages.clear()
+
+    for index, block in enumerate(family.blocks(encoder)):
+        cut(block, "before")
+        if "attention" in getattr(block, "places", ()):
+            stages.append(_attending(block, index))
+            cut(block, "attention")
+            stages.append(_feeding(block))
         else:
-            x = blocks[begin - 1].feed(x)
-        for block in whole:
-            x = block(x)
-        return encoder.norm(x) if end is None else blocks[end - 1].attend(x)
+            stages.append(_attending(block, index, whole=True))
+        cut(block, "block")
+    stages.append(lambda x, ropes: (encoder.norm(x), ropes))
+    return [*parts, Part(_sequence(stages), None, None)]
+
+
+Stage = Callable[[Tensor, Any], tuple[Tensor, Any]]
+
+
+def _sequence(stages: Sequence[Stage]) -> Stage:
+    def run(x: Tensor, ropes: Any) -> tuple[Tensor, Any]:
+        for stage in stages:
+            x, ropes = stage(x, ropes)
+        return x, ropes
 
     return run
 
 
-def _vary(x, axis):
+def _embedding(encoder: nn.Module, embed: Callable[..., Any]) -> Stage:
+    return lambda images, _: embed(encoder, images)
+
+
+def _attending(block: nn.Module, index: int, whole: bool = False) -> Stage:
+    """Up to the merge inside a block, or the whole block."""
+
+    def attend(x: Tensor, ropes: Any) -> tuple[Tensor, Any]:
+        if not whole:
+            return block.attend(x, block.merging.current, ropes[index]), ropes
+        rope = {} if ropes[index] is None else {"rope": ropes[index]}
+        run = block.without_merge if isinstance(block, PatchedBlock) else block
+        return run(x, **rope), ropes
+
+    return attend
+
+
+def _feeding(block: nn.Module) -> Stage:
+    return lambda x, ropes: (block.feed(x, block.merging.current), ropes)
+
+
+def _vary(x: Tensor | None, axis: int) -> None:
     """Tell the compiler that a size changes from pass to pass, so that it does not begin with one for this alone."""
     if x is not None and x.shape[axis] > 1:
         torch._dynamo.maybe_mark_dynamic(x, axis)
 
 
-def _check_inference(model):
+def _check_inference(model: nn.Module) -> None:
     if model.training:
         raise ValueError(
             "a compiled model is for inference, training would compile every number of tokens: "

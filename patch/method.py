@@ -47,13 +47,13 @@ class Number:
 
     def check(self, value: Any) -> Any:
         """The value; raises a ValueError that says what is allowed."""
-        if isinstance(value, str):
-            if value in self.words:
-                return value
-        elif isinstance(value, Real) and not isinstance(value, bool):
-            if self.low <= value <= self.high and (self.integer is not True or isinstance(value, Integral)):
-                return int(value) if isinstance(value, Integral) else float(value)
-        raise ValueError(f"give {self.allowed}")
+        if isinstance(value, str) and value in self.words:
+            return value
+        if not isinstance(value, Real) or isinstance(value, bool) or not self.low <= value <= self.high:
+            raise ValueError(f"give {self.allowed}")
+        if self.integer and not isinstance(value, Integral):
+            raise ValueError(f"give {self.allowed}")
+        return int(value) if isinstance(value, Integral) else float(value)
 
     @property
     def allowed(self) -> str:
@@ -206,8 +206,9 @@ class Method:
         place: where it acts: "attention": between attention and MLP of a layer; "block": behind the layer, 0 being
             before the first; "before": in front of the layer.
         needs: what a `Step` has to hold besides the tokens, out of `NEEDS`.
-        modules: builds the learned parts into an encoder, under the published names.
+        modules: builds the learned parts under the published names; called with the encoder, its blocks and options.
         soft: what takes the place of `merge` in training: keeps all tokens, and lets gradients reach the choice.
+        static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
     """
 
     name: str
@@ -217,8 +218,17 @@ class Method:
     check: Callable[[Mapping[str, Any], Target], None] | None = None
     place: Place = "attention"
     needs: frozenset[str] = frozenset()
-    modules: Callable[[nn.Module, Mapping[str, Any]], None] | None = None
+    modules: Callable[..., None] | None = None
     soft: Callable[[Step], Reduction] | None = None
+    static: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles look it up again."""
+        return find, (self.name,)
+
+    def is_static(self, options: Mapping[str, Any]) -> bool:
+        """Whether the number of tokens that are left does not depend on the image."""
+        return self.static or options.get("tokens") is not None
 
     def takes(self, option: str) -> bool:
         """Whether it has an option of that name."""
@@ -259,14 +269,15 @@ def register(
     check: Callable[[Mapping[str, Any], Target], None] | None = None,
     place: Place = "attention",
     needs: Iterable[str] = (),
-    modules: Callable[[nn.Module, Mapping[str, Any]], None] | None = None,
+    modules: Callable[..., None] | None = None,
     soft: Callable[[Step], Reduction] | None = None,
+    static: bool = False,
     **options: Any,
 ) -> Method:
     """Make a method available by name to `patch.apply` and to `--patch-type` of every command.
 
     Args:
-        name, merge, prepare, check, place, needs, modules, soft: see `Method`.
+        name, merge, prepare, check, place, needs, modules, soft, static: see `Method`.
         options: an `Option` each; for the options that every method has (`layers`, `attention`, `batch`) just the
             default. `layers` None: every layer. `batch` None: uniform in training, ragged otherwise.
 
@@ -290,7 +301,7 @@ def register(
             raise ValueError(f"{name}: give its option {option} as an Option, with a default and a help text")
     for option, entry in table.items():
         _check_alike(name, option, entry)
-    METHODS[name] = Method(name, merge, table, prepare, check, place, frozenset(needs), modules, soft)
+    METHODS[name] = Method(name, merge, table, prepare, check, place, frozenset(needs), modules, soft, static)
     return METHODS[name]
 
 
@@ -339,7 +350,7 @@ def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method
     given = method.prepare(given) if method.prepare is not None else given
     options = {}
     for key, option in method.options.items():
-        value = given[key] if key in given else option.default
+        value = given.get(key, option.default)
         value = value(target) if callable(value) else value
         if value is not None and option.none is not None and tuple(value) == tuple(option.none):
             value = None

@@ -1,122 +1,296 @@
 """The built-in methods: one function and one registry entry each."""
 
+from collections.abc import Mapping
 from numbers import Real
+from typing import Any
 
-from g2tm import ADAPTIVE, bipartite, check_threshold, check_window, clap, graph_merge
-from g2tm.components import check_backend
-from patch.registry import register
+from torch import Tensor
 
-TAU = "tau"
+from g2tm import (
+    ADAPTIVE,
+    Reduction,
+    bipartite,
+    budget,
+    check_window,
+    clap,
+    dct,
+    dtem,
+    embed,
+    graph_merge,
+    mutual_pairs,
+    prunes,
+    soft_merge,
+    split,
+    tofu,
+)
+from g2tm.components import BACKENDS
+from patch.learned import add_embeddings
+from patch.method import Choice, Number, Option, Step, Target, register
+
+TAU, CODE, PAPER = "tau", "code", "paper"
+THRESHOLD = Option(
+    0.88, "Cosine similarity (-1 to 1) above which tokens may merge.", type=Number(-1, 1, read=("auto",))
+)
+TOKENS = Option(
+    None,
+    "Instead of a threshold: patch tokens that are left after each merging layer, a number or a share (0 to 1); or one "
+    "for each of these layers.",
+    type=Number(0, integer=None),
+    many=True,
+)
+R = Option(
+    8,
+    "Tokens that a layer removes; or one number per layer, as in 16 8 8 0.",
+    type=Number(0, integer=True),
+    many=True,
+)
+INFLECTION = Option(
+    None, "From fewer to more removed tokens over the layers (1), or from more to fewer (-1).", type=Number(-1, 1)
+)
 
 
-def _merge_graph(step):
+def _tokens_left(step: Step) -> int | None:
+    """The budget of this layer; None: the threshold decides."""
+    tokens = step.options["tokens"]
+    if isinstance(tokens, list):
+        tokens = tokens[step.options["layers"].index(step.layer)]
+    return None if tokens is None else budget(tokens, step.grid[0] * step.grid[1])
+
+
+def _check_tokens(options: Mapping[str, Any], target: Target) -> None:
+    tokens, n_layers = options["tokens"], len(options["layers"])
+    if isinstance(tokens, list) and len(tokens) != n_layers:
+        raise ValueError(f"tokens {tokens}: give one number, or one for each of the {n_layers} merging layers")
+    for one in tokens if isinstance(tokens, list) else [tokens]:
+        if one is not None:
+            budget(one, target.grid[0] * target.grid[1])
+
+
+def _merge_graph(step: Step) -> Reduction:
     """G2TM."""
-    options = step.settings
+    options = step.options
     return graph_merge(
-        step.x, step.grid, options["threshold"], sizes=step.sizes, batch=step.batch, backend=options["backend"]
-    )
-
-
-def _check_graph(settings, encoder):
-    check_threshold(settings["threshold"])
-    check_backend(settings["backend"])
-    if len(settings["layers"]) != 1:
-        raise ValueError(f"graph merges once: give one layer, not {list(settings['layers'])}")
-
-
-register("graph", _merge_graph, check=_check_graph, layers=(2,), threshold=0.88, backend="auto")
-
-
-def _merge_algm(step):
-    """ALGM: CLAP in the first layer of the list, if there is a window, and GBM in the others."""
-    options = step.settings
-    if options["window"] is not None and step.layer == options["layers"][0]:
-        window = tuple(options["window"])
-        return clap(step.x, step.grid, options["threshold"], window=window, sizes=step.sizes, batch=step.batch)
-    threshold = options["threshold"] if options["gbm_threshold"] == TAU else options["gbm_threshold"]
-    matched = bipartite(
-        step.tokens,
-        threshold=threshold,
-        layer=step.layer,
-        sizes=step.sequence_sizes,
-        prefix=step.prefix,
+        step.x,
+        step.grid,
+        options["threshold"],
+        tokens=_tokens_left(step),
+        sizes=step.sizes,
         batch=step.batch,
+        backend=options["backend"],
     )
-    return matched.without_prefix(step.prefix)
 
 
-def _algm_layers(encoder):
+def _check_graph(options: Mapping[str, Any], target: Target) -> None:
+    if len(options["layers"]) != 1:
+        raise ValueError(f"graph merges once: give one layer, not {list(options['layers'])}")
+    _check_tokens(options, target)
+
+
+register(
+    "graph",
+    _merge_graph,
+    check=_check_graph,
+    layers=(2,),
+    threshold=THRESHOLD,
+    tokens=TOKENS,
+    backend=Option("auto", "How components are found.", type=Choice(("auto", *BACKENDS))),
+)
+
+
+def _merge_algm(step: Step) -> Reduction:
+    """ALGM: CLAP in the first layer of the list, if there is a window, and GBM in the others."""
+    options, tokens = step.options, _tokens_left(step)
+    if options["window"] is not None and step.layer == options["layers"][0]:
+        given = {"window": options["window"], "sizes": step.sizes, "batch": step.batch}
+        return clap(step.x, step.grid, options["threshold"], tokens=tokens, **given)
+    rule: dict[str, Any] = {"threshold": options["gbm_threshold"], "layer": step.layer}
+    if rule["threshold"] == TAU:
+        rule["threshold"] = options["threshold"]
+    if tokens is not None:
+        rule = {"r": _removed(step.x.shape[1], tokens), "padded": False}
+    sizes, prefix = step.sequence_sizes, step.prefix
+    return bipartite(step.tokens, sizes=sizes, prefix=prefix, batch=step.batch, **rule).without_prefix(prefix)
+
+
+def _removed(n_tokens: int, left: int) -> int:
+    """Tokens that a matching of n tokens has to remove."""
+    if not n_tokens - n_tokens // 2 <= left <= n_tokens:
+        raise ValueError(
+            f"tokens {left}: this layer gets {n_tokens} and matches at most half of them, "
+            f"give {n_tokens - n_tokens // 2} to {n_tokens} for it"
+        )
+    return n_tokens - left
+
+
+def _algm_layers(target: Target) -> tuple[int, int]:
     """CLAP in the first layer, GBM in the fifth; in ViT-L, of 24 layers, in the seventh (ALGM, section 4.1)."""
-    return (1, 7 if encoder.depth >= 24 else 5)
+    return (1, 7 if target.depth >= 24 else 5)
 
 
-def _check_algm(settings, encoder):
-    check_threshold(settings["threshold"])
-    if settings["window"] is not None:
-        check_window(settings["window"], encoder.grid)
-    if settings["gbm_threshold"] not in (ADAPTIVE, TAU):
-        if isinstance(settings["gbm_threshold"], str):
-            raise ValueError(
-                f"gbm_threshold {settings['gbm_threshold']!r}: give adaptive, tau or a number from -1 to 1"
-            )
-        check_threshold(settings["gbm_threshold"], "gbm_threshold")
+def _check_algm(options: Mapping[str, Any], target: Target) -> None:
+    if options["window"] is not None:
+        check_window(options["window"], target.grid)
+    _check_tokens(options, target)
 
 
 register(
     "algm",
     _merge_algm,
     check=_check_algm,
-    nullable=("window",),
     layers=_algm_layers,
-    threshold=0.88,
-    window=(2, 2),
-    gbm_threshold=ADAPTIVE,
+    threshold=THRESHOLD,
+    tokens=TOKENS,
+    window=Option(
+        (2, 2),
+        "Patches per window, height and width; 0 0: no windows, GBM in every layer.",
+        type=Number(0, integer=True),
+        many=2,
+        flag="--merging-window-size",
+        key="merging_window_size",
+        none=(0, 0),
+    ),
+    gbm_threshold=Option(
+        ADAPTIVE, "Threshold of GBM; tau: the same as --threshold.", type=Number(-1, 1, words=(ADAPTIVE, TAU))
+    ),
     batch=None,
 )
 
 
-def _merge_tome(step):
-    """ToMe: the most similar keys, a fixed number in every layer."""
-    removed = scheduled_r(step.settings["r"], step.layer, step.depth)
-    sizes = step.sequence_sizes
-    matched = bipartite(step.keys, r=removed, sizes=sizes, prefix=step.prefix, batch=step.batch, padded=step.padded)
-    return matched.without_prefix(step.prefix)
+def _r_of_pair(given: dict[str, Any]) -> dict[str, Any]:
+    """`r=(8, 0.5)` stands for r=8 with r_inflection=0.5."""
+    r = given.get("r")
+    if not isinstance(r, tuple):
+        return given
+    if len(r) != 2 or not isinstance(r[1], Real):
+        raise ValueError(f"r {r}: give a pair of tokens per layer, 0 or more, and inflection, -1 to 1")
+    return given | {"r": r[0], "r_inflection": r[1]}
 
 
-def scheduled_r(r, layer, depth):
+def _check_r(options: Mapping[str, Any], target: Target) -> None:
+    r = options["r"]
+    if isinstance(r, list) and options["r_inflection"] is not None:
+        raise ValueError(f"r {r}: an inflection goes with one number for all layers")
+    if isinstance(r, list) and len(r) != target.depth:
+        raise ValueError(f"r {r}: give one number from 0 for each of the {target.depth} layers")
+
+
+def scheduled_r(r: int | list[int], inflection: float | None, layer: int, depth: int) -> int:
     """Tokens that a layer removes (ToMe, section 3 and appendix).
 
     Args:
-        r: the same in every layer; or a list with one number per layer; or a pair (r, inflection) as a tuple, with
-            which layer l (from 0) removes int(lo + (hi - lo)·l/(depth - 1)), lo = int(r·(1 - inflection)),
-            hi = 2r - lo.
+        r: the same in every layer, or a list with one number per layer.
+        inflection: f: layer l (from 0) removes int(lo + (hi - lo)·l/(depth - 1)), lo = int(r·(1 - f)), hi = 2r - lo.
         layer: 1-based.
         depth: number of layers.
     """
-    if isinstance(r, int):
-        return r
     if isinstance(r, list):
         return r[layer - 1]
-    total, inflection = r
-    low = int(total * (1 - inflection))
-    high = 2 * total - low
+    if inflection is None:
+        return r
+    low = int(r * (1 - inflection))
+    high = 2 * r - low
     return int(low + (high - low) * (layer - 1) / max(depth - 1, 1))
 
 
-def _check_tome(settings, encoder):
-    r, depth = settings["r"], encoder.depth
-    if isinstance(r, list):
-        if len(r) != depth or not all(_is_count(n) for n in r):
-            raise ValueError(f"r {r}: give one number from 0 for each of the {depth} layers")
-    elif isinstance(r, tuple):
-        if len(r) != 2 or not _is_count(r[0]) or not isinstance(r[1], Real) or not -1 <= r[1] <= 1:
-            raise ValueError(f"r {r}: give a pair of tokens per layer, 0 or more, and inflection, -1 to 1")
-    elif not _is_count(r):
-        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+def _r_here(step: Step) -> int:
+    return scheduled_r(step.options["r"], step.options["r_inflection"], step.layer, step.depth)
 
 
-def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+SCHEDULE = {"prepare": _r_of_pair, "check": _check_r, "r": R, "r_inflection": INFLECTION, "static": True}
 
 
-register("tome", _merge_tome, check=_check_tome, needs_keys=True, r=8, attention="proportional")
+def _merge_tome(step: Step) -> Reduction:
+    """ToMe: the most similar keys, a fixed number in every layer."""
+    given = {"sizes": step.sequence_sizes, "prefix": step.prefix, "batch": step.batch, "padded": step.padded}
+    return bipartite(step.keys, r=_r_here(step), **given).without_prefix(step.prefix)
+
+
+register("tome", _merge_tome, needs=["keys"], attention="proportional", **SCHEDULE)
+
+
+def _merge_tofu(step: Step) -> Reduction:
+    """ToFu: drops the matched tokens up to the middle of the network, merges them behind it."""
+    matched = tofu(
+        step.keys,
+        r=_r_here(step),
+        prune=prunes(step.layer, step.depth),
+        sizes=step.sequence_sizes,
+        prefix=step.prefix,
+        variant=step.options["variant"],
+    )
+    return matched.without_prefix(step.prefix)
+
+
+register(
+    "tofu",
+    _merge_tofu,
+    needs=["keys"],
+    variant=Option(
+        CODE,
+        "Norm of merged tokens. code: divided by the norm of the target; paper: by that of the mean.",
+        type=Choice((CODE, PAPER)),
+    ),
+    **SCHEDULE,
+)
+
+
+def _merge_dct(step: Step) -> Reduction:
+    """DCT: the lowest frequencies along the sequence of patch tokens."""
+    return dct(step.x, r=_r_here(step))
+
+
+register("dct", _merge_dct, place="block", **SCHEDULE)
+
+
+def _metric(step: Step) -> Tensor:
+    """DTEM's embedding of the input of this block's attention; (B, P + N, d)."""
+    layer = step.block.attn.qkv.metric_layer
+    return embed(step.normed, layer.weight, layer.bias, 0.0 if step.options["variant"] == PAPER else 0.1)
+
+
+def _merge_dtem(step: Step) -> Reduction:
+    """DTEM at inference: ToMe by a learned embedding."""
+    matched = dtem(_metric(step), r=_r_here(step), sizes=step.sequence_sizes, prefix=step.prefix)
+    return matched.without_prefix(step.prefix)
+
+
+def _soften_dtem(step: Step) -> Reduction:
+    """DTEM in training: all tokens stay, and what merged fades out by its size."""
+    metric, sizes = _metric(step)[:, step.prefix :], step.sizes
+    if sizes is None:
+        sizes = metric.new_ones(metric.shape[:2], dtype=metric.dtype)
+    live, r = step.x.shape[1], 0
+    for layer in step.options["layers"]:  # what the layers before have taken out, and what this one does
+        live -= r
+        r = min(scheduled_r(step.options["r"], step.options["r_inflection"], layer, step.depth), live // 2)
+        if layer == step.layer:
+            break
+    paper = step.options["variant"] == PAPER
+    a_index, b_index = split(sizes.detach(), live, 0, random=not paper)
+    sharpness = 10.0 if paper else 30.0
+    return soft_merge(metric, r=r, inverse_temperature=sharpness, a_index=a_index, b_index=b_index, sizes=sizes)
+
+
+register(
+    "dtem",
+    _merge_dtem,
+    needs=["normed"],
+    modules=add_embeddings,
+    soft=_soften_dtem,
+    attention="proportional",
+    variant=Option(
+        CODE,
+        "Training. code: random halves, 1/temperature 30, a tenth of the gradient into features; paper: halves "
+        "by position, 10, none.",
+        type=Choice((CODE, PAPER)),
+    ),
+    **SCHEDULE,
+)
+
+
+def _merge_mpm(step: Step) -> Reduction:
+    """MPM: tokens that are each other's most similar token become one."""
+    return mutual_pairs(step.x, sizes=step.sizes, batch=step.batch)
+
+
+register("mpm", _merge_mpm, place="before", layers=(2, 5))

@@ -1,22 +1,26 @@
 """Look at tokens: those of an unpatched model where a method would merge them, and what a patched one merges."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch.profiler import record_function
+from torch import Tensor, nn
 
-from g2tm import edge_similarities
+from g2tm import Reduction, edge_similarities
 from g2tm.statistics import mean_and_std, similarity_moments
-from patch.registry import check_layers
+from patch.families import family_of
+from patch.method import check_layers
+from patch.patching import is_patched, merging_of
 
 __all__ = ["edges", "mean_and_std", "merge_ranges", "reductions", "similarities"]
 
 
 @contextmanager
-def similarities(encoder, layers):
+def similarities(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While open, every forward pass adds to the moments of the pairwise similarities after attention.
 
     Args:
-        encoder: a timm ViT, unpatched.
+        encoder: a ViT that `patch.apply` knows, unpatched.
         layers: 1-based, ascending.
 
     Yields:
@@ -25,17 +29,18 @@ def similarities(encoder, layers):
     Raises:
         ValueError: a layer that the encoder lacks, or not in ascending order.
     """
-    layers = check_layers(layers, len(encoder.blocks))
-    moments = {}
+    family = family_of(encoder)
+    blocks, prefix = family.blocks(encoder), family.prefix(encoder)
+    moments: dict[int, Tensor] = {}
 
-    def observe(layer):
-        def add(norm2, inputs):  # what enters the second norm is the residual stream after attention
-            new = similarity_moments(inputs[0][:, encoder.num_prefix_tokens :])
+    def observe(layer: int) -> Any:
+        def add(norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            new = similarity_moments(inputs[0][:, prefix:])  # what enters norm2 is the residual stream after attention
             moments[layer] = moments.get(layer, 0) + new
 
-        return encoder.blocks[layer - 1].norm2.register_forward_pre_hook(add)
+        return blocks[layer - 1].norm2.register_forward_pre_hook(add)
 
-    handles = [observe(layer) for layer in layers]
+    handles = [observe(layer) for layer in check_layers(layers, len(blocks))]
     try:
         yield moments
     finally:
@@ -44,13 +49,13 @@ def similarities(encoder, layers):
 
 
 @contextmanager
-def edges(encoder, layer):
-    """While open, every forward pass notes how similar neighbouring patches are where a layer would merge them.
+def edges(encoder: nn.Module, layer: int) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass notes how similar neighboring patches are where a layer would merge them.
 
     `graph_merge` keeps the edges above its threshold: what it would do at any threshold can be told from these.
 
     Args:
-        encoder: a timm ViT, unpatched.
+        encoder: a ViT that `patch.apply` knows, unpatched.
         layer: 1-based.
 
     Yields:
@@ -60,23 +65,24 @@ def edges(encoder, layer):
     Raises:
         ValueError: a layer that the encoder lacks, or a patched encoder, whose tokens may have merged by then.
     """
-    depth = len(encoder.blocks)
-    if not 1 <= layer <= depth:
-        raise ValueError(f"layer {layer}: the encoder has layers 1 to {depth}")
-    if any(hasattr(block, "merging") for block in encoder.blocks):
+    family = family_of(encoder)
+    blocks, prefix = family.blocks(encoder), family.prefix(encoder)
+    if not 1 <= layer <= len(blocks):
+        raise ValueError(f"layer {layer}: the encoder has layers 1 to {len(blocks)}")
+    if is_patched(encoder):
         raise ValueError("the model is patched, so its tokens leave the grid: call patch.remove first")
-    found, grid = {}, []
+    found: dict[str, Tensor] = {}
+    grid: list[int] = []
 
-    def note_grid(patch_embed, inputs, output):
-        grid[:] = output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size
+    def note_grid(patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        grid[:] = family.grid(encoder, inputs[0].shape[-2:])
 
-    def note_edges(norm2, inputs):  # what enters the second norm is the residual stream after attention
-        x = inputs[0][:, encoder.num_prefix_tokens :]
-        found["right"], found["down"] = edge_similarities(x, grid)
+    def note_edges(norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found["right"], found["down"] = edge_similarities(inputs[0][:, prefix:], tuple(grid))
 
     handles = [
         encoder.patch_embed.register_forward_hook(note_grid),
-        encoder.blocks[layer - 1].norm2.register_forward_pre_hook(note_edges),
+        blocks[layer - 1].norm2.register_forward_pre_hook(note_edges),
     ]
     try:
         yield found
@@ -85,54 +91,33 @@ def edges(encoder, layer):
             handle.remove()
 
 
-@contextmanager
-def reductions(model):
-    """While open, every forward pass notes what was merged by when.
+def reductions(model: nn.Module) -> dict[int, Reduction]:
+    """What was merged by when in this thread's last forward pass.
 
     Args:
         model: patched or not.
 
-    Yields:
-        1-based layer -> composed `Reduction` from all patches to the tokens after that layer's merge, of the last
-        pass; empty while nothing merged.
+    Returns:
+        layer -> composed `Reduction` from all patches to the tokens after that layer's merge, in order; empty where
+        nothing merged.
     """
-    steps = {}
-    if not hasattr(model, "merging"):
-        yield steps
-        return
-    model.merging.on_merge = steps.__setitem__
-    try:
-        yield steps
-    finally:
-        model.merging.on_merge = None
+    last = merging_of(model).last if is_patched(model) else None
+    return {} if last is None else dict(last.steps)
 
 
 @contextmanager
-def merge_ranges(model, name="merge"):
+def merge_ranges(model: nn.Module, name: str = "merge") -> Iterator[None]:
     """While open, a profiler sees every merge and its undoing as ranges called `name`.
 
     Args:
         model: patched or not; an unpatched one has none.
     """
-    if not hasattr(model, "merging"):
+    if not is_patched(model):
         yield
         return
-    reduce, to_grid = model.merging.reduce, getattr(model, "to_grid", None)
-
-    def named_reduce(*args):
-        with record_function(name):
-            return reduce(*args)
-
-    def named_forward(*args):
-        with record_function(name):
-            return type(to_grid).forward(to_grid, *args)
-
-    model.merging.reduce = named_reduce
-    if to_grid is not None:
-        to_grid.forward = named_forward
+    merging = merging_of(model)
+    merging.range_name = name
     try:
         yield
     finally:
-        del model.merging.reduce
-        if to_grid is not None:
-            del to_grid.forward
+        merging.range_name = None

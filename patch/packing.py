@@ -1,37 +1,11 @@
-"""Images that kept different numbers of tokens, behind each other instead of padded to the longest."""
-
-import inspect
+"""Images that kept different numbers of tokens, concatenated instead of padded to the longest."""
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from patch.flash import AttentionMask, carries, carry
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    HAS_VARLEN = "scale" in inspect.signature(varlen_attn).parameters
-except ImportError:
-    HAS_VARLEN = False
-
-
-def can_pack(x, dropout=0.0):
-    """Whether attention runs within the images of a packed sequence, where these tokens are.
-
-    On the CPU it does, image by image. On a GPU it takes a kernel for sequences of different lengths, which there is
-    in half precision from compute capability 8.0 on, and without dropout.
-
-    Args:
-        x: the tokens.
-        dropout: probability with which attention weights are dropped.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if x.device.type != "cuda":
-        return x.device.type == "cpu"
-    has_kernel = HAS_VARLEN and torch.backends.cuda.flash_sdp_enabled()
-    return has_kernel and not dropout and carries(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+from g2tm import Reduction
+from patch.attention import Within
 
 
 class Packing:
@@ -49,7 +23,7 @@ class Packing:
         bias: (1, 1, 1, T), float32, or None.
     """
 
-    def __init__(self, reduction, before, after, bias):
+    def __init__(self, reduction: Reduction, before: int, after: int, bias: Tensor | None) -> None:
         kept = F.pad(~reduction.padding, (before, after), value=True)
         self.shape = kept.shape
         self.lengths = [before + length + after for length in reduction.lengths]
@@ -62,15 +36,15 @@ class Packing:
         self.starts = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
         self.bias = None if bias is None else F.pad(bias, (before, after)).flatten()[self.rows].view(1, 1, 1, -1)
 
-    def pack(self, x):
-        """(B, L, D) -> (1, T, D)"""
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (1, T, ...)"""
         return x.flatten(0, 1).index_select(0, self.rows).unsqueeze(0)
 
-    def unpack(self, x):
-        """(1, T, D) -> (B, L, D); what stands in the padding means nothing."""
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, L, ...); what stands in the padding means nothing."""
         return x.squeeze(0).index_select(0, self.places).unflatten(0, self.shape)
 
-    def drop(self, drop_path, x):
+    def drop(self, drop_path: nn.Module, x: Tensor) -> Tensor:
         """Stochastic depth, which leaves out whole images; x: (1, T, D)."""
         if isinstance(drop_path, nn.Identity) or not drop_path.training:
             return x
@@ -78,47 +52,6 @@ class Packing:
         return x * factors[self.rows // self.shape[1]].unsqueeze(-1)
 
     @property
-    def mask(self):
+    def mask(self) -> Within:
         """What `scaled_dot_product_attention` is handed as `attn_mask`."""
-        mask = torch.empty(0).as_subclass(Within)
-        mask.packing = self
-        return mask
-
-
-class Within(AttentionMask):
-    """Lets packed tokens attend within their image.
-
-    Attributes:
-        packing: the `Packing`.
-    """
-
-    @staticmethod
-    def attend(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, scale=None):
-        """query, key, value: (1, H, T, d) -> (1, H, T, d)"""
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        attend = _in_one_kernel if query.device.type == "cuda" else _image_by_image
-        return attend(query, key, value, attn_mask.packing, dropout_p, scale)
-
-
-def _image_by_image(query, key, value, packing, dropout, scale):
-    """(1, H, T, d), laid out as (1, T, H, d), as timm goes on with it."""
-    images = zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True)
-    n_images = len(packing.lengths)
-    bias = packing.bias
-    biases = [None] * n_images if bias is None else bias.to(query.dtype).split(packing.lengths, dim=3)
-    outputs = [
-        F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
-        for qkv, mask in zip(images, biases, strict=True)
-    ]
-    return torch.cat(outputs, dim=1).transpose(1, 2)
-
-
-def _in_one_kernel(query, key, value, packing, dropout, scale):
-    """(1, H, T, d); the kernel takes no bias, so it goes through channels."""
-    assert not dropout
-    width = value.shape[-1]
-    query, key, value = carry(query, key, value, packing.bias, scale)
-    tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    longest = max(packing.lengths)
-    output = varlen_attn(*tokens, packing.starts, packing.starts, longest, longest, scale=scale)
-    return output[..., :width].transpose(0, 1).unsqueeze(0)
+        return Within.images(self)

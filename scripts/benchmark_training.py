@@ -7,9 +7,7 @@ import copy
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -24,7 +22,6 @@ from segm.eval.comparison import settings_for
 from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import PURE, apply
-from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer, create_scheduler
 from segm.tables import markdown
 

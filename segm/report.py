@@ -120,11 +120,12 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
         raise click.UsageError(f"no such file {text}: give a checkpoint, a run directory or NAME=PATH [options]")
     try:
         path, *options = shlex.split(rest)
-        given = parse(options)
-    except click.UsageError as error:
-        raise click.UsageError(f"{text}: {error.format_message()}") from error
     except ValueError as error:  # nothing behind NAME=, or quotes that do not close
-        raise click.UsageError(f"{text}: give NAME=PATH, and merging options behind it ({error})") from error
+        raise click.UsageError(f"{text}: give NAME=PATH, and merging options behind it") from error
+    try:
+        given = parse(options)
+    except ValueError as error:
+        raise click.UsageError(f"{text}: {error}") from error
     if not name:
         raise click.UsageError(f"{text}: give it a name, NAME=PATH")
     return name, Path(path), given

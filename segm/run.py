@@ -17,7 +17,7 @@ from torch import Tensor
 
 import patch
 from segm import merging as merges
-from segm.checkpoint import checkpoint_file, read_variant, variant_file
+from segm.checkpoint import checkpoint_file, variant_file
 from segm.data import SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.images import read_image, resize_keep_ratio, square_view
 from segm.data.unlabelled import Photographs
@@ -78,7 +78,7 @@ class Run:
             ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, variant = load_model(path, merges.build_model)
+        model, variant = load_model(path, merges.add_parts)
         merges.apply(model, *merges.choose({**(merging or {}), **options}, variant.get("dataset_kwargs")))
         precision = Precision.choose(device, bool(variant.get("amp")) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name

@@ -149,10 +149,9 @@ def look(
         (weights (heads, L, L), assignment (N,) at the input of that layer, assignment (N,) in the end), arrays; an
         assignment is None where tokens are no groups of patches.
     """
-    with patch.reductions(model) as steps:
-        weights = model.attention(view, layer_id, part)
+    weights = model.attention(view, layer_id, part)
+    steps = sorted(patch.reductions(model).items())
     # Layers merge behind their attention: layer_id + 1, counted from 1, sees what the layers before it left.
-    steps = sorted(steps.items())
     before = [step for step in steps if part == "decoder" or step[0] <= layer_id]
     return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
 

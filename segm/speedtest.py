@@ -139,9 +139,8 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
             given = parse(["--patch-type", name, *own])
             taken = set() if name == PURE else {key for key in merging if patch.find(name).takes(key)}
             methods[text] = run.choose({key: merging[key] for key in taken} | given)
-        except (click.UsageError, ValueError) as error:
-            message = error.format_message() if isinstance(error, click.UsageError) else error
-            raise ValueError(f"--compare {text!r}: {message}") from error
+        except ValueError as error:
+            raise ValueError(f"--compare {text!r}: {error}") from error
         used |= taken
     unused = [key for key in merging if key not in used]
     if unused:

@@ -86,14 +86,13 @@ def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, An
         less than one patch, of all images together), float32.
     """
     counts, sizes, n_patches = defaultdict(list), defaultdict(list), 0
-    with patch.reductions(model) as steps:
-        for images in views:
-            model.grid_scores(images)
-            n_patches = math.prod(patch_grid(model, images))
-            for layer, step in steps.items():
-                counts[layer].append(step.counts.cpu().numpy())
-                kept = step.sizes.flatten() if step.padding is None else step.sizes[~step.padding]
-                sizes[layer].append(kept[kept != 1].cpu().numpy())
+    for images in views:
+        model.grid_scores(images)
+        n_patches = math.prod(patch_grid(model, images))
+        for layer, step in patch.reductions(model).items():
+            counts[layer].append(step.counts.cpu().numpy())
+            kept = step.sizes.flatten() if step.padding is None else step.sizes[~step.padding]
+            sizes[layer].append(kept[kept != 1].cpu().numpy())
     return {
         layer: {
             "n_patches": n_patches,

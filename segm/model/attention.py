@@ -1,42 +1,64 @@
 """Attention weights on request.
 
-timm's attention runs fused and never forms its weights. Here they are recomputed from what went into one
-attention module, so that the ordinary path stays as it is.
+Attention runs fused and never forms its weights. Here they are formed from the queries and keys that go into it, so
+that the ordinary path stays as it is.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
-
-def attention_weights(attn, x, attn_mask=None):
-    """Weights of a timm `Attention` module.
-
-    Args:
-        attn: the module.
-        x: its input, (B, L, D).
-        attn_mask: its additive bias, broadcastable to (B, heads, L, L), or None.
-
-    Returns:
-        (B, heads, L, L), after the softmax.
-    """
-    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
-    queries, keys, _ = qkv.permute(2, 0, 3, 1, 4)
-    logits = attn.q_norm(queries) * attn.scale @ attn.k_norm(keys).transpose(-2, -1)
-    if attn_mask is not None:
-        logits = logits + attn_mask
-    return logits.softmax(dim=-1)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def recorded_attention(attn):
-    """While open, a forward pass through `attn` leaves its weights in the `weights` of the object it yields."""
+def recorded_attention(attn: nn.Module) -> Iterator[SimpleNamespace]:
+    """While open, a forward pass through `attn` leaves its weights in the `weights` of the object it yields.
+
+    Args:
+        attn: an attention module of timm, whatever projects and rotates its queries and keys.
+
+    Yields:
+        `weights`: (B, heads, L, L), after the softmax; None at first.
+    """
     record = SimpleNamespace(weights=None)
-
-    def keep(module, args, kwargs):
-        record.weights = attention_weights(module, args[0], kwargs.get("attn_mask"))
-
-    handle = attn.register_forward_pre_hook(keep, with_kwargs=True)
+    mode = _Recorder(record)
+    handles = [
+        attn.register_forward_pre_hook(lambda module, inputs: mode.__enter__() and None),
+        attn.register_forward_hook(lambda module, inputs, output: mode.__exit__(None, None, None), always_call=True),
+        # where attention forms its weights itself, they go through the dropout
+        attn.attn_drop.register_forward_pre_hook(lambda module, inputs: setattr(record, "weights", inputs[0].detach())),
+    ]
     try:
         yield record
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(TorchFunctionMode):
+    """Forms the weights of fused attention beside it."""
+
+    def __init__(self, record: SimpleNamespace) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.record.weights = _weights(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+) -> Tensor:
+    logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(dim=-1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import load_state_dict
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -75,7 +76,8 @@ class DistilledEncoder(_BilinearPositionEmbedding, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (DeiT) for any image size."""
 
 
-_ENCODERS = {VisionTransformer: Encoder, VisionTransformerDistilled: DistilledEncoder}
+# Rotary models keep timm's own position embedding.
+_ENCODERS = {VisionTransformer: Encoder, VisionTransformerDistilled: DistilledEncoder, Eva: Eva}
 
 
 def create_encoder(net_kwargs, pretrained=False):
@@ -127,7 +129,8 @@ def _create(backbone, **overrides):
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"timm cannot build {backbone} with {overrides}: {one_line(error)}") from error
     if type(model) not in _ENCODERS:
-        raise ValueError(f"{backbone} is a {type(model).__name__}, not a plain ViT: choose a timm VisionTransformer")
+        kind = type(model).__name__
+        raise ValueError(f"{backbone} is a {kind}, not a plain ViT: choose a VisionTransformer or Eva of timm")
     # timm's registry has no place for another class; the subclasses only override one method.
     model.__class__ = _ENCODERS[type(model)]
     return model

@@ -10,13 +10,15 @@ from segm.model.segmenter import Segmenter
 logger = logging.getLogger(__name__)
 
 
-def create_segmenter(net_kwargs, pretrained=False):
+def create_segmenter(net_kwargs, pretrained=False, parts=None):
     """Build a Segmenter.
 
     Args:
         net_kwargs: the `net_kwargs` of a `variant.yml`: `backbone`, `n_cls`, `decoder` {`name`, ...}, and optionally
             `image_size`, `patch_size`, `d_model`, `n_heads`, `n_layers`, `dropout`, `drop_path_rate`, `distilled`.
         pretrained: weights of the encoder: False (random), True (timm's) or a file.
+        parts: builds the learned parts of a merging method, which `net_kwargs` ask for by `reduction` {`name`, ...};
+            called with the encoder and this mapping.
 
     Raises:
         ValueError: a setting that is missing, unknown or does not fit.
@@ -28,16 +30,21 @@ def create_segmenter(net_kwargs, pretrained=False):
     if missing:
         raise ValueError(f"net_kwargs lack {', '.join(missing)}: they need backbone, n_cls and decoder")
     encoder = create_encoder(net_kwargs, pretrained)
+    reduction = net_kwargs.get("reduction")
+    if reduction:
+        if parts is None:
+            raise ValueError(f"the model has learned parts of {reduction.get('name')}: load it with segm.run.Run")
+        parts(encoder, reduction)
     n_cls = net_kwargs["n_cls"]
     return Segmenter(encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"]), n_cls)
 
 
-def load_model(path, build=create_segmenter):
+def load_model(path, parts=None):
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
         path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` stands beside it.
-        build: net_kwargs -> Segmenter.
+        parts: see `create_segmenter`.
 
     Returns:
         (model, variant): variant is the content of `variant.yml`.
@@ -49,7 +56,7 @@ def load_model(path, build=create_segmenter):
     checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
     variant = read_variant(path)
     try:
-        model = build(variant["net_kwargs"])
+        model = create_segmenter(variant["net_kwargs"], parts=parts)
     except ValueError as error:
         raise ValueError(f"{variant_file(path)}: {error}") from error
     weights = load_checkpoint(path)["model"]

@@ -1,18 +1,10 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
 from segm.model.upsample import label_map, upsample
-
-
-class TokensToGrid(nn.Module):
-    """Puts token scores on the patch grid. A module of its own, so that merging can be undone in its place."""
-
-    def forward(self, scores, grid):
-        """scores: (B, gh·gw, C) in row-major order, grid: (gh, gw) -> (B, C, gh, gw), classes innermost in memory."""
-        return scores.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class Segmenter(nn.Module):
@@ -28,7 +20,6 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.to_grid = TokensToGrid()
         self.n_cls = n_cls
 
     @property
@@ -53,6 +44,18 @@ class Segmenter(nn.Module):
         grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
         tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         return self.to_grid(self.decoder(tokens), grid)
+
+    def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Put tokens on the patch grid.
+
+        Args:
+            scores: (B, gh·gw, C), in row-major order.
+            grid: (gh, gw).
+
+        Returns:
+            (B, C, gh, gw), classes innermost in memory.
+        """
+        return scores.unflatten(1, grid).permute(0, 3, 1, 2)
 
     def forward(self, images):
         """images: (B, 3, H, W), normalised, any size -> logits (B, n_cls, H, W)."""

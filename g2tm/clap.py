@@ -1,0 +1,126 @@
+"""Conditional local average pooling (CLAP), the first step of ALGM (section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from g2tm.reduction import Grouping
+from g2tm.selection import comparable, ranks, selection, square_sums
+from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens, check_window
+
+
+@selection
+def clap(
+    x: Tensor,
+    grid: tuple[int, int],
+    threshold: float | None,
+    *,
+    tokens: int | None = None,
+    window: tuple[int, int] = (2, 2),
+    sizes: Tensor | None = None,
+    batch: str = "ragged",
+) -> Grouping:
+    """Merge every window of the grid whose tokens are alike.
+
+    Args:
+        x: (B, N, D), patch tokens in row-major order.
+        grid: (gh, gw) with gh·gw = N; windows that hang over its edge are not merged.
+        threshold: a window merges if the mean cosine similarity of its pairs is at least this; from -1 to 1. Not
+            used, and may be None, with `tokens`.
+        tokens: instead, merge the most similar windows of every image until exactly so many tokens are left. The
+            last of them merges only as many of its patches as are needed: those most similar to the mean of its unit
+            vectors, of equal ones the first. Shapes are then known without waiting for the device.
+        window: patches per window, (height, width).
+        sizes: (B, N), patches that each token carries already; None: one each.
+        batch: "ragged": every image keeps its own number of tokens. "uniform": every image merges as many windows
+            as the image that merges least, the most similar ones.
+
+    Returns:
+        A `Grouping`; merged windows come first, by falling similarity, then the other tokens in their old order.
+
+    Raises:
+        ValueError: a threshold, number of tokens, grid, window or batch mode that is not allowed.
+    """
+    check_grid(grid, x.shape[1])
+    check_window(window, grid)
+    check_batch(batch)
+    n_tokens, removed = int(x.shape[1]), window[0] * window[1] - 1  # by every window
+    if tokens is None:
+        check_threshold(threshold)
+    else:
+        check_tokens(tokens, n_tokens - (grid[0] // window[0]) * (grid[1] // window[1]) * removed, n_tokens)
+    if len(x) == 0:
+        return Grouping.identity(x, sizes)
+    similarity = window_similarities(x, grid, window)
+    rank = _rank_of_patches(ranks(similarity), grid, window)
+    if tokens is not None:
+        n_merged, rest = divmod(n_tokens - tokens, removed)
+        alone = rank >= n_merged
+        if rest:
+            alone.scatter_(1, *_all_but_nearest(x, rank == n_merged, removed + 1, rest + 1))
+            n_merged += 1
+        return Grouping.of_length(_windows_first(rank, alone, n_merged), tokens, sizes)
+    merged = (similarity >= threshold).sum(1)
+    if batch == "uniform":
+        merged = merged.min().expand_as(merged)
+    assignment = _windows_first(rank, rank >= merged[:, None], merged[:, None])
+    return Grouping.of_counts(assignment, n_tokens - merged * removed, sizes)
+
+
+def _windows_first(rank: Tensor, alone: Tensor, n_merged: Tensor | int) -> Tensor:
+    """Assignment from the rank of every patch's window, and whether the patch stays alone: (B, N) each."""
+    return torch.where(alone, n_merged + alone.cumsum(1) - 1, rank)
+
+
+def _all_but_nearest(x: Tensor, inside: Tensor, area: int, n_nearest: int) -> tuple[Tensor, Tensor]:
+    """The patches of one window per image, and whether each is not among the nearest to the window's mean.
+
+    Args:
+        x: (B, N, D).
+        inside: (B, N), bool, True for the `area` patches of the window.
+
+    Returns:
+        (B, area), int64 and bool.
+    """
+    patches = (~inside).argsort(dim=1, stable=True)[:, :area]
+    unit = F.normalize(comparable(x.gather(1, patches.unsqueeze(-1).expand(-1, -1, x.shape[2]))), dim=-1)
+    nearness = (unit * unit.sum(1, keepdim=True)).sum(-1)
+    return patches, ranks(nearness.nan_to_num(nan=float("-inf"))) >= n_nearest
+
+
+def _rank_of_patches(rank: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """Rank of the window that every patch lies in: (B, W) -> (B, gh·gw); W for patches in no whole window."""
+    (gh, gw), (height, width) = grid, window
+    rank = rank.unflatten(1, (gh // height, gw // width))
+    spread = rank.repeat_interleave(height, dim=1).repeat_interleave(width, dim=2)
+    return F.pad(spread, (0, gw % width, 0, gh % height), value=rank.shape[1] * rank.shape[2]).flatten(1)
+
+
+def window_similarities(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """Mean cosine similarity over the pairs of distinct tokens of each window.
+
+    The sum over all pairs is the squared length of the sum of the unit vectors, less their own.
+
+    Args:
+        x: (B, gh·gw, D).
+        grid: (gh, gw).
+        window: patches per window, (height, width).
+
+    Returns:
+        (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite; whole windows alone, in
+        row-major order.
+    """
+    unit = F.normalize(comparable(x), dim=-1)
+    total = _window_sums(unit.unflatten(1, tuple(grid)), window)
+    own = _window_sums(square_sums(unit).view(-1, *grid, 1), window).squeeze(-1)
+    area = window[0] * window[1]
+    similarity = (square_sums(total) - own) / (area * (area - 1))
+    return similarity.clamp(-1, 1).nan_to_num(nan=float("-inf")).flatten(1)
+
+
+def _window_sums(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Sum over every whole window: (B, gh, gw, D) -> (B, gh // height, gw // width, D)."""
+    (gh, gw), (height, width) = x.shape[1:3], window
+    rows, columns = gh // height, gw // width
+    whole = x[:, : rows * height, : columns * width]
+    return whole.unflatten(2, (columns, width)).sum(3).unflatten(1, (rows, height)).sum(2)

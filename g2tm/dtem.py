@@ -1,0 +1,231 @@
+"""Token merging with a decoupled embedding (DTEM, NeurIPS 2024): ToMe on a learned metric, soft while it trains."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from g2tm.matching import bipartite
+from g2tm.reduction import Chain, Grouping, Reduction
+
+NORM_FLOOR = 1e-6  # smallest norm that a metric is divided by
+REMAINDER_FLOOR = torch.finfo(torch.float32).eps  # smallest share of a token that counts as still unmerged
+
+
+def embed(h: Tensor, weight: Tensor, bias: Tensor | None, share: float = 0.1) -> Tensor:
+    """Learned metric E·h + b, which lets only a share of its gradient into the features.
+
+    Args:
+        h: (B, N, D), what the attention projects: the normalized input of the block.
+        weight: (E, D).
+        bias: (E,).
+        share: of the gradient that reaches h; 0.1 in the published code, 0 in the paper. Weight and bias get all.
+
+    Returns:
+        (B, N, E).
+    """
+    return F.linear(torch.lerp(h.detach(), h, share) if h.requires_grad else h, weight, bias)
+
+
+def dtem(metric: Tensor, *, r: int, sizes: Tensor | None = None, prefix: int = 1, padded: bool = True) -> Grouping:
+    """Merge the r most similar pairs of the learned metric, as ToMe does (inference).
+
+    The published code divides the metric by a norm of at least 1e-6, `bipartite` by one of at least 1e-12. They
+    agree on zero, and elsewhere down to norms of 1e-6, which the affine map of a normalized token does not fall below.
+
+    Args:
+        metric: (B, L, E), see `embed`; the whole sequence, prefix tokens first.
+        r, sizes, prefix, padded: as in `g2tm.matching.bipartite`.
+
+    Returns:
+        A reduction of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
+
+    Raises:
+        ValueError: a value that `bipartite` does not allow.
+    """
+    return bipartite(metric, r=r, sizes=sizes, prefix=prefix, padded=padded)
+
+
+@torch.no_grad()
+def split(
+    sizes: Tensor, n_live: int, prefix: int, random: bool, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose the tokens of a training step that may merge, A, and those that they may merge into, B.
+
+    The largest patch tokens take part, of equal ones the first: as many as a hard reduction would have left. So
+    tokens that have merged before fade out, though none is removed.
+
+    Args:
+        sizes: (B, N), what each token counts; the whole sequence, prefix tokens first.
+        n_live: number of tokens that take part, prefix tokens included, though these are in neither set.
+        prefix: number of prefix tokens.
+        random: False: the P patch tokens that take part alternate in their order, the first is in A (the paper).
+            True: a random half of them is A in each image (the published code).
+        generator: on the device of the sizes, for `random`.
+
+    Returns:
+        a_index: (B, P // 2); b_index: (B, P - P // 2); int64, positions in the whole sequence, ascending.
+    """
+    order = sizes[:, prefix:].argsort(dim=1, descending=True, stable=True)
+    live = order[:, : max(n_live - prefix, 0)].sort(dim=1).values + prefix
+    n_images, n_patches = live.shape
+    half = n_patches // 2
+    if random:
+        chosen = torch.rand(n_images, n_patches, generator=generator, device=sizes.device).argsort(dim=1)
+        a, b = (part.sort(dim=1).values for part in (chosen[:, :half], chosen[:, half:]))
+        return live.gather(1, a), live.gather(1, b)
+    return live[:, : 2 * half : 2], torch.cat([live[:, 1 : 2 * half : 2], live[:, 2 * half :]], 1)
+
+
+def soft_merge(
+    metric: Tensor,
+    *,
+    r: int,
+    inverse_temperature: float,
+    a_index: Tensor,
+    b_index: Tensor,
+    sizes: Tensor | None = None,
+) -> "SoftMerge":
+    """Merge about r tokens of A into those of B, softly (training).
+
+    Args:
+        metric: (B, N, E), see `embed`; gradients reach it through what the reduction merges and through its sizes.
+        r: number of merges; more than A has count as all of A.
+        inverse_temperature: 30 in the published code, 10 in the paper.
+        a_index, b_index: (B, A) and (B, K), positions of the two sets, see `split`.
+        sizes: (B, N), what each token counts already; None: one each. Gradients reach them too.
+
+    Returns:
+        A reduction that keeps all N tokens in their order.
+
+    Raises:
+        ValueError: r is no number of tokens.
+    """
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+    with torch.autocast(metric.device.type, enabled=False):
+        metric = _precise(metric)
+        sizes = metric.new_ones(metric.shape[:2]) if sizes is None else sizes.to(metric.dtype)
+        unit = F.normalize(metric, dim=-1, eps=NORM_FLOOR)
+        similarity = _rows(unit, a_index) @ _rows(unit, b_index).mT
+        within, amount = soft_top_r(similarity, min(r, a_index.shape[1]), inverse_temperature)
+        return SoftMerge(within, amount, a_index, b_index, sizes)
+
+
+def soft_top_r(similarity: Tensor, r: int, inverse_temperature: float) -> tuple[Tensor, Tensor]:
+    """Soft choice of the r best pairs, no token of A in more than one.
+
+    Each round takes the softmax q over all pairs, then adds ln(1 - Σ_j q_ij) to the similarities of row i, before
+    they are divided by the temperature: a token that is chosen is switched off. What is added is the same for the
+    whole row, so the softmax *within* a row is the same in every round. It is computed once, and the rounds choose
+    among rows. That is the published loop exactly, but gradients need one matrix of pairs and not one per round.
+
+    Args:
+        similarity: (B, A, K), K > 0 unless A = 0.
+        r: number of rounds.
+        inverse_temperature: the reciprocal of the temperature.
+
+    Returns:
+        within: (B, A, K), how what a token of A gives is spread over B; a row sums to 1.
+        amount: (B, A), how much of it is given, from 0 to 1.
+    """
+    logits = inverse_temperature * similarity
+    within = logits.softmax(dim=2)
+    amount = similarity.new_zeros(similarity.shape[:2])
+    if r == 0:
+        return within, amount
+    best, place = logits.max(dim=2, keepdim=True)
+    row_logits = (best - within.gather(2, place).log()).squeeze(2)  # logsumexp, which would store the pairs again
+    for _ in range(r):
+        chosen = row_logits.softmax(dim=1)
+        amount = amount + chosen
+        row_logits = row_logits + inverse_temperature * (1 - chosen).clamp(min=REMAINDER_FLOOR).log()
+    return within, amount / amount.detach().clamp(min=1)
+
+
+class SoftMerge:
+    """Tokens of A give, tokens of B receive, and all of them stay: the training form of a merge.
+
+    A token of B becomes the mean of itself and of what it receives, weighted by size, and counts for all of it. A
+    token of A keeps its value and counts for what it has not given: so it fades out of the next attention.
+
+    Args:
+        within: (B, A, K), how what each token of A gives is spread over B.
+        amount: (B, A), how much of itself it gives.
+        a_index, b_index: (B, A) and (B, K), positions.
+        sizes: (B, N), what the tokens count before.
+
+    Attributes:
+        counts, lengths: N for every image.
+        padding: None.
+        sizes: (B, N), float32, what the tokens count afterwards, from 0 up; it carries gradients.
+    """
+
+    padding = None
+
+    def __init__(self, within: Tensor, amount: Tensor, a_index: Tensor, b_index: Tensor, sizes: Tensor) -> None:
+        n_images, n_tokens = map(int, sizes.shape)
+        self.counts = torch.full((n_images,), n_tokens, device=sizes.device)
+        self.lengths = (n_tokens,) * n_images
+        self._within, self._amount, self._a_index, self._b_index = within, amount, a_index, b_index
+        self._old_sizes = sizes
+
+    @property
+    def shares(self) -> Tensor:
+        """(B, A, K): how much of each token of A goes to which token of B."""
+        return self._within * self._amount.unsqueeze(2)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        rest = 1 - self._amount
+        rest = rest + (rest.clamp(0, 1) - rest).detach()  # the gradient passes the bounds unchanged
+        sizes = self._old_sizes.scatter(1, self._a_index, self._old_sizes.gather(1, self._a_index) * rest)
+        return sizes.scatter(1, self._b_index, self._received_sizes)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x: (B, N, D) -> (B, N, D), in the dtype of x; differentiable in x, the metric and the old sizes."""
+        values = _precise(x)
+        b = _rows(values, self._b_index)
+        own = self._old_sizes.gather(1, self._b_index).unsqueeze(2)
+        total = self._received_sizes.unsqueeze(2)
+        some = total > 0  # a token that counts nothing and receives nothing stays as it is
+        gifts = self._gifts.unsqueeze(2) * _rows(values, self._a_index)
+        mean = (own * b + self._collect(gifts)) / torch.where(some, total, 1)
+        merged = torch.where(some, mean, b).to(values.dtype)
+        rows = self._b_index.unsqueeze(2).expand_as(merged)
+        return values.scatter(1, rows, merged).to(x.dtype)
+
+    def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
+        """y: (B, N, D), as it is: no token has left."""
+        return y
+
+    def then(self, second: Reduction) -> Chain:
+        """This step followed by `second`."""
+        return Chain(self, second)
+
+    @property
+    def _gifts(self) -> Tensor:
+        """(B, A), what each token of A gives of its size."""
+        return self._amount * self._old_sizes.gather(1, self._a_index)
+
+    @cached_property
+    def _received_sizes(self) -> Tensor:
+        """(B, K), what each token of B counts afterwards."""
+        received = self._collect(self._gifts.unsqueeze(2)).squeeze(2)
+        return self._old_sizes.gather(1, self._b_index) + received
+
+    def _collect(self, gifts: Tensor) -> Tensor:
+        """Sum of what each token of B is given: (B, A, D) -> (B, K, D)."""
+        with torch.autocast(gifts.device.type, enabled=False):
+            return self._within.mT @ gifts.to(self._within.dtype)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens at the given positions: (B, N, D), (B, A) -> (B, A, D)."""
+    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))

@@ -1,0 +1,23 @@
+"""How each kind of ViT is taken apart: one file per kind."""
+
+from torch import nn
+
+from patch.families.base import Family
+from patch.families.timm_eva import TimmEva
+from patch.families.timm_vit import TimmViT
+
+FAMILIES: tuple[type[Family], ...] = (TimmViT, TimmEva)
+
+
+def family_of(model: nn.Module) -> type[Family]:
+    """The family that knows a ViT.
+
+    Raises:
+        ValueError: none does, or the model is of a known kind but has a part that cannot be patched.
+    """
+    family = next((family for family in FAMILIES if family.knows(model)), None)
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ValueError(f"cannot patch a {type(model).__name__}: known are a Segmenter and {known}")
+    family.check(model)
+    return family

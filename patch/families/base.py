@@ -1,0 +1,171 @@
+"""What all families share: the class that is put in front of a module's own, and the flow through a block."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patch.attention import Seen, can_pack, sees_keys
+from patch.state import Merging, Pass
+
+
+class Patched:
+    """Base of the classes that a patch puts in front of a module's own. Such modules copy and pickle."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, type(self).__bases__, self.__dict__
+
+
+@cache
+def _in_front(front: type[Patched], own: type[nn.Module]) -> type:
+    return type(f"Patched{own.__name__}", (front, own), {})
+
+
+def _blank(front: type[Patched], own: type[nn.Module]) -> nn.Module:
+    new = _in_front(front, own)
+    return new.__new__(new)
+
+
+def put_in_front(module: nn.Module, front: type[Patched], **attributes: Any) -> None:
+    """Give a module another class, `front` before its own; its parameters stay the objects they are."""
+    module.__dict__.update(attributes)
+    module.__class__ = _in_front(front, type(module))
+
+
+def take_away(module: nn.Module) -> None:
+    """Undo `put_in_front`."""
+    for name in module.__class__.__bases__[0].ATTRIBUTES:
+        module.__dict__.pop(name, None)
+    module.__class__ = module.__class__.__bases__[1]
+
+
+class Family(ABC):
+    """One kind of ViT and how it is taken apart. Never instantiated.
+
+    Attributes:
+        name: for messages.
+        block_front: `PatchedBlock` of this kind.
+        encoder_front: `Patched` of the model itself: begins and ends a pass.
+    """
+
+    name: str
+    block_front: type["PatchedBlock"]
+    encoder_front: type[Patched]
+
+    @staticmethod
+    @abstractmethod
+    def knows(model: nn.Module) -> bool:
+        """Whether a model is of this kind."""
+
+    @staticmethod
+    @abstractmethod
+    def check(model: nn.Module) -> None:
+        """Raise a ValueError if this one cannot be patched, with the reason."""
+
+    @staticmethod
+    @abstractmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        """Its blocks."""
+
+    @staticmethod
+    @abstractmethod
+    def prefix(model: nn.Module) -> int:
+        """Number of prefix tokens."""
+
+    @staticmethod
+    @abstractmethod
+    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """What comes before the blocks: images (B, 3, H, W) -> tokens (B, P + N, D), and the rotary table that each
+        block gets, None for a family without."""
+
+    @staticmethod
+    @abstractmethod
+    def grid(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(gh, gw), patches of images of (height, width) pixels; None: of those that it was made for."""
+
+
+class PatchedBlock(Patched):
+    """A block after a patch: the bias of merged tokens goes into its attention, and tokens merge where the method
+    says. A family says what its halves are.
+
+    Attributes:
+        merging: what the patch put into the model.
+        neighbors: number of tokens in front of and behind the patch tokens.
+        places: place of a merge in this block -> the layer that the method calls it.
+        last: whether it is the last of its stack, behind which every image has its row again.
+    """
+
+    ATTRIBUTES = ("merging", "neighbors", "places", "last")
+
+    merging: Merging
+    neighbors: tuple[int, int]
+    places: dict[str, int]
+    last: bool
+
+    def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
+        """The half before the merge, by way of `attention`; x: (B, L, D)."""
+        raise NotImplementedError
+
+    def feed(self, x: Tensor, here: Pass) -> Tensor:
+        """The half after the merge; x: (B, L, D)."""
+        raise NotImplementedError
+
+    def keys(self, normed: Tensor) -> Tensor:
+        """Keys that the attention forms of its input, before any rotation: (B, L, D) -> (B, H, L, d)."""
+        raise NotImplementedError
+
+    def flow(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x: (B, L, D) -> (B, L', D), with L' ≤ L where tokens merge. Between the blocks of a stack, the tokens of all
+        images may be concatenated, (1, T, D)."""
+        here = self.merging.current
+        x = self._merge("before", x, here)
+        x = self.attend(self._arrange(x, here), here, rope)
+        if "attention" in self.places:
+            x = self._arrange(self._merge("attention", x, here), here)
+        x = self._merge("block", self.feed(x, here), here)
+        return here.unpack(x) if self.last else x
+
+    def without_merge(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Both halves, without what the method does at the ends of the block; x: (B, L, D)."""
+        here = self.merging.current
+        return self.feed(self.attend(x, here, rope), here)
+
+    def attention(self, normed: Tensor, here: Pass, **arguments: Any) -> Tensor:
+        """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
+        needs, keys = self.merging.method.needs, None
+        mask = here.mask(*self.neighbors, normed, fused=self.attn.fused_attn)
+        needed = needs and self.places
+        if needed and "keys" in needs and "rope" not in arguments and sees_keys(self.attn):
+            seen = Seen.around(mask)
+            out, keys = self.attn(normed, attn_mask=seen, **arguments), seen.keys
+        else:
+            out = self.attn(normed, attn_mask=mask, **arguments)
+            if needed and "keys" in needs:
+                with torch.no_grad():
+                    keys = self.keys(normed)
+        if needed:
+            here.see(normed, keys)
+        return out
+
+    def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
+        """One reduction step, if the method has one at this place."""
+        return here.reduce(here.unpack(x), self, self.places[place]) if place in self.places else x
+
+    def _arrange(self, x: Tensor, here: Pass) -> Tensor:
+        """Tokens packed where this block can work on them so, else padded."""
+        dropout = self.attn.attn_drop.p if self.training else 0
+        if self.attn.fused_attn and can_pack(x, dropout):
+            return here.pack(x, *self.neighbors)
+        return here.unpack(x)
+
+
+def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise a ValueError for a mask of the caller's: its rows are patches, and merged tokens are not."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "a patched model takes no attn_mask and no is_causal: a mask of patches does not fit merged tokens; "
+            "call patch.remove first"
+        )

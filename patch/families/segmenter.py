@@ -1,0 +1,38 @@
+"""A Segmenter: a ViT of one of the families, and a decoder whose blocks see the same tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from patch.families.base import Patched
+from patch.state import Merging
+
+
+def is_segmenter(model: nn.Module) -> bool:
+    """Whether a model has the parts of a Segmenter."""
+    return all(hasattr(model, name) for name in ("encoder", "decoder", "to_grid"))
+
+
+class PatchedSegmenter(Patched):
+    """A Segmenter: a pass begins with the images and ends with the logits of all patches."""
+
+    ATTRIBUTES = ("merging",)
+
+    merging: Merging
+
+    def grid_scores(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, C, gh, gw)"""
+        with self.merging.open_pass():
+            return super().grid_scores(images)
+
+    def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""
+        here = self.merging.current
+        return super().to_grid(scores if here is None else here.unmerge(scores), grid)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """While open, this thread may trace the model to count its operations."""
+        with self.merging.counting():
+            yield

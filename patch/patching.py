@@ -1,0 +1,189 @@
+"""The one entrance: put a merging method into a model and take it out again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from g2tm import Reduction
+from patch.compiled import is_compiled, uncompile
+from patch.families import family_of
+from patch.families.base import put_in_front, take_away
+from patch.families.segmenter import PatchedSegmenter, is_segmenter
+from patch.families.timm_vit import PatchedTimmBlock, check_blocks
+from patch.learned import has_modules
+from patch.method import Step, Target, resolve
+from patch.state import Merging, Watchers
+
+
+def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
+    """Patch a model in place, so that its tokens merge on the way and every patch gets its token back in the end.
+
+    No parameter and no state-dict key changes. Images of a batch that keep different numbers of tokens are not padded
+    but concatenated, (1, T, D), while they are between blocks, where attention runs fused and no hook looks into a
+    block.
+
+    Args:
+        model: a Segmenter, whose logits come back for all patches; or a plain ViT of timm (`VisionTransformer`, `Eva`),
+            whose `forward_features` gives back all tokens, each with the features of the token that carries it.
+        method: a registered name, such as "graph".
+        options: options of the method; None means its default. All methods take
+            layers: 1-based layers in which to merge, ascending;
+            attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;
+            batch: "ragged" (every image keeps its own number of tokens) or "uniform".
+            The others: `patch.find(method).options`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is patched already or cannot be patched, or an option is not allowed.
+    """
+    if is_patched(model):
+        raise ValueError(f"the model is patched with {model.merging.method.name} already: call patch.remove first")
+    if is_compiled(model):
+        raise ValueError("the model is compiled already: call patch.remove first, and patch before compiling")
+    encoder, more_blocks = _parts(model)
+    family = family_of(encoder)
+    blocks = family.blocks(encoder)
+    check_blocks(more_blocks, Block)
+    target = Target(len(blocks), family.grid(encoder))
+    entry, completed = resolve(method, target, options)
+    if entry.modules is not None and not has_modules(encoder, method):
+        raise ValueError(
+            f"{method} has learned parts, which this model lacks: call patch.add_modules(encoder, {method!r})"
+        )
+    merging = Merging(entry, completed, target, family.prefix(encoder))
+    merging.watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
+    places = _places(entry.place, completed["layers"])
+    for index, block in enumerate(blocks, start=1):
+        own = {"neighbors": (merging.prefix, 0), "places": places.get(index, {}), "last": index == len(blocks)}
+        put_in_front(block, family.block_front, merging=merging, **own)
+    for block in more_blocks:
+        own = {"neighbors": (0, model.n_cls), "places": {}, "last": block is more_blocks[-1]}
+        put_in_front(block, PatchedTimmBlock, merging=merging, **own)
+    put_in_front(encoder, family.encoder_front, merging=merging)
+    if encoder is not model:
+        put_in_front(model, PatchedSegmenter, merging=merging)
+    return model
+
+
+segmenter = timm = apply  # names of the first form
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The ViT of a model, and further blocks that see its tokens."""
+    return (model.encoder, list(model.decoder.blocks)) if is_segmenter(model) else (model, [])
+
+
+def _places(place: str, layers: tuple[int, ...]) -> dict[int, dict[str, int]]:
+    """1-based block -> where in it a merge takes place, and the layer that the method calls it."""
+    places: dict[int, dict[str, int]] = {}
+    for layer in layers:
+        block, where = (1, "before") if layer == 0 else (layer, place)
+        places.setdefault(block, {})[where] = layer
+    return places
+
+
+def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dict[str, Any]:
+    """Check a method and its options without a model.
+
+    Args:
+        method, options: see `apply`.
+        depth: number of blocks of the encoder.
+        grid: (gh, gw), patches of the images that it is made for.
+
+    Returns:
+        All options as they would be in force.
+
+    Raises:
+        ValueError: what `apply` would refuse.
+    """
+    return resolve(method, Target(depth, tuple(grid)), options)[1]
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo `apply`, and `compile`: the model is exactly what it was before. Without them, nothing happens."""
+    uncompile(model)
+    if not is_patched(model):
+        return model
+    encoder, more_blocks = _parts(model)
+    for block in (*encoder.blocks, *more_blocks):
+        take_away(block)
+    take_away(encoder)
+    if encoder is not model:
+        take_away(model)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `apply` was called."""
+    return hasattr(model, "merging")
+
+
+def reduction(model: nn.Module) -> Reduction | None:
+    """The composed `Reduction` of this thread's last forward pass, from all patches to the tokens that were left.
+
+    Prefix tokens are left out. None if nothing was merged yet.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    last = merging_of(model).last
+    return None if last is None else last.reduction
+
+
+def method(model: nn.Module) -> str:
+    """Name of the method in force.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return merging_of(model).method.name
+
+
+def options(model: nn.Module) -> dict[str, Any]:
+    """The options in force.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return dict(merging_of(model).options)
+
+
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    """Change the threshold from now on, e.g. along a curriculum.
+
+    Raises:
+        ValueError: the model is not patched, its method has no threshold, or the value is not allowed.
+    """
+    merging = merging_of(model)
+    if not merging.method.takes("threshold"):
+        raise ValueError(f"{merging.method.name} has no threshold")
+    merging.options = resolve(merging.method.name, merging.target, {**merging.options, "threshold": threshold})[1]
+
+
+@contextmanager
+def replaced_merge(model: nn.Module, merge: Callable[[Step], Reduction]) -> Iterator[None]:
+    """While open, another function takes the place of the method's own: to record merges, or to replay them."""
+    merging = merging_of(model)
+    own = merging.method
+    merging.method = replace(own, merge=merge)
+    try:
+        yield
+    finally:
+        merging.method = own
+
+
+def merging_of(model: nn.Module) -> Merging:
+    """What the patch put into a model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not is_patched(model):
+        raise ValueError("the model is not patched: call patch.apply first")
+    return model.merging

@@ -1,0 +1,327 @@
+"""What a patch put into a model, and what one forward pass knows.
+
+`Merging` is the same for all passes and threads of a model. A `Pass` belongs to one pass of one thread: what hooks,
+other threads and replicas do with the model in the meantime does not touch it.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from g2tm import Grouping, Reduction, attention_bias
+from patch.attention import KeyBias, carries
+from patch.method import Method, Step, Target
+from patch.packing import Packing
+
+
+class Merging:
+    """What a patch put into one model.
+
+    Attributes:
+        method: the `Method`.
+        options: those in force; a pass goes on with the ones that it began with.
+        target: what new options are checked against.
+        prefix: number of prefix tokens of the encoder.
+        watchers: the hooks inside the blocks.
+        range_name: what a profiler sees merges as; None: nothing.
+    """
+
+    def __init__(self, method: Method, options: Mapping[str, Any], target: Target, prefix: int) -> None:
+        self.method = method
+        self.options = options
+        self.target = target
+        self.prefix = prefix
+        self.watchers = Watchers(())
+        self.range_name: str | None = None
+        self._thread = _Thread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: passes stay with the original."""
+        return self.__dict__ | {"_thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _thread=_Thread())
+
+    @property
+    def current(self) -> "Pass | None":
+        """The pass that this thread is in; None: it is in none."""
+        return self._thread.passes[-1] if self._thread.passes else None
+
+    @property
+    def last(self) -> "Pass | None":
+        """The last pass that this thread finished."""
+        return self._thread.last
+
+    @contextmanager
+    def open_pass(self) -> Iterator["Pass"]:
+        """Begin a pass of the whole model, and end it; the encoder in it tells the grid."""
+        self._thread.passes.append(Pass(self))
+        try:
+            yield self._thread.passes[-1]
+            self._thread.last = self._thread.passes[-1]
+        finally:
+            self._thread.passes.pop()
+
+    @contextmanager
+    def encode(self, grid: tuple[int, int], bucket: int | None = None) -> Iterator["Pass"]:
+        """The pass of an encoder: that which the model around it has begun, or one of its own.
+
+        Args:
+            grid: (gh, gw), patches of the images.
+            bucket: see `Pass`.
+        """
+        self._check_trace()
+        around = self.current
+        if around is not None and around.grid is None:
+            around.grid, around.bucket = grid, bucket
+            yield around
+            return
+        with self.open_pass() as own:
+            own.grid, own.bucket, own.alone = grid, bucket, True
+            yield own
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """While open, this thread may trace the model, whose shapes depend on the image, to count its operations."""
+        self._thread.counting = True
+        try:
+            yield
+        finally:
+            self._thread.counting = False
+
+    def _check_trace(self) -> None:
+        """Raise a ValueError where a trace would hold the merges of one image for all."""
+        traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if traced and not self._thread.counting and not self.method.is_static(self.options):
+            raise ValueError(
+                f"a trace would freeze how {self.method.name} merges this image: give a method or an option with a "
+                "fixed number of tokens (tokens=...), or patch.remove first"
+            )
+
+
+class _Thread(threading.local):
+    """What a thread knows: the passes that it is in, the last one that it finished, and whether it counts."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self.last: Pass | None = None
+        self.counting = False
+
+
+class Pass:
+    """What one forward pass knows of its tokens.
+
+    Attributes:
+        merging: what the patch put into the model.
+        options: those in force.
+        grid: (gh, gw), patches of the images; None until the encoder begins.
+        alone: whether the encoder runs by itself, without a model around it.
+        bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
+            shapes repeat; None: they are not.
+        reduction: from all patches to the current tokens; None while nothing was merged.
+        steps: layer -> the composed reduction after it.
+        packing: how the tokens of all images are concatenated at the moment; None: each image has its row.
+        key_bias: (B, 1, 1, M), what is added to the logits of the patch tokens as keys; None: nothing.
+    """
+
+    def __init__(self, merging: Merging) -> None:
+        self.merging = merging
+        self.options = merging.options
+        self.grid: tuple[int, int] | None = None
+        self.alone = False
+        self.bucket: int | None = None
+        self.reduction: Reduction | None = None
+        self.steps: dict[int, Reduction] = {}
+        self.packing: Packing | None = None
+        self._padding: Tensor | None = None
+        self.key_bias: Tensor | None = None
+        self._seen: dict[str, Tensor] = {}
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def see(self, normed: Tensor, keys: Tensor | None) -> None:
+        """Keep what a method needs of the attention that has just run.
+
+        Args:
+            normed: (B, L, D), its input.
+            keys: (B, H, L, d), or None.
+        """
+        found = {"normed": normed} | ({} if keys is None else {"keys": keys.detach().float().mean(1)})
+        self._seen = found if self.packing is None else {name: self.packing.unpack(x) for name, x in found.items()}
+
+    def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:
+        """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
+        seen, self._seen = self._seen, {}
+        if not len(x):  # no image, nothing to choose from
+            return x
+        with self._range():
+            prefix = self.merging.prefix
+            step = self._step(x, block, layer, seen)
+            method = self.merging.method
+            merge = method.soft if block.training and method.soft is not None else method.merge
+            merged = merge(step)
+            if self.bucket is not None and isinstance(merged, Grouping):
+                width = self.bucket * math.ceil(merged.width / self.bucket)
+                merged = merged.widened(min(width, step.x.shape[1]))
+            self._follow(merged, layer)
+            return torch.cat([x[:, :prefix], merged.merge(step.x)], dim=1)
+
+    def _step(self, x: Tensor, block: nn.Module, layer: int, seen: Mapping[str, Tensor]) -> Step:
+        sizes = None if self.reduction is None else self.reduction.sizes
+        return Step(
+            tokens=x,
+            normed=seen.get("normed"),
+            keys=seen.get("keys"),
+            prefix=self.merging.prefix,
+            grid=self.grid,
+            sizes=sizes,
+            padded=self._padding is not None,
+            layer=layer,
+            depth=self.merging.target.depth,
+            batch=self.options["batch"] or ("uniform" if block.training else "ragged"),
+            options=self.options,
+            block=block,
+        )
+
+    def _follow(self, merged: Reduction, layer: int) -> None:
+        """From now on the tokens are those of one more step."""
+        self.reduction = merged if self.reduction is None else self.reduction.then(merged)
+        self.steps[layer] = self.reduction
+        self._padding = self.reduction.padding
+        self.key_bias = attention_bias(self.reduction.sizes, self.options["attention"], self._padding)
+        self._rotary = None
+
+    def unmerge(self, x: Tensor, prefix: int = 0) -> Tensor:
+        """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), behind `prefix` tokens that stay."""
+        if self.reduction is None:
+            return x
+        with self._range():
+            unmerged = self.reduction.unmerge(x[:, prefix:], scores=True)
+            return torch.cat([x[:, :prefix], unmerged], dim=1) if prefix else unmerged
+
+    def pack(self, x: Tensor, before: int, after: int) -> Tensor:
+        """Concatenate the tokens of all images, (B, before + M + after, D) -> (1, T, D), if they differ in number and
+        no hook looks into a block."""
+        if self.packing is not None or not self._differ():
+            return x
+        bias = attention_bias(self.reduction.sizes, self.options["attention"])
+        self.packing, self._rotary = Packing(self.reduction, before, after, bias), None
+        return self.packing.pack(x)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Undo `pack`, if it was done."""
+        packing, self.packing = self.packing, None
+        if packing is None:
+            return x
+        self._rotary = None
+        return packing.unpack(x)
+
+    def _differ(self) -> bool:
+        if self._padding is None or self.bucket is not None:
+            return False
+        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
+        return torch.jit.is_tracing() or not self.merging.watchers.present()
+
+    def drop(self, drop_path: nn.Module, x: Tensor) -> Tensor:
+        """Stochastic depth, which leaves out whole images; x: (B, L, D) or, packed, (1, T, D)."""
+        return drop_path(x) if self.packing is None else self.packing.drop(drop_path, x)
+
+    def mask(self, before: int, after: int, x: Tensor, fused: bool) -> Tensor | None:
+        """Mask of the next attention: an additive bias (B, 1, 1, before + M + after), the mask of packed tokens, or
+        None.
+
+        Args:
+            before, after: tokens in front of and behind the patch tokens, which count as one patch each.
+            x: the tokens that attend.
+            fused: whether attention hands it to `scaled_dot_product_attention`.
+        """
+        if self.packing is not None:
+            return self.packing.mask
+        if self.key_bias is None:
+            return None
+        bias = F.pad(self.key_bias, (before, after))
+        return bias.as_subclass(KeyBias) if fused and carries(x) else bias.to(x.dtype)
+
+    def rotary(self, table: Tensor | None) -> Tensor | None:
+        """Rotary embedding of the current tokens, each that of its representative.
+
+        Args:
+            table: (N, 2d) or (H, N, 2d), sine and cosine of every patch; None: the model has none.
+
+        Returns:
+            The table itself while nothing was merged; then (B, 1 or H, M, 2d), or packed (1, 1 or H, T - P, 2d).
+        """
+        if table is None or self.reduction is None:
+            return table
+        if self._rotary is None or self._rotary[0] is not table:
+            per_head = table if table.ndim == 3 else table.unsqueeze(0)
+            of_tokens = per_head[:, representatives(self.reduction, self.grid)].transpose(0, 1)
+            self._rotary = table, of_tokens if self.packing is None else self._packed_rotary(of_tokens)
+        return self._rotary[1]
+
+    def _packed_rotary(self, of_tokens: Tensor) -> Tensor:
+        """(B, H, M, 2d) -> (1, H, T - P, 2d). The prefix tokens of the first image are left to the model; those of
+        the others get a rotation by nothing."""
+        sine, cosine = of_tokens.chunk(2, dim=-1)
+        front = 0, 0, self.merging.prefix, 0
+        rows = torch.cat([F.pad(sine, front), F.pad(cosine, front, value=1.0)], dim=-1).transpose(1, 2)
+        return self.packing.pack(rows).transpose(1, 2)[:, :, self.merging.prefix :]
+
+    def _range(self) -> Any:
+        name = self.merging.range_name
+        return nullcontext() if name is None else record_function(name)
+
+
+def representatives(reduction: Reduction, grid: tuple[int, int]) -> Tensor:
+    """The patch that stands for every token where a position is asked for.
+
+    That is the member nearest to the group's centroid on the grid, of equally near ones the first. Tokens that are no
+    groups of patches are samples of the sequence, and stand where they were taken.
+
+    Args:
+        reduction: from the patches to the tokens.
+        grid: (gh, gw).
+
+    Returns:
+        (B, M), int64, patches in row-major order; 0 for padding.
+    """
+    n_patches, device = grid[0] * grid[1], reduction.counts.device
+    patch = torch.arange(n_patches, device=device)
+    if not hasattr(reduction, "assignment"):
+        n_images, width = reduction.sizes.shape
+        samples = ((2 * torch.arange(width, device=device) + 1) * n_patches).div(2 * width, rounding_mode="floor")
+        return samples.expand(n_images, -1)
+    assignment = reduction.assignment
+    zeros = assignment.new_zeros(reduction.sizes.shape)
+    members = zeros.scatter_add(1, assignment, torch.ones_like(assignment))
+    # In integers, multiplied by the number of members: nearness is exact, and so are ties.
+    distance = torch.zeros_like(assignment)
+    for place in (patch // grid[1], patch % grid[1]):
+        place = place.expand_as(assignment)
+        total = zeros.scatter_add(1, assignment, place)
+        distance += (place * members.gather(1, assignment) - total.gather(1, assignment)).square()
+    key = distance * n_patches + patch
+    far = torch.full_like(zeros, torch.iinfo(torch.int64).max)
+    return far.scatter_reduce(1, assignment, key, "amin").where(members > 0, zeros) % n_patches
+
+
+class Watchers:
+    """The hooks through which somebody may look into modules.
+
+    Args:
+        modules: where to count them; what is put in their place later is not looked at.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self.hooks = [getattr(module, kind) for module in modules for kind in kinds]
+
+    def present(self) -> bool:
+        """Whether there is any."""
+        return any(map(len, self.hooks))

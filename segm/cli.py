@@ -1,0 +1,186 @@
+"""Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from segm.data import DATASETS
+
+POSITIVE = click.IntRange(min=1)
+RATE = click.FloatRange(min=0)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Numbers(click.Option):
+    """An option that takes all numbers that follow it: `--selected-layers 1 5`; and some words, if there are any."""
+
+    def __init__(self, *args: Any, words: Collection[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, multiple=True, **kwargs)
+        self.words = words
+
+    def takes(self, text: str) -> bool:
+        """Whether a word of the command line is one of its values."""
+        return text in self.words or _is_number(text)
+
+
+class Command(click.Command):
+    """A command whose wrong input ends in one line and a status other than 0."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        several = {
+            name: option for option in self.get_params(ctx) if isinstance(option, Numbers) for name in option.opts
+        }
+        return super().parse_args(ctx, repeat_option(args, {name: option.takes for name, option in several.items()}))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(_one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    """The message; of an error in a data loader's worker, which carries its traceback, only the end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught ") and "Traceback" in str(error):
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(" ".join(lines).split())
+
+
+def repeat_option(args: Iterable[str], names: Mapping[str, Callable[[str], bool]]) -> list[str]:
+    """`--layers 1 5` -> `--layers 1 --layers 5`: click has no open-ended options.
+
+    Args:
+        args: words of the command line.
+        names: option -> whether a word is one of its values.
+    """
+    repeated: list[str] = []
+    current, waiting = None, False
+    for arg in [*_split_equals(args, names), None]:
+        if current and arg is not None and names[current](arg):
+            repeated += [current, arg]
+            waiting = False
+            continue
+        if waiting and current:
+            repeated.append(current)  # without a value: click says what is missing
+        current = arg if arg in names else None
+        waiting = current is not None
+        if arg is not None and not waiting:
+            repeated.append(arg)
+    return repeated
+
+
+def _split_equals(args: Iterable[str], names: Collection[str]) -> Iterator[str]:
+    """`--layers=1` -> `--layers 1` for the options in `names`."""
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        yield from (name, value) if equals and name in names else (arg,)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Device(click.ParamType):
+    """A torch device that is there."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> torch.device:
+        try:
+            device = torch.device(value)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            self.fail(f"{value!r} is not available here: {str(error).splitlines()[0]}", param, ctx)
+        return device
+
+
+class NumberOr(click.ParamType):
+    """A number, or one of some words."""
+
+    name = "number"
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value in self.words:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r}: give a number or {' or '.join(self.words)}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "|".join(("FLOAT", *self.words))
+
+
+class Listed(click.ParamType):
+    """Values separated by commas.
+
+    Args:
+        convert: from a text to a value; numbers have to be 1 or more.
+        allowed: gives the values to choose from; None: any.
+    """
+
+    name = "list"
+
+    def __init__(self, convert: Callable[[str], Any], allowed: Callable[[], Collection[Any]] | None = None) -> None:
+        self.convert_one, self.allowed = convert, allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            values = tuple(self.convert_one(part.strip()) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: give numbers with commas between them, such as 1,8", param, ctx)
+        unknown = [one for one in values if self.allowed is not None and one not in self.allowed()]
+        if unknown or any(isinstance(one, int) and one < 1 for one in values):
+            allowed = "numbers from 1" if self.allowed is None else ", ".join(self.allowed())
+            self.fail(f"{value!r}: choose from {allowed}", param, ctx)
+        return values
+
+
+class Images(click.ParamType):
+    """A data set by name, or a folder of photographs."""
+
+    name = "images"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        if value in DATASETS or isinstance(value, Path):
+            return value
+        if not Path(value).is_dir():
+            self.fail(f"{value!r}: give a folder of photographs, or one of {', '.join(DATASETS)}", param, ctx)
+        return Path(value)
+
+
+def show_scores(scores: Mapping[str, Any]) -> None:
+    """Print the scores of all classes together, percent."""
+    for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
+        click.echo(f"{key}: {scores[key]:.2f}")
+
+
+def default_device() -> str:
+    """CUDA where it is there, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+images_argument = click.argument("images", metavar="DATASET|FOLDER", type=Images())
+amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
+device_option = click.option(
+    "--device", type=Device(), default=default_device, show_default="cuda if there, else cpu", help="Where to compute."
+)
+max_images_option = click.option("--max-images", type=POSITIVE, help="Stop after this many images.  [default: all]")
+batch_size_option = click.option(
+    "--batch-size", type=POSITIVE, default=1, show_default=True, help="Images per forward pass."
+)

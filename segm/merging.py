@@ -1,0 +1,331 @@
+"""A method's options between command line, `variant.yml` and `patch.apply`: all from the registry's tables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from torch import nn
+
+import patch
+from patch.method import Choice, Number, Option
+from segm.cli import Command, Numbers
+from segm.model.factory import create_segmenter
+from segm.model.segmenter import Segmenter
+
+PURE = "pure"
+
+
+class Value(click.ParamType):
+    """One value of a method's option."""
+
+    def __init__(self, kind: Number | Choice) -> None:
+        self.kind = kind
+        self.name = "choice" if isinstance(kind, Choice) else "integer" if kind.integer else "number"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What may stand for a number."""
+        return self.kind.words + (self.kind.read if isinstance(self.kind, Number) else ())
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.kind.parse(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        number = () if isinstance(self.kind, Choice) else ("INTEGER" if self.kind.integer else "NUMBER",)
+        return "|".join((*number, *self.words))
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a method's option.
+
+    Attributes:
+        flag: as it is typed.
+        option: name of the option.
+        entry: its `Option`.
+        several: whether it takes all values that follow.
+        switch: whether it takes none, and `value` is what it stands for.
+        help: one line.
+    """
+
+    flag: str
+    option: str
+    entry: Option
+    help: str
+    several: bool = False
+    switch: bool = False
+    value: Any = None
+
+    @property
+    def name(self) -> str:
+        """Its key in a recipe."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def parameter(self) -> click.Option:
+        """The option that click knows."""
+        given: dict[str, Any] = {"help": self.help}
+        if self.switch:
+            return click.Option([self.flag, self.name], is_flag=True, default=None, **given)
+        kind = Value(self.entry.kind)
+        if self.several:
+            return Numbers([self.flag, self.name], type=kind, words=kind.words, **given)
+        count = 1 if isinstance(self.entry.many, bool) else self.entry.many
+        return click.Option([self.flag, self.name], type=kind, nargs=count, **given)
+
+    def read(self, value: Any) -> Any:
+        """The option's value from what click read."""
+        if self.switch:
+            return self.value
+        if self.several:
+            value = value[0] if len(value) == 1 else list(value)
+        return _or_none(self.entry, value)
+
+
+def _flags() -> Iterator[Flag]:
+    """The flags of all methods that are registered now."""
+    for name, users in _users().items():
+        entry, text = next(iter(users.values())), _help(users)
+        flag = "--" + name.replace("_", "-") if entry.flag is None else entry.flag
+        if isinstance(flag, str):
+            yield Flag(flag, name, entry, text, several=entry.many is True)
+        elif isinstance(flag, tuple):
+            yield Flag(flag[0], name, entry, text)
+            yield Flag(flag[1], name, entry, f"As {flag[0]}, one value or several.", several=True)
+        else:
+            first = next(iter(flag))
+            for switch, value in flag.items():
+                what = f"{text}  [{value}]" if switch == first else f"As {first}.  [{value}]"
+                yield Flag(switch, name, entry, what, switch=True, value=value)
+
+
+def _users() -> dict[str, dict[str, Option]]:
+    """option -> method -> the method's entry."""
+    users: dict[str, dict[str, Option]] = {}
+    for method in patch.METHODS.values():
+        for name, entry in method.options.items():
+            users.setdefault(name, {})[method.name] = entry
+    return users
+
+
+def _help(users: Mapping[str, Option]) -> str:
+    """One line: the methods with their defaults, and what the option means to them."""
+    meanings: dict[str, list[str]] = {}
+    for method, entry in users.items():
+        default = entry.default
+        if default is None or callable(default):
+            text = method
+        else:
+            words = default if isinstance(default, list | tuple) else (default,)
+            text = f"{method} ({' '.join(map(str, words))})"
+        meanings.setdefault(entry.help, []).append(text)
+    return " ".join(f"{', '.join(methods)}: {meaning}" for meaning, methods in meanings.items())
+
+
+class MergingCommand(Command):
+    """A command with --patch-type and the flags of all methods that are registered when it runs.
+
+    Its function gets them as one argument `merging`: name of the option -> value, only what was given, "patch_type"
+    among them. With another method than that of the recipe (`ctx.default_map`), nothing in the recipe about merging
+    counts.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)
+        taken = {text: option for option in own for text in (*option.opts, option.name)}
+        flags = [flag.parameter() for flag in _flags()]
+        doubled = [flag.opts[0] for flag in flags if flag.opts[0] in taken or flag.name in taken]
+        if doubled:
+            raise click.UsageError(f"{', '.join(doubled)}: an option of a method is one of the command itself already")
+        method = click.Option(
+            ["--patch-type"],
+            type=click.Choice([PURE, *patch.METHODS]),
+            help="Merging method; pure: none. It and its options default to what the checkpoint was trained with.",
+        )
+        own[len(self.params) : len(self.params)] = [method, *flags]  # --help comes last
+        return own
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        ctx.params["merging"] = _take_merging(ctx)
+        return rest
+
+
+def _take_merging(ctx: click.Context) -> dict[str, Any]:
+    """Move the parameters of merging out of `ctx.params`."""
+    method = ctx.params.pop("patch_type")
+    found: dict[str, dict[Flag, Any]] = {}
+    for flag in _flags():
+        value = ctx.params.pop(flag.name)
+        if is_given(ctx, flag.name, method):
+            if flag.switch and value is False:  # in a recipe
+                continue
+            found.setdefault(flag.option, {})[flag] = value
+    merging = {} if method is None else {"patch_type": method}
+    for option, values in found.items():
+        typed = [flag for flag in values if _source(ctx, flag.name) is ParameterSource.COMMANDLINE] or [*values]
+        if len(typed) > 1:
+            raise click.UsageError(f"{' and '.join(flag.flag for flag in typed)}: choose one of them")
+        merging[option] = typed[0].read(values[typed[0]])
+    return merging
+
+
+def is_given(ctx: click.Context, name: str, method: str | None) -> bool:
+    """Whether a parameter that belongs to merging was typed, or stands in a recipe for the same method."""
+    if _source(ctx, name) is ParameterSource.DEFAULT_MAP:
+        return (ctx.default_map or {}).get("patch_type") == method
+    return _source(ctx, name) is ParameterSource.COMMANDLINE
+
+
+def _source(ctx: click.Context, name: str) -> ParameterSource | None:
+    return ctx.get_parameter_source(name)
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """What a `MergingCommand` makes of words such as ["--patch-type", "tome", "--r", "8"].
+
+    Raises:
+        ValueError: unknown options or values.
+    """
+    try:
+        return MergingCommand(None, add_help_option=False).make_context("merging", [*words]).params["merging"]
+    except click.UsageError as error:
+        raise ValueError(error.format_message()) from error
+
+
+def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """The merging method and its options: what was given, then what a checkpoint was trained with.
+
+    Args:
+        given: the argument `merging` of a `MergingCommand`.
+        saved: `dataset_kwargs` of a `variant.yml`, or None. Its options count unless another method is given.
+
+    Returns:
+        (method, options) for `apply`; method is "pure" for none. Options that nobody set are left out.
+
+    Raises:
+        ValueError: an option that the method does not take, or a word that only train.py understands.
+    """
+    saved = saved or {}
+    own = {name: value for name, value in given.items() if name != "patch_type"}
+    saved_method = saved.get("patch_type") or PURE
+    method = given.get("patch_type") or saved_method
+    if method == PURE:
+        if own:
+            raise ValueError(f"{_typed(own)}: nothing merges without --patch-type {{{','.join(patch.METHODS)}}}")
+        return PURE, {}
+    table = patch.find(method).options
+    if not own.keys() <= table.keys():
+        unknown = [name for name in own if name not in table]
+        raise ValueError(f"{_typed(unknown)}: {method} takes {_typed(table)}")
+    for name, value in own.items():
+        kind = table[name].kind
+        if isinstance(kind, Number) and value in kind.read:
+            raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
+    return method, (read_variant(saved)[1] if method == saved_method else {}) | own
+
+
+def _typed(options: Sequence[str] | Mapping[str, Any]) -> str:
+    """Options as a user types them."""
+    return ", ".join(flag.flag for name in options for flag in _flags() if flag.option == name)
+
+
+def read_variant(saved: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Method and options of a training.
+
+    Args:
+        saved: `dataset_kwargs` of a `variant.yml`.
+
+    Returns:
+        (method, options) for `apply`, as from `choose`.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    method = saved.get("patch_type") or PURE
+    if method == PURE:
+        return PURE, {}
+    options = {"attention": "none"}  # released models do not say: those that were trained with ToMe learned without
+    for name, entry in patch.find(method).options.items():
+        value = next((saved[key] for key in reversed(_keys(name, entry)) if saved.get(key) is not None), None)
+        if value is not None:
+            options[name] = _or_none(entry, value)
+    return method, options
+
+
+def to_variant(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `dataset_kwargs` that `read_variant` reads again.
+
+    Args:
+        method: name, or "pure".
+        options: from `patch.options`, empty for "pure".
+    """
+    entries: dict[str, Any] = {"patch_type": method, "threshold": None}
+    if method == PURE:
+        return entries | {"selected_layer": None}
+    for name, entry in patch.find(method).options.items():
+        value = options.get(name)
+        value = entry.none if value is None else value
+        if value is None:
+            continue
+        value, keys = list(value) if isinstance(value, list | tuple) else value, _keys(name, entry)
+        if len(keys) > 1 and isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        entries[keys[isinstance(value, list) and len(keys) > 1]] = value
+    return entries
+
+
+def _keys(name: str, entry: Option) -> tuple[str, ...]:
+    """Keys in `variant.yml`: one, or that for one value and that for several."""
+    return entry.key if isinstance(entry.key, tuple) else (entry.key or name,)
+
+
+def _or_none(entry: Option, value: Any) -> Any:
+    """The value in Python: a tuple if their number is fixed, and None for what stands for it."""
+    value = tuple(value) if isinstance(value, list) and not isinstance(entry.many, bool) else value
+    return None if entry.none is not None and value == entry.none else value
+
+
+def apply(model: nn.Module, method: str, options: Mapping[str, Any]) -> nn.Module:
+    """Patch a model with what `choose` returned; "pure" leaves it as it is."""
+    return model if method == PURE else patch.apply(model, method, **options)
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """What `to_variant` says of a model, patched or not."""
+    return to_variant(patch.method(model), patch.options(model)) if patch.is_patched(model) else to_variant(PURE, {})
+
+
+def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`net_kwargs["reduction"]` of a model that learns with a method: its name and the options that shape its parts.
+
+    None if the method has no learned parts.
+    """
+    build = None if method == PURE else patch.find(method).modules
+    if build is None:
+        return None
+    return {"name": method} | {name: options[name] for name in signature(build).parameters if name in options}
+
+
+def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -> Segmenter:
+    """A Segmenter with the learned parts of the method that `net_kwargs["reduction"]` names, if it names one.
+
+    Args:
+        net_kwargs, pretrained: see `create_segmenter`.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `create_segmenter`, and for an unknown method.
+    """
+    return create_segmenter(net_kwargs, pretrained, parts=add_parts)
+
+
+def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
+    """Build the learned parts that `net_kwargs["reduction"]` describes into an encoder."""
+    return patch.add_modules(
+        encoder, reduction.get("name", PURE), **{k: v for k, v in reduction.items() if k != "name"}
+    )
