@@ -29,7 +29,9 @@ class Command(click.Command):
     """A command whose wrong input ends in one line and a status other than 0."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        several = {name: option for option in self.get_params(ctx) if isinstance(option, Numbers) for name in option.opts}
+        several = {
+            name: option for option in self.get_params(ctx) if isinstance(option, Numbers) for name in option.opts
+        }
         return super().parse_args(ctx, repeat_option(args, {name: option.takes for name, option in several.items()}))
 
     def invoke(self, ctx: click.Context) -> Any:
