@@ -34,9 +34,14 @@ class Number:
     words: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What may be typed in place of a number."""
+        return self.words + self.read
+
     def parse(self, text: str) -> float | int | str:
         """The value that a text on the command line stands for; raises a ValueError that says what is allowed."""
-        if text in (*self.words, *self.read):
+        if text in self.names:
             return text
         try:
             whole = self.integer or (self.integer is None and text.lstrip("+-").isdigit())
@@ -62,20 +67,25 @@ class Number:
         low, high = (f"{end:g}" for end in (self.low, self.high))
         ends = f" from {low}" if self.low > -math.inf else ""
         ends += f" {'to' if ends else 'up to'} {high}" if self.high < math.inf else ""
-        return " or ".join((kind + ends, *self.words, *self.read))
+        return " or ".join((kind + ends, *self.names))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Type of an option: one of some words."""
+    """Type of an option: one of some words, or true and false."""
 
-    words: tuple[str, ...]
+    words: tuple[str | bool, ...]
 
-    def parse(self, text: str) -> str:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The words as they are typed."""
+        return tuple(str(word).lower() if isinstance(word, bool) else word for word in self.words)
+
+    def parse(self, text: str) -> str | bool:
         """The value that a text on the command line stands for."""
-        return self.check(text)
+        return self.check(dict(zip(self.names, self.words, strict=True)).get(text, text))
 
-    def check(self, value: Any) -> str:
+    def check(self, value: Any) -> str | bool:
         """The value; raises a ValueError that says what is allowed."""
         if value not in self.words:
             raise ValueError(f"choose {self.allowed}")
@@ -84,10 +94,10 @@ class Choice:
     @property
     def allowed(self) -> str:
         """The words."""
-        return " or ".join(self.words)
+        return " or ".join(self.names)
 
 
-SIMPLE = {int: Number(integer=True), float: Number(), bool: Choice(("true", "false"))}
+SIMPLE = {int: Number(integer=True), float: Number(), bool: Choice((True, False))}
 
 
 @dataclass(frozen=True)
@@ -300,6 +310,10 @@ def register(
         else:
             raise ValueError(f"{name}: give its option {option} as an Option, with a default and a help text")
     for option, entry in table.items():
+        try:
+            _ = entry.kind
+        except ValueError as error:
+            raise ValueError(f"{name}, {option}: {error}") from None
         _check_alike(name, option, entry)
     METHODS[name] = Method(name, merge, table, prepare, check, place, frozenset(needs), modules, soft, static)
     return METHODS[name]

@@ -21,24 +21,16 @@ PURE = "pure"
 class Value(click.ParamType):
     """One value of a method's option."""
 
+    name = "value"
+
     def __init__(self, kind: Number | Choice) -> None:
         self.kind = kind
-        self.name = "choice" if isinstance(kind, Choice) else "integer" if kind.integer else "number"
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """What may stand for a number."""
-        return self.kind.words + (self.kind.read if isinstance(self.kind, Number) else ())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return self.kind.parse(str(value))
         except ValueError as error:
             self.fail(f"{value!r}: {error}", param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        number = () if isinstance(self.kind, Choice) else ("INTEGER" if self.kind.integer else "NUMBER",)
-        return "|".join((*number, *self.words))
 
 
 @dataclass(frozen=True)
@@ -69,14 +61,17 @@ class Flag:
 
     def parameter(self) -> click.Option:
         """The option that click knows."""
-        given: dict[str, Any] = {"help": self.help}
+        names, kind, many = [self.flag, self.name], self.entry.kind, self.entry.many
         if self.switch:
-            return click.Option([self.flag, self.name], is_flag=True, default=None, **given)
-        kind = Value(self.entry.kind)
+            return click.Option(names, is_flag=True, default=None, help=self.help)
+        words = "|".join(kind.names)
+        if isinstance(kind, Number):
+            words = "|".join(("INTEGER" if kind.integer else "NUMBER", *kind.names))
+        count = 1 if isinstance(many, bool) else many
+        shown = {"type": Value(kind), "metavar": words + "..." * (self.several or count > 1), "help": self.help}
         if self.several:
-            return Numbers([self.flag, self.name], type=kind, words=kind.words, **given)
-        count = 1 if isinstance(self.entry.many, bool) else self.entry.many
-        return click.Option([self.flag, self.name], type=kind, nargs=count, **given)
+            return Numbers(names, words=kind.names, **shown)
+        return click.Option(names, nargs=count, **shown)
 
     def read(self, value: Any) -> Any:
         """The option's value from what click read."""
@@ -147,8 +142,8 @@ class MergingCommand(Command):
             type=click.Choice([PURE, *patch.METHODS]),
             help="Merging method; pure: none. It and its options default to what the checkpoint was trained with.",
         )
-        own[len(self.params) : len(self.params)] = [method, *flags]  # --help comes last
-        return own
+        n_own = len(self.params)
+        return [*own[:n_own], method, *flags, *own[n_own:]]  # --help comes last
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -159,31 +154,30 @@ class MergingCommand(Command):
 def _take_merging(ctx: click.Context) -> dict[str, Any]:
     """Move the parameters of merging out of `ctx.params`."""
     method = ctx.params.pop("patch_type")
-    found: dict[str, dict[Flag, Any]] = {}
+    found: dict[str, list[tuple[Flag, Any]]] = {}
     for flag in _flags():
         value = ctx.params.pop(flag.name)
-        if is_given(ctx, flag.name, method):
-            if flag.switch and value is False:  # in a recipe
-                continue
-            found.setdefault(flag.option, {})[flag] = value
+        if is_given(ctx, flag.name, method) and not (flag.switch and value is False):  # false: in a recipe
+            found.setdefault(flag.option, []).append((flag, value))
     merging = {} if method is None else {"patch_type": method}
     for option, values in found.items():
-        typed = [flag for flag in values if _source(ctx, flag.name) is ParameterSource.COMMANDLINE] or [*values]
+        typed = [pair for pair in values if _is_typed(ctx, pair[0].name)] or values
         if len(typed) > 1:
-            raise click.UsageError(f"{' and '.join(flag.flag for flag in typed)}: choose one of them")
-        merging[option] = typed[0].read(values[typed[0]])
+            raise click.UsageError(f"{' and '.join(flag.flag for flag, _ in typed)}: choose one of them")
+        flag, value = typed[0]
+        merging[option] = flag.read(value)
     return merging
 
 
 def is_given(ctx: click.Context, name: str, method: str | None) -> bool:
     """Whether a parameter that belongs to merging was typed, or stands in a recipe for the same method."""
-    if _source(ctx, name) is ParameterSource.DEFAULT_MAP:
+    if ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
         return (ctx.default_map or {}).get("patch_type") == method
-    return _source(ctx, name) is ParameterSource.COMMANDLINE
+    return _is_typed(ctx, name)
 
 
-def _source(ctx: click.Context, name: str) -> ParameterSource | None:
-    return ctx.get_parameter_source(name)
+def _is_typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
