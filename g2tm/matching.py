@@ -83,7 +83,7 @@ def sources(matched: Grouping, prefix: int = 1) -> Tensor:
         prefix: number of prefix tokens, as it was given.
 
     Returns:
-        (B, L), bool: A tokens whose group stands among the B tokens, which come last.
+        (B, L), bool: A tokens whose group stands among the B tokens, which come last; of padding it means nothing.
     """
     assignment, first_b = matched.assignment, prefix | 1
     is_a = torch.arange(assignment.shape[1], device=assignment.device) % 2 == 0
