@@ -81,12 +81,9 @@ def test_of_equal_patches_a_budget_takes_the_first():
 
 
 def test_batches_of_no_image_and_tokens_without_a_direction():
-    for x in (torch.randn(0, 20, 3), torch.zeros(2, 20, 3), torch.ones(2, 20, 3), torch.full((2, 20, 3), float("nan"))):
-        for arguments in (
-            {"threshold": 0.5},
-            {"threshold": 0.5, "batch": "uniform"},
-            {"threshold": None, "tokens": 13},
-        ):
+    strange = [torch.full((2, 20, 3), value) for value in (0.0, 1.0, float("nan"), float("inf"))]
+    for x in (torch.randn(0, 20, 3), *strange):
+        for arguments in ({}, {"batch": "uniform"}, {"tokens": 13}):
             reduction = clap(x, (4, 5), 0.5, **arguments)
             assert (reduction.sizes.sum(1) == 20).all() and len(reduction.lengths) == len(x)
             assert reduction.unmerge(reduction.merge(x)).shape == x.shape
