@@ -124,3 +124,16 @@ def count_waits(merge, x):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def test_budgets_can_be_exported():
+    """Nothing of the images that were exported with stays in the program."""
+
+    class Merge(torch.nn.Module):
+        def forward(self, x):
+            steps = graph_merge(x, (8, 8), None, tokens=40), clap(x, (8, 8), None, tokens=41), bipartite(x, r=9)
+            return [step.unmerge(step.merge(x)) for step in steps]
+
+    program, others = torch.export.export(Merge(), (X,)).module(), torch.randn_like(X)
+    for exported, expected in zip(program(others), Merge()(others), strict=True):
+        torch.testing.assert_close(exported, expected)
