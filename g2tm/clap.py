@@ -60,6 +60,7 @@ def clap(
             alone.scatter_(1, *_all_but_nearest(x, rank == n_merged, removed + 1, rest + 1))
             n_merged += 1
         return Grouping.of_length(_windows_first(rank, alone, n_merged), tokens, sizes)
+    assert threshold is not None  # checked above
     merged = (similarity >= threshold).sum(1)
     if batch == "uniform":
         merged = merged.min().expand_as(merged)

@@ -5,7 +5,9 @@ the next of its row, `down`, (B, gh-1, gw), to the one below.
 """
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +80,7 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
     return torch.from_numpy(found).to(right.device)
 
 
-def _bisect(label, right, down, n_components, low, high):
+def _bisect(label: Callable, right: Any, down: Any, n_components: int, low: Any, high: Any) -> Any:
     """The components that `label` finds along so many of the first edges that there are `n_components`.
 
     Args:

@@ -27,7 +27,6 @@ def edge_similarities(x: Tensor, grid: tuple[int, int], backend: str = "auto") -
     Raises:
         ValueError: a grid or backend that is not allowed.
     """
-    grid = tuple(grid)
     check_grid(grid, x.shape[1])
     check_backend(backend)
     on_cuda = backend == "auto" and x.device.type == "cuda" and HAS_TRITON
@@ -36,7 +35,7 @@ def edge_similarities(x: Tensor, grid: tuple[int, int], backend: str = "auto") -
 
         return in_one_launch(x, grid, EPS)
     x = x.cpu() if backend in ("opencv", "networkx") else x
-    x = comparable(x).unflatten(1, grid)
+    x = comparable(x).unflatten(1, tuple(grid))
     inner = torch.linalg.vecdot if backend == "torch" else products
     norm = inner(x, x).sqrt_().clamp_(min=EPS)
     right = inner(x[:, :, :-1], x[:, :, 1:]).div_(norm[:, :, :-1]).div_(norm[:, :, 1:])
@@ -89,6 +88,7 @@ def graph_merge(
         return Grouping.identity(x, sizes)
     right, down = edge_similarities(x, grid, backend)
     if tokens is None:
+        assert threshold is not None  # checked above
         assignment, counts, lengths = grid_components(right > threshold, down > threshold, backend)
         if batch == "ragged" or min(lengths) == max(lengths):
             return Grouping(assignment.to(x.device), counts.to(x.device), lengths, sizes)

@@ -55,24 +55,23 @@ def bipartite(
     if n_images == 0:
         return Grouping.identity(metric, sizes)
     present = _present(sizes, prefix) if padded and sizes is not None else None
-    n_tokens = length if present is None else present.sum(1)
+    position = torch.arange(length, device=metric.device)
+    n_tokens = position.new_full((n_images,), length) if present is None else present.sum(1)
     if length // 2 == prefix // 2:  # no B token but prefix tokens
         everyone = Grouping.identity(metric, sizes)
         return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
     similarity, partner = best_partners(metric, prefix, present)
-    position = torch.arange(length, device=metric.device)
-    half = (n_tokens - prefix) // 2
     if r is None:
         n_merges = _count_above(similarity, threshold, layer, batch)
     else:
-        n_merges = position.new_full((n_images,), min(r, half)) if present is None else half.clamp(max=r)
+        n_merges = ((n_tokens - prefix) // 2).clamp(max=r)
     first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
     assignment = _assign(ranks(similarity) < n_merges[:, None], partner, first_b, position, prefix)
+    if r is not None and present is None:
+        return Grouping.of_length(assignment, length - min(r, (length - prefix) // 2), sizes)
     if present is not None:  # padding carries no weight and goes anywhere
         assignment[:, prefix:] *= present[:, prefix:]
-    if r is None or present is not None:
-        return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
-    return Grouping.of_length(assignment, length - min(r, half), sizes)
+    return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
 
 
 def sources(matched: Grouping, prefix: int = 1) -> Tensor:
@@ -83,7 +82,7 @@ def sources(matched: Grouping, prefix: int = 1) -> Tensor:
         prefix: number of prefix tokens, as it was given.
 
     Returns:
-        (B, L), bool: A tokens whose group stands among the B tokens, which come last.
+        (B, L), bool: A tokens whose group stands among the B tokens, which come last; of padding it means nothing.
     """
     assignment, first_b = matched.assignment, prefix | 1
     is_a = torch.arange(assignment.shape[1], device=assignment.device) % 2 == 0

@@ -8,7 +8,7 @@ BATCH_MODES = ("ragged", "uniform")
 
 def check_threshold(threshold: Any, name: str = "threshold") -> None:
     """A cosine similarity."""
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= float(threshold) <= 1:
         raise ValueError(f"{name} {threshold!r}: give a cosine similarity from -1 to 1")
 
 
@@ -30,7 +30,7 @@ def budget(tokens: Any, n_patches: int) -> int:
     """
     if _is_count(tokens) and tokens <= n_patches:
         return int(tokens)
-    if isinstance(tokens, Real) and not isinstance(tokens, Integral) and 0 < tokens <= 1:
+    if isinstance(tokens, Real) and not isinstance(tokens, Integral) and 0 < float(tokens) <= 1:
         return max(round(float(tokens) * n_patches), 1)
     raise ValueError(f"tokens {tokens!r}: give a number from 1 to {n_patches} or a share of the patches such as 0.5")
 
@@ -61,4 +61,4 @@ def check_window(window: Any, grid: tuple[int, int] | None = None) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -7,20 +7,27 @@ import json
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from benchmarking import BACKBONES, build_model, measure, profile_merges, settings_for
-from result_tables import markdown
+from torch import Tensor
 from tqdm import tqdm
 
 import patch
+from segm.cli import DTYPES, Command, Listed, device_option
 from segm.data import create_dataset
+from segm.data.images import square_view
+from segm.eval.comparison import measure, profile_merges, settings_for
 from segm.eval.environment import environment
-from segm.eval.runs import square_view
-from segm.options import Command, device_option
-from segm.speedtest import DTYPES
+from segm.files import write_text
+from segm.model.factory import create_segmenter
+from segm.model.segmenter import Segmenter
+from segm.tables import markdown
 
+BACKBONES = {
+    name: f"vit_{size}_patch16_384" for name, size in zip("TSBL", ("tiny", "small", "base", "large"), strict=True)
+}
 REFERENCE = {"side": 512, "n_cls": 150, "share": 690 / 1024}  # of the tokens: the published saving of 1.5
 ONCE = ("graph", "algm")  # merge in one or two layers
 COLUMNS = {
@@ -53,28 +60,6 @@ PROFILE_COLUMNS = {"operator": "{operator}", "calls per pass": "{calls}", "share
 PROFILE_ROWS = 12
 
 
-class Listed(click.ParamType):
-    """Values with commas between them."""
-
-    name = "list"
-
-    def __init__(self, convert, allowed=None):
-        self.convert_one, self.allowed = convert, allowed
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        try:
-            values = tuple(self.convert_one(part.strip()) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}: give numbers with commas between them, such as 1,8", param, ctx)
-        unknown = [one for one in values if self.allowed is not None and one not in self.allowed()]
-        if unknown or any(isinstance(one, int) and one < 1 for one in values):
-            allowed = "numbers from 1" if self.allowed is None else ", ".join(self.allowed())
-            self.fail(f"{value!r}: choose from {allowed}", param, ctx)
-        return values
-
-
 @click.command(cls=Command)
 @click.option("--models", type=Listed(str, lambda: BACKBONES), default="T,S,B", show_default=True, help="ViT sizes.")
 @click.option("--sides", type=Listed(int), default="512", show_default=True, help="Image sides, pixels.")
@@ -85,6 +70,7 @@ class Listed(click.ParamType):
     "--tokens", type=click.FloatRange(0, 1, min_open=True), default=690 / 1024, show_default="690/1024",
     help="Share of the patch tokens that the settings shall leave.",
 )  # fmt: skip
+@click.option("--budget", is_flag=True, help="Give methods the exact number of tokens, where they take one.")
 @click.option("--n-cls", type=click.IntRange(min=1), default=150, show_default=True, help="Classes.")
 @click.option("--images", type=click.Choice(["shapes", "camvid"]), default="shapes", show_default=True)
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
@@ -95,9 +81,23 @@ class Listed(click.ParamType):
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
 @device_option
 def main(
-    models, sides, batch_sizes, methods, dtypes, tokens, n_cls, images, batches, repeats, compiled, profile, out, check,
-    device,
-):  # fmt: skip
+    models: tuple[str, ...],
+    sides: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    methods: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    tokens: float,
+    budget: bool,
+    n_cls: int,
+    images: str,
+    batches: int,
+    repeats: int,
+    compiled: bool,
+    profile: bool,
+    out: Path | None,
+    check: bool,
+    device: torch.device,
+) -> None:
     """Time models with random weights on images, without merging and with it, and print one row per combination.
 
     Speeds are those over all batches, each at the median of its turns, all calls interleaved; ratios are medians over
@@ -110,14 +110,14 @@ def main(
     for model_name, side, batch_size, dtype, method in tqdm(cases, desc="benchmark", unit="row", leave=False):
         model = build_model(model_name, side, n_cls, device, DTYPES[dtype])
         views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
-        options = settings_for(model, method, views, round(tokens * (side // 16) ** 2))
+        options = settings_for(model, method, views, round(tokens * (side // 16) ** 2), budget=budget)
         case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}
         rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats, compiled))
         if profile:
             rows[-1]["profile"] = profile_merges(model, method, options, views[0], device)
         if out is not None:
             content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
-            out.write_text(json.dumps(content, indent=2))
+            write_text(out, json.dumps(content, indent=2))
     click.echo(f"{environment(device)['device']}, torch {torch.__version__}; {batches} batches of {images}\n")
     click.echo(format_table(rows))
     for row in rows if profile else ():
@@ -129,20 +129,29 @@ def main(
         sys.exit(bool(missed))
 
 
-def load_batches(name, side, batch_size, n_batches, device, dtype):
+def build_model(name: str, side: int, n_cls: int, device: torch.device, dtype: torch.dtype | None) -> Segmenter:
+    """A Segmenter with random weights; name: T, S, B or L; side: pixels; dtype None: float32."""
+    torch.manual_seed(0)
+    net = {"backbone": BACKBONES[name], "image_size": side, "n_cls": n_cls, "decoder": {"name": "mask_transformer"}}
+    return create_segmenter(net).eval().to(device=device, dtype=dtype)
+
+
+def load_batches(
+    name: str, side: int, batch_size: int, n_batches: int, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     """Different batches (B, 3, side, side) of a data set's validation images."""
     dataset = create_dataset(name, "val")
     views = [square_view(dataset[i % len(dataset)].image, side, "vit") for i in range(batch_size * n_batches)]
     return [batch.to(device=device, dtype=dtype) for batch in torch.cat(views).split(batch_size)]
 
 
-def format_table(rows):
+def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     columns = COLUMNS | (COMPILED_COLUMNS if all("scores_compiled" in row for row in rows) else {})
     return markdown(columns, [row | _shown(row) for row in rows])
 
 
-def _shown(row):
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """What the table derives from a row."""
     return {
         "merge": 100 * sum(row["overhead"].values()),
@@ -152,11 +161,11 @@ def _shown(row):
     }
 
 
-def _mib(value):
+def _mib(value: float | None) -> str:
     return "?" if value is None else f"{value:.0f}"
 
 
-def missed_targets(row, device_type):
+def missed_targets(row: dict[str, Any], device_type: str) -> list[str]:
     """Targets of the design, section 8, that a row misses, as texts; none away from the reference point.
 
     The share is held for methods that merge in one or two layers; ToMe, which merges in every layer, has a target of
@@ -178,7 +187,7 @@ def missed_targets(row, device_type):
     return missed
 
 
-def _share_target(row, device_type):
+def _share_target(row: dict[str, Any], device_type: str) -> float | None:
     if row["method"] not in ONCE:
         return None
     if device_type == "cpu" and row["dtype"] == "float32" and row["batch_size"] in (1, 8):
@@ -186,7 +195,7 @@ def _share_target(row, device_type):
     return 0.95 if device_type == "cuda" and (row["dtype"], row["batch_size"]) == ("bfloat16", 32) else None
 
 
-def _overhead_target(row, device_type):
+def _overhead_target(row: dict[str, Any], device_type: str) -> float | None:
     if row["method"] == "tome":
         return 0.06
     if row["method"] in ONCE:
@@ -194,14 +203,14 @@ def _overhead_target(row, device_type):
     return None
 
 
-def _compiled_target(row, device_type):
+def _compiled_target(row: dict[str, Any], device_type: str) -> float | None:
     """Of methods that merge once or twice: what merges is not compiled."""
     reference = (row["dtype"], row["batch_size"]) == ("bfloat16", 1) and row["model"] in ("T", "S", "B")
     applies = device_type == "cuda" and reference and row["method"] in ONCE and "ratio_compiled" in row
     return 3 if applies else None
 
 
-def _overhead(row):
+def _overhead(row: dict[str, Any]) -> float:
     """One merge step for methods that merge once (of ALGM: CLAP, the first), all together for ToMe."""
     steps = [*row["overhead"].values()]
     return sum(steps) if row["method"] == "tome" else steps[0]

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import click
 import torch
-from benchmark import Listed
-from benchmarking import peak_memory
-from result_tables import markdown
 from tqdm import tqdm
 
 import g2tm
+from segm.cli import Command, Listed, device_option
+from segm.eval.comparison import peak_memory
 from segm.eval.environment import environment
 from segm.eval.timing import interleaved_rates
-from segm.options import Command, device_option
+from segm.files import write_text
 from segm.pictures import write_picture
+from segm.tables import markdown
 from vis import scale_curves
 
 THRESHOLD = 0.5
@@ -68,7 +68,7 @@ def main(grids, width, repeats, out, device):
     click.echo(format_rows(rows))
     if out is not None:
         content = environment(device) | {"command": " ".join(sys.argv), "width": width, "rows": rows}
-        out.with_suffix(".json").write_text(json.dumps(content, indent=2))
+        write_text(out.with_suffix(".json"), json.dumps(content, indent=2))
         write_picture(out.with_suffix(".png"), scale_curves(rows))
 
 

@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 
 import click
-from benchmark import Listed
-from benchmarking import BACKBONES, build_model, settings_for
-from result_tables import markdown
+import torch
+from benchmark import BACKBONES, build_model
 from tqdm import tqdm
 
 import patch
+from segm.cli import Command, Listed, device_option
 from segm.data import create_dataset
 from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
+from segm.eval.comparison import settings_for
 from segm.eval.environment import environment
+from segm.files import write_text
+from segm.merging import PURE, apply
 from segm.optim import create_optimizer, create_scheduler
-from segm.options import PURE, Command, apply_patch, device_option
+from segm.tables import markdown
 
 COLUMNS = {
     "method": "{method}",
@@ -46,8 +49,22 @@ FAR = 10**6  # epochs of the schedule: the learning rate does not matter here
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs, as train.py --compile does.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @device_option
-def main(size, side, n_cls, batch_size, methods, tokens, updates, rounds, num_workers, amp, compile, out, device):
-    """Train a model without merging and with each method, in turns, and print images/s and the share of waiting.
+def main(
+    size: str,
+    side: int,
+    n_cls: int,
+    batch_size: int,
+    methods: tuple[str, ...],
+    tokens: float,
+    updates: int,
+    rounds: int,
+    num_workers: int,
+    amp: bool,
+    compile: bool,
+    out: Path | None,
+    device: torch.device,
+) -> None:
+    """Train a model without merging and with each method, interleaved, and print images/s and the share of waiting.
 
     Random weights; the settings of a method are those that leave about --tokens of the patch tokens at first. Medians
     over the rounds, after one that does not count.
@@ -59,7 +76,7 @@ def main(size, side, n_cls, batch_size, methods, tokens, updates, rounds, num_wo
     trainings = {}
     for name in tqdm([PURE, *methods], desc="settings", leave=False):
         options = {} if name == PURE else settings_for(plain, name, [images], round(tokens * (side // 16) ** 2))
-        trainings[name] = training(apply_patch(copy.deepcopy(plain), name, options), loader, device, amp, compile)
+        trainings[name] = training(apply(copy.deepcopy(plain), name, options), loader, device, amp, compile)
     entries = {name: [] for name in trainings}
     for turn in tqdm(range(1 + rounds), desc="rounds", leave=False):
         for name, train in trainings.items():
@@ -69,7 +86,7 @@ def main(size, side, n_cls, batch_size, methods, tokens, updates, rounds, num_wo
     click.echo(f"{name}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
     click.echo(format_rows(rows))
     if out is not None:
-        out.write_text(json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
+        write_text(out, json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
 
 
 def training(model, loader, device, amp, compile):

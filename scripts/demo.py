@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,9 +20,11 @@ import yaml
 import patch
 from segm import report
 from segm.checkpoint import LAST
-from segm.data import create_dataset
-from segm.options import Command, default_device, load_patched
+from segm.cli import Command, default_device
+from segm.data import Sample, create_dataset
+from segm.eval.comparison import patch_grid
 from segm.pictures import write_picture
+from segm.run import Run
 from vis import colorize, fill_tokens, legend, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +54,7 @@ N_THREADS = 1  # on the CPU threads of so small a model mostly wait for each oth
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "runs/demo", help="Where results go."
 )
-def main(out):
+def main(out: Path) -> None:
     """Train, evaluate and picture a small Segmenter, plain and with graph merging."""
     device = torch.device(default_device())
     torch.set_num_threads(N_THREADS)
@@ -59,17 +62,17 @@ def main(out):
         train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
     runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS]
     runs += [f"{name}={shlex.quote(str(out / 'pure'))} {shlex.join(options)}" for name, options in APPLIED.items()]
-    models = {name: load_patched(path, given, device) for name, path, given in map(report.read_run, runs)}
+    opened = report.open_runs(runs, None, device)
     dataset = create_dataset("shapes", "val")
     samples = [dataset[index] for index in range(N_PICTURES)]
-    write_picture(out / "tokens.png", token_sheet(models, dataset, samples, device))
-    write_picture(out / "predictions.png", prediction_sheet(models, dataset, samples, device))
+    write_picture(out / "tokens.png", token_sheet(opened, samples))
+    write_picture(out / "predictions.png", prediction_sheet(opened, samples))
     click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png\n")
     page = ["--cost-images", str(N_COST_IMAGES), "--pictures", str(N_PICTURES), "--out", str(out / "report.html")]
     report.main([*runs, *page], standalone_mode=False)
 
 
-def train_once(name, folder, options):
+def train_once(name: str, folder: Path, options: list[str]) -> None:
     """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
     if (folder / LAST).exists():
         epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]
@@ -84,35 +87,34 @@ def train_once(name, folder, options):
         raise ValueError(f"the training of {name} failed, see above")
 
 
-def token_sheet(models, dataset, samples, device):
+@torch.inference_mode()
+def token_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
     """Input, and for every merging method its tokens, filled with their mean color, with their number."""
-    merging = {name: model for name, (model, _) in models.items() if patch.is_patched(model)}
+    merging = [run for run in runs if patch.is_patched(run.model)]
     rows, captions = [], []
     for sample in samples:
-        view = dataset.view(sample.image).unsqueeze(0).to(device)
         row, caption = [sample.image], [""]
-        for model in merging.values():
-            with torch.inference_mode():
-                model.grid_scores(view)
-            reduction = patch.reduction(model)
-            grid = tuple(side // size for side, size in zip(view.shape[-2:], model.patch_size, strict=True))
-            row.append(fill_tokens(sample.image, reduction.assignment[0].cpu().numpy(), grid, model.patch_size))
+        for run in merging:
+            view = run.view(sample.image)
+            run.model.grid_scores(view)
+            reduction, grid = patch.reduction(run.model), patch_grid(run.model, view)
+            assignment = reduction.assignment[0].cpu().numpy()
+            row.append(fill_tokens(sample.image, assignment, grid, run.model.patch_size))
             caption.append(f"{reduction.counts.item()} of {grid[0] * grid[1]} tokens")
         rows.append(row)
         captions.append(caption)
-    return picture_sheet(rows, ["input", *merging], captions)
+    return picture_sheet(rows, ["input", *(run.name for run in merging)], captions)
 
 
-def prediction_sheet(models, dataset, samples, device):
+def prediction_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
     """Input, truth, and what every model predicts."""
+    classes, palette = runs[0].classes, runs[0].palette
     rows = []
     for sample in samples:
-        view = dataset.view(sample.image).unsqueeze(0).to(device)
-        with torch.inference_mode():
-            predicted = [model.predict(view)[0].cpu().numpy() for model, _ in models.values()]
-        rows.append([sample.image, *(colorize(labels, dataset.palette) for labels in (sample.label, *predicted))])
-    sheet = picture_sheet(rows, ["input", "truth", *models])
-    names = legend(dataset.classes, dataset.palette)
+        maps = [sample.label, *(run.predict(sample.image) for run in runs)]
+        rows.append([sample.image, *(colorize(labels, palette) for labels in maps)])
+    sheet = picture_sheet(rows, ["input", "truth", *(run.name for run in runs)])
+    names = legend(classes, palette)
     below = sheet.shape[0] - names.shape[0]
     return np.hstack([sheet, np.pad(names, ((0, below), (0, 0), (0, 0)), constant_values=255)])
 

@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from segm.files import atomic, part_of
+
 CHUNK = 1 << 20
 TIMEOUT_S = 60
 FILE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, http.client.HTTPException)
@@ -291,7 +293,7 @@ def unpack(
                 if convert:
                     write_label_map(convert(stream), target)
                 else:
-                    with fresh_file(target) as part, part.open("wb") as file:
+                    with atomic(target) as part, part.open("wb") as file:
                         shutil.copyfileobj(stream, file, CHUNK)
 
 
@@ -306,38 +308,21 @@ def _is_done(target: Path, member: Member, converted: bool) -> bool:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def part_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
 def is_empty(path: Path) -> bool:
     """Whether there is nothing at `path`, or a file without content, as an interrupted tool leaves it."""
     return not path.exists() or path.stat().st_size == 0
 
 
-@contextlib.contextmanager
-def fresh_file(target: Path) -> Iterator[Path]:
-    """Path to write to; becomes `target` if the block ends well, and disappears if not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(target)
-    try:
-        yield part
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def write_label_map(labels: np.ndarray, target: Path) -> None:
     """labels: (H, W) uint8, written as a grey PNG"""
-    with fresh_file(target) as part:
+    with atomic(target) as part:
         Image.fromarray(labels).save(part, format="PNG")
 
 
 def write_text(text: str, target: Path) -> None:
     """Raises click.ClickException if `target` is there with another content."""
     if is_empty(target):
-        with fresh_file(target) as part:
+        with atomic(target) as part:
             part.write_text(text)
     elif target.read_text() != text:
         raise click.ClickException(f"{target} exists and differs from the published list: move it away")

@@ -2,11 +2,11 @@
 
 import click
 import torch
-from benchmarking import build_model
-from result_tables import markdown
+from benchmark import build_model
 from tqdm import tqdm
 
 from segm.eval.operations import count_operations
+from segm.tables import markdown
 
 # model, side of the image in pixels, classes: published GFLOPs
 PUBLISHED = {

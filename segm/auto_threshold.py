@@ -1,6 +1,8 @@
 """The automatic threshold of ALGM: how similar the tokens of an unpatched model are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import torch
@@ -9,11 +11,10 @@ from tqdm import tqdm
 
 import patch
 from segm import parallel
+from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
 from segm.data import create_dataset
 from segm.eval.evaluate import as_is
-from segm.eval.runs import run_normalization, square_view
-from segm.model.factory import load_model
-from segm.options import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
+from segm.run import Run
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Similarity:
     std: float
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """τ = μ + σ (ALGM, section 3.4), at most 1."""
         return min(self.mean + self.std, 1.0)
 
@@ -35,7 +36,13 @@ class Similarity:
 @click.option("--selected-layers", cls=Numbers, type=int, help="Layers, counted from 1.  [default: all]")
 @device_option
 @max_images_option
-def main(checkpoint, dataset_name, selected_layers, device, max_images):
+def main(
+    checkpoint: Path,
+    dataset_name: str,
+    selected_layers: tuple[int, ...],
+    device: torch.device,
+    max_images: int | None,
+) -> None:
     """Print mean, standard deviation and their sum, the threshold, of the similarities of the tokens of CHECKPOINT.
 
     Similarities are those of all pairs of patch tokens after the attention of a layer, over the training images of
@@ -50,7 +57,14 @@ def main(checkpoint, dataset_name, selected_layers, device, max_images):
 
 
 @torch.inference_mode()
-def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=None, side=None):
+def automatic_thresholds(
+    checkpoint: str | Path,
+    dataset_name: str | None,
+    layers: Sequence[int] | None,
+    device: torch.device,
+    max_images: int | None = None,
+    side: int | None = None,
+) -> dict[int, Similarity]:
     """Similarities of the tokens of an unpatched model over the training images, of all processes together.
 
     Args:
@@ -67,17 +81,16 @@ def automatic_thresholds(checkpoint, dataset_name, layers, device, max_images=No
     Raises:
         ValueError: a layer that the model lacks, or not in ascending order.
     """
-    model, variant = load_model(checkpoint)
-    layers = layers or list(range(1, len(model.encoder.blocks) + 1))
-    data = variant["dataset_kwargs"]
-    with patch.similarities(model.to(device).encoder, layers) as moments:
-        dataset = create_dataset(dataset_name or data["dataset"], "train", normalization=run_normalization(variant))
+    run = Run.load(checkpoint, device=device, patch_type="pure")
+    encoder = run.model.encoder
+    layers = layers or list(range(1, len(encoder.blocks) + 1))
+    with patch.similarities(encoder, layers) as moments:
+        dataset = create_dataset(dataset_name or run.dataset, "train", normalization=run.normalization)
         n_images = min(len(dataset), max_images or len(dataset))
         mine = range(parallel.rank(), n_images, parallel.world_size())
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
-            view = square_view(sample.image, side or data["crop_size"], run_normalization(variant))
-            model.encoder.forward_features(view.to(device))
+            encoder.forward_features(run.square(sample.image, side))
         sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
         total = parallel.sum_over_processes(torch.stack(sums))
     return {layer: Similarity(*patch.mean_and_std(one)) for layer, one in zip(layers, total, strict=True)}

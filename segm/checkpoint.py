@@ -5,7 +5,17 @@ from pathlib import Path
 import torch
 import yaml
 
+from segm.files import atomic, write_text
+
 LAST, BEST, VARIANT = "checkpoint.pth", "checkpoint_best.pth", "variant.yml"
+# What a model cannot be built or used with a text instead of: section -> keys of whole numbers, and of others.
+NUMBERS = {
+    "net_kwargs": {"n_cls", "image_size", "patch_size", "d_model", "n_heads", "n_layers"},
+    "net_kwargs.decoder": {"n_cls", "n_layers"},
+    "dataset_kwargs": {"image_size", "crop_size"},
+    "inference_kwargs": {"im_size", "window_size", "window_stride"},
+}
+SHARES = {"net_kwargs": {"dropout", "drop_path_rate"}, "net_kwargs.decoder": {"dropout", "drop_path_rate"}}
 
 
 class _VariantLoader(yaml.SafeLoader):
@@ -51,11 +61,9 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(checkpoint, file):
-    """Write a checkpoint in one step: an interruption leaves the old file as it was."""
-    file = Path(file)
-    partial = file.with_name(file.name + ".part")
-    torch.save(checkpoint, partial)
-    partial.replace(file)
+    """Write a checkpoint in one step."""
+    with atomic(Path(file)) as part:
+        torch.save(checkpoint, part)
 
 
 def restore(path, model, optimizer, scaler):
@@ -84,12 +92,11 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_variant(path):
-    """Read the `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
+def variant_file(path):
+    """The `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
 
     Raises:
         FileNotFoundError: neither is there.
-        ValueError: not valid YAML, a tag other than `!!python/tuple`, or no `net_kwargs` in it.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -97,6 +104,18 @@ def read_variant(path):
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
+    return file
+
+
+def read_variant(path):
+    """Read the `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: not valid YAML, a tag other than `!!python/tuple`, no `net_kwargs` in it, or a text where a number
+            should be.
+    """
+    file = variant_file(path)
     try:
         variant = yaml.load(file.read_text(), Loader=_VariantLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -106,12 +125,23 @@ def read_variant(path):
     for section in ("dataset_kwargs", "inference_kwargs", "optimizer_kwargs", "algorithm_kwargs"):
         if not isinstance(variant.get(section, {}), dict):
             raise ValueError(f"{file}: {section} is no mapping")
+    decoder = variant["net_kwargs"].get("decoder")
+    sections = variant | {"net_kwargs.decoder": decoder if isinstance(decoder, dict) else {}}
+    for name in NUMBERS:
+        for key, value in sections.get(name, {}).items():
+            if key in NUMBERS[name] and not _is_size(value):
+                raise ValueError(f"{file}: {key} in {name} is {value!r}, it should be a whole number from 1")
+            if key in SHARES.get(name, ()) and not (value is None or type(value) in (int, float)):
+                raise ValueError(f"{file}: {key} in {name} is {value!r}, it should be a number from 0 to 1")
     return variant
+
+
+def _is_size(value):
+    """Whether a value is a positive whole number, several of them (sides of an image), or null."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(one is None or (type(one) is int and one > 0) for one in values)
 
 
 def write_variant(variant, folder):
     """Write `variant.yml` into a run directory, in plain YAML."""
-    text = yaml.safe_dump(variant, sort_keys=True)
-    partial = Path(folder) / (VARIANT + ".part")
-    partial.write_text(text)
-    partial.replace(Path(folder) / VARIANT)
+    write_text(Path(folder) / VARIANT, yaml.safe_dump(variant, sort_keys=True))

@@ -11,6 +11,7 @@ from segm.data import DATASETS
 
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Numbers(click.Option):
@@ -148,6 +149,25 @@ class Listed(click.ParamType):
         return values
 
 
+class Images(click.ParamType):
+    """A data set by name, or a folder of photographs."""
+
+    name = "images"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        if value in DATASETS or isinstance(value, Path):
+            return value
+        if not Path(value).is_dir():
+            self.fail(f"{value!r}: give a folder of photographs, or one of {', '.join(DATASETS)}", param, ctx)
+        return Path(value)
+
+
+def show_scores(scores: Mapping[str, Any]) -> None:
+    """Print the scores of all classes together, percent."""
+    for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
+        click.echo(f"{key}: {scores[key]:.2f}")
+
+
 def default_device() -> str:
     """CUDA where it is there, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +175,8 @@ def default_device() -> str:
 
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
+images_argument = click.argument("images", metavar="DATASET|FOLDER", type=Images())
+amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
 device_option = click.option(
     "--device", type=Device(), default=default_device, show_default="cuda if there, else cpu", help="Where to compute."
 )

@@ -2,43 +2,44 @@
 
 import statistics
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import click
+import torch
 from tqdm import tqdm
 
+from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument, max_images_option
 from segm.eval.operations import count_operations
-from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import (
-    Command,
-    batch_size_option,
-    checkpoint_argument,
-    dataset_argument,
-    device_option,
-    load_patched,
-    max_images_option,
-    patch_options,
-)
+from segm.merging import MergingCommand
+from segm.run import Run
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
-@dataset_argument
+@images_argument
 @batch_size_option
 @click.option("--enc-dec", is_flag=True, help="Also print what encoder and decoder take, and the rest.")
 @device_option
 @max_images_option
-@patch_options
-def main(checkpoint, dataset_name, batch_size, enc_dec, device, max_images, **given):
+def main(
+    checkpoint: Path,
+    images: str | Path,
+    batch_size: int,
+    enc_dec: bool,
+    device: torch.device,
+    max_images: int | None,
+    merging: dict[str, Any],
+) -> None:
     """Print the GFLOPs per image of CHECKPOINT on DATASET: mean and standard deviation over the images.
 
     Counted as fvcore does, one per multiply-add, in one forward pass over every validation image at crop x crop
     pixels; upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
     leaves out (element-wise work, sorting, indexing) are listed.
     """
-    model, variant = load_patched(checkpoint, given, device)
-    dataset, _ = open_evaluation(variant, dataset_name)
-    views = SquareViews(dataset, variant, max_images, batch_size=batch_size, device=device)
-    found = [count_operations(model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
+    run = Run.load(checkpoint, device=device, merging=merging)
+    views = run.views(images, max_images, batch_size=batch_size)
+    found = [count_operations(run.model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
     click.echo(f"{len(views) * views.batch_size} images of {views.side} x {views.side} pixels")
     _show("GFLOPs", [operations.total for operations in found])
     if enc_dec:
@@ -50,7 +51,7 @@ def main(checkpoint, dataset_name, batch_size, enc_dec, device, max_images, **gi
     click.echo(f"not counted (calls per pass): {calls}")
 
 
-def _show(name, values):
+def _show(name: str, values: list[float]) -> None:
     """Mean and, of several batches, standard deviation of 10⁹ operations."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     click.echo(f"{name + ':':<9} {statistics.mean(values):.3f}{spread}")

@@ -1,30 +1,32 @@
 """Segment photographs that have no labels."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from segm.eval.runs import class_colors, evaluation_windows, photo_view
-from segm.eval.sliding import predict_labels
-from segm.options import Command, checkpoint_argument, device_option, load_patched, patch_options
+from segm.cli import checkpoint_argument, device_option
+from segm.data.images import read_image
+from segm.merging import MergingCommand
 from segm.pictures import write_picture
+from segm.run import Run
 from vis import blend, colorize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of labels in the blends.")
 @device_option
-@patch_options
-@torch.inference_mode()
-def main(checkpoint, source, target, opacity, device, **given):
+def main(
+    checkpoint: Path, source: Path, target: Path, opacity: float, device: torch.device, merging: dict[str, Any]
+) -> None:
     """Segment every photograph in a folder with CHECKPOINT, a file or a run directory.
 
     Writes NAME.png (8-bit class indices) and NAME_blend.jpg for every photograph NAME.
@@ -33,21 +35,17 @@ def main(checkpoint, source, target, opacity, device, **given):
         raise click.UsageError(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
-    from segm.data.files import read_image  # imports mmseg
-
     photographs = _find_photographs(source)
-    model, variant = load_patched(checkpoint, given, device)
-    windows, (_, palette) = evaluation_windows(variant), class_colors(variant)
+    run = Run.load(checkpoint, device=device, merging=merging)
     for file in tqdm(photographs, desc="inference", unit="image", leave=False):
         image = read_image(file)
-        view = photo_view(variant, image).to(device)
-        labels = predict_labels(model, [(view, False)], windows, image.shape[:2]).cpu().numpy().astype(np.uint8)
+        labels = run.predict(image).astype(np.uint8)
         write_picture(target / f"{file.stem}.png", labels)
-        write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, palette), opacity))
+        write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, run.palette), opacity))
     click.echo(f"{len(photographs)} photographs segmented, written to {target}")
 
 
-def _find_photographs(folder):
+def _find_photographs(folder: Path) -> list[Path]:
     """Photographs of a folder by name; their names without suffix must differ, since the results bear them."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give one with photographs")

@@ -1,32 +1,26 @@
 """Where a trained Segmenter spends its time."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
-from segm.checkpoint import checkpoint_file
+from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument
 from segm.eval.environment import device_name
-from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import (
-    PURE,
-    Command,
-    batch_size_option,
-    checkpoint_argument,
-    dataset_argument,
-    device_option,
-    load_patched,
-    patch_options,
-)
+from segm.merging import MergingCommand
+from segm.model.segmenter import Segmenter
+from segm.run import Run
 
 FORWARD, MERGE = "forward pass", "merging and its undoing"
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
-@dataset_argument
+@images_argument
 @batch_size_option
 @click.option("--max-images", type=click.IntRange(min=1), default=10, show_default=True, help="Images to profile.")
 @click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Operators to list.")
@@ -36,19 +30,25 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
     help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace_<method>.json beside CHECKPOINT]",
 )
 @device_option
-@patch_options
-def main(checkpoint, dataset_name, batch_size, max_images, rows, out, device, **given):
+def main(
+    checkpoint: Path,
+    images: str | Path,
+    batch_size: int,
+    max_images: int,
+    rows: int,
+    out: Path | None,
+    device: torch.device,
+    merging: dict[str, Any],
+) -> None:
     """Print the operators of CHECKPOINT by time and the share of merging, and write a Chrome trace.
 
     One forward pass of the model over images of DATASET at crop x crop pixels, after one that is not profiled.
     """
-    model, variant = load_patched(checkpoint, given, device)
-    dataset, _ = open_evaluation(variant, dataset_name)
-    method = patch.method(model) if patch.is_patched(model) else PURE
-    trace = out or checkpoint_file(checkpoint).parent / f"trace_{method}.json"
+    run = Run.load(checkpoint, device=device, merging=merging)
+    trace = out or run.folder / f"trace_{run.method}.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
-    views = [*SquareViews(dataset, variant, max_images, batch_size=batch_size, device=device)]
-    profiler = run_profile(model, views, device)
+    views = [*run.views(images, max_images, batch_size=batch_size)]
+    profiler = run_profile(run.model, views, device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     click.echo(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45))
     times = device_times(profiler, device)
@@ -60,18 +60,15 @@ def main(checkpoint, dataset_name, batch_size, max_images, rows, out, device, **
 
 
 @torch.inference_mode()
-def run_profile(model, views, device):
+def run_profile(model: Segmenter, views: list[Tensor], device: torch.device) -> profile:
     """Profile one forward pass per batch, with ranges named `FORWARD` and `MERGE`.
 
     Args:
         model: a Segmenter, patched or not.
         views: list of batches (B, 3, H, W).
-
-    Returns:
-        `torch.profiler.profile`.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    model(next(iter(views)))  # the first pass allocates and chooses kernels
+    model(views[0])  # the first pass allocates and chooses kernels
     with patch.merge_ranges(model, MERGE), profile(activities=activities) as profiler:
         for images in views:
             with record_function(FORWARD):
@@ -79,7 +76,7 @@ def run_profile(model, views, device):
     return profiler
 
 
-def device_times(profiler, device):
+def device_times(profiler: profile, device: torch.device) -> dict[str, float]:
     """Name of the range or operator -> microseconds, on the device that computes."""
     attribute = "device_time_total" if device.type == "cuda" else "cpu_time_total"
     return {event.key: getattr(event, attribute) for event in profiler.key_averages()}

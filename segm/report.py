@@ -4,9 +4,10 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import cv2
@@ -15,44 +16,24 @@ import torch
 from tqdm import tqdm
 
 import patch
-from segm.checkpoint import checkpoint_file
-from segm.data import DATASETS, IGNORE_LABEL
+from segm.cli import Command, device_option, max_images_option
+from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
+from segm.data.images import resize_square
+from segm.eval.comparison import compare, patch_grid
 from segm.eval.environment import environment
-from segm.eval.evaluate import evaluate
-from segm.eval.operations import count_operations
-from segm.eval.runs import SquareViews, open_evaluation, run_normalization, square_view, trained_on
-from segm.eval.timing import interleaved_rates
-from segm.metrics import segmentation_scores
-from segm.model.factory import load_model
-from segm.model.segmenter import Segmenter
-from segm.options import Command, device_option, load_patched, max_images_option, read_merging_options
-from segm.token_stats import count_tokens
+from segm.files import write_text
+from segm.merging import parse
+from segm.run import Run
+from segm.tables import markdown
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
 
 
-class Run(NamedTuple):
-    """name: in tables and plots; path: checkpoint or run directory; variant: its `variant.yml`; dataset, windows: with
-    which it is evaluated."""
-
-    name: str
-    path: Path
-    model: Segmenter
-    variant: dict
-    dataset: Any
-    windows: Any
-
-    @property
-    def view_key(self):
-        """Runs of the same key are fed the same images."""
-        return self.variant["dataset_kwargs"]["crop_size"], run_normalization(self.variant)
-
-
 class RecordedCommand(Command):
     """Keeps its arguments as they were given."""
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["report.command"] = shlex.join(["python", "segm/report.py", *args])
         return super().parse_args(ctx, args)
 
@@ -82,7 +63,18 @@ class RecordedCommand(Command):
 @device_option
 @max_images_option
 @click.pass_context
-def main(ctx, texts, dataset_name, cost_images, n_pictures, n_explored, layer, out, device, max_images):
+def main(
+    ctx: click.Context,
+    texts: tuple[str, ...],
+    dataset_name: str | None,
+    cost_images: int,
+    n_pictures: int,
+    n_explored: int,
+    layer: int | None,
+    out: Path,
+    device: torch.device,
+    max_images: int | None,
+) -> None:
     """Compare each RUN, a checkpoint, a run directory or "NAME=PATH [merging options]", on one web page.
 
     mIoU comes from sliding windows at full size (--max-images: of the first images). Everything else comes from images
@@ -91,24 +83,22 @@ def main(ctx, texts, dataset_name, cost_images, n_pictures, n_explored, layer, o
     """
     check_out(out)
     runs = open_runs(texts, dataset_name, device)
-    logs, explored = read_logs(runs), explore(runs, layer, n_explored, device)
-    rows = measure(runs, cost_images, max_images, device)
-    name = dataset_name or trained_on(runs[0].variant)
-    n_images = {
-        "mean_iou": min(max_images or len(runs[0].dataset), len(runs[0].dataset)),
-        "cost": len(rows[0]["counts"]),
-    }
-    record = {"dataset": name, "n_images": n_images, **environment(device), "command": ctx.meta["report.command"]}
-    record["date"] = datetime.now().astimezone().isoformat(timespec="minutes")
-    html = compose(runs, rows, record, logs, explored, n_pictures, device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, html)
-    write(out.with_suffix(".json"), json.dumps(record | {"rows": _without_nan(rows)}, indent=2, default=str))
-    click.echo(page.markdown_table(rows))
+    dataset, _ = runs[0].open(name=dataset_name)
+    logs, explored = read_logs(runs), explore(runs, dataset, layer, n_explored)
+    rows = measure(runs, dataset.name, cost_images, max_images)
+    n_images = {"mean_iou": min(max_images or len(dataset), len(dataset)), "cost": len(rows[0]["counts"])}
+    record = {"dataset": dataset.name, "n_images": n_images, **environment(device)}
+    record |= {"command": ctx.meta["report.command"]}
+    record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
+    pictures = picture_blocks(runs, dataset, n_pictures)
+    write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored))
+    numbers = json.dumps(record | {"rows": _without_nan(rows)}, indent=2, default=str)
+    write_text(out.with_suffix(".json"), numbers)
+    click.echo(markdown(page.COLUMNS, rows))
     click.echo(f"written to {out} and {out.with_suffix('.json')}")
 
 
-def check_out(out):
+def check_out(out: Path) -> None:
     """Raise a click.UsageError where the page could not be written in the end."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise click.UsageError(f"--out {out}: the page is HTML, give a name that ends in .html")
@@ -117,180 +107,100 @@ def check_out(out):
         raise click.UsageError(f"--out {out}: {folder} cannot be written to, choose another place")
 
 
-def read_run(text):
-    """A RUN as the user gave it -> (name, path, values of the merging options).
+def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
+    """A RUN as the user gave it -> (name, path, method and options as `segm.merging.parse` gives them).
 
     Raises:
         click.UsageError: neither a path nor NAME=PATH with merging options.
     """
     if Path(text).exists():
-        return checkpoint_file(text).resolve().parent.name, Path(text), {}
+        return None, Path(text), {}
     name, equals, rest = (part.strip() for part in text.partition("="))
     if not equals:
         raise click.UsageError(f"no such file {text}: give a checkpoint, a run directory or NAME=PATH [options]")
     try:
         path, *options = shlex.split(rest)
-        given = read_merging_options(options)
-    except click.UsageError as error:
-        raise click.UsageError(f"{text}: {error.format_message()}") from error
     except ValueError as error:  # nothing behind NAME=, or quotes that do not close
         raise click.UsageError(f"{text}: give NAME=PATH, and merging options behind it") from error
+    try:
+        given = parse(options)
+    except ValueError as error:
+        raise click.UsageError(f"{text}: {error}") from error
     if not name:
         raise click.UsageError(f"{text}: give it a name, NAME=PATH")
     return name, Path(path), given
 
 
-def open_runs(texts, dataset_name, device):
-    """Load all runs, on one data set.
+def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.device) -> list[Run]:
+    """Load all runs and check that all can be scored on one data set.
 
     Args:
         texts: see `read_run`.
         dataset_name: None: that of the first run.
 
-    Returns:
-        List of `Run`.
-
     Raises:
         ValueError, OSError, click.UsageError: one that cannot be loaded, or two of one name.
     """
-    read = [read_run(text) for text in texts]
-    names = [name for name, _, _ in read]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise click.UsageError(f"two runs are named {twice}: give one another name, NAME=PATH")
     runs = []
-    for name, path, given in tqdm(read, desc="loading", unit="run", leave=False):
+    for text in tqdm(texts, desc="loading", unit="run", leave=False):
+        name, path, given = read_run(text)
         try:
-            model, variant = load_patched(path, given, device)
+            run = Run.load(path, name=name, device=device, merging=given)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        dataset_name = dataset_name or trained_on(variant)
-        runs.append(Run(name, path, model, variant, *open_evaluation(variant, dataset_name)))
+            raise ValueError(f"{name or path}: {error}") from error
+        if any(run.name == other.name for other in runs):
+            raise click.UsageError(f"two runs are named {run.name}: give one another name, NAME=PATH")
+        dataset_name = dataset_name or run.dataset
+        run.open(name=dataset_name)
+        runs.append(run)
     return runs
 
 
-def measure(runs, cost_images, max_images, device):
+def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images: int | None) -> list[dict[str, Any]]:
     """One dict per run: what it scores and what it costs.
 
     Args:
-        runs: list of `Run`.
         cost_images: images for tokens, operations and speed.
         max_images: images for the mIoU; None: all.
 
     Returns:
-        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`mean_iou`, `pixel_accuracy`,
-        `mean_accuracy`, `per_class_iou`); means over images of `tokens` (of `n_patches`) and of 10⁹ operations, one
-        per multiply-add (`gflops`, `gflops_encoder`, `gflops_decoder`); medians over images of images/s at batch 1
-        (`images_per_second` of `predict`, `images_per_second_scores` of token scores) and of `realised_share`
-        (of `reference`, an unpatched run or an unpatched copy); `counts`, the tokens of every image.
+        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and what
+        `segm.eval.comparison.compare` says.
     """
-    views = {}
-    for run in runs:
-        if run.view_key not in views:
-            views[run.view_key] = list(SquareViews(run.dataset, run.variant, cost_images, device=device))
     references = {run.name: reference_of(run, runs) for run in runs}
-    extra = {run.name: _unpatched(run, device) for run in runs if _copy_name(run) in references.values()}
-    rates = _rates(runs, extra, views, device)
-    costs = {}
-    for run in tqdm([*runs, *extra.values()], desc="operations", unit="run", leave=False):
-        costs[run.name] = _costs(run.model, views[run.view_key])
+    models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
+    views = {}
+    for run in models.values():
+        views.setdefault((run.crop_size, run.normalization), [*run.views(dataset_name, cost_images)])
+    costs = compare(
+        {name: run.model for name, run in models.items()},
+        {name: reference.name for name, reference in references.items()},
+        {name: views[run.crop_size, run.normalization] for name, run in models.items()},
+        runs[0].device,
+    )
     rows = []
     for run in tqdm(runs, desc="mIoU", unit="run", leave=False):
-        confusion = evaluate(run.model, run.dataset, run.windows, device=device, n_images=max_images, progress=True)
-        merged = patch.is_patched(run.model)
-        row = {"name": run.name, "path": str(run.path), "method": patch.method(run.model) if merged else "pure"}
-        row |= {"settings": patch.settings(run.model) if merged else {}, **segmentation_scores(confusion)}
-        row |= _row_of_costs(run.name, references[run.name], costs, rates)
-        rows.append(row | {"n_patches": math.prod(grid_of(run.model, views[run.view_key][0]))})
+        row = {"name": run.name, "path": str(run.path), "method": run.method, "settings": run.options}
+        row |= run.evaluate(dataset=dataset_name, n_images=max_images, progress=True)
+        rows.append(row | costs[run.name])
     return rows
 
 
-def reference_of(run, runs):
-    """Name of the unpatched model against which a run's speed counts: the first unpatched run of the same architecture
-    that is fed the same images; where there is none, a name for an unpatched copy of the first such run."""
-    alike = [
-        other
-        for other in runs
-        if other.variant["net_kwargs"] == run.variant["net_kwargs"] and other.view_key == run.view_key
-    ]
-    unpatched = (other.name for other in alike if not patch.is_patched(other.model))
-    return next(unpatched, _copy_name(alike[0]))
-
-
-def _copy_name(run):
-    return f"{run.name}, unpatched"
-
-
-def _unpatched(run, device):
-    """The same run without merging, under the name of `reference_of`."""
-    return run._replace(name=_copy_name(run), model=load_model(run.path)[0].to(device))
-
-
-def _rates(runs, extra, views, device):
-    """(name, "labels" or "scores") -> (images,) images/s at batch 1, all timed interleaved."""
-
-    def on_view(function, key):
-        return lambda batch: function(views[key][batch[0]])  # a batch is the number of one image
-
-    calls = {(run.name, "labels"): on_view(run.model.predict, run.view_key) for run in runs}
-    calls |= {(run.name, "scores"): on_view(run.model.grid_scores, run.view_key) for run in [*runs, *extra.values()]}
-    n_images = min(map(len, views.values()))
-    return interleaved_rates(calls, [[index] for index in range(n_images)], device, progress=True)
-
-
-def _costs(model, views):
-    """Tokens and operations of every image: dict of (images,) tensors, float64."""
-    views = views if patch.is_patched(model) else views[:1]  # without merging all images cost the same
-    operations = [count_operations(model, view) for view in views]
-    costs = {part: [getattr(each, part) for each in operations] for part in ("total", "encoder", "decoder")}
-    costs["tokens"] = [count_tokens(model, view).item() for view in views]
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in costs.items()}
-
-
-def _row_of_costs(name, reference, costs, rates):
-    own, pure, labels = costs[name], costs[reference], rates[name, "labels"]
-    share = realised_share(
-        rates[name, "scores"],
-        rates[reference, "scores"],
-        own["encoder"] + own["decoder"],
-        pure["encoder"] + pure["decoder"],
-    )
-    return {
-        "tokens": own["tokens"].mean().item(),
-        "gflops": own["total"].mean().item(),
-        "gflops_encoder": own["encoder"].mean().item(),
-        "gflops_decoder": own["decoder"].mean().item(),
-        "images_per_second": labels.quantile(0.5).item(),
-        "images_per_second_scores": rates[name, "scores"].quantile(0.5).item(),
-        "realised_share": share,
-        "reference": reference,
-        "counts": own["tokens"].long().expand(len(labels)).tolist(),
-    }
-
-
-def realised_share(rates, pure_rates, operations, pure_operations):
-    """(speed merged ÷ speed pure) ÷ (operations pure ÷ operations merged), the median over images.
-
-    1 means that every operation saved became time saved.
-
-    Args:
-        rates, pure_rates: (images,), images/s of the same images.
-        operations, pure_operations: (images,), or (1,) where all images cost the same.
-    """
-    return ((rates / pure_rates) / (pure_operations / operations)).quantile(0.5).item()
-
-
-def grid_of(model, view):
-    """(gh, gw), patches of images (B, 3, H, W)."""
-    return tuple(-(-side // size) for side, size in zip(view.shape[-2:], model.patch_size, strict=True))
+def reference_of(run: Run, runs: Sequence[Run]) -> Run:
+    """The unpatched run against which a run's speed counts: the first one of the same network that is fed the same
+    images; where there is none, an unpatched copy of the first such run."""
+    alike = [other for other in runs if other.is_like(run)]
+    unpatched = (other for other in alike if not patch.is_patched(other.model))
+    return next(unpatched, None) or alike[0].unpatched(f"{alike[0].name}, unpatched")
 
 
 @torch.inference_mode()
-def explore(runs, layer, n_images, device):
+def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None, n_images: int) -> dict[str, Any]:
     """What the threshold explorer needs of some images.
 
     Args:
-        runs: list of `Run`; shown is the first that merges with graph, or else the first that merges, or the first.
+        runs: shown is the first that merges with graph, or else the first that merges, or the first.
+        dataset: where the images come from.
         layer: 1-based; None: where that run merges first.
 
     Returns:
@@ -300,58 +210,24 @@ def explore(runs, layer, n_images, device):
         ValueError: a layer that the encoder lacks.
     """
     merging = [run for run in runs if patch.is_patched(run.model)]
-    run = next((run for run in merging if patch.method(run.model) == "graph"), [*merging, *runs][0])
-    settings = patch.settings(run.model) if merging else {}
-    model = load_model(run.path)[0].to(device)
+    run = next((run for run in merging if run.method == "graph"), [*merging, *runs][0])
+    model = run.unpatched().model
     if layer is None:
-        layer = settings["layers"][0] if settings else min(LAYER, len(model.encoder.blocks))
+        layer = max(run.options["layers"][0], 1) if merging else min(LAYER, len(model.encoder.blocks))
     images = []
     with patch.edges(model.encoder, layer) as edges:
-        for index in range(min(n_images, len(run.dataset))):
-            sample = run.dataset[index]
-            photo, view = square(run, sample.image, device)
-            model.grid_scores(view)
+        for index in range(min(n_images, len(dataset))):
+            sample = dataset[index]
+            model.grid_scores(run.square(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
+            photo = resize_square(sample.image, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
-    threshold = settings.get("threshold")
+    threshold = run.options.get("threshold")
     threshold = float(threshold) if isinstance(threshold, int | float) else THRESHOLD
     return {"name": run.name, "layer": layer, "threshold": threshold, "images": images}
 
 
-def square(run, image, device):
-    """A photograph resized to crop × crop, and the model's view of it, (1, 3, crop, crop)."""
-    side, normalization = run.view_key
-    photo = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
-    return photo, square_view(image, side, normalization).to(device)
-
-
-def compose(runs, rows, record, logs, explored, n_pictures, device):
-    """The page.
-
-    Args:
-        runs, rows: see `measure`.
-        record: `dataset`, `n_images`, device, versions, command and date.
-        logs: from `read_logs`.
-        explored: from `explore`.
-        n_pictures: images that are shown.
-    """
-    counts = f"{record['n_images']['mean_iou']} images for the mIoU, {record['n_images']['cost']} for the rest"
-    versions = f"Python {record['python']}, PyTorch {record['torch']}, timm {record['timm']}"
-    facts = [("data set", f"{record['dataset']}, {counts}"), ("device", record["device"]), ("versions", versions)]
-    facts += [("date", record["date"]), ("command", record["command"])]
-    sections = [
-        page.methods_section(rows),
-        page.trade_off_section(rows),
-        page.classes_section(rows, runs[0].dataset.classes),
-        page.training_section(logs, [run.name for run in runs]),
-        page.tokens_section(rows),
-        page.pictures_section(*picture_blocks(runs, n_pictures, device)),
-        page.explorer_section(**explored),
-    ]
-    return page.page(f"Token reduction on {record['dataset']}", facts, filter(None, sections))
-
-
-def read_logs(runs):
+def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once.
 
     Raises:
@@ -359,11 +235,11 @@ def read_logs(runs):
     """
     files = {}
     for run in runs:
-        files.setdefault(checkpoint_file(run.path).resolve().parent / "log.txt", run.name)
+        files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
 
 
-def read_log(file):
+def read_log(file: Path) -> list[dict[str, Any]]:
     """Entries of one `log.txt`."""
     try:
         entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
@@ -373,56 +249,51 @@ def read_log(file):
 
 
 @torch.inference_mode()
-def picture_blocks(runs, n_images, device):
+def picture_blocks(
+    runs: Sequence[Run], dataset: SegmentationDataset, n_images: int
+) -> tuple[list[str], list[str], np.ndarray]:
     """Input and truth, and for every run its tokens and its prediction.
 
     Returns:
-        (list of HTML, one per image; names and palette (C, 3) of the classes that occur).
+        (HTML of every image; names and palette (C, 3) of the classes that occur).
     """
-    dataset, blocks, seen = runs[0].dataset, [], set()
+    blocks, seen = [], set()
     for index in tqdm(range(min(n_images, len(dataset))), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
-        photo, _ = square(runs[0], sample.image, device)
+        photo = resize_square(sample.image, runs[0].crop_size)
         truth = np.full(sample.image.shape[:2], IGNORE_LABEL, np.uint8) if sample.label is None else sample.label
         truth = cv2.resize(truth, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         pairs = [(page.picture(photo, "input"), page.label_picture(truth, dataset.palette, "truth"))]
         seen.update(np.unique(truth))
         for run in runs:
-            photo, view = square(run, sample.image, device)
-            labels = run.model.predict(view)[0].cpu().numpy()
+            labels = run.model.predict(run.square(sample.image))[0].cpu().numpy()
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
-            pairs.append((token_picture(run, photo, view), predicted))
+            pairs.append((token_picture(run, sample.image), predicted))
         blocks.append(page.picture_pairs(sample.name, pairs))
     classes = sorted(label for label in seen if label < dataset.n_cls)
     return blocks, [dataset.classes[i] for i in classes], np.asarray(dataset.palette)[classes]
 
 
-def token_picture(run, photo, view):
-    """HTML of the tokens of the last pass, with their number."""
-    size, grid = run.model.patch_size, grid_of(run.model, view)
+def token_picture(run: Run, image: np.ndarray) -> str:
+    """HTML of the tokens of the last pass, which was over this image, with their number."""
+    photo = resize_square(image, run.crop_size)
+    grid = patch_grid(run.model, run.square(image))
     n_all = math.prod(grid)
     reduction = patch.reduction(run.model) if patch.is_patched(run.model) else None
     count = n_all if reduction is None else reduction.counts.item()
+    assignment = np.arange(n_all)
+    if reduction is not None:  # a method whose tokens are no groups of patches has no assignment
+        assignment = getattr(reduction, "assignment", None)
+        assignment = None if assignment is None else assignment[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
-    if reduction is None:
-        return page.token_picture(photo, np.arange(n_all), grid, size, caption)
-    if reduction.assignment is None:  # its tokens are no groups of patches
-        return page.picture(photo, caption)
-    return page.token_picture(photo, reduction.assignment[0].cpu().numpy(), grid, size, caption)
+    return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
 
 
-def write(file, text):
-    """Write a text in one step."""
-    partial = file.with_name(file.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def _without_nan(rows):
+def _without_nan(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """JSON knows no NaN: None instead."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(each) for each in value]
         return None if isinstance(value, float) and math.isnan(value) else value

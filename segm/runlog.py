@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from segm.checkpoint import write_variant
+from segm.files import write_text
 
 CURVES = {
     "train_loss": "loss/train",
@@ -36,7 +37,7 @@ class RunLog:
         write_variant(variant, log_dir)
         if self.file.exists():
             lines = self.file.read_text().splitlines(keepends=True)
-            self.file.write_text("".join(line for line in lines if json.loads(line)["epoch"] < start_epoch))
+            write_text(self.file, "".join(line for line in lines if json.loads(line)["epoch"] < start_epoch))
         self.events = SummaryWriter(log_dir)
 
     def write(self, entry):

@@ -1,19 +1,26 @@
 """Look into a trained Segmenter: attention, merged tokens and label maps of one photograph."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.data import DATASETS, class_info, normalize
-from segm.eval.runs import class_colors, run_normalization, trained_on
-from segm.options import Command, checkpoint_argument, device_option, load_patched, patch_options
+from g2tm import Reduction
+from segm.cli import checkpoint_argument, device_option
+from segm.data import DATASETS, class_info
+from segm.data.images import resize_square
+from segm.eval.comparison import patch_grid
+from segm.merging import MergingCommand
+from segm.model.segmenter import Segmenter
 from segm.pictures import write_picture
+from segm.run import Run
 from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
 
 LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose classes are known without a file
@@ -27,7 +34,7 @@ class Query(NamedTuple):
     patch: int | None = None
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -59,39 +66,37 @@ class Query(NamedTuple):
     help="True label map.  [default: where the data set keeps that of IMAGE; none if nothing is there]",
 )
 @device_option
-@patch_options
 @torch.inference_mode()
 def main(
-    checkpoint,
-    image,
-    out,
-    cmap,
-    cls,
-    x_patch,
-    y_patch,
-    enc,
-    layer_id,
-    classes,
-    image_size,
-    ground_truth,
-    device,
-    **given,
-):
+    checkpoint: Path,
+    image: Path,
+    out: Path,
+    cmap: str | None,
+    cls: bool | None,
+    x_patch: int | None,
+    y_patch: int | None,
+    enc: bool,
+    layer_id: int | None,
+    classes: tuple[str, ...],
+    image_size: int | None,
+    ground_truth: Path | None,
+    device: torch.device,
+    merging: dict[str, Any],
+) -> None:
     """Draw what CHECKPOINT, a file or a run directory, does with the photograph IMAGE; goes to OUT/<name of IMAGE>.
 
     CMAP gives names and colors of the classes: a data set, or a YAML list of {id, name, color: [r, g, b]}; by default
     the data set of the training. Small pictures are enlarged by a whole factor.
     """
     check_query(cls, x_patch, y_patch, enc, classes)
-    model, variant = load_patched(checkpoint, given, device)
-    names, palette = read_class_list(cmap, variant, model.n_cls)
+    run = Run.load(checkpoint, device=device, merging=merging)
+    model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.photograph import read_sample  # imports mmseg
 
-    sample = read_sample(image, ground_truth, cmap if cmap in LISTS else trained_on(variant), names, palette)
-    side = image_size or variant.get("dataset_kwargs", {}).get("crop_size") or model.encoder.patch_embed.img_size[0]
-    photo = cv2.resize(sample.image, (side, side), interpolation=cv2.INTER_LINEAR)
-    view = normalize(photo, run_normalization(variant)).unsqueeze(0).to(device)
-    grid = tuple(-(-side // length) for length in model.patch_size)
+    sample = read_sample(image, ground_truth, cmap if cmap in LISTS else run.dataset, names, palette)
+    side = image_size or run.crop_size
+    photo, view = resize_square(sample.image, side), run.square(sample.image, side)
+    grid = patch_grid(model, view)
 
     part = "encoder" if enc else "decoder"
     layer_id = chosen_layer(model, part, layer_id)
@@ -102,7 +107,9 @@ def main(
         label_maps["gt"] = cv2.resize(sample.label, (side, side), interpolation=cv2.INTER_NEAREST)
     first = model.encoder.num_prefix_tokens if enc else 0
     n_tokens = weights.shape[-1] - (first if enc else model.n_cls)  # that carry patches
-    if place is not None:
+    if before is None:
+        queries = []  # the tokens that this layer sees are no groups of patches: attention has no place to be drawn at
+    elif place is not None:
         index = place[1] * grid[1] + place[0]
         queries = [Query("patch_{}_{}".format(*place), first + before[index], index)]
     else:
@@ -116,50 +123,48 @@ def main(
             pictures = attention_pictures(photo, row, grid, patch_size, before, query.patch)
             for picture, end in zip(pictures, ("", "_overlay"), strict=True):
                 write_picture(folder / layer / query.name / f"{layer}_attn-head{head}_{query.name}{end}.png", picture)
-    for name, picture in token_pictures(photo, final, grid, patch_size).items():
+    tokens = {"photo": photo} if final is None else token_pictures(photo, final, grid, patch_size)
+    for name, picture in tokens.items():
         write_picture(folder / f"{image.stem}_{name}.png", picture)
     for name, labels in label_maps.items():
         picture = label_picture(enlarge(labels, factor), names, palette)
         write_picture(folder / f"{image.stem}_seg_{name}.png", picture)
+    what = ", ".join(query.name for query in queries) or f"no picture, tokens of {run.method} are no groups of patches"
     truth = "" if sample.label is not None else "; no ground truth found"
-    click.echo(f"{layer}: attention of {', '.join(query.name for query in queries)}, written to {folder}{truth}")
+    click.echo(f"{layer}: attention of {what}, written to {folder}{truth}")
 
 
-def look(model, view, layer_id, part, grid):
+def look(
+    model: Segmenter, view: Tensor, layer_id: int, part: str, grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Attention of one layer, and which token carries which patch.
 
     Args:
-        model: a Segmenter, patched or not.
+        model: patched or not.
         view: (1, 3, H, W), normalised.
         layer_id, part: see `Segmenter.attention`.
         grid: (gh, gw).
 
     Returns:
-        (weights (heads, L, L), assignment (N,) at the input of that layer, assignment (N,) in the end), arrays.
-
-    Raises:
-        ValueError: a method that assigns no patches to tokens.
+        (weights (heads, L, L), assignment (N,) at the input of that layer, assignment (N,) in the end), arrays; an
+        assignment is None where tokens are no groups of patches.
     """
-    with patch.reductions(model) as steps:
-        weights = model.attention(view, layer_id, part)
+    weights = model.attention(view, layer_id, part)
+    steps = sorted(patch.reductions(model).items())
     # Layers merge behind their attention: layer_id + 1, counted from 1, sees what the layers before it left.
-    steps = sorted(steps.items())
     before = [step for step in steps if part == "decoder" or step[0] <= layer_id]
     return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
 
 
-def last_assignment(steps, grid):
+def last_assignment(steps: Sequence[tuple[int, Reduction]], grid: tuple[int, int]) -> np.ndarray | None:
     """(N,), of the last of [(layer, composed reduction), ...]; every patch is a token of its own if there is none."""
     if not steps:
         return np.arange(grid[0] * grid[1])
-    if steps[-1][1].assignment is None:
-        raise ValueError(
-            "this merging method assigns no patches to tokens, nothing can be drawn: try --patch-type pure"
-        )
-    return steps[-1][1].assignment[0].cpu().numpy()
+    assignment = getattr(steps[-1][1], "assignment", None)
+    return None if assignment is None else assignment[0].cpu().numpy()
 
 
-def check_query(cls, x_patch, y_patch, enc, classes):
+def check_query(cls: bool | None, x_patch: int | None, y_patch: int | None, enc: bool, classes: Sequence[str]) -> None:
     """Raise a ValueError for options that contradict each other."""
     place = [f"--{axis}-patch {value}" for axis, value in (("x", x_patch), ("y", y_patch)) if value is not None]
     if cls and place:
@@ -170,7 +175,7 @@ def check_query(cls, x_patch, y_patch, enc, classes):
         raise ValueError(f"--class {classes[0]} and {' '.join(place) or '--patch'}: choose classes or a patch")
 
 
-def chosen_layer(model, part, layer_id):
+def chosen_layer(model: Segmenter, part: str, layer_id: int | None) -> int:
     """The layer, by default the last; ValueError if there is none of that number."""
     depth = len(getattr(model, part).blocks)
     if not depth:
@@ -180,7 +185,9 @@ def chosen_layer(model, part, layer_id):
     return depth - 1 if layer_id is None else layer_id
 
 
-def chosen_place(model, enc, grid, cls, x_patch, y_patch):
+def chosen_place(
+    model: Segmenter, enc: bool, grid: tuple[int, int], cls: bool | None, x_patch: int | None, y_patch: int | None
+) -> tuple[int, int] | None:
     """(column, row) of the patch that attends; None: CLS or classes do.
 
     Raises:
@@ -198,7 +205,7 @@ def chosen_place(model, enc, grid, cls, x_patch, y_patch):
     return place
 
 
-def class_queries(names, chosen, prediction, first):
+def class_queries(names: Sequence[str], chosen: Sequence[str], prediction: np.ndarray, first: int) -> list[Query]:
     """A `Query` for every chosen class, or else for every class in the prediction; first: row of the first class.
 
     Raises:
@@ -211,23 +218,23 @@ def class_queries(names, chosen, prediction, first):
     return [Query(f"cls_{names[label].replace('/', '-')}", first + label) for label in labels]
 
 
-def read_class_list(cmap, variant, n_cls):
+def read_class_list(cmap: str | None, run: Run) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and palette, (C, 3) uint8 RGB, from a data set, a YAML file, or (None) the data set of the run.
 
     Raises:
         ValueError: neither a data set nor a file, or another number of classes than the model's.
     """
-    if cmap is None or cmap == "folder" == trained_on(variant):
-        names, palette = class_colors(variant)
+    if cmap is None or cmap == "folder" == run.dataset:
+        names, palette = run.classes, run.palette
     elif cmap in LISTS:
         names, palette = class_info(cmap)
     elif Path(cmap).is_file():
         names, palette = class_info("folder", cmap)
     else:
         raise ValueError(f"CMAP {cmap}: give a data set ({', '.join(LISTS)}) or a YAML file with a list of classes")
-    if len(names) != n_cls:
+    if len(names) != run.n_cls:
         raise ValueError(
-            f"CMAP {cmap or trained_on(variant)} has {len(names)} classes, the model {n_cls}: give that of the training"
+            f"CMAP {cmap or run.dataset} has {len(names)} classes, the model {run.n_cls}: give that of the training"
         )
     return tuple(names), palette
 

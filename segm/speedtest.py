@@ -4,44 +4,46 @@ import copy
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import patch
-from segm.eval.environment import environment
-from segm.eval.runs import SquareViews, open_evaluation
-from segm.eval.timing import interleaved_rates
-from segm.model.factory import load_model
-from segm.options import (
-    PURE,
-    Command,
-    apply_patch,
+from segm.cli import (
+    DTYPES,
     batch_size_option,
     checkpoint_argument,
-    dataset_argument,
     device_option,
+    images_argument,
     max_images_option,
-    merging_settings,
-    patch_options,
-    read_given_options,
-    read_merging_options,
 )
-from segm.token_stats import count_tokens
+from segm.eval.comparison import mean_tokens, meet_every_shape
+from segm.eval.environment import environment
+from segm.eval.timing import interleaved_rates
+from segm.files import write_text
+from segm.merging import PURE, MergingCommand, apply, parse
+from segm.run import Run
+from segm.tables import markdown
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUTS = {
     "logits": lambda model: model,
     "scores": lambda model: model.grid_scores,
     "labels": lambda model: model.predict,
 }
-COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
+COLUMNS = {
+    "method": "{method}",
+    "tokens": "{tokens:.1f}",
+    "images/s": "{images_per_second:.2f}",
+    "quartiles": "{q25:.2f} to {q75:.2f}",
+    "median ratio": "{ratio:.3f}",
+}
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
-@dataset_argument
+@images_argument
 @batch_size_option
 @click.option("--duplicate", is_flag=True, help="Fill a batch with copies of one image, which keeps its token count.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of model and images.")
@@ -62,41 +64,36 @@ COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @device_option
 @max_images_option
-@patch_options
 def main(
-    checkpoint,
-    dataset_name,
-    batch_size,
-    duplicate,
-    dtype,
-    output,
-    warmup,
-    repeats,
-    compare,
-    compiled,
-    out,
-    device,
-    **given,
-):
+    checkpoint: Path,
+    images: str | Path,
+    batch_size: int,
+    duplicate: bool,
+    dtype: str,
+    output: str,
+    warmup: int,
+    repeats: int,
+    compare: str | None,
+    compiled: bool,
+    out: Path | None,
+    device: torch.device,
+    max_images: int | None,
+    merging: dict[str, Any],
+) -> None:
     """Print images/s of CHECKPOINT on DATASET, at crop x crop pixels.
 
     Every validation image is timed --repeats times, its median counts; printed are median and quartiles over the
-    images, without the reading of files. With --compare the methods take turns, image by image, and the ratio to
-    the first one is the median over the images. Published protocols: G2TM --batch-size 1; ALGM --batch-size 32
+    images, without the reading of files. With --compare the methods are interleaved, image by image, and the ratio
+    to the first one is the median over the images. Published protocols: G2TM --batch-size 1; ALGM --batch-size 32
     --duplicate.
     """
-    max_images = given.pop("max_images")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    model, variant = load_model(checkpoint)
-    methods = read_methods(compare, given, variant)
-    models = {name: apply_patch(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
-    dataset, _ = open_evaluation(variant, dataset_name)
-    precision = DTYPES[dtype]
-    views = SquareViews(
-        dataset, variant, max_images, batch_size=batch_size, duplicate=duplicate, device=device, dtype=precision
-    )
-    models = {name: patched.to(device=device, dtype=precision) for name, patched in models.items()}
+    run, precision = Run.load(checkpoint, device=device, patch_type=PURE), DTYPES[dtype]
+    methods = read_methods(compare, merging, run)
+    model = run.model.to(precision)
+    models = {name: apply(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
+    views = run.views(images, max_images, batch_size=batch_size, duplicate=duplicate, dtype=precision)
     calls = {name: OUTPUTS[output](patched) for name, patched in models.items()}
     if compiled:
         for patched in models.values():
@@ -109,100 +106,61 @@ def main(
     conditions |= {"compiled": compiled}
     conditions |= {"output": output, "side": views.side, "batches": len(views), "repeats": repeats, "warmup": warmup}
     click.echo(describe(conditions))
-    click.echo(format_rows(rows))
+    click.echo(markdown(COLUMNS, rows))
     if out is not None:
-        out.write_text(json.dumps(conditions | {"dataset": dataset_name, "rows": rows}, indent=2))
+        write_text(out, json.dumps(conditions | {"dataset": str(images), "rows": rows}, indent=2))
 
 
-def read_methods(compare, given, variant):
+def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
     """Methods to time.
 
     Args:
         compare: value of --compare, or None.
-        given: values of `patch_options`; with --compare they hold for every method that takes them.
-        variant: content of `variant.yml`.
+        merging: method and options that were given; with --compare, options hold for every method that takes them.
+        run: what its variant says holds where nothing is given.
 
     Returns:
-        What is written of a method -> (method, options) for `apply_patch`.
+        What is written of a method -> (method, options) for `segm.merging.apply`.
 
     Raises:
         ValueError: a method or option that is not allowed, or the same one twice.
     """
-    saved = variant.get("dataset_kwargs")
     if compare is None:
-        method, options = merging_settings(given, saved)
+        method, options = run.choose(merging)
         return {method: (method, options)}
-    if given.get("patch_type") is not None:
+    if "patch_type" in merging:
         raise ValueError("--compare and --patch-type: name all methods in --compare")
-    common, methods = read_given_options(given), {}
+    methods, used = {}, set()
     for text in (part.strip() for part in compare.split(",")):
         if text in methods:
             raise ValueError(f"--compare {compare}: {text} stands there twice")
-        method, options = _read_method(text, saved)
-        methods[text] = method, {key: common[key] for key in common if key in _known(method)} | options
-    unused = [key for key in common if not any(key in _known(method) for method, _ in methods.values())]
+        try:
+            name, *own = shlex.split(text) or [""]
+            given = parse(["--patch-type", name, *own])
+            taken = set() if name == PURE else {key for key in merging if patch.find(name).takes(key)}
+            methods[text] = run.choose({key: merging[key] for key in taken} | given)
+        except ValueError as error:
+            raise ValueError(f"--compare {text!r}: {error}") from error
+        used |= taken
+    unused = [key for key in merging if key not in used]
     if unused:
         raise ValueError(f"{', '.join(unused)}: none of the methods in --compare {compare} takes it")
     return methods
 
 
-def _read_method(text, saved):
-    """`NAME [merging options]` -> (method, options); errors name --compare."""
-    try:
-        name, *own = shlex.split(text) or [""]
-        return merging_settings(read_merging_options(["--patch-type", name, *own]), saved)
-    except (click.UsageError, ValueError) as error:
-        message = error.format_message() if isinstance(error, click.UsageError) else error
-        raise ValueError(f"--compare {text!r}: {message}") from error
-
-
-def _known(method):
-    """Options that a method takes."""
-    return () if method == PURE else patch.METHODS[method].defaults
-
-
-@torch.inference_mode()
-def meet_every_shape(calls, batches):
-    """Let compiled models see every number of tokens before they are timed.
-
-    Args:
-        calls: name -> function of a batch (B, 3, H, W).
-        batches: those that will be timed.
-    """
-    for batch in tqdm(batches, desc="compiling", unit="batch", leave=False):
-        for call in calls.values():
-            for _ in range(COMPILING_PASSES):
-                call(batch)
-
-
-def mean_tokens(model, views):
-    """Patch tokens that an image keeps, on average."""
-    return torch.cat([count_tokens(model, batch) for batch in views]).double().mean().item()
-
-
-def speed_row(name, rates, reference, tokens):
+def speed_row(name: str, rates: Tensor, reference: Tensor, tokens: float) -> dict[str, Any]:
     """Median and quartiles of images/s over the batches, and the median ratio to a reference; both (batches,)."""
     low, median, high = (rates.quantile(q).item() for q in (0.25, 0.5, 0.75))
     ratio = (rates / reference).quantile(0.5).item()
     return {"method": name, "images_per_second": median, "q25": low, "q75": high, "ratio": ratio, "tokens": tokens}
 
 
-def describe(conditions):
+def describe(conditions: dict[str, Any]) -> str:
     """One line that says what was measured with."""
     c = conditions
     images = f"{c['batches']} x {c['batch_size']} images of {c['side']} x {c['side']}"
     compiled = ", compiled" if c["compiled"] else ""
     return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}{compiled}"
-
-
-def format_rows(rows):
-    """The rows as Markdown."""
-    lines = ["| method | tokens | images/s | quartiles | median ratio |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        quartiles = f"{row['q25']:.2f} to {row['q75']:.2f}"
-        cells = f"{row['tokens']:.1f} | {row['images_per_second']:.2f} | {quartiles} | {row['ratio']:.3f}"
-        lines.append(f"| {row['method']} | {cells} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

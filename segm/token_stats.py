@@ -1,35 +1,34 @@
 """How many tokens are left, and how large the merged ones are."""
 
 import json
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.checkpoint import checkpoint_file
-from segm.eval.runs import SquareViews, open_evaluation
-from segm.options import (
-    Command,
-    checkpoint_argument,
-    dataset_argument,
-    device_option,
-    load_patched,
-    max_images_option,
-    patch_options,
-)
+from segm.cli import checkpoint_argument, device_option, images_argument, max_images_option
+from segm.eval.comparison import patch_grid
+from segm.files import write_text
+from segm.merging import MergingCommand
+from segm.model.segmenter import Segmenter
 from segm.pictures import write_picture
+from segm.run import Run
 from vis import token_histograms
 
 QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
-@dataset_argument
+@images_argument
 @click.option("--layer-id", type=click.IntRange(min=0), help="Only this encoder layer, counted from 0.  [default: all]")
 @click.option(
     "--out",
@@ -38,79 +37,65 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 )
 @device_option
 @max_images_option
-@patch_options
-def main(checkpoint, dataset_name, layer_id, out, device, max_images, **given):
+def main(
+    checkpoint: Path,
+    images: str | Path,
+    layer_id: int | None,
+    out: Path | None,
+    device: torch.device,
+    max_images: int | None,
+    merging: dict[str, Any],
+) -> None:
     """Print how many patch tokens CHECKPOINT keeps on DATASET after every layer that merges, and how large they are.
 
     Over the validation images at crop x crop pixels: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
     """
-    model, variant = load_patched(checkpoint, given, device)
-    if not patch.is_patched(model):
+    run = Run.load(checkpoint, device=device, merging=merging)
+    if not patch.is_patched(run.model):
         raise click.UsageError("nothing merges in this model: name a method with --patch-type")
-    check_layer(model, layer_id)
-    dataset, _ = open_evaluation(variant, dataset_name)
-    views = SquareViews(dataset, variant, max_images, device=device)
-    statistics = collect(model, tqdm(views, desc="tokens", unit="image", leave=False))
+    check_layer(run, layer_id)
+    views = run.views(images, max_images)
+    statistics = collect(run.model, tqdm(views, desc="tokens", unit="image", leave=False))
     layers = {layer: found for layer, found in statistics.items() if layer_id in (None, layer - 1)}
-    method = patch.method(model)
-    folder = out or checkpoint_file(checkpoint).parent / f"token_stats_{method}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out or run.folder / f"token_stats_{run.method}"
     rows = [summary(layer, **found) for layer, found in layers.items()]
     click.echo(format_rows(rows))
-    content = {"method": method, "settings": patch.settings(model), "n_images": len(views), "layers": rows}
-    (folder / "tokens.json").write_text(json.dumps(content, indent=2))
+    content = {"method": run.method, "settings": run.options, "n_images": len(views), "layers": rows}
+    write_text(folder / "tokens.json", json.dumps(content, indent=2))
     write_picture(folder / "tokens.png", token_histograms(layers))
     click.echo(f"written to {folder}")
 
 
-def check_layer(model, layer_id):
+def check_layer(run: Run, layer_id: int | None) -> None:
     """Raise a ValueError unless the model merges in that layer (0-based); None is all layers."""
-    ids = [layer - 1 for layer in patch.settings(model)["layers"]]
+    ids = [layer - 1 for layer in run.options["layers"]]
     if layer_id is not None and layer_id not in ids:
         raise ValueError(f"--layer-id {layer_id}: tokens merge in {', '.join(map(str, ids))} (counted from 0)")
 
 
 @torch.inference_mode()
-def count_tokens(model, images):
-    """Patch tokens that are left at the end of the encoder.
-
-    Args:
-        model: a Segmenter, patched or not.
-        images: (B, 3, H, W).
-
-    Returns:
-        (B,), int64, on the CPU.
-    """
-    scores = model.grid_scores(images)
-    if patch.is_patched(model) and patch.reduction(model) is not None:
-        return patch.reduction(model).counts.cpu()
-    return torch.full((len(images),), scores.shape[-2] * scores.shape[-1])
-
-
-@torch.inference_mode()
-def collect(model, views):
+def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, Any]]:
     """Token counts and sizes of a patched model.
 
     Args:
-        views: iterable of batches (B, 3, H, W).
+        views: batches (B, 3, H, W).
 
     Returns:
         1-based layer -> dict of `n_patches`, `counts` (images,), int64, and `sizes` (tokens that stand for more or
         less than one patch, of all images together), float32.
     """
-    counts, sizes, n_patches = defaultdict(list), defaultdict(list), {}
-    with patch.reductions(model) as steps:
-        for images in views:
-            model.grid_scores(images)
-            for layer, step in steps.items():
-                n_patches[layer] = int(step.sizes[0].sum().round())
-                counts[layer].append(step.counts.cpu().numpy())
-                kept = step.sizes[step.sizes > 0] if step.padded else step.sizes.flatten()
-                sizes[layer].append(kept[kept != 1].cpu().numpy())
+    counts, sizes, n_patches = defaultdict(list), defaultdict(list), 0
+    for images in views:
+        model.grid_scores(images)
+        n_patches = math.prod(patch_grid(model, images))
+        for layer, step in patch.reductions(model).items():
+            counts[layer].append(step.counts.cpu().numpy())
+            kept = step.sizes.flatten() if step.padding is None else step.sizes[~step.padding]
+            sizes[layer].append(kept[kept != 1].cpu().numpy())
     return {
         layer: {
-            "n_patches": n_patches[layer],
+            "n_patches": n_patches,
             "counts": np.concatenate(counts[layer]),
             "sizes": np.concatenate(sizes[layer]),
         }
@@ -118,18 +103,18 @@ def collect(model, views):
     }
 
 
-def summary(layer, n_patches, counts, sizes):
+def summary(layer: int, n_patches: int, counts: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     """One layer's numbers for a table: mean and quantiles of counts and sizes; sizes None where nothing merged."""
     return {"layer": layer, "n_patches": n_patches, "tokens": _spread(counts), "sizes": _spread(sizes)}
 
 
-def _spread(values):
+def _spread(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     return {"mean": float(np.mean(values))} | {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
 
 
-def format_rows(rows):
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as text, one line per layer and quantity."""
     names = ("mean", "median", "q05", "q95")
     lines = [f"{'layer':>5} {'':<24}" + "".join(f"{name:>9}" for name in ("mean", "median", "5 %", "95 %"))]

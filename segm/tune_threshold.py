@@ -3,40 +3,32 @@
 import copy
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import patch
 from segm.checkpoint import checkpoint_file
+from segm.cli import checkpoint_argument, dataset_argument, device_option, max_images_option
+from segm.eval.comparison import mean_tokens
 from segm.eval.environment import device_name
-from segm.eval.evaluate import evaluate
-from segm.eval.runs import SquareViews, open_evaluation
 from segm.eval.timing import interleaved_rates
-from segm.metrics import segmentation_scores
-from segm.model.factory import load_model
-from segm.options import (
-    PURE,
-    Command,
-    apply_patch,
-    checkpoint_argument,
-    dataset_argument,
-    device_option,
-    max_images_option,
-    merging_settings,
-    patch_options,
-)
+from segm.files import write_text
+from segm.merging import PURE, MergingCommand, apply
 from segm.pictures import write_picture
-from segm.token_stats import count_tokens
+from segm.run import Run
 from vis import threshold_curves
 
 COST_IMAGES = 10
 
 
-@click.command(cls=Command)
+@click.command(cls=MergingCommand)
 @checkpoint_argument
 @dataset_argument
 @click.option("--highest", type=float, default=1.0, show_default=True, help="First threshold.")
@@ -51,30 +43,37 @@ COST_IMAGES = 10
 )
 @device_option
 @max_images_option
-@patch_options
-def main(checkpoint, dataset_name, highest, lowest, step, out, device, max_images, **given):
+def main(
+    checkpoint: Path,
+    dataset_name: str,
+    highest: float,
+    lowest: float,
+    step: float,
+    out: Path | None,
+    device: torch.device,
+    max_images: int | None,
+    merging: dict[str, Any],
+) -> None:
     """Score CHECKPOINT on DATASET at falling thresholds, and name the lowest that keeps the mIoU of the plain model.
 
     Prints a table of mIoU (percent) and, on the first images at crop x crop pixels, tokens per image and images/s;
-    the models take turns while they are timed. The threshold found is the last one down to which no threshold scored
+    interleaved. The threshold found is the last one down to which no threshold scored
     below the unpatched model.
     """
     thresholds = falling(highest, lowest, step)
-    if given["threshold"] is not None:
+    if merging.get("threshold") is not None:
         raise click.UsageError("--threshold: the thresholds to try go from --highest to --lowest")
-    model, variant = load_model(checkpoint)
-    method, options = merging_settings(given, variant.get("dataset_kwargs"))
-    if method == PURE or "threshold" not in patch.METHODS[method].defaults:
-        names = ", ".join(name for name, entry in patch.METHODS.items() if "threshold" in entry.defaults)
+    plain = Run.load(checkpoint, device=device, patch_type=PURE)
+    method, options = plain.choose(merging)
+    if method == PURE or not patch.find(method).takes("threshold"):
+        names = ", ".join(name for name, entry in patch.METHODS.items() if entry.takes("threshold"))
         raise click.UsageError(f"name a method with a threshold: --patch-type {{{names}}}")
-    apply_patch(copy.deepcopy(model), method, options | {"threshold": highest})  # refuses what is wrong before reading
-    dataset, windows = open_evaluation(variant, dataset_name)
-    merging = apply_patch(copy.deepcopy(model), method, options | {"threshold": highest}).to(device)
-    tuning = Tuning(model.to(device), merging, [*SquareViews(dataset, variant, COST_IMAGES, device=device)], device)
+    patched = apply(copy.deepcopy(plain.model), method, options | {"threshold": highest})
+    dataset, _ = plain.open(name=dataset_name)
+    tuning = Tuning(plain, replace(plain, model=patched), [*plain.views(dataset_name, COST_IMAGES)])
 
-    def score(threshold):
-        evaluated = tuning.at(threshold)
-        return segmentation_scores(evaluate(evaluated, dataset, windows, device=device, n_images=max_images))
+    def score(threshold: float | None) -> dict[str, Any]:
+        return tuning.at(threshold).evaluate(dataset=dataset, n_images=max_images)
 
     file = checkpoint_file(checkpoint)
     folder = out or file.parent / f"tune_threshold_{method}"
@@ -84,7 +83,7 @@ def main(checkpoint, dataset_name, highest, lowest, step, out, device, max_image
     _report(rows, folder)
 
 
-def falling(highest, lowest, step):
+def falling(highest: float, lowest: float, step: float) -> list[float]:
     """Thresholds from `highest` down to `lowest`, which is always the last one.
 
     Raises:
@@ -99,38 +98,42 @@ def falling(highest, lowest, step):
 
 @dataclass(frozen=True)
 class Tuning:
-    """A model without and with merging, and what their cost is measured with.
+    """A run without and with merging, and what their cost is measured with.
 
     Attributes:
         plain, merging: the same weights, unpatched and patched.
-        views: list of images (1, 3, H, W).
-        device: where they are.
+        views: images (1, 3, H, W), on the device of the run.
     """
 
-    plain: torch.nn.Module
-    merging: torch.nn.Module
-    views: list
-    device: torch.device
+    plain: Run
+    merging: Run
+    views: Sequence[Tensor]
 
-    def at(self, threshold):
-        """The model that merges at a threshold; None: the unpatched one."""
+    def at(self, threshold: float | None) -> Run:
+        """The run that merges at a threshold; None: the unpatched one."""
         if threshold is None:
             return self.plain
-        patch.set_threshold(self.merging, threshold)
+        patch.set_threshold(self.merging.model, threshold)
         return self.merging
 
-    def tokens(self, threshold):
+    def tokens(self, threshold: float | None) -> float:
         """Mean number of patch tokens that the images keep."""
-        return torch.cat([count_tokens(self.at(threshold), view) for view in self.views]).double().mean().item()
+        return mean_tokens(self.at(threshold).model, self.views)
 
-    def rates(self, thresholds):
+    def rates(self, thresholds: Sequence[float | None]) -> dict[float | None, float]:
         """threshold -> median images/s of `predict`, all interleaved."""
-        calls = {threshold: lambda view, t=threshold: self.at(t).predict(view) for threshold in thresholds}
-        rates = interleaved_rates(calls, self.views, self.device, progress=True)
+        calls = {threshold: lambda view, t=threshold: self.at(t).model.predict(view) for threshold in thresholds}
+        rates = interleaved_rates(calls, self.views, self.plain.device, progress=True)
         return {threshold: values.quantile(0.5).item() for threshold, values in rates.items()}
 
 
-def measure_all(file, settings, thresholds, score, tuning):
+def measure_all(
+    file: Path,
+    settings: dict[str, Any],
+    thresholds: Sequence[float | None],
+    score: Callable[[float | None], Mapping[str, Any]],
+    tuning: Tuning,
+) -> list[dict[str, Any]]:
     """Measure every threshold that a file does not hold yet, and the speed of all of them.
 
     Args:
@@ -147,7 +150,6 @@ def measure_all(file, settings, thresholds, score, tuning):
         ValueError: the file holds measurements with other settings, or something else.
     """
     known = _read_rows(file, settings)
-    file.parent.mkdir(parents=True, exist_ok=True)
     for threshold in tqdm([t for t in thresholds if t not in known], desc="thresholds", leave=False):
         row = {"threshold": threshold, "mean_iou": score(threshold)["mean_iou"], "tokens": tuning.tokens(threshold)}
         known[threshold] = row
@@ -159,7 +161,7 @@ def measure_all(file, settings, thresholds, score, tuning):
     return [known[threshold] for threshold in thresholds]
 
 
-def _read_rows(file, settings):
+def _read_rows(file: Path, settings: dict[str, Any]) -> dict[float | None, dict[str, Any]]:
     """threshold -> row of an earlier measurement with the same settings."""
     if not file.exists():
         return {}
@@ -173,19 +175,17 @@ def _read_rows(file, settings):
     return rows
 
 
-def _write_rows(file, settings, rows):
-    partial = file.with_suffix(".part")
-    partial.write_text(json.dumps({"settings": settings, "rows": [*rows.values()]}, indent=2))
-    partial.replace(file)
+def _write_rows(file: Path, settings: dict[str, Any], rows: dict[float | None, dict[str, Any]]) -> None:
+    write_text(file, json.dumps({"settings": settings, "rows": [*rows.values()]}, indent=2))
 
 
-def _readable(options):
+def _readable(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON gives them back, the threshold left out."""
     kept = {name: value for name, value in options.items() if name != "threshold"}
     return json.loads(json.dumps(kept))
 
 
-def _report(rows, folder):
+def _report(rows: list[dict[str, Any]], folder: Path) -> None:
     click.echo(f"{'threshold':>9} {'mIoU':>6} {'tokens':>8} {'images/s':>9}")
     for row in rows:
         name = "pure" if row["threshold"] is None else f"{row['threshold']:.3f}"
@@ -199,7 +199,7 @@ def _report(rows, folder):
     click.echo(f"written to {folder}")
 
 
-def lowest_without_loss(rows):
+def lowest_without_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Lowest threshold down to which no threshold scored below the unpatched model; None if the first does.
 
     Args:

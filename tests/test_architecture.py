@@ -23,8 +23,9 @@ def imports(file):
 
 
 def is_command(file):
-    """Files with a click command, and the options that they share."""
-    return "@click.command" in file.read_text() or file == ROOT / "segm/options.py"
+    """Files with a click command, and what they are built on."""
+    shared = ("merging.py", "plan.py", "run.py", "eval/comparison.py")
+    return "@click.command" in file.read_text() or file in [ROOT / "segm" / name for name in shared]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))

@@ -17,7 +17,14 @@ from vis import plots
 from vis.labels import colorize, enlarge, magnification
 from vis.tokens import fill_tokens
 
-HEADINGS = ("method", "mIoU", "images/s", "GFLOPs", "tokens", "realised share")
+COLUMNS = {
+    "method": "{name}",
+    "mIoU": "{mean_iou:.2f}",
+    "images/s": "{images_per_second:.1f}",
+    "GFLOPs": "{gflops:.3f}",
+    "tokens": "{tokens:.1f}",
+    "realised share": "{realised_share:.2f}",
+}
 SIDE = 512  # pixels of the larger side of a picture, at most
 STEP = 0.005  # of the slider
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -135,7 +142,10 @@ def label_picture(labels, palette, caption):
 
 
 def token_picture(photo, assignment, grid, patch_size, caption):
-    """Tokens filled with their mean colors; photo: (H, W, 3), the others as in `vis.fill_tokens`."""
+    """Tokens filled with their mean colors; photo: (H, W, 3), the others as in `vis.fill_tokens`. Without an assignment
+    (None: tokens are no groups of patches) the photograph itself."""
+    if assignment is None:
+        return picture(photo, caption)
     factor = magnification(photo.shape[:2], SIDE // 2)  # first, so that outlines are thin beside the patches
     sides = tuple(factor * side for side in patch_size)
     return picture(fill_tokens(enlarge(photo, factor), assignment, grid, sides), caption)
@@ -206,6 +216,33 @@ def _explorer_entry(image):
     return {"name": image["name"], "photo": picture_uri(image["photo"]), **size, **edges}
 
 
+def comparison_page(record, rows, classes, logs, pictures, explored):
+    """A comparison of methods.
+
+    Args:
+        record: `dataset`, `n_images` (`mean_iou` and `cost`), `device`, `python`, `torch`, `timm`, `date`, `command`.
+        rows: see `methods_section`, `classes_section`, `tokens_section`.
+        classes: names of the classes.
+        logs: see `training_section`.
+        pictures: (blocks, names, palette), see `pictures_section`.
+        explored: see `explorer_section`.
+    """
+    counts = f"{record['n_images']['mean_iou']} images for the mIoU, {record['n_images']['cost']} for the rest"
+    versions = f"Python {record['python']}, PyTorch {record['torch']}, timm {record['timm']}"
+    facts = [("data set", f"{record['dataset']}, {counts}"), ("device", record["device"]), ("versions", versions)]
+    facts += [("date", record["date"]), ("command", record["command"])]
+    sections = [
+        methods_section(rows),
+        trade_off_section(rows),
+        classes_section(rows, classes),
+        training_section(logs, [row["name"] for row in rows]),
+        tokens_section(rows),
+        pictures_section(*pictures),
+        explorer_section(**explored),
+    ]
+    return page(f"Token reduction on {record['dataset']}", facts, filter(None, sections))
+
+
 def methods_section(rows):
     """The table of methods, and what they are.
 
@@ -214,29 +251,15 @@ def methods_section(rows):
             `gflops`, `tokens`, `n_patches`, `realised_share`.
     """
     explained = (
-        "mIoU in percent; images/s of the label map at batch size 1, the median over images; GFLOPs (one per "
-        "multiply-add, upsampling included) and tokens left of the patches, means over images. Realised share: (speed "
-        "merged ÷ speed pure) ÷ (GFLOPs pure ÷ GFLOPs merged) of encoder and decoder, without upsampling, the median "
-        "over images; 1 means that every operation saved became time saved."
+        "mIoU in percent; images/s of the label map at batch size 1, over all images; GFLOPs (one per multiply-add, "
+        "upsampling included) and tokens left of the patches, means over images. Realised share: (speed merged ÷ speed "
+        "pure) ÷ (GFLOPs pure ÷ GFLOPs merged) of encoder and decoder, without upsampling; 1 means that every "
+        "operation saved became time saved."
     )
-    cells = [table_cells(row) for row in rows]
-    for row, texts in zip(rows, cells, strict=True):
-        texts[4] += f" of {row['n_patches']}"
+    columns = COLUMNS | {"tokens": "{tokens:.1f} of {n_patches}"}
+    cells = [[text.format(**row) for text in columns.values()] for row in rows]
     merging = [(row["name"], f"{_describe(row)} — {row['path']}") for row in rows]
-    return section("Methods", table(HEADINGS, cells, "Methods"), note(explained), terms(merging))
-
-
-def markdown_table(rows):
-    """The table of methods as Markdown; rows: as in `methods_section`."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS)]
-    lines += [[text.replace("|", r"\|") for text in table_cells(row)] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def table_cells(row):
-    """One row's texts below `HEADINGS`."""
-    speed, gflops, tokens = f"{row['images_per_second']:.1f}", f"{row['gflops']:.3f}", f"{row['tokens']:.1f}"
-    return [row["name"], f"{row['mean_iou']:.2f}", speed, gflops, tokens, f"{row['realised_share']:.2f}"]
+    return section("Methods", table([*COLUMNS], cells, "Methods"), note(explained), terms(merging))
 
 
 def _describe(row):

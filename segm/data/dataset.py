@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from segm.data.images import resize_keep_ratio
 from segm.data.normalization import get_normalization, normalize
 from segm.data.sample import Sample
 from segm.data.seeding import mix_seeds, seeded
@@ -76,8 +77,6 @@ class SegmentationDataset(Dataset):
         Resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`, then
         normalised.
         """
-        from segm.data.transforms import resize_keep_ratio
-
         long, short = self._scale
         resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))
         return normalize(resized, self.normalization)

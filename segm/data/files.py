@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from segm.data.dataset import SegmentationDataset
-from segm.data.openmmlab import BaseSegDataset, LoadAnnotations, LoadImageFromFile
+from segm.data.images import DECODE_ERRORS, first_line, read_image, require_file
+from segm.data.openmmlab import BaseSegDataset, LoadAnnotations
 from segm.data.sample import IGNORE_LABEL, Sample
-
-# The decoders' ways to say that a file is damaged; cv2 gives None, which mmcv turns into an AssertionError.
-DECODE_ERRORS = (AssertionError, OSError, SyntaxError, ValueError, EOFError, cv2.error)
-TAIL_BYTES = 65536
 
 
 class FileDataset(SegmentationDataset):
@@ -41,12 +37,12 @@ class FileDataset(SegmentationDataset):
     def _load_label(self, info: dict, shape: tuple[int, int]) -> np.ndarray:
         """uint8 (H, W), labels in [0, n_cls) or 255"""
         path = Path(info["seg_map_path"])
-        _require_file(path, "label map")
+        require_file(path, "label map")
         try:
             highest = highest_wide_label(path)
             label = self._read_label(info)["gt_seg_map"]
-        except DECODE_ERRORS as error:
-            raise ValueError(f"{path}: damaged or no label map ({_first_line(error)})") from error
+        except (AssertionError, *DECODE_ERRORS) as error:  # mmcv's, where cv2 gives None
+            raise ValueError(f"{path}: damaged or no label map ({first_line(error)})") from error
         if label.ndim != 2:
             raise ValueError(f"{path}: a label map has one channel, this one has {label.shape[-1]}")
         if label.shape != shape:
@@ -66,48 +62,7 @@ class FileDataset(SegmentationDataset):
         raise ValueError(f"{path}: label {value} is not allowed; allowed are 0 to {top}, and 255 = ignored")
 
 
-def read_image(path: Path) -> np.ndarray:
-    """A photograph, uint8 RGB (H, W, 3).
-
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged or no image.
-    """
-    _require_file(path, "image")
-    try:
-        check_complete(path)
-        image = LoadImageFromFile()({"img_path": str(path)})["img"]
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: damaged or no image ({_first_line(error)})") from error
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def check_complete(path: Path) -> None:
-    """Raises OSError for a truncated JPEG or PNG file, which OpenCV would fill up with grey.
-
-    The end marker is looked for in the last bytes; only a file without one (cameras append data) is decoded
-    by Pillow, which is strict.
-    """
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
-        tail = file.read()
-    # Compressed JPEG data never holds the end marker, but an embedded thumbnail has its own.
-    if b"IEND" in tail or tail.rfind(b"\xff\xd9") > tail.rfind(b"\xff\xda"):
-        return
-    with Image.open(path) as image:
-        image.load()
-
-
 def highest_wide_label(path: Path) -> int:
     """Highest value of a label map with more than 8 bits, else 0: mmseg's loader would cut it to 8 bits."""
     with Image.open(path) as image:
         return int(np.asarray(image).max()) if image.mode.startswith(("I", "F")) else 0
-
-
-def _require_file(path: Path, kind: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the {kind} is missing")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import yaml
 
+from segm.data.images import find_images
 from segm.data.layouts import dataset_root
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import open_list
 from segm.data.sample import IGNORE_LABEL
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "val", "test")
 
 
@@ -120,18 +120,14 @@ def _split_images(base: Path, split: str) -> tuple[Path, list[Path]]:
     """The folder that the split's images are in, and their paths in sorted order."""
     image_dir, names_file = base / "images" / split, base / f"{split}.txt"
     if image_dir.is_dir():
-        return image_dir, _find_images(image_dir)
-    images = _find_images(base / "images")
+        return image_dir, find_images(image_dir)
+    images = find_images(base / "images")
     if names_file.is_file():
         return base / "images", _named(images, base / "images", names_file)
     others = [path for s in SPLITS for path in (base / "images" / s, base / f"{s}.txt") if path.exists()]
     if others or split == "test":
         raise FileNotFoundError(f"folder has no split {split!r}: neither {image_dir} nor {names_file} exists")
     return base / "images", _tenth(images, base / "images", split)
-
-
-def _find_images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _named(images: list[Path], folder: Path, names_file: Path) -> list[Path]:

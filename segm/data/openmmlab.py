@@ -11,9 +11,7 @@ import warnings
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mmseg.datasets as mmseg_datasets
-    from mmcv import imresize
-    from mmcv.image import rescale_size
-    from mmcv.transforms import LoadImageFromFile, Normalize, Pad, RandomResize
+    from mmcv.transforms import Normalize, Pad, RandomResize
     from mmseg.datasets import BaseSegDataset
     from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion, RandomCrop
     from mmseg.datasets.transforms.transforms import RandomFlip, Resize
@@ -21,7 +19,6 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
 __all__ = [
     "BaseSegDataset",
     "LoadAnnotations",
-    "LoadImageFromFile",
     "Normalize",
     "Pad",
     "PhotoMetricDistortion",
@@ -29,7 +26,5 @@ __all__ = [
     "RandomFlip",
     "RandomResize",
     "Resize",
-    "imresize",
     "mmseg_datasets",
-    "rescale_size",
 ]

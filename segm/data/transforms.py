@@ -16,8 +16,6 @@ from segm.data.openmmlab import (
     RandomFlip,
     RandomResize,
     Resize,
-    imresize,
-    rescale_size,
 )
 from segm.data.sample import IGNORE_LABEL
 
@@ -56,11 +54,3 @@ class TrainTransform:
             "image": torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1))),
             "label": torch.from_numpy(results["gt_seg_map"].astype(np.int64)),
         }
-
-
-def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
-    """Largest bilinear resize of a uint8 image (H, W, 3) that fits within (long, short), ratio kept."""
-    height, width = image.shape[:2]
-    size = rescale_size((width, height), (long, short))
-    # A very thin image would get a side of 0 pixels.
-    return imresize(image, tuple(max(side, 1) for side in size), interpolation="bilinear", backend="cv2")

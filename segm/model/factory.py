@@ -2,7 +2,7 @@
 
 import logging
 
-from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant
+from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant, variant_file
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder, position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
@@ -55,7 +55,10 @@ def load_model(path, parts=None):
     """
     checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
     variant = read_variant(path)
-    model = create_segmenter(variant["net_kwargs"], parts=parts)
+    try:
+        model = create_segmenter(variant["net_kwargs"], parts=parts)
+    except ValueError as error:
+        raise ValueError(f"{variant_file(path)}: {error}") from error
     weights = load_checkpoint(path)["model"]
     try:
         model.load_state_dict(weights, strict=True)

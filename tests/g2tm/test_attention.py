@@ -24,11 +24,26 @@ def test_inverse_is_the_opposite():
     assert torch.equal(attention_bias(SIZES[:1], "inverse"), -attention_bias(SIZES[:1], "proportional"))
 
 
-@pytest.mark.parametrize("mode", ["none", "proportional", "inverse"])
-def test_padding_is_never_seen(mode):
-    bias = attention_bias(SIZES, mode, PADDING)
-    assert bias.shape == (2, 1, 1, 3)
-    assert torch.equal(bias[:, 0, 0] == float("-inf"), PADDING)
+def test_padding_is_never_seen():
+    for mode in ("none", "proportional", "inverse"):
+        bias = attention_bias(SIZES, mode, PADDING)
+        assert bias.shape == (2, 1, 1, 3)
+        assert torch.equal(bias[:, 0, 0] == float("-inf"), PADDING)
+
+
+def test_sizes_below_one_are_taken_as_they_are_and_empty_ones_stay_finite():
+    sizes = torch.tensor([[0.25, 1e-3, 0.0]], requires_grad=True)
+    bias = attention_bias(sizes, "proportional")
+    torch.testing.assert_close(bias[0, 0, 0, :2], sizes[0, :2].log())
+    assert bias.isfinite().all()
+    bias.sum().backward()
+    torch.testing.assert_close(sizes.grad, torch.tensor([[4.0, 1e3, 0.0]]))
+
+
+def test_padding_gives_finite_gradients():
+    sizes = SIZES.clone().requires_grad_()
+    attention_bias(sizes, "inverse", PADDING).exp().sum().backward()
+    assert sizes.grad.isfinite().all()
 
 
 def test_nothing_to_add_is_none():

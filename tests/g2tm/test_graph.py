@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from g2tm import edge_similarities, graph_merge
-from g2tm.components import BACKENDS, grid_components
-from g2tm.graph import _edge_ends, _strongest_edges
+from g2tm.components import BACKENDS, grid_components, strongest_components
 
+GRIDS = [(8, 8), (5, 11), (1, 7), (7, 1), (1, 1)]
 ON_CPU = [backend for backend in BACKENDS if backend != "triton"]
 
 
@@ -35,16 +35,93 @@ def smooth_tokens(n_images, grid, dim=6):
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("grid", [(8, 8), (5, 11), (1, 7), (7, 1), (1, 1)])
-@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.7, 1.0])
-def test_partition_is_that_of_the_definition(backend, grid, threshold):
-    x = smooth_tokens(3, grid)
-    reduction = graph_merge(x, grid, threshold, backend=backend)
-    for image in range(3):
-        expected = grid_partition(x[image], grid, threshold)
-        assert partition(reduction.assignment[image]) == expected
-        assert reduction.counts[image] == len(expected)
+def edge_list(right, down):
+    """(strength, one end, other end) of every edge of one image, in the order in which equal ones are taken."""
+    index = torch.arange(right.shape[0] * down.shape[1]).view(right.shape[0], down.shape[1])
+    parts = [(right, index[:, :-1], index[:, 1:]), (down, index[:-1], index[1:])]
+    return [edge for part in parts for edge in zip(*(side.flatten().tolist() for side in part), strict=True)]
+
+
+def kruskal(right, down, n_groups):
+    """Partition of one image: the strongest edges that join two groups, until so many are left."""
+    groups = networkx.utils.UnionFind(range(right.shape[0] * down.shape[1]))
+    edges = sorted(edge_list(right, down), key=lambda edge: -edge[0] if edge[0] == edge[0] else 2)
+    joins = right.shape[0] * down.shape[1] - n_groups
+    for _, one, other in edges:
+        if joins and groups[one] != groups[other]:
+            groups.union(one, other)
+            joins -= 1
+    return {frozenset(group) for group in groups.to_sets()}
+
+
+def test_partition_is_that_of_the_definition():
+    for grid in GRIDS:
+        x = smooth_tokens(3, grid)
+        for threshold in (-1.0, 0.3, 0.7, 1.0):
+            expected = [grid_partition(image, grid, threshold) for image in x]
+            for backend in ON_CPU:
+                reduction = graph_merge(x, grid, threshold, backend=backend)
+                assert [partition(image) for image in reduction.assignment] == expected
+                assert reduction.counts.tolist() == list(reduction.lengths) == [len(groups) for groups in expected]
+
+
+def test_a_budget_leaves_exactly_so_many_tokens():
+    """Those of Kruskal's algorithm."""
+    for grid in GRIDS:
+        x, n_patches = smooth_tokens(3, grid), grid[0] * grid[1]
+        right, down = edge_similarities(x, grid)
+        for tokens in sorted({1, n_patches, *torch.randint(1, n_patches + 1, (5,)).tolist()}):
+            expected = [kruskal(right[image], down[image], tokens) for image in range(3)]
+            for backend in ON_CPU if tokens % 5 == 1 else ["auto"]:
+                reduction = graph_merge(x, grid, None, tokens=tokens, backend=backend)
+                assert [partition(image) for image in reduction.assignment] == expected
+                assert reduction.counts.tolist() == list(reduction.lengths) == [tokens] * 3
+                assert reduction.padding is None and (reduction.sizes > 0).all()
+
+
+def test_a_budget_takes_equal_edges_in_order():
+    """4 values: nearly all equal; NaN comes last."""
+    for n_values in (1, 4, 10**6):
+        right, down = (torch.randint(n_values, (3, *shape)) / n_values for shape in ((7, 5), (6, 6)))
+        right[0, 3, 2] = down[1, 2] = float("nan")
+        for tokens in range(1, 43):
+            found = [strongest_components(right, down, tokens, backend) for backend in ("opencv", "torch")]
+            assert torch.equal(*found)
+            for image in range(3):
+                assert partition(found[0][image]) == kruskal(right[image], down[image], tokens)
+
+
+def test_budget_and_threshold_agree():
+    x = smooth_tokens(2, (9, 7))
+    for image in x.split(1):
+        for threshold in (0.2, 0.5, 0.8):
+            expected = graph_merge(image, (9, 7), threshold)
+            found = graph_merge(image, (9, 7), threshold, tokens=expected.lengths[0])
+            assert torch.equal(found.assignment, expected.assignment) and torch.equal(found.counts, expected.counts)
+
+
+def test_groups_are_numbered_by_their_first_patch():
+    reduction = graph_merge(smooth_tokens(3, (6, 9)), (6, 9), None, tokens=20)
+    for image in reduction.assignment.tolist():
+        assert list(dict.fromkeys(image)) == list(range(20))
+
+
+def test_no_image_gives_no_image():
+    x = torch.randn(0, 12, 5)
+    for backend in ("auto", *ON_CPU):
+        for arguments in ({"threshold": 0.5}, {"threshold": 0.5, "batch": "uniform"}, {"threshold": None, "tokens": 4}):
+            reduction = graph_merge(x, (3, 4), **arguments, backend=backend)
+            assert reduction.unmerge(reduction.merge(x)).shape == x.shape and reduction.lengths == ()
+        assert grid_components(*(similarity > 0 for similarity in edge_similarities(x, (3, 4))), backend)[2] == []
+
+
+def test_tokens_without_a_direction_or_a_difference():
+    for x in (torch.zeros(2, 20, 3), torch.ones(2, 20, 3), torch.full((2, 20, 3), float("nan"))):
+        for arguments in ({"threshold": 0.5}, {"threshold": 0.5, "batch": "uniform"}, {"threshold": None, "tokens": 7}):
+            reduction = graph_merge(x, (4, 5), **arguments)
+            assert (reduction.sizes.sum(1) == 20).all()
+    assert graph_merge(torch.zeros(1, 20, 3), (4, 5), 0.0).lengths == (20,)
+    assert graph_merge(torch.ones(1, 20, 3), (4, 5), 0.5).lengths == (1,)
 
 
 def test_a_batch_equals_its_images():
@@ -78,25 +155,11 @@ def test_uniform_merges_the_most_similar_first():
     assert partition(uniform.assignment[0]) in own
 
 
-@pytest.mark.parametrize("n_values", [4, 10**6])
-def test_uniform_keeps_the_head_of_the_maximum_spanning_forest(n_values):
-    """Kruskal's: the most similar edges that join two groups, of equal ones the earlier; 4 values: nearly all equal."""
-    grid = (7, 6)
-    similarity = [torch.randint(n_values, (3, *shape)) / n_values for shape in ((7, 5), (6, 6))]
-    threshold = [torch.tensor([0.6, 0.2, -1.0]).view(3, 1, 1)] * 2
-    kept = tuple(s > t for s, t in zip(similarity, threshold, strict=True))
-    counts = grid_components(*kept)[1]
-    n_merges = 42 - counts.max().item()
-    chosen = _strongest_edges(tuple(similarity), kept, n_merges, counts, "auto")
-    start, end = (part.tolist() for part in _edge_ends(*grid, "cpu"))
-    for image in range(3):
-        weight, alive = (torch.cat([part[image].flatten() for part in pair]).tolist() for pair in (similarity, kept))
-        forest, taken = networkx.utils.UnionFind(range(42)), set()
-        for edge in sorted((e for e in range(len(weight)) if alive[e]), key=lambda e: (-weight[e], e)):
-            if forest[start[edge]] != forest[end[edge]]:
-                forest.union(start[edge], end[edge])
-                taken |= {edge} if len(taken) < n_merges else set()
-        assert set(torch.cat([part[image].flatten() for part in chosen]).nonzero().flatten().tolist()) == taken
+def test_uniform_is_the_budget_of_the_image_that_merges_least():
+    x = smooth_tokens(4, (6, 9))
+    uniform = graph_merge(x, (6, 9), 0.6, batch="uniform")
+    budget = graph_merge(x, (6, 9), None, tokens=max(graph_merge(x, (6, 9), 0.6).lengths))
+    assert torch.equal(uniform.assignment, budget.assignment)
 
 
 def test_a_higher_threshold_only_splits():
@@ -146,34 +209,53 @@ def test_half_precision_tokens_are_compared_in_float32():
     assert torch.equal(graph_merge(x, (8, 8), 0.6).assignment, expected.assignment)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_threshold_one_merges_nothing_at_all(backend):
+def test_threshold_one_merges_nothing_at_all():
     """Rounding would give equal tokens a cosine above 1."""
     x = torch.randn(1, 1, 33).expand(6, 64, 33)
-    assert (graph_merge(x, (8, 8), 1.0, backend=backend).counts == 64).all()
+    for backend in ON_CPU:
+        assert (graph_merge(x, (8, 8), 1.0, backend=backend).counts == 64).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "allowed"),
-    [
+def test_similarities_are_those_of_the_backend(monkeypatch):
+    """NumPy's serve the CPU, torch's any device."""
+
+    def refuse(*_):
+        raise AssertionError
+
+    x = smooth_tokens(2, (6, 9))
+    expected = graph_merge(x, (6, 9), 0.6).assignment
+    monkeypatch.setattr("g2tm.graph.products", refuse)
+    assert torch.equal(graph_merge(x, (6, 9), 0.6, backend="torch").assignment, expected)
+    for backend in ("opencv", "networkx", "auto"):
+        with pytest.raises(AssertionError):
+            graph_merge(x, (6, 9), 0.6, backend=backend)
+
+
+def test_bad_arguments_are_named():
+    for arguments, allowed in (
         ({"threshold": 1.5}, "-1 to 1"),
         ({"threshold": float("nan")}, "-1 to 1"),
-        ({"grid": (3, 3)}, "3x3|3×3"),
+        ({"threshold": None}, "-1 to 1"),
+        ({"tokens": 0}, "1 to 8"),
+        ({"tokens": 9}, "1 to 8"),
+        ({"tokens": 0.5}, "1 to 8"),
+        ({"tokens": True}, "1 to 8"),
+        ({"grid": (3, 3)}, "3×3"),
+        ({"grid": (-2, -4)}, "at least one row"),
         ({"batch": "padded"}, "ragged or uniform"),
-        ({"backend": "cuda"}, "scipy"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, allowed):
-    arguments = {"grid": (2, 4), "threshold": 0.5} | arguments
-    with pytest.raises(ValueError, match=allowed):
-        graph_merge(torch.randn(1, 8, 3), **arguments)
+        ({"backend": "scipy"}, "auto, opencv, torch, triton, networkx"),
+    ):
+        with pytest.raises(ValueError, match=allowed):
+            graph_merge(torch.randn(1, 8, 3), **({"grid": (2, 4), "threshold": 0.5} | arguments))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_partition_of_the_cpu():
     x = smooth_tokens(3, (16, 20))
-    for batch in ("ragged", "uniform"):
-        cpu = graph_merge(x, (16, 20), 0.6, batch=batch)
-        cuda = graph_merge(x.cuda(), (16, 20), 0.6, batch=batch)
-        assert torch.equal(cpu.assignment, cuda.assignment.cpu())
+    for arguments in ({"batch": "ragged"}, {"batch": "uniform"}, {"tokens": 1}, {"tokens": 123}, {"tokens": 320}):
+        cpu = graph_merge(x, (16, 20), 0.6, **arguments)
+        for backend in ("auto", "torch", "triton", "opencv"):
+            cuda = graph_merge(x.cuda(), (16, 20), 0.6, **arguments, backend=backend)
+            assert cuda.assignment.is_cuda and torch.equal(cpu.assignment, cuda.assignment.cpu())
+    assert graph_merge(x[:0].cuda(), (16, 20), 0.6).lengths == ()

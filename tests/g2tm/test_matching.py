@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from g2tm import bipartite
+from g2tm import bipartite, sources
 from g2tm.matching import adaptive_threshold, best_partners
 
 
-@pytest.mark.parametrize("r", [1, 31, 60, 100])
-def test_one_step_is_the_published_one(cases, r):
+def test_one_step_is_the_published_one(cases):
+    for r in (1, 31, 60, 100):
+        assert_published(cases, r)
+
+
+def assert_published(cases, r):
     reduction = bipartite(cases["tome.metric"], r=r, sizes=cases["tome.size"][..., 0])
     merged = reduction.merge(cases["tome.x"])
     torch.testing.assert_close(merged, cases[f"tome.r{r}.x"], atol=1e-5, rtol=0)
@@ -29,21 +33,55 @@ def by_definition(metric, n_merges, prefix):
     return [(a, b) for _, a, b in sorted(pairs)[:n_merges]]
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize("length", [12, 17])
-@pytest.mark.parametrize("r", [0, 1, 3, 100])
-def test_groups_and_order_are_those_of_the_definition(prefix, length, r):
-    metric = torch.randn(2, length, 6)
-    reduction = bipartite(metric, r=r, prefix=prefix)
-    for image in range(2):
-        merges = dict(by_definition(metric[image], min(r, (length - prefix) // 2), prefix))
-        stay = list(range(prefix))
-        stay += [i for i in range(prefix, length) if i % 2 == 0 and i not in merges]
-        stay += [i for i in range(prefix, length) if i % 2 == 1]
-        expected = {token: place for place, token in enumerate(stay)}
-        expected |= {source: expected[target] for source, target in merges.items()}
-        assert reduction.assignment[image].tolist() == [expected[i] for i in range(length)]
-        assert reduction.counts[image] == len(stay)
+def test_groups_and_order_are_those_of_the_definition():
+    for prefix in (0, 1, 2, 5):
+        for length in (12, 17):
+            for r in (0, 1, 3, 100):
+                metric = torch.randn(2, length, 6)
+                reduction = bipartite(metric, r=r, prefix=prefix)
+                found = sources(reduction, prefix)
+                for image in range(2):
+                    merges = dict(by_definition(metric[image], min(r, (length - prefix) // 2), prefix))
+                    stay = list(range(prefix))
+                    stay += [i for i in range(prefix, length) if i % 2 == 0 and i not in merges]
+                    stay += [i for i in range(prefix, length) if i % 2 == 1]
+                    expected = {token: place for place, token in enumerate(stay)}
+                    expected |= {source: expected[target] for source, target in merges.items()}
+                    assert reduction.assignment[image].tolist() == [expected[i] for i in range(length)]
+                    assert reduction.counts[image] == reduction.lengths[image] == len(stay)
+                    assert set(found[image].nonzero().flatten().tolist()) == set(merges)
+
+
+def test_sources_of_images_with_padding():
+    metric, sizes = torch.randn(3, 20, 4), torch.ones(3, 20)
+    sizes[0, 15:], sizes[1, 8:] = 0, 0
+    for prefix in (0, 1, 4):
+        reduction = bipartite(metric, threshold=0.0, sizes=sizes, prefix=prefix)
+        found = sources(reduction, prefix) & (sizes > 0)
+        assert torch.equal((sizes > 0).sum(1) - found.sum(1), reduction.counts)
+
+
+def test_sources_may_be_dropped_instead_of_averaged():
+    metric, x = torch.randn(2, 13, 4), torch.randn(2, 13, 4)
+    reduction = bipartite(metric, r=4)
+    kept = ~sources(reduction)
+    pruned = reduction.with_weights(kept.float())
+    for image, rows in enumerate(kept):
+        torch.testing.assert_close(pruned.merge(x)[image, reduction.assignment[image, rows]], x[image, rows])
+    assert torch.equal(pruned.sizes, reduction.sizes)
+
+
+def test_no_image_gives_no_image():
+    metric = torch.randn(0, 9, 4)
+    uniform = {"threshold": "adaptive", "layer": 2, "batch": "uniform"}
+    for arguments in ({"r": 3}, {"threshold": 0.1}, uniform, {"r": 3, "sizes": torch.ones(0, 9)}):
+        reduction = bipartite(metric, **arguments)
+        assert reduction.unmerge(reduction.merge(metric)).shape == metric.shape and reduction.lengths == ()
+
+
+def test_prefix_tokens_and_padding_alone():
+    reduction = bipartite(torch.randn(2, 3, 4), r=1, prefix=2, sizes=torch.tensor([[1.0, 1, 0], [1, 1, 0]]))
+    assert reduction.counts.tolist() == [2, 2] and reduction.sizes.tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_threshold_merges_what_exceeds_it():
@@ -96,7 +134,7 @@ def test_a_batch_equals_its_images_with_and_without_padding():
 def test_long_sequences_are_matched_in_parts(monkeypatch):
     metric = torch.randn(2, 101, 4)
     whole = bipartite(metric, r=20)
-    monkeypatch.setattr("g2tm.matching.MAX_SIMILARITIES", 300)
+    monkeypatch.setattr("g2tm.selection.MAX_SIMILARITIES", 300)
     assert torch.equal(bipartite(metric, r=20).assignment, whole.assignment)
 
 
@@ -105,13 +143,13 @@ def test_equal_similarities_go_to_the_lower_index():
     assert reduction.assignment.tolist() == [[0, 3, 3, 4, 3, 5, 1, 6, 2]]
 
 
-@pytest.mark.parametrize("r", [1, 3])
-def test_a_token_that_is_not_finite_does_not_merge(r):
-    metric = torch.randn(1, 12, 4)
-    metric[0, 4] = float("nan")
-    reduction = bipartite(metric, r=r, prefix=0)
-    assert (reduction.assignment == reduction.assignment[0, 4]).sum() == 1
-    assert reduction.counts.item() == 12 - r
+def test_a_token_that_is_not_finite_does_not_merge():
+    for r in (1, 3):
+        metric = torch.randn(1, 12, 4)
+        metric[0, 4] = float("nan")
+        reduction = bipartite(metric, r=r, prefix=0)
+        assert (reduction.assignment == reduction.assignment[0, 4]).sum() == 1
+        assert reduction.counts.item() == 12 - r
 
 
 def test_tokens_that_are_not_finite_merge_last_and_prefix_tokens_never():
@@ -126,20 +164,22 @@ def test_tokens_that_are_not_finite_merge_last_and_prefix_tokens_never():
         assert {8, 10} <= set(merged) and len(merged) <= 5
 
 
-@pytest.mark.parametrize("r", [0, 3, 100])
-@pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_sizes_without_padding_need_not_be_searched_for_it(r, prefix):
-    metric, sizes = torch.randn(2, 15, 4), torch.randint(1, 5, (2, 15)).float()
-    searched, told = (bipartite(metric, r=r, sizes=sizes, prefix=prefix, padded=padded) for padded in (True, False))
-    assert torch.equal(searched.assignment, told.assignment) and torch.equal(searched.counts, told.counts)
-    assert torch.equal(searched.sizes, told.sizes) and told.padding is None and searched.padding is None
+def test_sizes_without_padding_need_not_be_searched_for_it():
+    for r in (0, 3, 100):
+        for prefix in (0, 1, 3):
+            metric, sizes = torch.randn(2, 15, 4), torch.randint(1, 5, (2, 15)).float()
+            searched, told = (
+                bipartite(metric, r=r, sizes=sizes, prefix=prefix, padded=padded) for padded in (True, False)
+            )
+            assert torch.equal(searched.assignment, told.assignment) and torch.equal(searched.counts, told.counts)
+            assert torch.equal(searched.sizes, told.sizes) and told.padding is None and searched.padding is None
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_sequences_with_hardly_a_token(length):
-    for arguments in ({"r": 5}, {"threshold": "adaptive", "layer": 2}, {"threshold": -1.0}):
-        reduction = bipartite(torch.randn(2, length, 4), **arguments)
-        assert reduction.sizes.sum(1).tolist() == [length, length]
+def test_sequences_with_hardly_a_token():
+    for length in (1, 2, 3):
+        for arguments in ({"r": 5}, {"threshold": "adaptive", "layer": 2}, {"threshold": -1.0}):
+            reduction = bipartite(torch.randn(2, length, 4), **arguments)
+            assert reduction.sizes.sum(1).tolist() == [length, length]
 
 
 def test_without_prefix_speaks_of_patches_alone():
@@ -151,9 +191,8 @@ def test_without_prefix_speaks_of_patches_alone():
     assert torch.equal(patches.counts, whole.counts - 3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "allowed"),
-    [
+def test_bad_arguments_are_named():
+    for arguments, allowed in (
         ({}, "either r or threshold"),
         ({"r": 1, "threshold": 0.5}, "either r or threshold"),
         ({"r": -1}, "0 or more"),
@@ -164,11 +203,9 @@ def test_without_prefix_speaks_of_patches_alone():
         ({"r": 1, "prefix": -1}, "prefix"),
         ({"r": 1, "prefix": 9}, "prefix"),
         ({"threshold": "adaptive", "layer": 1.5}, "1-based layer"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, allowed):
-    with pytest.raises(ValueError, match=allowed):
-        bipartite(torch.randn(1, 8, 3), **arguments)
+    ):
+        with pytest.raises(ValueError, match=allowed):
+            bipartite(torch.randn(1, 8, 3), **arguments)
 
 
 @pytest.mark.cuda

@@ -1,19 +1,19 @@
-"""Properties of `Reduction`."""
+"""Properties of reductions: by assignment, with weights apart from sizes, and chained."""
 
 import pytest
 import torch
 
-from g2tm import Reduction
+from g2tm import Chain, Grouping, Reduction
 
 
-def random_reduction(n_images, n_tokens, n_groups, sizes=None):
+def random_reduction(n_images, n_tokens, n_groups, sizes=None, weights=None):
     """Every group has at least one token; the first image uses all groups, the others fewer."""
     counts = torch.tensor([n_groups - image % n_groups for image in range(n_images)])
     rows = []
     for count in counts.tolist():
         free = torch.randint(count, (n_tokens - count,))
         rows.append(torch.cat([torch.arange(count), free])[torch.randperm(n_tokens)])
-    return Reduction(torch.stack(rows), counts, counts.tolist(), sizes)
+    return Grouping(torch.stack(rows), counts, counts.tolist(), sizes, weights)
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
@@ -71,7 +71,7 @@ def test_padding_is_marked_and_empty():
 
 def test_half_precision_is_summed_in_float32():
     x = torch.full((1, 4096, 2), 1.0, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
-    merged = Reduction(torch.zeros(1, 4096, dtype=torch.long), torch.tensor([1]), [1]).merge(x)
+    merged = Grouping.of_length(torch.zeros(1, 4096, dtype=torch.long), 1).merge(x)
     assert merged.dtype == torch.bfloat16
     assert torch.equal(merged, torch.ones_like(merged))
 
@@ -82,3 +82,56 @@ def test_gradients_reach_every_token():
     assert torch.autograd.gradcheck(lambda x: reduction.unmerge(reduction.merge(x)), x)
     reduction.merge(x).sum().backward()
     assert (x.grad != 0).all()
+
+
+def test_weights_make_the_mean_and_sizes_stay():
+    sizes, weights = torch.randint(1, 5, (2, 20)).float(), torch.rand(2, 20)
+    plain, x = random_reduction(2, 20, 6, sizes), torch.randn(2, 20, 4)
+    weighted = plain.with_weights(weights)
+    assert torch.equal(weighted.sizes, plain.sizes) and torch.equal(weighted.assignment, plain.assignment)
+    same = Grouping(plain.assignment, plain.counts, plain.lengths, weights)
+    torch.testing.assert_close(weighted.merge(x), same.merge(x))
+
+
+def test_a_token_of_weight_0_is_carried_along():
+    """Pruning: the group has the values of its other tokens, and its size counts all."""
+    kept = Grouping.of_length(torch.tensor([[0, 0, 1, 1]]), 2).with_weights(torch.tensor([[1.0, 0, 0, 0]]))
+    x = torch.tensor([[[1.0], [5.0], [2.0], [3.0]]])
+    assert kept.merge(x).flatten().tolist() == [1, 0] and kept.sizes.tolist() == [[2, 2]] and kept.padding is None
+    assert kept.unmerge(kept.merge(x)).flatten().tolist() == [1, 1, 0, 0]
+
+
+def test_composition_with_weights_equals_the_two_steps():
+    for first_weights, second_weights in ((True, False), (False, True), (True, True)):
+        first = random_reduction(2, 30, 12, weights=torch.rand(2, 30) if first_weights else None)
+        weights = torch.rand(2, 12) * (first.sizes > 0) if second_weights else None  # padding counts nothing
+        second = random_reduction(2, 12, 5, first.sizes, weights)
+        total, x = first.then(second), torch.randn(2, 30, 4)
+        torch.testing.assert_close(total.sizes, second.sizes)
+        torch.testing.assert_close(total.merge(x), second.merge(first.merge(x)))
+
+
+def test_a_chain_is_its_steps_one_after_the_other():
+    first = random_reduction(2, 30, 12)
+    second = random_reduction(2, 12, 5, first.sizes)
+    chain, total, x = Chain(first, second), first.then(second), torch.randn(2, 30, 4)
+    torch.testing.assert_close(chain.merge(x), total.merge(x))
+    y = torch.randn(2, 5, 4)
+    assert torch.equal(chain.unmerge(y), total.unmerge(y))
+    assert torch.equal(chain.assignment, total.assignment) and chain.lengths == total.lengths
+    assert all(isinstance(step, Reduction) for step in (chain, first))
+
+
+def test_identity_changes_nothing():
+    for n_images in (0, 1, 3):
+        x = torch.randn(n_images, 5, 4)
+        reduction = Grouping.identity(x)
+        assert torch.equal(reduction.merge(x), x) and torch.equal(reduction.unmerge(x), x)
+        assert reduction.lengths == (5,) * n_images and reduction.padding is None
+
+
+def test_widened_groups_have_padding_behind():
+    reduction, x = random_reduction(2, 20, 6), torch.randn(2, 20, 4)
+    wide = reduction.widened(9)
+    torch.testing.assert_close(wide.merge(x)[:, :6], reduction.merge(x))
+    assert wide.padding[:, 6:].all() and not wide.merge(x)[wide.padding].any()

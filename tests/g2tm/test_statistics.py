@@ -24,3 +24,9 @@ def test_moments_are_those_of_all_pairs_pooled_over_images():
 def test_equal_tokens_have_no_spread():
     mean, std = mean_and_std(similarity_moments(torch.ones(1, 50, 3)))
     assert mean == pytest.approx(1) and std == pytest.approx(0, abs=1e-6)
+
+
+def test_no_pair_has_no_mean():
+    for shape in ((0, 9, 4), (3, 1, 4)):
+        with pytest.raises(ValueError, match="no pair"):
+            mean_and_std(similarity_moments(torch.randn(shape)))

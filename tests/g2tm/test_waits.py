@@ -1,11 +1,13 @@
 """How often a merge waits for the device: whenever a tensor becomes a number, or its values decide on a shape."""
 
+import warnings
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2tm import bipartite, clap, components, graph_merge
+from g2tm import Grouping, bipartite, clap, components, graph_merge, mutual_pairs
 
 READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
@@ -46,6 +48,12 @@ X = torch.randn(3, 64, 6, generator=torch.Generator().manual_seed(0)) + 0.5
 SIZES = torch.ones(3, 64)
 MERGES = {
     "graph": (lambda: graph_merge(X, (8, 8), 0.5, backend="torch"), 1),
+    "graph uniform": (lambda: graph_merge(X, (8, 8), 0.5, batch="uniform", backend="torch"), 1),
+    "graph budget": (lambda: graph_merge(X, (8, 8), None, tokens=40, backend="torch"), 0),
+    "graph budget, on the CPU": (lambda: graph_merge(X, (8, 8), None, tokens=40), 0),
+    "clap budget": (lambda: clap(X, (8, 8), None, tokens=40), 0),
+    "mutual": (lambda: mutual_pairs(X, sizes=SIZES), 1),
+    "mutual uniform": (lambda: mutual_pairs(X, batch="uniform"), 1),
     "clap": (lambda: clap(X, (8, 8), 0.3), 1),
     "clap uniform": (lambda: clap(X, (8, 8), 0.3, batch="uniform"), 1),
     "gbm": (lambda: bipartite(X, threshold="adaptive", layer=3, sizes=SIZES), 1),
@@ -64,14 +72,9 @@ def test_one_wait_at_most(name):
     with Waits() as waits, Reads() as reads:
         reduction = merge()
         reduction.unmerge(reduction.merge(X))
-        reduction.then(reduction_of_all(reduction)).without_prefix(0)
+        second = Grouping.of_length(torch.zeros(3, reduction.width, dtype=torch.long), 1)  # made without waiting
+        reduction.then(second).without_prefix(0)
     assert (reads.count, waits.count) == (expected, 0)
-
-
-def reduction_of_all(first):
-    """A second step, made without waiting."""
-    width = first.width
-    return type(first)(torch.zeros(3, width, dtype=torch.long), torch.ones(3, dtype=torch.long), [1] * 3)
 
 
 def test_waiting_operations_are_seen():
@@ -94,14 +97,43 @@ def test_propagation_alone_reads_nothing():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_cuda_waits_once(backend):
+@pytest.mark.parametrize(("arguments", "expected"), [({}, 1), ({"batch": "uniform"}, 1), ({"tokens": 40}, 0)])
+def test_cuda_waits_once(backend, arguments, expected):
     x = torch.randn(3, 64, 6, device="cuda") + 0.5
-    graph_merge(x, (8, 8), 0.5, backend=backend)  # compiled now, not while counting
+    assert count_waits(lambda: graph_merge(x, (8, 8), 0.5, **arguments, backend=backend), x) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_does_not_wait_for_a_budget_of_windows():
+    x = torch.randn(3, 64, 6, device="cuda") + 0.5
+    assert count_waits(lambda: clap(x, (8, 8), None, tokens=40), x) == 0
+    assert count_waits(lambda: clap(x, (8, 8), 0.5), x) == 1
+    assert count_waits(lambda: mutual_pairs(x), x) == 1
+
+
+def count_waits(merge, x):
+    """How often CUDA says that it was waited for."""
+    merge()  # compiled now, not while counting
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with pytest.warns(UserWarning, match="synchroniz") as waits:
-            reduction = graph_merge(x, (8, 8), 0.5, backend=backend)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reduction = merge()
             reduction.unmerge(reduction.merge(x))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def test_budgets_can_be_exported():
+    """Nothing of the images that were exported with stays in the program."""
+
+    class Merge(torch.nn.Module):
+        def forward(self, x):
+            steps = graph_merge(x, (8, 8), None, tokens=40), clap(x, (8, 8), None, tokens=41), bipartite(x, r=9)
+            return [step.unmerge(step.merge(x)) for step in steps]
+
+    program, others = torch.export.export(Merge(), (X,)).module(), torch.randn_like(X)
+    for exported, expected in zip(program(others), Merge()(others), strict=True):
+        torch.testing.assert_close(exported, expected)

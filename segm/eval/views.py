@@ -1,0 +1,57 @@
+"""The images that the measuring commands feed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from segm.data.images import square_view
+
+
+class SquareViews(Dataset):
+    """Images resized to a square (ratio not kept) and normalised, in batches (B, 3, side, side), read on demand.
+
+    Args:
+        samples: gives a `Sample` per index: an evaluation split, or a folder of photographs.
+        side: pixels.
+        normalization: name.
+        n_images: only the first so many images; None: all.
+        batch_size: images per batch; what does not fill the last one is left out, unless nothing else is there.
+        duplicate: fill every batch with copies of one image, so that adaptive methods keep its own token count.
+        device, dtype: of the batches.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Any],
+        side: int,
+        normalization: str,
+        n_images: int | None = None,
+        *,
+        batch_size: int = 1,
+        duplicate: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        n_images = min(n_images or len(samples), len(samples))
+        self.samples, self.side, self.normalization = samples, side, normalization
+        self.batch_size, self.duplicate = batch_size if duplicate else min(batch_size, n_images), duplicate
+        self.n_batches = n_images if duplicate else n_images // self.batch_size
+        self.device, self.dtype = device, dtype
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.n_batches:
+            raise IndexError(index)
+        if self.duplicate:
+            return self._view(index).expand(self.batch_size, -1, -1, -1).contiguous()
+        start = index * self.batch_size
+        return torch.cat([self._view(i) for i in range(start, start + self.batch_size)])
+
+    def _view(self, index: int) -> Tensor:
+        view = square_view(self.samples[index].image, self.side, self.normalization)
+        return view.to(device=self.device, dtype=self.dtype)

@@ -1,0 +1,312 @@
+"""A trained model with all that it takes to use it.
+
+run = Run.load("runs/graph", threshold=0.9)
+labels = run.predict("photo.jpg")
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import patch
+from segm import merging as merges
+from segm.checkpoint import checkpoint_file, variant_file
+from segm.data import SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
+from segm.data.images import read_image, resize_keep_ratio, square_view
+from segm.data.unlabelled import Photographs
+from segm.engine import Precision
+from segm.eval.evaluate import MULTISCALE, evaluate
+from segm.eval.sliding import Windows, predict_labels
+from segm.eval.views import SquareViews
+from segm.metrics import segmentation_scores
+from segm.model.factory import load_model
+from segm.model.segmenter import Segmenter
+
+Photo = np.ndarray | str | Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained Segmenter and how it was trained.
+
+    Attributes:
+        name: in tables and pictures.
+        path: checkpoint or run directory.
+        model: on `device`, in evaluation mode, patched unless its method is "pure".
+        variant: content of `variant.yml`.
+        device: where it computes.
+        precision: with which it predicts.
+    """
+
+    name: str
+    path: Path
+    model: Segmenter
+    variant: Mapping[str, Any]
+    device: torch.device
+    precision: Precision
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        device: torch.device | str | None = None,
+        merging: Mapping[str, Any] | None = None,
+        amp: bool | None = None,
+        **options: Any,
+    ) -> "Run":
+        """Load a trained model. What is not given is as it was in training.
+
+        Args:
+            path: checkpoint or run directory.
+            name: None: that of its folder.
+            device: None: CUDA if it is there, else the CPU.
+            merging: `patch_type` and options of the method, from a command (`segm.merging`).
+            amp: whether to predict in mixed precision.
+            options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
+
+        Raises:
+            FileNotFoundError: no checkpoint, or no `variant.yml` beside it.
+            ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, variant = load_model(path, merges.add_parts)
+        merges.apply(model, *merges.choose({**(merging or {}), **options}, variant.get("dataset_kwargs")))
+        precision = Precision.choose(device, bool(variant.get("amp")) if amp is None else amp)
+        name = name or checkpoint_file(path).resolve().parent.name
+        return cls(name, Path(path), model.to(device), variant, device, precision)
+
+    def unpatched(self, name: str | None = None) -> "Run":
+        """The same run without merging."""
+        return replace(self, name=name or self.name, model=patch.remove(copy.deepcopy(self.model)))
+
+    def choose(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """(method, options) that `merging` means for this run: what is given, then what it was trained with."""
+        return merges.choose(merging, self.variant.get("dataset_kwargs"))
+
+    def is_like(self, other: "Run") -> bool:
+        """Whether both are the same network, merging aside, and are fed the same images."""
+
+        def kind(run: Run) -> tuple[Any, ...]:
+            net = {key: value for key, value in run.variant["net_kwargs"].items() if key != "reduction"}
+            return net, run.crop_size, run.normalization
+
+        return kind(self) == kind(other)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return checkpoint_file(self.path).parent
+
+    @property
+    def method(self) -> str:
+        """Name of the method in force, "pure" for none."""
+        return patch.method(self.model) if patch.is_patched(self.model) else merges.PURE
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options in force."""
+        return patch.options(self.model) if patch.is_patched(self.model) else {}
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """Method and options in force as `variant.yml` records them."""
+        return merges.of_model(self.model)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that it was trained on."""
+        return self._read("dataset_kwargs", "dataset")
+
+    @property
+    def n_cls(self) -> int:
+        """Number of classes."""
+        return self.model.n_cls
+
+    @cached_property
+    def _class_info(self) -> tuple[tuple[str, ...], np.ndarray]:
+        recorded = self._recorded_classes
+        if recorded is None:
+            return class_info(self.dataset)  # imports mmseg for data sets other than shapes
+        return tuple(one["name"] for one in recorded), np.array([one["color"] for one in recorded], dtype=np.uint8)
+
+    @property
+    def _recorded_classes(self) -> list[dict[str, Any]] | None:
+        return self.variant.get("dataset_kwargs", {}).get("classes")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
+        return self._class_info[0]
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(C, 3), uint8, RGB."""
+        return self._class_info[1]
+
+    @property
+    def normalization(self) -> str:
+        """Name of the normalisation."""
+        return self.variant["net_kwargs"].get("normalization") or self._read("dataset_kwargs", "normalization")
+
+    @property
+    def image_size(self) -> int:
+        """Shorter side of the images at evaluation, pixels."""
+        own = self.variant.get("inference_kwargs", {}).get("im_size")
+        return own or self._read("dataset_kwargs", "image_size")
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the training crops, pixels."""
+        return self._read("dataset_kwargs", "crop_size")
+
+    @property
+    def windows(self) -> Windows:
+        """Sliding windows of the evaluation."""
+        return self.choose_windows()
+
+    def choose_windows(self, size: int | None = None, stride: int | None = None, batch_size: int = 4) -> Windows:
+        """Sliding windows; pixels that are None come from the run, or else from the data set's defaults."""
+        saved, table = self.variant.get("inference_kwargs", {}), dataset_defaults(self.dataset)
+        size = size or saved.get("window_size") or table["window_size"]
+        stride = stride or min(saved.get("window_stride") or table["window_stride"], size)
+        return Windows(size, stride, batch_size)
+
+    def _read(self, section: str, key: str) -> Any:
+        """An entry of `variant.yml` that cannot be done without."""
+        value = self.variant.get(section, {}).get(key)
+        if value is None:
+            raise ValueError(f"{variant_file(self.path)} has no {key} in its {section}: add it")
+        return value
+
+    def view(self, photo: Photo) -> Tensor:
+        """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalised, ratio kept.
+
+        Args:
+            photo: (H, W, 3), uint8, RGB, or a file.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or no image.
+        """
+        long = dataset_defaults(self.dataset)["resize_factor"] * self.image_size
+        resized = resize_keep_ratio(_pixels(photo), long, self.image_size)
+        return normalize(resized, self.normalization).unsqueeze(0).to(self.device)
+
+    def square(self, photo: Photo, side: int | None = None) -> Tensor:
+        """A photograph as the measuring commands feed it: (1, 3, side, side), ratio not kept; None: the crop size."""
+        return square_view(_pixels(photo), side or self.crop_size, self.normalization).to(self.device)
+
+    @torch.inference_mode()
+    def predict(self, photo: Photo | Sequence[Photo]) -> np.ndarray | list[np.ndarray]:
+        """Label map of a photograph from sliding windows, as in the evaluation.
+
+        Args:
+            photo: (H, W, 3), uint8, RGB, or a file; or a list of them.
+
+        Returns:
+            (H, W), int64; for a list, a list.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or no image.
+        """
+        if isinstance(photo, list | tuple):
+            return [self.predict(one) for one in photo]
+        image = _pixels(photo)
+        with self.precision.autocast():
+            labels = predict_labels(self.model, [(self.view(image)[0], False)], self.windows, image.shape[:2])
+        return labels.cpu().numpy()
+
+    def open(self, split: str = "val", name: str | None = None) -> tuple[SegmentationDataset, Windows]:
+        """A split to score the run on, and its windows.
+
+        Args:
+            split: of the data set.
+            name: a data set; None: that of the training. Another one is read at its own image size.
+
+        Raises:
+            ValueError: its classes are not those of the run.
+        """
+        dataset = self._open(name or self.dataset, split)
+        if dataset.n_cls != self.n_cls:
+            raise ValueError(
+                f"{dataset.name} has {dataset.n_cls} classes, the model {self.n_cls}: choose its own data set"
+            )
+        recorded = self._recorded_classes
+        if recorded is not None and tuple(dataset.classes) != self.classes:
+            theirs, own = (", ".join(names) for names in (dataset.classes, self.classes))
+            raise ValueError(
+                f"the classes of {dataset.name} are {theirs}; those of {self.name} are {own}: choose its own data set"
+            )
+        return dataset, self.windows
+
+    def _open(self, name: str, split: str) -> SegmentationDataset:
+        size = self.image_size if name == self.dataset else None
+        return create_dataset(name, split, image_size=size, normalization=self.normalization)
+
+    def views(self, source: str | Path | None = None, n_images: int | None = None, **options: Any) -> SquareViews:
+        """Images to measure the model on, resized to crop × crop; their classes do not matter.
+
+        Args:
+            source: a data set, whose validation images are taken; a folder of photographs (a `Path`); None: the data
+                set of the training.
+            n_images, options: see `SquareViews`.
+        """
+        samples = Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, "val")
+        return SquareViews(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
+
+    def evaluate(
+        self,
+        split: str = "val",
+        dataset: str | SegmentationDataset | None = None,
+        *,
+        windows: Windows | None = None,
+        multiscale: bool = False,
+        n_images: int | None = None,
+        on_image: Callable[[Any, Tensor], None] | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        """Score the run, with all processes that there are.
+
+        Args:
+            split, dataset: see `open`; or a split that is open already.
+            windows: None: the run's.
+            multiscale: six scales, each mirrored as well.
+            n_images: only the first so many images.
+            on_image, progress: see `segm.eval.evaluate.evaluate`.
+
+        Returns:
+            See `segm.metrics.segmentation_scores`.
+        """
+        if not isinstance(dataset, SegmentationDataset):
+            dataset, _ = self.open(split, dataset)
+        scales = {"ratios": MULTISCALE, "flip": True} if multiscale else {}
+        with self.precision.autocast():
+            confusion = evaluate(
+                self.model,
+                dataset,
+                windows or self.windows,
+                **scales,
+                device=self.device,
+                n_images=n_images,
+                on_image=on_image,
+                progress=progress,
+            )
+        return segmentation_scores(confusion)
+
+
+def _pixels(photo: Photo) -> np.ndarray:
+    """A photograph as (H, W, 3), uint8, RGB."""
+    if isinstance(photo, str | Path):
+        return read_image(photo)
+    if not (isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3):
+        what = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
+        raise ValueError(f"a photograph is an array (H, W, 3), uint8, RGB, or a file, not {what}")
+    return photo
