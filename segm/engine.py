@@ -3,12 +3,17 @@
 import math
 import resource
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Sampler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from segm import parallel
@@ -17,19 +22,17 @@ from segm.data.sample import IGNORE_LABEL
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 
 
-def compile_blocks(blocks, backend="inductor"):
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile attention and MLP of transformer blocks, in place, once for all token counts.
 
-    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys, and
-    attention whose keys a method looks at: compiled code would pass its hook by.
+    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
 
     Args:
         blocks: timm's `Block`s, patched or not.
         backend: of `torch.compile`.
     """
     for block in blocks:
-        parts = [block.mlp] if block.attn.k_norm._forward_hooks else [block.attn, block.mlp]
-        for part in parts:
+        for part in (block.attn, block.mlp):
             part.compile(dynamic=True, backend=backend)
 
 
@@ -41,23 +44,25 @@ class EpochSampler(Sampler):
     whatever the number of workers.
     """
 
-    def __init__(self, n_images, batch_size, seed=0):
+    def __init__(self, n_images: int, batch_size: int, seed: int = 0) -> None:
         self.n_images = n_images
         self.seed = seed
         self.epoch = 0
         self.per_process = max(n_images // parallel.world_size(), min(n_images, batch_size))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.per_process
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n_images, generator=generator)
         share = order.roll(-parallel.rank() * self.per_process)[: self.per_process]
         return iter([(self.epoch, index) for index in share.tolist()])
 
 
-def create_loader(dataset, batch_size, seed=0, workers=0, pin_memory=False):
+def create_loader(
+    dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
     """Training batches of this process: dicts of `image` (B, 3, h, w) and `label` (B, h, w)."""
     return DataLoader(
         dataset,
@@ -85,19 +90,19 @@ class Precision:
     scaler: torch.amp.GradScaler
 
     @classmethod
-    def choose(cls, device, amp):
+    def choose(cls, device: torch.device, amp: bool) -> "Precision":
         """Precision for a device; amp: whether mixed precision is wanted."""
         has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = (torch.bfloat16 if has_bfloat16 else torch.float16) if amp else None
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         return cls(device.type, dtype, scaler)
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
 
-def segmentation_loss(logits, labels):
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled pixels; a batch without any gives 0 instead of NaN.
 
     Args:
@@ -108,7 +113,22 @@ def segmentation_loss(logits, labels):
     return total / (labels != IGNORE_LABEL).sum().clamp(min=1)
 
 
-def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, device, seed=0, progress=True):
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    scheduler: Scheduler,
+    precision: Precision,
+    epoch: int,
+    *,
+    device: torch.device,
+    loss: Loss = segmentation_loss,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
     """Train for one epoch.
 
     Args:
@@ -117,6 +137,7 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
         scheduler: from `segm.optim.create_scheduler`.
         precision: `Precision`.
         epoch: counted from 0.
+        loss: from logits (B, C, H, W) and labels (B, H, W) to the number that falls.
 
     Returns:
         dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
@@ -137,12 +158,12 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
     bar = tqdm(batches, f"epoch {epoch + 1}", len(loader), unit="batch", leave=False, disable=not progress)
     for batch in bar:
         scheduler.step_update(n_updates)
-        loss = _update(model, batch, optimizer, precision, device)
+        current = _update(model, batch, optimizer, precision, device, loss)
         n_updates += 1
-        total_loss += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        total_loss += torch.stack([current.double(), torch.ones_like(current, dtype=torch.float64)])
         if n_updates % SHOW_EVERY == 0:
             lr = optimizer.param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{_finite(loss.item()):.3f}", lr=f"{lr:.2e}", refresh=False)
+            bar.set_postfix(loss=f"{_finite(current.item()):.3f}", lr=f"{lr:.2e}", refresh=False)
     loss_sum, n_batches = parallel.sum_over_processes(total_loss).tolist()  # waits for the device
     seconds = time.perf_counter() - start
     return {
@@ -155,7 +176,7 @@ def train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, *, de
     }
 
 
-def _timed(batches, waits):
+def _timed(batches: DataLoader, waits: list[float]) -> Iterator[dict[str, Tensor]]:
     """The same batches; appends the seconds that each one was waited for."""
     iterator = iter(batches)
     for _ in range(len(batches)):
@@ -165,12 +186,19 @@ def _timed(batches, waits):
         yield batch
 
 
-def _update(model, batch, optimizer, precision, device):
+def _update(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    optimizer: Optimizer,
+    precision: Precision,
+    device: torch.device,
+    criterion: Loss,
+) -> Tensor:
     """One optimizer step; returns the loss, detached."""
     images = batch["image"].to(device, non_blocking=True)
     labels = batch["label"].to(device, non_blocking=True)
     with precision.autocast():
-        loss = segmentation_loss(model(images), labels)
+        loss = criterion(model(images), labels)
     optimizer.zero_grad(set_to_none=True)
     precision.scaler.scale(loss).backward()
     precision.scaler.step(optimizer)
@@ -178,14 +206,14 @@ def _update(model, batch, optimizer, precision, device):
     return loss.detach()
 
 
-def _peak_memory(device):
+def _peak_memory(device: torch.device) -> float:
     """MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
 
 
-def _finite(loss):
+def _finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}: lower the learning rate")
     return loss

@@ -303,7 +303,8 @@ def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | N
     build = None if method == PURE else patch.find(method).modules
     if build is None:
         return None
-    return {"name": method} | {name: options[name] for name in signature(build).parameters if name in options}
+    own = {name: options[name] for name in signature(build).parameters if name in options}
+    return {"name": method} | {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
 
 
 def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -> Segmenter:

@@ -1,0 +1,376 @@
+"""The plan of a training: its settings, each described once, and its merging; from flags and files to `variant.yml`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import yaml
+
+from patch import Curriculum, check
+from segm.checkpoint import one_line
+from segm.cli import POSITIVE, RATE
+from segm.config import config_dir, load_config
+from segm.data import DATASETS
+from segm.data.defaults import dataset_defaults
+from segm.merging import PURE, choose, learned_parts, to_variant
+from segm.model.decoder import DECODERS
+from segm.model.encoder import ALIASES
+from segm.optim import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
+
+BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "Curriculum"
+COUNT, SHARE = click.IntRange(min=0), click.FloatRange(0, 1)
+
+
+def setting(
+    type: Any,
+    help: str,
+    places: str,
+    default: Any = None,
+    *,
+    of: str | None = None,
+    shown: str | None = None,
+    kept: bool = False,
+    flag: str | None = None,
+) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        type: what click checks the value by; None: it has no flag.
+        help: its meaning, with its unit.
+        places: where it stands in `variant.yml`, keys separated by dots; the first of several places is read.
+        default: None: see `of`.
+        of: what the default belongs to: `BACKBONE`, `DATA`; or `CURRICULUM`: it has none.
+        shown: the default in --help, if it is more than the default itself.
+        kept: whether a resumed run has to keep it: its weights and the optimizer's state belong to it.
+        flag: None: its name.
+    """
+    described = {"type": type, "help": help, "places": [place.split(".") for place in places.split()]}
+    described |= {"of": of, "shown": shown, "kept": kept, "flag": flag}
+    return field(default=default, metadata=described)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training, all but its merging."""
+
+    dataset: str = setting(
+        click.Choice(DATASETS), "Data set; all but shapes are read from $DATASET.", "dataset_kwargs.dataset", kept=True
+    )
+    backbone: str = setting(str, "Released name, or any plain ViT of timm.", "net_kwargs.backbone", kept=True)
+    decoder: str = setting(click.Choice(DECODERS), "", "net_kwargs.decoder.name", "mask_transformer", kept=True)
+    patch_size: int = setting(POSITIVE, "Pixels per patch side.", "net_kwargs.patch_size", of=BACKBONE, kept=True)
+    d_model: int = setting(POSITIVE, "Width.", "net_kwargs.d_model", of=BACKBONE, kept=True)
+    n_heads: int = setting(
+        POSITIVE, "Attention heads.", "net_kwargs.n_heads", of=BACKBONE, kept=True, shown=f"{BACKBONE}, or width / 64"
+    )
+    n_layers: int = setting(POSITIVE, "Encoder blocks.", "net_kwargs.n_layers", of=BACKBONE, kept=True)
+    distilled: bool = setting(None, "Whether there is a distillation token.", "net_kwargs.distilled", of=BACKBONE)
+    im_size: int = setting(
+        POSITIVE, "Shorter side of the images, pixels.", "dataset_kwargs.image_size inference_kwargs.im_size", of=DATA
+    )
+    crop_size: int = setting(
+        POSITIVE, "Side of the training crops, pixels.", "dataset_kwargs.crop_size", of=DATA, kept=True
+    )
+    window_size: int = setting(
+        POSITIVE, "Sliding window, pixels.", "inference_kwargs.window_size", of=DATA, shown=f"{DATA}, or crop size"
+    )
+    window_stride: int = setting(POSITIVE, "Its stride, pixels.", "inference_kwargs.window_stride", of=DATA)
+    normalization: str = setting(
+        click.Choice(["vit", "deit"]),
+        "Pixel mean and std.",
+        "dataset_kwargs.normalization net_kwargs.normalization",
+        of=BACKBONE,
+    )
+    optimizer: str = setting(
+        click.Choice(OPTIMIZERS), "", "optimizer_kwargs.opt", "sgd", kept=True, shown=f"sgd, momentum {MOMENTUM}"
+    )
+    scheduler: str = setting(
+        click.Choice(SCHEDULERS), "polynomial: per iteration.", "optimizer_kwargs.sched", "polynomial"
+    )
+    learning_rate: float = setting(RATE, "", "optimizer_kwargs.lr", of=DATA)
+    minlearning_rate: float = setting(RATE, "Where the schedule ends.", "optimizer_kwargs.min_lr", 1e-5)
+    weight_decay: float = setting(RATE, "", "optimizer_kwargs.weight_decay", 0.0, kept=True)
+    warmup_epochs: int = setting(COUNT, "Epochs of linear warm-up.", "optimizer_kwargs.warmup_epochs", 0)
+    start_factor: float = setting(
+        RATE, "Where the warm-up starts, × learning rate.", "optimizer_kwargs.start_factor", 1.0
+    )
+    dropout: float = setting(SHARE, "In the encoder.", "net_kwargs.dropout", 0.0)
+    decoder_dropout: float | None = setting(SHARE, "In the decoder.", "net_kwargs.decoder.dropout", shown="0.1")
+    drop_path: float = setting(SHARE, "Stochastic depth in the encoder.", "net_kwargs.drop_path_rate", 0.1)
+    batch_size: int = setting(
+        POSITIVE,
+        "Images per update, over all processes.",
+        "world_batch_size dataset_kwargs.batch_size algorithm_kwargs.batch_size",
+        of=DATA,
+        kept=True,
+    )
+    epochs: int = setting(POSITIVE, "", "algorithm_kwargs.num_epochs optimizer_kwargs.epochs", of=DATA)
+    eval_freq: int = setting(POSITIVE, "Epochs between evaluations.", "algorithm_kwargs.eval_freq", of=DATA)
+    num_workers: int = setting(COUNT, "Processes that read data, per process.", "dataset_kwargs.num_workers", 2)
+    amp: bool = setting(
+        bool, "Mixed precision: bfloat16, or float16 where that is missing.", "amp", False, flag="--amp/--no-amp"
+    )
+    seed: int = setting(COUNT, "Of weights, order and augmentation.", "seed", 0)
+    start_thresh: float | None = setting(
+        float, "Curriculum: threshold at the start.", "dataset_kwargs.start_threshold", of=CURRICULUM
+    )
+    curric_warmup: int | None = setting(
+        COUNT, "Curriculum: epochs at the start threshold.", "dataset_kwargs.curriculum_start", of=CURRICULUM
+    )
+    curric_period: int | None = setting(
+        POSITIVE, "Curriculum: epochs between steps of -0.01.", "dataset_kwargs.curriculum_period", of=CURRICULUM
+    )
+
+    @classmethod
+    def complete(cls, given: Mapping[str, Any], saved: Mapping[str, Any]) -> "Settings":
+        """What was given, then what was saved, then the defaults of data set and backbone.
+
+        Args:
+            given: name -> value, without what was not given.
+            saved: the same from a `variant.yml`, or {}.
+
+        Raises:
+            ValueError: no data set or backbone, or an unknown one.
+        """
+        chosen = {**saved, **given}
+        for name in ("dataset", "backbone"):
+            if name not in chosen:
+                raise ValueError(f"no {name}: give --{name} or a --config that names one")
+        backbone = backbone_settings(chosen["backbone"])
+        for name, owner in (("backbone", BACKBONE), ("dataset", DATA)):
+            if given.get(name, saved.get(name)) != saved.get(name):
+                chosen = {key: value for key, value in chosen.items() if key not in names_of(owner) or key in given}
+        if "d_model" in given and "n_heads" not in given:  # heads of 64 channels, as in every ViT
+            chosen["n_heads"] = max(1, given["d_model"] // 64)
+        data = dataset_defaults(chosen["dataset"])
+        if "crop_size" in given:  # a window of the training's size, unless one is given
+            data = data | {"window_size": given["crop_size"]}
+            chosen = {k: v for k, v in chosen.items() if k not in ("window_size", "window_stride") or k in given}
+        settings = {name: backbone[name] for name in names_of(BACKBONE)} | {name: data[name] for name in names_of(DATA)}
+        settings |= chosen
+        if "window_stride" not in given:
+            settings["window_stride"] = min(settings["window_stride"], settings["window_size"])
+        return cls(**settings)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a training crop."""
+        return (self.crop_size // self.patch_size,) * 2
+
+
+SETTINGS: dict[str, Field] = {entry.name: entry for entry in fields(Settings)}
+
+
+def names_of(owner: str) -> list[str]:
+    """Names of the settings whose defaults belong to `BACKBONE`, `DATA` or `CURRICULUM`."""
+    return [name for name, entry in SETTINGS.items() if entry.metadata["of"] == owner]
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: one option for each of the `Settings`; its value is None where it is not given."""
+    for name, entry in reversed(SETTINGS.items()):
+        described = entry.metadata
+        if described["type"] is not None:
+            flag = described["flag"] or _flag(name)
+            command = click.option(flag, type=described["type"], default=None, help=_help(entry))(command)
+    return command
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(entry: Field) -> str:
+    default, of = entry.default, entry.metadata["of"]
+    words = default if isinstance(default, str | None) else f"{default:g}"
+    shown = entry.metadata["shown"] or (of if of in (BACKBONE, DATA) else words)
+    known = f"[default: {shown}]" if shown and entry.metadata["flag"] is None else ""
+    return "  ".join(part for part in (entry.metadata["help"], known) if part)
+
+
+def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Callback of --config: the entries of a recipe become the defaults of the options."""
+    if value is None:
+        return
+    recipes = config_dir() / "recipes"
+    file = next((f for f in (Path(value), recipes / value, recipes / f"{value}.yml") if f.is_file()), None)
+    if file is None:
+        names = ", ".join(sorted(f.stem for f in recipes.glob("*.yml")))
+        raise click.BadParameter(f"no file {value}; recipes in configs/recipes: {names}", ctx, param)
+    try:
+        recipe = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{file} is no YAML: {one_line(error)}", ctx, param) from error
+    known = {option.name for option in ctx.command.get_params(ctx)}
+    if not isinstance(recipe, dict) or not set(recipe) <= known:
+        unknown = ", ".join(sorted(set(recipe) - known)) if isinstance(recipe, dict) else "no mapping"
+        raise click.BadParameter(f"{file}: {unknown}; its keys are the options of this command", ctx, param)
+    ctx.default_map = recipe
+
+
+def read_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a `variant.yml` records: name -> value, without those that it lacks."""
+    settings = {}
+    for name, entry in SETTINGS.items():
+        value: Any = variant
+        for key in entry.metadata["places"][0]:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and entry.metadata["type"] is not None:
+            settings[name] = value
+    return settings
+
+
+def finetuning_defaults(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new run takes over from the one that it starts from: network, data, merging; no schedule."""
+    schedule = {SETTINGS[name].metadata["places"][0][-1] for name in names_of(CURRICULUM)}
+    data = {key: value for key, value in variant.get("dataset_kwargs", {}).items() if key not in schedule}
+    kept = {name: variant[name] for name in ("net_kwargs", "inference_kwargs") if name in variant}
+    return kept | {"dataset_kwargs": data}
+
+
+def backbone_settings(name: str) -> dict[str, Any]:
+    """Patch size, width, heads, layers, normalisation of a released backbone or of any ViT of timm.
+
+    Raises:
+        ValueError: timm does not know the name either.
+    """
+    released = load_config("backbones")
+    if name in released:
+        return released[name]
+    if not timm.is_model(ALIASES.get(name, name)):
+        raise ValueError(f"unknown backbone {name!r}: use a released name ({', '.join(released)}) or a ViT of timm")
+    model = timm.create_model(name, pretrained=False, device="meta")
+    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+        raise ValueError(f"backbone {name} is a {type(model).__name__}, not a plain ViT")
+    half = all(abs(value - 0.5) < 1e-6 for value in model.pretrained_cfg["mean"])
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "d_model": model.embed_dim,
+        "n_heads": model.blocks[0].attn.num_heads,
+        "n_layers": len(model.blocks),
+        "normalization": "vit" if half else "deit",
+        "distilled": hasattr(model, "dist_token"),
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a training was told.
+
+    Attributes:
+        settings: `Settings`.
+        method, options: merging as `segm.merging.apply` takes it, all options in force.
+        curriculum: of its threshold, or None.
+        decoder: `net_kwargs` of the decoder.
+        reduction: `net_kwargs` of the learned parts of a method, or None.
+    """
+
+    settings: Settings
+    method: str
+    options: dict[str, Any]
+    curriculum: Curriculum | None
+    decoder: dict[str, Any]
+    reduction: dict[str, Any] | None
+
+    @classmethod
+    def make(
+        cls, given: Mapping[str, Any], merging: Mapping[str, Any], saved: Mapping[str, Any], resume: bool = False
+    ) -> "Plan":
+        """Complete and check what was given.
+
+        Args:
+            given: name of a setting -> value, None where not given.
+            merging: from a `segm.merging.MergingCommand`.
+            saved: the `variant.yml` whose settings are the defaults, or {}.
+            resume: whether its run goes on.
+
+        Raises:
+            ValueError: something is missing, unknown, not allowed, or would make a resumed run another run.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        before, net, data = read_settings(saved), saved.get("net_kwargs", {}), saved.get("dataset_kwargs", {})
+        if resume:
+            _check_resumable(given, before)
+        method, options = choose(merging, data)
+        if method == PURE or method != data.get("patch_type"):
+            before = {name: value for name, value in before.items() if name not in names_of(CURRICULUM)}
+        settings = Settings.complete(given, before)
+        if method != PURE:
+            options = check(method, settings.n_layers, settings.grid, **options)
+        decoder, curriculum = _decoder(settings, net.get("decoder")), _curriculum(settings, options.get("threshold"))
+        return cls(settings, method, options, curriculum, decoder, _reduction(method, options, net.get("reduction")))
+
+    def variant(self, dataset: Any) -> dict[str, Any]:
+        """The content of `variant.yml`.
+
+        Args:
+            dataset: the training images; the user's own also give names and colors of their classes, so that pictures
+                need no files.
+        """
+        variant: dict[str, Any] = {"version": "normal"}
+        for name, entry in SETTINGS.items():
+            value = getattr(self.settings, name)
+            for *sections, key in entry.metadata["places"] if value is not None else ():
+                section = variant
+                for part in sections:
+                    section = section.setdefault(part, {})
+                section[key] = value
+        net, data = variant["net_kwargs"], variant["dataset_kwargs"]
+        net |= {"image_size": [self.settings.crop_size] * 2, "n_cls": dataset.n_cls}
+        net["decoder"] = self.decoder | {"n_cls": dataset.n_cls}
+        if self.reduction is not None:
+            net["reduction"] = self.reduction
+        data |= {"split": "train"} | to_variant(self.method, self.options)
+        variant["algorithm_kwargs"]["start_epoch"] = 0
+        variant["optimizer_kwargs"] |= {"momentum": MOMENTUM, "poly_power": POWER}
+        if dataset.name == "folder":
+            named = enumerate(zip(dataset.classes, dataset.palette.tolist(), strict=True))
+            data["classes"] = [{"id": index, "name": name, "color": color} for index, (name, color) in named]
+        return variant
+
+
+def _check_resumable(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    kept = [name for name, entry in SETTINGS.items() if entry.metadata["kept"]]
+    changed = [name for name in kept if name in given and given[name] != saved.get(name)]
+    if changed:
+        flags = ", ".join(map(_flag, changed))
+        raise ValueError(f"{flags}: a resumed run keeps these; start a new one with --finetune to change them")
+
+
+def _decoder(settings: Settings, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The decoder's defaults, then what was saved for the same decoder, then what was given."""
+    name, known = settings.decoder, load_config("decoders")
+    if name not in known:
+        raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(known)}")
+    decoder = {"name": name, **known[name]}
+    if saved and saved.get("name") == name:
+        decoder |= saved
+    if "dropout" in decoder and settings.decoder_dropout is not None:
+        decoder["dropout"] = settings.decoder_dropout
+    return decoder
+
+
+def _curriculum(settings: Settings, threshold: float | None) -> Curriculum | None:
+    start, warmup, period = settings.start_thresh, settings.curric_warmup, settings.curric_period
+    if start is None and warmup is None and period is None:
+        return None
+    if start is None or warmup is None or period is None or threshold is None:
+        raise ValueError("a curriculum takes --threshold, --start-thresh, --curric-warmup and --curric-period")
+    curriculum = Curriculum(start, threshold, warmup, period)
+    if curriculum.epochs > settings.epochs:
+        raise ValueError(
+            f"the curriculum reaches its threshold and trains with it in {curriculum.epochs} epochs, "
+            f"not in {settings.epochs}: give more --epochs or a shorter curriculum"
+        )
+    return curriculum
+
+
+def _reduction(method: str, options: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Learned parts, which stay in a model that has some."""
+    wanted = learned_parts(method, options)
+    if saved and wanted and saved != wanted:
+        raise ValueError(f"the run to start from learned with {saved}, not with {wanted}: start from one without")
+    return wanted or saved
