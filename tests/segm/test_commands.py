@@ -100,31 +100,6 @@ def dataset_variable(monkeypatch, folder_data):
     monkeypatch.setenv("DATASET", str(folder_data))
 
 
-def test_a_training_leaves_everything_behind(run):
-    assert {"checkpoint.pth", "checkpoint_best.pth", "variant.yml", "log.txt"} <= {f.name for f in run.iterdir()}
-    assert any(f.name.startswith("events.out.tfevents") for f in run.iterdir())
-    entries = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-    assert [entry["epoch"] for entry in entries] == [0, 1]
-    assert entries[-1]["num_updates"] == 4 and entries[-1]["threshold"] == 0.5
-    for key in ("train_loss", "train_learning_rate", "val_pixel_accuracy", "val_mean_accuracy", "val_mean_iou"):
-        assert isinstance(entries[-1][key], float)
-    checkpoint = load_checkpoint(run)
-    assert checkpoint["epoch"] == 1 and checkpoint["n_cls"] == 3
-    assert {"model", "optimizer", "lr_scheduler"} <= set(checkpoint)
-
-
-def test_variant_holds_the_published_sections(run):
-    variant = read_variant(run)
-    data = variant["dataset_kwargs"]
-    assert (data["patch_type"], data["selected_layer"], data["threshold"]) == ("graph", 1, 0.5)
-    assert (data["attention"], data["batch_mode"]) == ("proportional", "ragged")
-    assert (data["image_size"], data["crop_size"], data["normalization"]) == (32, 32, "vit")
-    assert variant["net_kwargs"]["decoder"]["n_cls"] == variant["net_kwargs"]["n_cls"] == 3
-    assert variant["inference_kwargs"]["window_size"] == 32
-    assert variant["optimizer_kwargs"]["opt"] == "sgd" and variant["world_batch_size"] == 2
-    assert [c["name"] for c in data["classes"]] == ["floor", "wall", "door"]
-
-
 def test_scores_agree_between_training_test_and_miou(run):
     last = json.loads((run / "log.txt").read_text().splitlines()[-1])
     printed = call(test, run, "--device", "cpu")
@@ -151,117 +126,6 @@ def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypa
         ("graph", saved | {"threshold": 0.9, "attention": "inverse", "batch": "uniform"}),
         ("graph", saved | {"layers": [2]}),
     ]
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    common = ["--dataset", "folder", *TINY, "--dropout", "0.1"]
-    call(train, "--log-dir", tmp_path / "whole", *common, "--epochs", "3")
-    call(train, "--log-dir", tmp_path / "parts", *common, "--epochs", "3", "--eval-freq", "2")
-    whole = load_checkpoint(tmp_path / "whole")["model"]
-    interrupt_after(tmp_path / "cut", 2, common)
-    call(train, "--log-dir", tmp_path / "cut", "--resume", "--device", "cpu")
-    for folder in ("parts", "cut"):
-        weights = load_checkpoint(tmp_path / folder)["model"]
-        assert all(torch.equal(weights[key], value) for key, value in whole.items())
-    assert len((tmp_path / "cut/log.txt").read_text().splitlines()) == 3
-
-
-def interrupt_after(folder, epochs, common):
-    """A training of three epochs that is killed after some."""
-    real, calls = train.train_one_epoch, []
-
-    def one_epoch(*args, **kwargs):
-        if len(calls) == epochs:
-            raise KeyboardInterrupt
-        calls.append(None)
-        return real(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(train, "train_one_epoch", one_epoch)
-        assert invoke(train, ["--log-dir", folder, *common, "--epochs", "3"]).exit_code != 0
-
-
-def test_fine_tuning_starts_from_the_weights_and_settings(run, tmp_path):
-    call(
-        train,
-        "--log-dir",
-        tmp_path / "tuned",
-        "--finetune",
-        run,
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--threshold",
-        "0.7",
-    )
-    variant = read_variant(tmp_path / "tuned")
-    assert variant["net_kwargs"] == read_variant(run)["net_kwargs"]
-    assert variant["dataset_kwargs"]["threshold"] == 0.7 and variant["dataset_kwargs"]["patch_type"] == "graph"
-    call(train, "--log-dir", tmp_path / "plain", "--finetune", run, "--epochs", "1", "--patch-type", "pure")
-    assert read_variant(tmp_path / "plain")["dataset_kwargs"]["patch_type"] == "pure"
-
-
-def test_a_recipe_gives_defaults_and_options_override_it(tmp_path):
-    recipe = tmp_path / "recipe.yml"
-    recipe.write_text(yaml.safe_dump({"dataset": "folder", "patch_type": "graph", "threshold": 0.9, "epochs": 1}))
-    call(train, "--config", recipe, "--log-dir", tmp_path / "a", *TINY[:-4], "--learning-rate", "0.01")
-    assert read_variant(tmp_path / "a")["dataset_kwargs"]["threshold"] == 0.9
-    assert len((tmp_path / "a/log.txt").read_text().splitlines()) == 1
-    options = ["--threshold", "0.8", "--epochs", "2", "--learning-rate", "0.01"]
-    call(train, "--config", recipe, "--log-dir", tmp_path / "b", *TINY[:-4], *options)
-    assert read_variant(tmp_path / "b")["dataset_kwargs"]["threshold"] == 0.8
-
-
-def test_another_method_than_the_recipe_s_drops_what_it_says_about_merging(tmp_path):
-    recipe = {"dataset": "folder", "patch_type": "graph", "selected_layer": 2, "threshold": 0.9, "epochs": 2}
-    recipe |= {"start_thresh": 0.91, "curric_warmup": 1, "curric_period": 1}
-    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    common = ["--config", tmp_path / "recipe.yml", *TINY[:-4], "--learning-rate", "0.01"]
-    call(train, *common, "--log-dir", tmp_path / "pure", "--patch-type", "pure")
-    assert read_variant(tmp_path / "pure")["dataset_kwargs"]["patch_type"] == "pure"
-    call(train, *common, "--log-dir", tmp_path / "tome", "--patch-type", "tome", "--r", "2")
-    data = read_variant(tmp_path / "tome")["dataset_kwargs"]
-    assert data["r"] == 2 and data["threshold"] is None and "start_threshold" not in data
-
-
-def test_every_setting_reaches_the_variant_file(tmp_path):
-    given = {
-        "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
-        "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
-        "start_factor": 0.5, "batch_size": 4, "epochs": 2, "eval_freq": 2, "num_workers": 0, "seed": 3,
-        "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
-        "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 1, "decoder": "mask_transformer",
-        "dataset": "folder", "backbone": "vit_tiny_patch16_384",
-    }  # fmt: skip
-    options = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), value)]
-    call(train, "--log-dir", tmp_path / "run", "--no-pretrained", "--amp", "--device", "cpu", *options)
-    assert read_settings(read_variant(tmp_path / "run")) == given | {"amp": True}
-    assert set(given) | {"amp"} == set(PLACES)
-
-
-def test_the_best_checkpoint_merges_as_the_final_one(tmp_path, monkeypatch):
-    """Scores from before the curriculum's end do not count."""
-    scores = iter([90.0, 80.0, 30.0, 20.0])
-    monkeypatch.setattr(train, "segmentation_scores", lambda confusion: dict.fromkeys(KEYS, next(scores)))
-    options = [*CURRICULUM, "--threshold", "0.89", "--epochs", "4", "--eval-freq", "1"]
-    call(train, "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, *options)
-    assert load_checkpoint(tmp_path / "run/checkpoint_best.pth")["epoch"] == 1
-    assert load_checkpoint(tmp_path / "run")["best_mean_iou"] == 80.0
-
-
-KEYS = ("pixel_accuracy", "mean_accuracy", "mean_iou")
-
-
-def test_a_curriculum_lowers_the_threshold(tmp_path):
-    options = ["--patch-type", "graph", "--threshold", "0.88", "--start-thresh", "0.9"]
-    options += ["--curric-warmup", "1", "--curric-period", "1", "--epochs", "4"]
-    call(train, "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, *options)
-    entries = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
-    assert [entry["threshold"] for entry in entries] == [0.9, 0.89, 0.88, 0.88]
-    data = read_variant(tmp_path / "run")["dataset_kwargs"]
-    assert (data["threshold"], data["start_threshold"]) == (0.88, 0.9)
-    assert (data["curriculum_start"], data["curriculum_period"]) == (1, 1)
 
 
 def test_photographs_without_labels(run, folder_data, tmp_path):
@@ -312,51 +176,6 @@ def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, 
 
 
 class TestRefused:
-    def train(self, folder, *options):
-        return refused(train, "--log-dir", folder, "--dataset", "folder", *TINY, *options)
-
-    def test_a_run_is_never_overwritten(self, run):
-        before = (run / "checkpoint.pth").read_bytes()
-        assert "--resume" in self.train(run)
-        assert "finished" in refused(train, "--log-dir", run, "--resume")
-        assert (run / "checkpoint.pth").read_bytes() == before
-
-    @pytest.mark.parametrize(
-        ("options", "hint"),
-        [
-            (["--patch-type", "graph", "--threshold", "2"], "-1 to 1"),
-            (["--patch-type", "graph", "--selected-layer", "9"], "1 to 2"),
-            (["--patch-type", "graph", "--selected-layers", "1", "2"], "one layer"),
-            (["--patch-type", "graph", "--selected-layer", "1", "--selected-layers", "2"], "--selected-layers"),
-            (["--patch-type", "graph", "--prop-attn", "--iprop-attn"], "choose one"),
-            (["--threshold", "0.9"], "--patch-type"),
-            (["--patch-type", "nosuch"], "graph"),
-            (["--patch-type", "graph", "--start-thresh", "0.9"], "--curric-warmup"),
-            (["--start-thresh", "0.9", "--curric-warmup", "1", "--curric-period", "1"], "--threshold"),
-            (["--backbone", "vit_nosuch"], "vit_tiny_patch16_384"),
-            (["--device", "cuda:99"], "not available"),
-            (["--pretrained", "nowhere.pth"], "nowhere.pth"),
-            (["--finetune", "nowhere"], "nowhere"),
-            (["--config", "nowhere.yml"], "ade20k_512_tiny_graph"),
-            (["--window-size", "16", "--window-stride", "32"], "stride"),
-            (["--warmup-epochs", "2"], "warm-up"),
-            (["--resume"], "checkpoint.pth"),
-            (["--pretrained", str(DATA / "checkpoint.pth")], "--no-pretrained"),
-            (CURRICULUM, "more --epochs"),
-        ],
-    )
-    def test_options(self, tmp_path, options, hint):
-        assert hint in self.train(tmp_path / "run", *options)
-        assert not (tmp_path / "run/checkpoint.pth").exists()
-
-    def test_unknown_keys_of_a_recipe(self, tmp_path):
-        (tmp_path / "bad.yml").write_text("learningrate: 1")
-        assert "learningrate" in self.train(tmp_path / "run", "--config", tmp_path / "bad.yml")
-
-    def test_what_a_resumed_run_cannot_change(self, run):
-        message = refused(train, "--log-dir", run, "--resume", "--epochs", "9", "--optimizer", "adamw")
-        assert "--optimizer" in message and "--finetune" in message
-
     def test_photographs_are_not_overwritten(self, run, folder_data):
         photographs = folder_data / "images/val"
         before = {file.name: file.read_bytes() for file in photographs.iterdir()}
@@ -373,28 +192,6 @@ class TestRefused:
         write_variant(variant, tmp_path)
         (tmp_path / "checkpoint.pth").write_bytes((run / "checkpoint.pth").read_bytes())
         assert "dataset" in refused(test, tmp_path, "--device", "cpu")
-
-    @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_labels_out_of_range(self, folder_data, tmp_path, monkeypatch, workers):
-        root = copy_tree(folder_data, tmp_path / "data")
-        cv2.imwrite(str(root / "annotations/train/1.png"), np.full((40, 48), 7, np.uint8))
-        monkeypatch.setenv("DATASET", str(root))
-        message = self.train(tmp_path / "run", "--num-workers", workers)
-        assert "annotations/train/1.png: label 7" in message and len(message) < 300
-
-    @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_a_damaged_image(self, folder_data, tmp_path, monkeypatch, workers):
-        root = copy_tree(folder_data, tmp_path / "data")
-        (root / "images/train/2.jpg").write_bytes(b"no image")
-        monkeypatch.setenv("DATASET", str(root))
-        message = self.train(tmp_path / "run", "--num-workers", workers)
-        assert "images/train/2.jpg" in message and len(message) < 300
-
-    def test_a_missing_data_set(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("DATASET", str(tmp_path / "nowhere"))
-        assert "nowhere" in self.train(tmp_path / "run")
-        monkeypatch.delenv("DATASET")
-        assert "DATASET" in self.train(tmp_path / "run")
 
     def test_checkpoints(self, run, tmp_path):
         assert "nowhere" in refused(test, tmp_path / "nowhere")
@@ -416,20 +213,6 @@ class TestRefused:
         assert "a.png" in refused(inference, run, "-i", tmp_path / "in", "-o", tmp_path / "out")
 
 
-def copy_tree(source, target):
-    import shutil
-
-    return Path(shutil.copytree(source, target))
-
-
-def test_open_ended_numbers():
-    names = {"--layers"}
-    assert repeat_option(["--layers", "1", "5", "x"], names) == ["--layers", "1", "--layers", "5", "x"]
-    assert repeat_option(["a", "--layers", "-1", "--b", "2"], names) == ["a", "--layers", "-1", "--b", "2"]
-    assert repeat_option(["--layers"], names) == ["--layers"]
-    assert repeat_option(["--layers=3", "4"], names) == ["--layers", "3", "--layers", "4"]
-
-
 @pytest.mark.parametrize("file", ["train.py", "test.py", "inference.py", "eval/miou.py"])
 def test_commands_run_as_files_and_as_modules(file):
     module = "segm." + file.removesuffix(".py").replace("/", ".")
@@ -439,32 +222,3 @@ def test_commands_run_as_files_and_as_modules(file):
             [sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True, env=environment
         )
         assert result.returncode == 0 and "--patch-type" in result.stdout and result.stderr == ""
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_score_like_one(run, folder_data, tmp_path):
-    """gloo, under torchrun: the same mIoU as one process, one run directory, every image counted once."""
-    # Without the "--", torchrun takes --r for an option of its own.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    environment = os.environ | {"DATASET": str(folder_data), "OMP_NUM_THREADS": "1"}
-
-    def launch(*arguments):
-        command = [*torchrun, *map(str, arguments)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    printed = launch("segm/test.py", run, "--device", "cpu")
-    assert printed == call(test, run, "--device", "cpu")
-    methods = {
-        "graph": ["--selected-layer", "1", "--threshold", "0.5"],
-        "algm": ["--selected-layers", "1", "2", "--threshold", "0.5"],
-        "tome": ["--r", "2"],
-    }
-    for method, options in methods.items():
-        folder = tmp_path / method
-        launch("segm/train.py", "--log-dir", folder, "--dataset", "folder", *TINY, "--patch-type", method, *options)
-        entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-        assert [entry["num_updates"] for entry in entries] == [2, 4]
-        score = entries[-1]["val_mean_iou"]
-        assert f"mean_iou: {score:.2f}" in call(test, folder, "--device", "cpu")
