@@ -109,6 +109,7 @@ def main(
     rows = []
     for model_name, side, batch_size, dtype, method in tqdm(cases, desc="benchmark", unit="row", leave=False):
         model = build_model(model_name, side, n_cls, device, DTYPES[dtype])
+        patch.add_modules(model.encoder, method)
         views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
         options = settings_for(model, method, views, round(tokens * (side // 16) ** 2), budget=budget)
         case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}

@@ -5,11 +5,14 @@ python scripts/benchmark_scale.py --out results/scale
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import g2tm
@@ -45,7 +48,7 @@ COLUMNS = {
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Timed calls.")
 @click.option("--out", type=click.Path(path_type=Path), help="OUT.json and OUT.png.")
 @device_option
-def main(grids, width, repeats, out, device):
+def main(grids: tuple[int, ...], width: int, repeats: int, out: Path | None, device: torch.device) -> None:
     """Merge and unmerge the tokens of one image, for grids of several sizes, and print microseconds and peak KiB per
     patch. Tokens are random, half of the 2 x 2 windows are alike: graph and CLAP leave five eighths."""
     rows = []
@@ -72,7 +75,7 @@ def main(grids, width, repeats, out, device):
         write_picture(out.with_suffix(".png"), scale_curves(rows))
 
 
-def half_alike(side, width):
+def half_alike(side: int, width: int) -> Tensor:
     """(1, side², width): random tokens, in every other of the 2×2 windows nearly the same four times."""
     torch.manual_seed(0)
     windows = torch.randn(width, side // 2, side // 2).repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -82,18 +85,18 @@ def half_alike(side, width):
 
 
 @torch.inference_mode()
-def merge_and_back(merge, side, x):
+def merge_and_back(merge: Callable[..., g2tm.Reduction], side: int, x: Tensor) -> Tensor:
     """One merge and its undoing; x: (1, side², D)."""
     reduction = merge(x, (side, side))
     return reduction.unmerge(reduction.merge(x))
 
 
-def format_rows(rows):
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     return markdown(COLUMNS, [row | {"memory": _kib(row["kib_per_patch"])} for row in rows])
 
 
-def _kib(value):
+def _kib(value: float | None) -> str:
     return "?" if value is None else f"{value:.1f}"
 
 

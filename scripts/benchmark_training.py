@@ -7,11 +7,14 @@ import copy
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from benchmark import BACKBONES, build_model
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import patch
@@ -22,6 +25,7 @@ from segm.eval.comparison import settings_for
 from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import PURE, apply
+from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer, create_scheduler
 from segm.tables import markdown
 
@@ -75,8 +79,11 @@ def main(
     images = next(iter(loader))["image"].to(device)
     trainings = {}
     for name in tqdm([PURE, *methods], desc="settings", leave=False):
-        options = {} if name == PURE else settings_for(plain, name, [images], round(tokens * (side // 16) ** 2))
-        trainings[name] = training(apply(copy.deepcopy(plain), name, options), loader, device, amp, compile)
+        model, options = copy.deepcopy(plain), {}
+        if name != PURE:
+            patch.add_modules(model.encoder, name)
+            options = settings_for(model, name, [images], round(tokens * (side // 16) ** 2))
+        trainings[name] = training(apply(model, name, options), loader, device, amp, compile)
     entries = {name: [] for name in trainings}
     for turn in tqdm(range(1 + rounds), desc="rounds", leave=False):
         for name, train in trainings.items():
@@ -89,7 +96,9 @@ def main(
         write_text(out, json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
 
 
-def training(model, loader, device, amp, compile):
+def training(
+    model: Segmenter, loader: DataLoader, device: torch.device, amp: bool, compile: bool
+) -> Callable[[int], dict[str, Any]]:
     """A function of the epoch that trains for it and returns `train_one_epoch`'s entry."""
     if compile:
         compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
@@ -97,7 +106,7 @@ def training(model, loader, device, amp, compile):
     scheduler = create_scheduler(optimizer, "polynomial", epochs=FAR, updates_per_epoch=len(loader), learning_rate=1e-5)
     precision = Precision.choose(device, amp)
 
-    def train(epoch):
+    def train(epoch: int) -> dict[str, Any]:
         return train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, device=device, progress=False) | {
             "tokens": _tokens(model)
         }
@@ -105,24 +114,24 @@ def training(model, loader, device, amp, compile):
     return train
 
 
-def _tokens(model):
+def _tokens(model: Segmenter) -> float | None:
     """Mean number of patch tokens in the last update; None without merging."""
     return patch.reduction(model).counts.double().mean().item() if patch.is_patched(model) else None
 
 
-def row(name, entries, pure):
+def row(name: str, entries: list[dict[str, Any]], pure: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds; the ratio is that of neighbouring turns."""
     ratios = [mine["images_per_second"] / other["images_per_second"] for mine, other in zip(entries, pure, strict=True)]
     medians = {key: statistics.median(entry[key] for entry in entries) for key in ("images_per_second", "data_wait")}
     return {"method": name, "tokens": entries[-1]["tokens"], **medians, "ratio": statistics.median(ratios)}
 
 
-def format_rows(rows):
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     return markdown(COLUMNS, [row | {"tokens": _kept(row["tokens"])} for row in rows])
 
 
-def _kept(tokens):
+def _kept(tokens: float | None) -> str:
     return "all" if tokens is None else f"{tokens:.0f}"
 
 

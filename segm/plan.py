@@ -307,8 +307,8 @@ class Plan:
         """The content of `variant.yml`.
 
         Args:
-            dataset: the training images; the user's own also give names and colors of their classes, so that pictures
-                need no files.
+            dataset: the training images, with names and colors of their classes: pictures then need no files, and
+                another order of classes is noticed.
         """
         variant: dict[str, Any] = {"version": "normal"}
         for name, entry in SETTINGS.items():
@@ -326,9 +326,8 @@ class Plan:
         data |= {"split": "train"} | to_variant(self.method, self.options)
         variant["algorithm_kwargs"]["start_epoch"] = 0
         variant["optimizer_kwargs"] |= {"momentum": MOMENTUM, "poly_power": POWER}
-        if dataset.name == "folder":
-            named = enumerate(zip(dataset.classes, dataset.palette.tolist(), strict=True))
-            data["classes"] = [{"id": index, "name": name, "color": color} for index, (name, color) in named]
+        named = enumerate(zip(dataset.classes, dataset.palette.tolist(), strict=True))
+        data["classes"] = [{"id": index, "name": name, "color": color} for index, (name, color) in named]
         return variant
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 
-def environment(device):
+def environment(device: torch.device) -> dict[str, str | int]:
     """Device, its threads and the versions that matter for speed, as JSON takes them.
 
     Args:
@@ -22,7 +22,7 @@ def environment(device):
     }
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """Name of the GPU, or of the processor and the number of threads that are used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -30,7 +30,7 @@ def device_name(device):
     return f"{_processor()}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
-def _processor():
+def _processor() -> str:
     """What Linux calls the processor; elsewhere, what Python knows."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []

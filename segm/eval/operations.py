@@ -1,11 +1,14 @@
 """Operations of a model in fvcore's convention."""
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 with warnings.catch_warnings():
@@ -31,7 +34,7 @@ class Operations:
     uncounted: Mapping[str, int]
 
 
-def count_operations(model, images):
+def count_operations(model: nn.Module, images: Tensor) -> Operations:
     """Operations of one forward pass; for a merging model the count depends on the images.
 
     fvcore counts matrix products, convolutions, layer norms and interpolation. Added are fused attention (its two
@@ -45,7 +48,8 @@ def count_operations(model, images):
     Returns:
         `Operations` per image, upsampling included.
     """
-    with torch.inference_mode():
+    # A patched model lets itself be traced only where it is told that nothing will run again.
+    with torch.inference_mode(), getattr(model, "counting", nullcontext)():
         analysis = FlopCountAnalysis(_WithSelection(model), images)
         analysis.set_op_handle(**{f"aten::{name}": handle for name, handle in _HANDLES.items()})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -59,11 +63,11 @@ class _WithSelection(nn.Module):
     """Gives back what a model computes only to choose tokens: tracing would drop it, since no output depends on it
     once the components are found outside PyTorch."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         with _Keep() as kept:
             output = self.model(images)
         return output, *kept.results
@@ -72,39 +76,32 @@ class _WithSelection(nn.Module):
 class _Keep(TorchFunctionMode):
     """Collects the results of the functions with which tokens are compared."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.results = []
+        self.results: list[Tensor] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in (torch.linalg.vecdot, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
             self.results.append(result)
         return result
 
 
-def _attention(inputs, outputs):
+def _attention(inputs: Any, outputs: Any) -> int:
     """The two matrix products of attention, as fvcore counts them where they are explicit."""
     queries, keys, values = (get_shape(value) for value in inputs[:3])
     *batch, n_queries, width = queries
-    return _product(batch) * n_queries * keys[-2] * (width + values[-1])
+    return math.prod(batch) * n_queries * keys[-2] * (width + values[-1])
 
 
-def _similarities(inputs, outputs):
+def _similarities(inputs: Any, outputs: Any) -> int:
     """A product of every pair of vectors."""
-    return _product(get_shape(inputs[0]))
+    return math.prod(get_shape(inputs[0]))
 
 
-def _sums(position):
+def _sums(position: int) -> Callable[[Any, Any], int]:
     """One addition per number that is summed; position: which input holds the numbers."""
-    return lambda inputs, outputs: _product(get_shape(inputs[position]))
-
-
-def _product(shape):
-    result = 1
-    for side in shape:
-        result *= side
-    return result
+    return lambda inputs, outputs: math.prod(get_shape(inputs[position]))
 
 
 _HANDLES = {

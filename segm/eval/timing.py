@@ -1,12 +1,23 @@
 """Speed of models, compared inside one run."""
 
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 
-def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=False):
+def interleaved_rates(
+    calls: Mapping[Any, Callable[[Any], Any]],
+    batches: Sequence[Any],
+    device: torch.device,
+    *,
+    repeats: int = 3,
+    warmup: int = 2,
+    progress: bool = False,
+) -> dict[Any, Tensor]:
     """Speed of several functions, each the median of its turns; arguments as for `interleaved_turns`.
 
     Returns:
@@ -17,7 +28,15 @@ def interleaved_rates(calls, batches, device, *, repeats=3, warmup=2, progress=F
 
 
 @torch.inference_mode()
-def interleaved_turns(calls, batches, device, *, repeats=3, warmup=2, progress=False):
+def interleaved_turns(
+    calls: Mapping[Any, Callable[[Any], Any]],
+    batches: Sequence[Any],
+    device: torch.device,
+    *,
+    repeats: int = 3,
+    warmup: int = 2,
+    progress: bool = False,
+) -> dict[Any, Tensor]:
     """Speed of several functions in every turn, interleaved call by call so that they meet the same conditions; each in
     turn is the first, since what ran before leaves its marks on caches and memory.
 
@@ -52,7 +71,7 @@ def interleaved_turns(calls, batches, device, *, repeats=3, warmup=2, progress=F
     return {name: torch.stack(values) for name, values in rates.items()}
 
 
-def _now(device):
+def _now(device: torch.device) -> float:
     """Seconds, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -109,9 +109,10 @@ assert not {{"mmseg", "mmcv", "mmengine"}} & set(sys.modules)
 
 
 def test_reading_and_resizing_are_those_of_mmcv(tmp_path, photo):
-    import segm.data.openmmlab  # noqa: F401 - first: it keeps the import silent
     from mmcv import imrescale
     from mmcv.transforms import LoadImageFromFile
+
+    import segm.data.openmmlab  # noqa: F401 - first: it keeps the import silent
 
     for suffix in ("png", "jpg"):
         file = tmp_path / f"photo.{suffix}"
