@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import patch
 from g2tm import Reduction
-from patch.registry import METHODS
+from patch import METHODS
 from segm import (
     flops,
     inference,
@@ -29,11 +29,7 @@ from segm import (
 )
 from segm.checkpoint import load_checkpoint, read_variant, write_variant
 from segm.eval import miou
-from segm.options import repeat_option
-from segm.settings import PLACES, read_settings
 
-CURRICULUM = ["--patch-type", "graph", "--threshold", "0.8", "--start-thresh", "0.9"]
-CURRICULUM += ["--curric-warmup", "1", "--curric-period", "1"]
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
 TINY = [
