@@ -69,3 +69,59 @@ def shapes_run(tmp_path, small_net):
     inference = {"im_size": size, "window_size": size, "window_stride": size}
     write_variant({"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}, folder)
     return folder
+
+
+def _invoke(command, arguments):
+    """Run a command in this process; errors other than an exit are raised."""
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(command.main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Run a command that must succeed; returns what it prints on stdout."""
+
+    def run(command, *arguments):
+        result = _invoke(command, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """Run a command that must fail; returns its error message: one line, no traceback."""
+
+    def run(command, *arguments):
+        result = _invoke(command, arguments)
+        assert result.exit_code != 0, result.output
+        assert "Traceback" not in result.output and result.stderr.count("Error: ") == 1
+        text = result.stderr[result.stderr.index("Error: ") :].strip()
+        assert "\n" not in text, text
+        return text
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory):
+    """The user's own data: six photographs with masks of three classes."""
+    import cv2
+    import numpy as np
+
+    root = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            mask = rng.integers(0, 3, (5, 6), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            cv2.imwrite(str(root / f"images/{split}/{index}.jpg"), (mask * 90)[..., None].repeat(3, 2))
+            cv2.imwrite(str(root / f"annotations/{split}/{index}.png"), mask)
+    (root / "classes.yml").write_text("[floor, wall, door]")
+    return root

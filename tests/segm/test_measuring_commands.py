@@ -1,7 +1,9 @@
 """The commands that measure: speed, operations, profile, tokens."""
 
 import json
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from click.testing import CliRunner
 
 import patch
 from segm import flops, profile_model, speedtest, token_stats
-from segm.checkpoint import read_variant
-from segm.model.factory import load_model
+from segm.eval.comparison import count_tokens
+from segm.run import Run
 
 OPTIONS = ["shapes", "--device", "cpu", "--max-images", "3"]
 GRAPH = ["--patch-type", "graph", "--threshold", "0.5"]
@@ -44,12 +46,13 @@ class TestSpeed:
         assert (saved["batches"], saved["batch_size"], saved["side"]) == (3, 1, 32)
         assert "| pure | 16.0 |" in printed and "float32" in printed
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    @pytest.mark.parametrize("output", ["logits", "scores", "labels"])
-    def test_half_precision_batches_of_one_image(self, shapes_run, dtype, output):
-        options = ["--batch-size", 3, "--duplicate", "--warmup", 0, "--repeats", 1, "--dtype", dtype]
-        printed = call(speedtest, shapes_run, *OPTIONS, *options, "--output", output, *GRAPH).stdout
-        assert f"3 x 3 images of 32 x 32, {output}" in printed and dtype in printed
+    def test_half_precision_batches_of_one_image(self, shapes_run):
+        options = ["--batch-size", 3, "--duplicate", "--warmup", 0, "--repeats", 1]
+        for dtype, output in product(["bfloat16", "float16"], ["logits", "scores", "labels"]):
+            printed = call(
+                speedtest, shapes_run, *OPTIONS, *options, "--dtype", dtype, "--output", output, *GRAPH
+            ).stdout
+            assert f"3 x 3 images of 32 x 32, {output}" in printed and dtype in printed
 
     def test_compiled_methods_are_compared(self, shapes_run, tmp_path, monkeypatch):
         monkeypatch.setattr(patch, "compile", partial(patch.compile, backend="eager"))
@@ -61,24 +64,24 @@ class TestSpeed:
         assert saved["compiled"] and len(saved["rows"]) == 2 and "logits, compiled" in printed
 
     def test_common_options_hold_where_they_are_known(self, shapes_run):
-        given = {"threshold": 0.5, "selected_layers": (2,), "r": ()}
-        methods = speedtest.read_methods("pure,graph,tome --r 4", given, read_variant(shapes_run))
+        run = Run.load(shapes_run, device="cpu")
+        methods = speedtest.read_methods("pure,graph,tome --r 4", {"threshold": 0.5, "layers": 2}, run)
         assert methods["pure"] == ("pure", {})
-        assert methods["graph"] == ("graph", {"threshold": 0.5, "layers": [2]})
-        assert methods["tome --r 4"] == ("tome", {"r": 4, "layers": [2]})
+        assert methods["graph"] == ("graph", {"threshold": 0.5, "layers": 2})
+        assert methods["tome --r 4"] == ("tome", {"r": 4, "layers": 2})
 
     def test_what_a_run_was_trained_with_is_compared(self, shapes_run):
         variant = {"dataset_kwargs": {"patch_type": "graph", "selected_layer": 3, "threshold": 0.7}}
-        assert speedtest.read_methods(None, {}, variant)["graph"][1] == {"layers": [3], "threshold": 0.7}
-        assert speedtest.read_methods("pure,graph", {}, variant)["graph"][1] == {"layers": [3], "threshold": 0.7}
+        run = replace(Run.load(shapes_run, device="cpu"), variant=variant)
+        for compare in (None, "pure,graph"):
+            options = speedtest.read_methods(compare, {}, run)["graph"][1]
+            assert (options["layers"], options["threshold"]) == (3, 0.7)
 
-    @pytest.mark.parametrize(
-        ("compare", "allowed"),
-        [("pure,nosuch", "graph"), ("pure,pure", "twice"), ("pure,,graph", "graph"), ("graph --nosuch", "nosuch")],
-    )
-    def test_bad_comparisons_are_refused(self, shapes_run, compare, allowed):
-        message = refusal(speedtest, shapes_run, *OPTIONS, "--compare", compare)
-        assert allowed in message and "--compare" in message
+    def test_bad_comparisons_are_refused(self, shapes_run):
+        cases = {"pure,nosuch": "graph", "pure,pure": "twice", "pure,,graph": "graph", "graph --nosuch": "nosuch"}
+        for compare, allowed in cases.items():
+            message = refusal(speedtest, shapes_run, *OPTIONS, "--compare", compare)
+            assert allowed in message and "--compare" in message
 
     def test_options_that_no_method_takes_are_refused(self, shapes_run):
         assert "r: none" in refusal(speedtest, shapes_run, *OPTIONS, "--compare", "pure,graph", "--r", 5)
@@ -137,13 +140,18 @@ class TestTokens:
         assert "--patch-type" in refusal(token_stats, shapes_run, *OPTIONS)
 
     def test_sizes_are_those_of_the_reduction(self, shapes_run):
-        model, _ = load_model(shapes_run)
-        patch.segmenter(model, "graph", threshold=0.5)
+        model = Run.load(shapes_run, device="cpu", patch_type="graph", threshold=0.5).model
         views = [torch.randn(2, 3, 32, 32) * scale for scale in (0.1, 3)]
         found = token_stats.collect(model, views)[2]
         counts, sizes = [], []
         for view in views:
-            counts += token_stats.count_tokens(model, view).tolist()
+            counts += count_tokens(model, view).tolist()
             sizes += [size for size in patch.reduction(model).sizes.flatten().tolist() if size > 1]
         assert found["counts"].tolist() == counts and sorted(found["sizes"]) == sorted(sizes)
-        assert token_stats.count_tokens(patch.remove(model), views[0]).tolist() == [16, 16]
+        assert count_tokens(patch.remove(model), views[0]).tolist() == [16, 16]
+
+    def test_tokens_that_are_no_groups_have_sizes_that_are_no_integers(self, shapes_run, tmp_path):
+        call(token_stats, shapes_run, *OPTIONS, "--patch-type", "dct", "--r", 2, "--out", tmp_path)
+        layers = json.loads((tmp_path / "tokens.json").read_text())["layers"]
+        assert [(row["n_patches"], row["tokens"]["mean"]) for row in layers] == [(16, 14), (16, 12), (16, 10)]
+        assert 1 < layers[0]["sizes"]["median"] < 2 and (tmp_path / "tokens.png").stat().st_size > 1000

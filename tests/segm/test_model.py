@@ -56,7 +56,7 @@ def test_predict_in_bands_equals_the_argmax_of_the_logits(golden_model, cases, m
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_backbones_have_their_published_shape(name):
-    from segm.settings import backbone_settings
+    from segm.plan import backbone_settings
 
     published = backbone_settings(name)
     with torch.device("meta"):

@@ -12,7 +12,6 @@ from segm.checkpoint import read_variant, save_checkpoint
 from segm.data import create_dataset
 from segm.eval.runs import square_view
 from segm.model.factory import create_segmenter
-from segm.options import PATCH_NAMES, merging_settings, patch_options, variant_settings
 from segm.tune_threshold import lowest_without_loss
 
 SIZE = 32
@@ -59,26 +58,6 @@ def test_auto_threshold_prints_a_line_per_layer(run):
     assert refused.exit_code != 0 and "1 to 3" in refused.output
     refused = call(auto_threshold, run, "shapes", "--selected-layers", 2, 1, "--device", "cpu")
     assert refused.exit_code != 0 and "ascending" in refused.output
-
-
-def test_training_with_the_automatic_threshold(run, tmp_path, monkeypatch):
-    asked = []
-
-    def thresholds(checkpoint, name, layers, device, side):
-        asked.append((checkpoint, name, layers, side))
-        return {layers[0]: auto_threshold.Similarity(0.5, 0.25)}
-
-    monkeypatch.setattr(train, "automatic_thresholds", thresholds)
-    monkeypatch.setattr(train, "train", lambda model, a, b, variant, *rest: asked.append(variant["dataset_kwargs"]))
-    options = ["--log-dir", tmp_path / "new", "--finetune", run, "--dataset", "shapes", "--patch-type", "algm"]
-    options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
-    refused = call(train, *options)
-    assert refused.exit_code != 0 and "--from" in refused.output
-    for wrong in (["--selected-layers", 1, 99], ["--merging-window-size", 9, 9], ["--patch-type", "tome"]):
-        refused = call(train, *options, "--from", run, *wrong)
-        assert refused.exit_code != 0 and asked == []  # before any image is read
-    assert call(train, *options, "--from", run).exit_code == 0
-    assert asked[0] == (run, "shapes", [1], SIZE) and asked[1]["threshold"] == 0.75
 
 
 @pytest.mark.parametrize("method", ["graph", "algm"])
@@ -137,70 +116,3 @@ def test_lowest_threshold_without_loss(scores, lowest):
     thresholds = [None, 0.9, 0.8, 0.7, 0.6]
     rows = [{"threshold": t, "mean_iou": s} for t, s in zip(thresholds, scores, strict=False)]
     assert lowest_without_loss(rows) == lowest
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"patch_type": "graph", "selected_layer": 3}, ("graph", {"layers": [3]})),
-        (
-            {"patch_type": "algm", "selected_layers": (1, 5), "merging_window_size": (2, 4), "gbm_threshold": 0.9},
-            ("algm", {"layers": [1, 5], "window": (2, 4), "gbm_threshold": 0.9}),
-        ),
-        ({"patch_type": "algm", "merging_window_size": (0, 0)}, ("algm", {"window": None})),
-        ({"patch_type": "tome", "r": (8,)}, ("tome", {"r": 8})),
-        ({"patch_type": "tome", "r": (8, 4, 2)}, ("tome", {"r": [8, 4, 2]})),
-        ({"patch_type": "tome", "r": (8,), "r_inflection": -1.0}, ("tome", {"r": (8, -1.0)})),
-        ({"patch_type": "tome", "prop_attn": False}, ("tome", {"attention": "none"})),
-    ],
-)
-def test_options_become_settings_and_survive_the_variant_file(given, expected, small_net):
-    method, options = merging_settings(given)
-    assert (method, options) == expected
-    model = create_segmenter(small_net | {"n_layers": 5 if method != "tome" else 3, "image_size": [64, 64]})
-    patch.segmenter(model, method, **options)
-    settings = patch.settings(model)
-    saved = json.loads(json.dumps(variant_settings(method, settings)))
-    again = patch.settings(patch.segmenter(patch.remove(model), method, **merging_settings({}, saved)[1]))
-    assert again == settings
-
-
-def test_a_model_trained_with_tome_needs_no_proportional_attention():
-    saved = {"patch_type": "tome", "r": 8}
-    assert merging_settings({}, saved)[1]["attention"] == "none"
-    assert "attention" not in merging_settings({"patch_type": "tome"}, {"patch_type": "pure"})[1]
-
-
-def test_a_released_algm_variant_is_understood():
-    saved = {"patch_type": "algm", "selected_layers": [1, 5], "merging_window_size": [2, 2], "threshold": 0.88}
-    expected = {"layers": [1, 5], "window": (2, 2), "threshold": 0.88}
-    assert merging_settings({}, saved) == ("algm", expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["pure", "graph", "algm", "tome"])
-def test_training_with_merging_converges(method, tmp_path):
-    """A few hundred steps from one plain start: the loss falls to where the plain model's falls."""
-    network = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", "4", "--d-model", "32"]
-    network += ["--n-heads", "2", "--n-layers", "3", "--drop-path", "0", "--decoder-dropout", "0"]
-    options = ["--dataset", "shapes", "--im-size", "32", "--crop-size", "32", "--batch-size", "10", "--epochs", "1"]
-    options += ["--optimizer", "adamw", "--learning-rate", "2e-3", "--num-workers", "0", "--device", "cpu"]
-    merging = {
-        "pure": ["--patch-type", "pure"],
-        "graph": ["--patch-type", "graph", "--threshold", "0.95"],
-        "algm": ["--patch-type", "algm", "--selected-layers", "1", "2", "--threshold", "0.95"],
-        "tome": ["--patch-type", "tome", "--r", "6"],
-    }[method]
-    result = call(train, "--log-dir", tmp_path / "run", *network, *options, *merging)
-    assert result.exit_code == 0, result.output
-    entry = json.loads((tmp_path / "run/log.txt").read_text())
-    assert entry["num_updates"] == 200
-    assert entry["train_loss"] < 2.1 and entry["val_mean_iou"] > 8  # at random: 2.4 and 3
-    assert read_variant(tmp_path / "run")["dataset_kwargs"]["patch_type"] == method
-
-
-def test_every_merging_option_is_passed_on():
-    options = {parameter.name for parameter in train.main.params}
-    assert set(PATCH_NAMES) <= options
-    decorated = patch_options(lambda: None).__click_params__
-    assert {parameter.name for parameter in decorated} == set(PATCH_NAMES)

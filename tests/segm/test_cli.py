@@ -1,0 +1,67 @@
+"""What commands share on the command line."""
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from segm.cli import Command, Device, Listed, NumberOr, Numbers, repeat_option
+
+
+def test_open_ended_values():
+    names = {"--layers": str.isdigit, "--kinds": ("a", "b").__contains__}
+    for words, expected in (
+        ("--layers 1 5 x", "--layers 1 --layers 5 x"),
+        ("a --layers 1 --b 2", "a --layers 1 --b 2"),
+        ("--layers", "--layers"),
+        ("--layers=3 4", "--layers 3 --layers 4"),
+        ("--kinds a b c --layers 1", "--kinds a --kinds b c --layers 1"),
+        ("--kinds --layers 1 2", "--kinds --layers 1 --layers 2"),
+    ):
+        assert repeat_option(words.split(), names) == expected.split(), words
+
+
+def test_numbers_take_negative_ones_and_words():
+    command = Command("any", params=[Numbers(["--x"], words=("all",)), click.Argument(["rest"], required=False)])
+    for words, x, rest in (("--x -1 2.5 all name", ("-1", "2.5", "all"), "name"), ("name", (), "name")):
+        params = command.make_context("any", words.split()).params
+        assert (tuple(params["x"]), params["rest"]) == (x, rest)
+
+
+def test_values_are_read_or_refused_with_a_hint():
+    sizes, names, word = Listed(int), Listed(str, lambda: ["T", "S"]), NumberOr("auto")
+    for kind, text, value in (
+        (sizes, "1, 8", (1, 8)),
+        (names, "T,S", ("T", "S")),
+        (word, "auto", "auto"),
+        (word, "0.5", 0.5),
+        (Device(), "cpu", torch.device("cpu")),
+    ):
+        assert kind.convert(text, None, None) == value
+    for kind, text, hint in (
+        (sizes, "1,x", "commas"),
+        (sizes, "0", "from 1"),
+        (names, "T,X", "T, S"),
+        (word, "much", "auto"),
+        (Device(), "cuda:99", "not available"),
+        (Device(), "nosuch", "not available"),
+    ):
+        with pytest.raises(click.BadParameter, match=hint):
+            kind.convert(text, None, None)
+
+
+def test_errors_end_in_one_line():
+    worker = 'Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\n  File "a"\nValueError: label 7'
+    for error, line in (
+        (ValueError("two\n lines"), "two lines"),
+        (FileNotFoundError("no file a"), "no file a"),
+        (ValueError(), "ValueError"),
+        (ValueError(worker), "label 7"),
+    ):
+
+        @click.command(cls=Command)
+        def main(error=error):
+            raise error
+
+        result = CliRunner().invoke(main)
+        assert result.exit_code == 1 and result.stderr == f"Error: {line}\n"

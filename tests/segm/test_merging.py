@@ -1,0 +1,242 @@
+"""A method's options: table, flags, variant.yml and back."""
+
+import random
+from types import SimpleNamespace
+
+import click
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import patch
+from patch import Choice, Number, Option
+from segm import test, train
+from segm.merging import (
+    MergingCommand,
+    apply,
+    build_model,
+    choose,
+    learned_parts,
+    of_model,
+    parse,
+    read_variant,
+    to_variant,
+)
+from segm.model.factory import create_segmenter
+
+DEPTH, GRID = 6, (12, 12)
+TARGET = patch.Target(DEPTH, GRID)
+
+
+@pytest.fixture
+def toy():
+    """A method that somebody registered, with options of every type."""
+    options = {
+        "count": Option(3, "Tokens per group.", flag="--toy-count", key="toy_count"),
+        "quick": Option(False, "Whether it hurries."),
+        "kinds": Option("a", "Kinds.", type=Choice(("a", "b", "c")), many=True),
+        "scale": Option((1.0, 2.0), "Scales.", type=float, many=2, none=(0.0, 0.0)),
+        "level": Option(0.5, "Level.", type=Number(0, 1, words=("high",)), flag=("--level", "--levels"), many=True),
+        "mode": Option("on", "Mode.", type=Choice(("on", "off")), flag={"--on": "on", "--off": "off"}),
+    }
+    yield patch.register("toy", lambda step: None, attention="proportional", **options)
+    del patch.METHODS["toy"]
+
+
+def random_value(option, rng):
+    """A value of an option as its table allows it."""
+    kind = option.kind
+
+    def one():
+        if isinstance(kind, Choice) or (kind.words and rng.random() < 0.3):
+            return rng.choice(kind.words)
+        low, high = max(kind.low, -9), min(kind.high, 9)
+        if kind.integer or (kind.integer is None and rng.random() < 0.5):
+            return rng.randint(int(low), int(high))
+        return round(rng.uniform(low, min(high, 1)), 3)
+
+    if option.none is not None and rng.random() < 0.3:
+        return None
+    if option.many is False:
+        return one()
+    if option.many is True:
+        return one() if rng.random() < 0.5 else [one() for _ in range(rng.randint(2, DEPTH))]
+    return tuple(one() for _ in range(option.many))
+
+
+def random_options(method, rng, count):
+    """Random options that the method allows: what is given, and all in force."""
+    for _ in range(count):
+        table = method.options.items()
+        given = {name: random_value(option, rng) for name, option in table if rng.random() < 0.5}
+        if "layers" in given:
+            given["layers"] = sorted(rng.sample(range(1, DEPTH + 1), rng.choice((1, 1, 2, 3))))
+        if isinstance(given.get("r"), list):
+            given["r"] = [rng.randint(0, 9) for _ in range(DEPTH)]
+        try:
+            yield given, patch.check(method.name, DEPTH, GRID, **given)
+        except ValueError:
+            continue
+
+
+def words_of(method, given):
+    """Options as a user types them."""
+    words = ["--patch-type", method.name]
+    for name, value in given.items():
+        option = method.options[name]
+        value = option.none if value is None else value
+        values = value if isinstance(value, list | tuple) else [value]
+        flag = option.flag or "--" + name.replace("_", "-")
+        if isinstance(flag, dict):
+            words += [switch for switch, meaning in flag.items() if meaning == value]
+            continue
+        if isinstance(flag, tuple):
+            flag = flag[len(values) > 1]
+        words += [flag, *(str(one).lower() for one in values)]
+    return words
+
+
+def test_options_survive_flags_and_variant_file(toy):
+    rng = random.Random(0)
+    for method in patch.METHODS.values():
+        seen = 0
+        for given, full in random_options(method, rng, 200):
+            seen += 1
+            saved = yaml.safe_load(yaml.safe_dump(to_variant(method.name, full)))
+            typed = parse(words_of(method, given))
+            for name, options in (read_variant(saved), choose({}, saved), choose(typed), choose(typed, saved)):
+                assert name == method.name
+                assert patch.check(name, DEPTH, GRID, **options) == full, (given, options)
+        assert seen > 30, method.name
+
+
+def test_a_variant_has_the_released_keys():
+    for words, expected in (
+        ("graph --selected-layer 3", {"selected_layer": 3, "threshold": 0.88, "batch_mode": "ragged"}),
+        ("algm --merging-window-size 0 0", {"selected_layers": [1, 5], "merging_window_size": [0, 0]}),
+        ("algm --gbm-threshold 0.7", {"gbm_threshold": 0.7, "merging_window_size": [2, 2], "attention": "none"}),
+        ("tome --r 8 --r-inflection -1", {"r": 8, "r_inflection": -1.0, "attention": "proportional"}),
+        ("tome --selected-layers 2 4", {"threshold": None, "selected_layers": [2, 4]}),
+    ):
+        method, options = choose(parse(["--patch-type", *words.split()]))
+        saved = to_variant(method, patch.check(method, DEPTH, GRID, **options))
+        assert saved["patch_type"] == method and saved.items() >= expected.items()
+    assert to_variant("pure", {}) == {"patch_type": "pure", "threshold": None, "selected_layer": None}
+
+
+def test_released_variants_are_understood():
+    algm = {"patch_type": "algm", "selected_layers": [1, 5], "merging_window_size": [2, 2], "threshold": 0.88}
+    for saved, expected in (
+        ({}, ("pure", {})),
+        ({"patch_type": None}, ("pure", {})),
+        ({"patch_type": "pure", "selected_layer": None, "threshold": None}, ("pure", {})),
+        ({"patch_type": "graph", "selected_layer": 2}, ("graph", {"attention": "none", "layers": 2})),
+        (algm, ("algm", {"attention": "none", "layers": [1, 5], "window": (2, 2), "threshold": 0.88})),
+        ({"patch_type": "tome", "r": 8}, ("tome", {"attention": "none", "r": 8})),  # whatever the method's default
+        ({"patch_type": "tome", "attention": "inverse"}, ("tome", {"attention": "inverse"})),
+    ):
+        assert read_variant(saved) == expected
+
+
+def test_what_was_saved_counts_for_the_same_method_alone():
+    saved = {"patch_type": "graph", "selected_layer": 3, "threshold": 0.7, "attention": "inverse"}
+    kept = {"layers": 3, "threshold": 0.7, "attention": "inverse"}
+    for words, expected in (
+        ("", ("graph", kept)),
+        ("--patch-type graph --no-prop-attn", ("graph", kept | {"attention": "none"})),
+        ("--selected-layers 1 --threshold 0.9", ("graph", kept | {"layers": 1, "threshold": 0.9})),
+        ("--patch-type algm", ("algm", {})),
+        ("--patch-type pure", ("pure", {})),
+    ):
+        assert choose(parse(words.split()), saved) == expected
+
+
+def test_wrong_options_are_refused_in_one_line(refused):
+    file = SimpleNamespace(main=MergingCommand("any", callback=lambda merging: choose(merging)))
+    for words, hints in (
+        ("--patch-type graph --prop-attn --iprop-attn", ["--prop-attn and --iprop-attn"]),
+        ("--prop-attn --no-prop-attn", ["--prop-attn and --no-prop-attn"]),
+        ("--patch-type graph --selected-layer 1 --selected-layers 2", ["--selected-layer and --selected-layers"]),
+        ("--patch-type graph --r 3", ["--r", "graph", "--threshold"]),
+        ("--patch-type tome --threshold 0.5", ["--threshold", "tome", "--r-inflection"]),
+        ("--threshold 0.9", ["--threshold", "--patch-type", "graph"]),
+        ("--patch-type pure --prop-attn", ["--prop-attn", "nothing merges"]),
+        ("--patch-type graph --threshold auto", ["--threshold auto", "train.py", "--from"]),
+        ("--patch-type graph --threshold 1.5", ["--threshold", "1.5", "-1 to 1"]),
+        ("--patch-type tome --r x", ["--r"]),
+        ("--patch-type tome --r 1.5", ["--r", "an integer from 0"]),
+        ("--patch-type algm --merging-window-size 2", ["--merging-window-size", "2"]),
+        ("--patch-type graph --batch-mode other", ["other", "ragged or uniform"]),
+        ("--patch-type nosuch", ["nosuch", "pure", "graph"]),
+    ):
+        message = refused(file, *words.split())
+        assert all(hint in message for hint in hints), message
+        with pytest.raises(ValueError, match=r".") as error:
+            choose(parse(words.split()))
+        assert "\n" not in str(error.value)
+
+
+def test_every_command_offers_every_method_and_says_its_defaults(toy):
+    for command in (test.main, train.main):
+        text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=10_000).output.split())
+        assert f"[pure|{'|'.join(patch.METHODS)}]" in text
+        for part in (
+            "--threshold NUMBER|auto graph (0.88), algm (0.88): Cosine similarity",
+            "--toy-count INTEGER toy (3): Tokens per group.",
+            "--quick true|false toy (False): Whether it hurries.",
+            "--kinds a|b|c... toy (a): Kinds.",
+            "--scale NUMBER... toy (1.0 2.0): Scales.",
+            "--levels NUMBER|high... As --level",
+            "--off As --on. [off]",
+            "toy (proportional)",
+        ):
+            assert part in text, part
+
+
+def test_a_flag_has_one_meaning(toy):
+    """One that a command has itself is refused with a line, not with a warning or a wrong value."""
+    command = MergingCommand("any", params=[click.Option(["--toy-count"])], callback=lambda merging, toy_count: None)
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code != 0 and "--toy-count" in result.output
+
+
+def test_options_without_a_type_are_refused_when_the_method_is_registered():
+    with pytest.raises(ValueError, match=r"bad, text: .*Choice"):
+        patch.register("bad", lambda step: None, text=Option("a", "A text."))
+    assert "bad" not in patch.METHODS
+
+
+def test_a_recipe_gives_defaults(toy):
+    command = MergingCommand("any", callback=lambda merging: None)
+    recipe = {"patch_type": "graph", "selected_layers": [1], "threshold": 0.9, "prop_attn": True, "iprop_attn": False}
+    for words, expected in (
+        ("", {"patch_type": "graph", "layers": 1, "threshold": 0.9, "attention": "proportional"}),
+        ("--patch-type graph --selected-layer 2 --no-prop-attn", {"layers": 2, "threshold": 0.9, "attention": "none"}),
+        ("--patch-type algm", {"patch_type": "algm"}),
+        ("--patch-type tome --r 2", {"patch_type": "tome", "r": 2}),
+        ("--patch-type pure", {"patch_type": "pure"}),
+    ):
+        merging = command.make_context("any", words.split(), default_map=recipe).params["merging"]
+        assert merging == {"patch_type": "graph"} | expected
+
+
+def test_models_are_patched_with_what_was_chosen(small_net):
+    model = create_segmenter(small_net)
+    assert apply(model, "pure", {}) is model and of_model(model)["patch_type"] == "pure"
+    chosen = choose(parse("--patch-type tome --r 1 2 0".split()))
+    saved = of_model(apply(model, *chosen))
+    assert saved["patch_type"] == "tome" and saved["r"] == [1, 2, 0] and read_variant(saved)[0] == "tome"
+
+
+def test_learned_parts_are_built_where_net_kwargs_ask_for_them(small_net):
+    assert learned_parts("pure", {}) is None and learned_parts("graph", {"threshold": 0.5}) is None
+    reduction = learned_parts("dtem", {"r": 2})
+    assert reduction["name"] == "dtem"
+    model = build_model(small_net | {"reduction": reduction})
+    assert patch.has_modules(model.encoder, "dtem")
+    more = model.state_dict().keys() - build_model(small_net).state_dict().keys()
+    assert any("metric_layer" in key for key in more)
+    assert torch.isfinite(apply(model, "dtem", {"r": 2}).eval()(torch.randn(1, 3, 32, 32))).all()
+    with pytest.raises(ValueError, match="nosuch"):
+        build_model(small_net | {"reduction": {"name": "nosuch"}})
