@@ -106,17 +106,8 @@ def test_a_budget_is_kept_to_the_token(benchmark, tmp_path):
 def test_training_is_timed_interleaved(benchmark, tmp_path, options):
     import benchmark_training
 
-    arguments = ["--model", "T", "--side", "32", "--n-cls", "11", "--batch-size", "2", "--updates", "1", "--rounds", "1"]
-    arguments += [
-        "--num-workers",
-        "0",
-        "--methods",
-        "graph,dtem",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "rows.json"),
-    ]
+    sizes = ["--model", "T", "--side", "32", "--n-cls", "11", "--batch-size", "2", "--updates", "1", "--rounds", "1", "--num-workers", "0"]
+    arguments = [*sizes, "--methods", "graph,dtem", "--device", "cpu", "--out", str(tmp_path / "rows.json")]
     result = CliRunner().invoke(benchmark_training.main, [*arguments, *options])
     assert result.exit_code == 0, result.output
     pure, graph, dtem = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -128,7 +119,8 @@ def test_training_is_timed_interleaved(benchmark, tmp_path, options):
 def test_the_scale_of_a_merge(benchmark, tmp_path):
     import benchmark_scale
 
-    options = [*["--grids", "8,16", "--width", "32", "--repeats", "1", "--device", "cpu", "--out"], str(tmp_path / "scale")]
+    options = ["--grids", "8,16", "--width", "32", "--repeats", "1", "--device", "cpu", "--out"]
+    options.append(str(tmp_path / "scale"))
     result = CliRunner().invoke(benchmark_scale.main, options)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]

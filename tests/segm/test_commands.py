@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 
 import patch
 from g2tm import Grouping
@@ -42,49 +40,8 @@ TINY = [
 CPU = ["--device", "cpu"]
 
 
-def invoke(command, arguments):
-    """Run a command in this process; errors other than an exit are raised."""
-    result = CliRunner().invoke(command.main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def call(command, *arguments):
-    """Run a command that must succeed; returns what it prints on stdout."""
-    result = invoke(command, arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(command, *arguments):
-    """The error message of a command that must fail: one line, no traceback."""
-    result = invoke(command, arguments)
-    assert result.exit_code != 0, result.output
-    assert "Traceback" not in result.output and result.stderr.count("Error: ") == 1
-    text = result.stderr[result.stderr.index("Error: ") :].strip()
-    assert "\n" not in text, text
-    return text
-
-
 @pytest.fixture(scope="module")
-def folder_data(tmp_path_factory):
-    """The user's own data: six photographs with masks of three classes."""
-    root = tmp_path_factory.mktemp("own")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
-        for index in range(count):
-            mask = rng.integers(0, 3, (5, 6), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-            cv2.imwrite(str(root / f"images/{split}/{index}.jpg"), (mask * 90)[..., None].repeat(3, 2))
-            cv2.imwrite(str(root / f"annotations/{split}/{index}.png"), mask)
-    (root / "classes.yml").write_text(yaml.safe_dump(["floor", "wall", "door"]))
-    return root
-
-
-@pytest.fixture(scope="module")
-def runs(folder_data, tmp_path_factory):
+def runs(folder_data, tmp_path_factory, call):
     """Trainings with graph merging on the user's own data: in float32, and in mixed precision."""
     root = tmp_path_factory.mktemp("runs")
     options = ["--patch-type", "graph", "--selected-layer", "1", "--threshold", "0.5", "--prop-attn"]
@@ -105,7 +62,7 @@ def dataset_variable(monkeypatch, folder_data):
     monkeypatch.setenv("DATASET", str(folder_data))
 
 
-def test_scores_agree_between_training_test_and_miou(runs):
+def test_scores_agree_between_training_test_and_miou(runs, call):
     """Also after training in mixed precision, in which the run is then scored."""
     for name, folder in runs.items():
         last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
@@ -122,7 +79,7 @@ def test_scores_agree_between_training_test_and_miou(runs):
         assert (folder / "scores_ms.yml").is_file()
 
 
-def test_the_precision_of_a_run_is_its_own_unless_another_is_asked_for(runs, monkeypatch):
+def test_the_precision_of_a_run_is_its_own_unless_another_is_asked_for(runs, monkeypatch, call):
     seen, real = [], Run.evaluate
     monkeypatch.setattr(Run, "evaluate", lambda run, *a, **k: seen.append(run.precision.dtype) or real(run, *a, **k))
     for folder, *options in ((runs["amp"],), (runs["amp"], "--no-amp"), (runs["float32"], "--amp")):
@@ -131,7 +88,7 @@ def test_the_precision_of_a_run_is_its_own_unless_another_is_asked_for(runs, mon
     assert seen == 2 * [torch.bfloat16] + 2 * [None] + 2 * [torch.bfloat16]
 
 
-def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypatch):
+def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypatch, call):
     seen, real = [], patch.apply
 
     def apply(model, method, **options):
@@ -154,7 +111,7 @@ def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypa
     ]
 
 
-def test_photographs_without_labels(run, folder_data, tmp_path):
+def test_photographs_without_labels(run, folder_data, tmp_path, call):
     output = call(inference, run, "-i", folder_data / "images/val", "-o", tmp_path / "out", *CPU)
     assert "2 photographs" in output
     for name in ("0", "1"):
@@ -163,12 +120,12 @@ def test_photographs_without_labels(run, folder_data, tmp_path):
         assert cv2.imread(str(tmp_path / f"out/{name}_blend.jpg")).shape == (40, 48, 3)
 
 
-def test_the_golden_checkpoint_runs_through_the_commands():
+def test_the_golden_checkpoint_runs_through_the_commands(call):
     for options in ([], ["--patch-type", "graph", "--threshold", "0.9"]):
         assert "mean_iou" in call(test, DATA, "--max-images", "2", *CPU, *options)
 
 
-def test_measuring_takes_any_images_and_scoring_only_its_own_classes(folder_data, tmp_path, run):
+def test_measuring_takes_any_images_and_scoring_only_its_own_classes(folder_data, tmp_path, run, call, refused):
     """The golden model has 11 classes, the user's own data 3."""
     measuring = [
         (speedtest, "--warmup", 0, "--repeats", 1),
@@ -190,7 +147,7 @@ def test_measuring_takes_any_images_and_scoring_only_its_own_classes(folder_data
     assert "is not one of" in refused(miou, run, folder_data, *CPU)  # a path has no labels
 
 
-def test_classes_that_changed_their_order_are_refused(run, folder_data, tmp_path, monkeypatch):
+def test_classes_that_changed_their_order_are_refused(run, folder_data, tmp_path, monkeypatch, call, refused):
     root = Path(shutil.copytree(folder_data, tmp_path / "data"))
     (root / "classes.yml").write_text(yaml.safe_dump(["wall", "floor", "door"]))
     monkeypatch.setenv("DATASET", str(root))
@@ -225,7 +182,7 @@ def toy():
     del patch.METHODS["toy"]
 
 
-def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, tmp_path):
+def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, tmp_path, call, refused):
     trained = tmp_path / "toy"
     call(train, "--log-dir", trained, "--dataset", "folder", *TINY, "--patch-type", "toy", "--keep", "5")
     data = read_variant(trained)["dataset_kwargs"]
@@ -255,30 +212,30 @@ def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, 
 
 
 class TestRefused:
-    def test_photographs_are_not_overwritten(self, run, folder_data):
+    def test_photographs_are_not_overwritten(self, run, folder_data, refused):
         photographs = folder_data / "images/val"
         before = {file.name: file.read_bytes() for file in photographs.iterdir()}
         assert "overwrite" in refused(inference, run, "-i", photographs, "-o", photographs)
         assert {file.name: file.read_bytes() for file in photographs.iterdir()} == before
 
-    def test_pictures_that_cannot_be_written(self, run, folder_data, tmp_path):
+    def test_pictures_that_cannot_be_written(self, run, folder_data, tmp_path, refused):
         (tmp_path / "0.png").mkdir()
         assert "cannot write" in refused(inference, run, "-i", folder_data / "images/val", "-o", tmp_path)
 
-    def test_a_variant_without_data(self, run, tmp_path):
+    def test_a_variant_without_data(self, run, tmp_path, refused):
         variant = read_variant(run)
         del variant["dataset_kwargs"]
         write_variant(variant, tmp_path)
         (tmp_path / "checkpoint.pth").write_bytes((run / "checkpoint.pth").read_bytes())
         assert "dataset" in refused(test, tmp_path, "--device", "cpu")
 
-    def test_checkpoints(self, run, tmp_path):
+    def test_checkpoints(self, run, tmp_path, refused):
         assert "nowhere" in refused(test, tmp_path / "nowhere")
         (tmp_path / "variant.yml").write_text((run / "variant.yml").read_text())
         (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
         assert "damaged" in refused(test, tmp_path)
 
-    def test_photographs(self, run, tmp_path):
+    def test_photographs(self, run, tmp_path, refused):
         assert "nowhere" in refused(inference, run, "-i", tmp_path / "nowhere", "-o", tmp_path / "out")
         (tmp_path / "in").mkdir()
         assert "no photograph" in refused(inference, run, "-i", tmp_path / "in", "-o", tmp_path / "out")
@@ -298,7 +255,7 @@ def test_commands_run_as_files_and_as_modules(file):
 
 
 @pytest.mark.slow
-def test_two_processes_score_like_one(runs, folder_data):
+def test_two_processes_score_like_one(runs, folder_data, call):
     """gloo, under torchrun: every image is counted once."""
     # Without the "--", torchrun takes --r for an option of its own.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]

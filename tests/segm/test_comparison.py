@@ -1,10 +1,11 @@
 """What models are compared by: one formula, settings that keep a wanted number of tokens, and parts that add up."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 import patch
-from segm.eval import comparison
 from segm.eval.comparison import (
     Cost,
     Merges,
@@ -25,8 +26,8 @@ from segm.merging import build_model
 
 CPU = torch.device("cpu")
 METHODS = {
-    "graph": {"threshold": 0.5},
-    "algm": {"layers": [1, 2], "threshold": 0.5},
+    "graph": {"threshold": 0.1},
+    "algm": {"layers": [1, 2], "threshold": 0.1},
     "tome": {"r": 4},
     "tofu": {"r": 4},
     "dct": {"r": 4},
@@ -54,7 +55,7 @@ def batches():
 
 
 def merging(model, name):
-    return patch.apply(comparison.copy.deepcopy(model), name, **METHODS[name])
+    return patch.apply(deepcopy(model), name, **METHODS[name])
 
 
 def test_speeds_and_ratios_are_those_of_all_batches_together():
@@ -78,7 +79,7 @@ def test_the_realised_share_is_speed_gained_over_operations_saved():
 def test_settings_keep_about_the_wanted_tokens(model, batches):
     for name in METHODS:
         layers = METHODS[name].get("layers")
-        merged = patch.apply(comparison.copy.deepcopy(model), name, **settings_for(model, name, batches, 30, layers))
+        merged = patch.apply(deepcopy(model), name, **settings_for(model, name, batches, 30, layers))
         if name != "mpm":  # it has nothing to set
             assert mean_tokens(merged, batches) == pytest.approx(30, abs=6), name
     assert not patch.is_patched(model)
@@ -87,10 +88,10 @@ def test_settings_keep_about_the_wanted_tokens(model, batches):
 def test_a_budget_is_exact_where_a_method_has_one(model, batches):
     for name, method in patch.METHODS.items():
         if name in METHODS:
-            layers = [1, 2] if name == "algm" else None
+            layers = METHODS[name].get("layers")
             options = settings_for(model, name, batches, 30, layers, budget=True)
             assert ("tokens" in options) == method.takes("tokens")
-            merged = patch.apply(comparison.copy.deepcopy(model), name, **options)
+            merged = patch.apply(deepcopy(model), name, **options)
             if method.takes("tokens"):
                 assert all((count_tokens(merged, batch) == 30).all() for batch in batches), name
 
@@ -109,14 +110,13 @@ def test_costs_are_means_over_images(model, batches):
 
 
 @torch.inference_mode()
-def test_a_replayed_pass_gives_the_same_scores_for_free(model, batches, monkeypatch):
+def test_a_replayed_pass_gives_the_same_scores_for_free(model, batches):
     for name in METHODS:
         merged = merging(model, name)
         expected = [merged.grid_scores(batch) for batch in batches]
         recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
         assert [*recorded[batches[0].data_ptr()].steps] == [*patch.options(merged)["layers"]]
         merges = recorded[batches[0].data_ptr()]
-        patch.reduction(merged)
         assert merges.total.counts.tolist() == count_tokens(merged, batches[0]).tolist()
         with replaying(merged, recorded) as grid_scores:
             for batch, scores in zip(batches, expected, strict=True):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from segm.eval.runs import square_view
 
 import patch
-from segm import auto_threshold, train, tune_threshold
+from segm import auto_threshold, tune_threshold
 from segm.checkpoint import read_variant, save_checkpoint
 from segm.data import create_dataset
-from segm.eval.runs import square_view
 from segm.model.factory import create_segmenter
 from segm.tune_threshold import lowest_without_loss
 
