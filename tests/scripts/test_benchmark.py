@@ -106,8 +106,9 @@ def test_a_budget_is_kept_to_the_token(benchmark, tmp_path):
 def test_training_is_timed_interleaved(benchmark, tmp_path, options):
     import benchmark_training
 
-    sizes = ["--model", "T", "--side", "32", "--n-cls", "11", "--batch-size", "2", "--updates", "1", "--rounds", "1", "--num-workers", "0"]
-    arguments = [*sizes, "--methods", "graph,dtem", "--device", "cpu", "--out", str(tmp_path / "rows.json")]
+    arguments = ["--model", "T", "--side", "32", "--n-cls", "11", "--batch-size", "2", "--updates", "1"]
+    arguments += ["--rounds", "1", "--num-workers", "0", "--methods", "graph,dtem", "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "rows.json")]
     result = CliRunner().invoke(benchmark_training.main, [*arguments, *options])
     assert result.exit_code == 0, result.output
     pure, graph, dtem = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -33,9 +33,7 @@ class TestSpeed:
     def test_half_precision_batches_of_one_image(self, shapes_run, call):
         options = ["--batch-size", 3, "--duplicate", "--warmup", 0, "--repeats", 1]
         for dtype, output in product(["bfloat16", "float16"], ["logits", "scores", "labels"]):
-            printed = call(
-                speedtest, shapes_run, *OPTIONS, *options, "--dtype", dtype, "--output", output, *GRAPH
-            )
+            printed = call(speedtest, shapes_run, *OPTIONS, *options, "--dtype", dtype, "--output", output, *GRAPH)
             assert f"3 x 3 images of 32 x 32, {output}" in printed and dtype in printed
 
     def test_compiled_methods_are_compared(self, shapes_run, tmp_path, monkeypatch, call):
