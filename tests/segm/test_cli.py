@@ -51,7 +51,7 @@ def test_values_are_read_or_refused_with_a_hint():
 
 
 def test_errors_end_in_one_line():
-    worker = 'Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\n  File "a"\nValueError: label 7'
+    worker = "Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\nValueError: label 7"
     for error, line in (
         (ValueError("two\n lines"), "two lines"),
         (FileNotFoundError("no file a"), "no file a"),

@@ -27,7 +27,7 @@ from segm import (
     train,
     tune_threshold,
 )
-from segm.checkpoint import load_checkpoint, read_variant, write_variant
+from segm.checkpoint import read_variant, write_variant
 from segm.eval import miou
 
 ROOT = Path(__file__).parents[2]

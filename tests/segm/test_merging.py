@@ -224,7 +224,7 @@ def test_a_recipe_gives_defaults(toy):
 def test_models_are_patched_with_what_was_chosen(small_net):
     model = create_segmenter(small_net)
     assert apply(model, "pure", {}) is model and of_model(model)["patch_type"] == "pure"
-    chosen = choose(parse("--patch-type tome --r 1 2 0".split()))
+    chosen = choose(parse(["--patch-type", "tome", "--r", "1", "2", "0"]))
     saved = of_model(apply(model, *chosen))
     assert saved["patch_type"] == "tome" and saved["r"] == [1, 2, 0] and read_variant(saved)[0] == "tome"
 

@@ -1,4 +1,4 @@
-"""Automatic and tuned thresholds, and the merging options of all methods."""
+"""Automatic and tuned thresholds."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import patch
-from segm import auto_threshold, train, tune_threshold
+from segm import auto_threshold, tune_threshold
 from segm.checkpoint import read_variant, save_checkpoint
 from segm.data import create_dataset
 from segm.eval.runs import square_view
