@@ -102,26 +102,6 @@ class Device(click.ParamType):
         return device
 
 
-class NumberOr(click.ParamType):
-    """A number, or one of some words."""
-
-    name = "number"
-
-    def __init__(self, *words: str) -> None:
-        self.words = words
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        if value in self.words:
-            return value
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r}: give a number or {' or '.join(self.words)}", param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return "|".join(("FLOAT", *self.words))
-
-
 class Listed(click.ParamType):
     """Values separated by commas.
 

@@ -1,9 +1,9 @@
 """A method's options between command line, `variant.yml` and `patch.apply`: all from the registry's tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -28,75 +28,55 @@ class Value(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return self.kind.parse(str(value))
+            return self.kind.parse(_word(value))
         except ValueError as error:
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One flag of a method's option.
+class Flag(NamedTuple):
+    """A flag of a method's option. option: its name; parameter: the flag for click; read: from its value to that of
+    the option."""
 
-    Attributes:
-        flag: as it is typed.
-        option: name of the option.
-        entry: its `Option`.
-        several: whether it takes all values that follow.
-        switch: whether it takes none, and `value` is what it stands for.
-        help: one line.
-    """
-
-    flag: str
     option: str
-    entry: Option
-    help: str
-    several: bool = False
-    switch: bool = False
-    value: Any = None
+    parameter: click.Option
+    read: Callable[[Any], Any]
 
     @property
-    def name(self) -> str:
-        """Its key in a recipe."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    def parameter(self) -> click.Option:
-        """The option that click knows."""
-        names, kind, many = [self.flag, self.name], self.entry.kind, self.entry.many
-        if self.switch:
-            return click.Option(names, is_flag=True, default=None, help=self.help)
-        words = "|".join(kind.names)
-        if isinstance(kind, Number):
-            words = "|".join(("INTEGER" if kind.integer else "NUMBER", *kind.names))
-        count = 1 if isinstance(many, bool) else many
-        shown = {"type": Value(kind), "metavar": words + "..." * (self.several or count > 1), "help": self.help}
-        if self.several:
-            return Numbers(names, words=kind.names, **shown)
-        return click.Option(names, nargs=count, **shown)
-
-    def read(self, value: Any) -> Any:
-        """The option's value from what click read."""
-        if self.switch:
-            return self.value
-        if self.several:
-            value = value[0] if len(value) == 1 else list(value)
-        return _or_none(self.entry, value)
+    def text(self) -> str:
+        """As it is typed."""
+        return self.parameter.opts[0]
 
 
 def _flags() -> Iterator[Flag]:
     """The flags of all methods that are registered now."""
     for name, users in _users().items():
         entry, text = next(iter(users.values())), _help(users)
-        flag = "--" + name.replace("_", "-") if entry.flag is None else entry.flag
-        if isinstance(flag, str):
-            yield Flag(flag, name, entry, text, several=entry.many is True)
-        elif isinstance(flag, tuple):
-            yield Flag(flag[0], name, entry, text)
-            yield Flag(flag[1], name, entry, f"As {flag[0]}, one value or several.", several=True)
-        else:
-            first = next(iter(flag))
+        flag = entry.flag or "--" + name.replace("_", "-")
+        if isinstance(flag, Mapping):
             for switch, value in flag.items():
-                what = f"{text}  [{value}]" if switch == first else f"As {first}.  [{value}]"
-                yield Flag(switch, name, entry, what, switch=True, value=value)
+                what = f"{text}  [{value}]" if switch == next(iter(flag)) else f"As {next(iter(flag))}.  [{value}]"
+                yield Flag(
+                    name, click.Option([switch], is_flag=True, default=None, help=what), partial(_constant, value)
+                )
+            continue
+        if isinstance(flag, tuple):
+            yield _flag(flag[0], name, entry, text, many=False)
+            flag, text = flag[1], f"As {flag[0]}, one value or several."
+        yield _flag(flag, name, entry, text, entry.many)
+
+
+def _flag(flag: str, name: str, entry: Option, text: str, many: bool | int) -> Flag:
+    kind, count = entry.kind, 1 if isinstance(many, bool) else many
+    number = ("INTEGER" if kind.integer else "NUMBER",) if isinstance(kind, Number) else ()
+    shown = {"type": Value(kind), "help": text, "metavar": "|".join((*number, *kind.names)) + "..." * bool(many)}
+    if many is True:
+        several = Numbers([flag], words=kind.names, **shown)
+        return Flag(name, several, lambda found: _or_none(entry, [*found] if found[1:] else found[0]))
+    return Flag(name, click.Option([flag], nargs=count, **shown), partial(_or_none, entry))
+
+
+def _constant(value: Any, _: Any) -> Any:
+    return value
 
 
 def _users() -> dict[str, dict[str, Option]]:
@@ -112,14 +92,15 @@ def _help(users: Mapping[str, Option]) -> str:
     """One line: the methods with their defaults, and what the option means to them."""
     meanings: dict[str, list[str]] = {}
     for method, entry in users.items():
-        default = entry.default
-        if default is None or callable(default):
-            text = method
-        else:
-            words = default if isinstance(default, list | tuple) else (default,)
-            text = f"{method} ({' '.join(map(str, words))})"
-        meanings.setdefault(entry.help, []).append(text)
+        values = entry.default if isinstance(entry.default, list | tuple) else (entry.default,)
+        known = entry.default is not None and not callable(entry.default)
+        default = f" ({' '.join(map(_word, values))})" if known else ""
+        meanings.setdefault(entry.help, []).append(method + default)
     return " ".join(f"{', '.join(methods)}: {meaning}" for meaning, methods in meanings.items())
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class MergingCommand(Command):
@@ -132,16 +113,16 @@ class MergingCommand(Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
-        taken = {text: option for option in own for text in (*option.opts, option.name)}
-        flags = [flag.parameter() for flag in _flags()]
-        doubled = [flag.opts[0] for flag in flags if flag.opts[0] in taken or flag.name in taken]
-        if doubled:
-            raise click.UsageError(f"{', '.join(doubled)}: an option of a method is one of the command itself already")
         method = click.Option(
             ["--patch-type"],
             type=click.Choice([PURE, *patch.METHODS]),
             help="Merging method; pure: none. It and its options default to what the checkpoint was trained with.",
         )
+        flags = [flag.parameter for flag in _flags()]
+        taken = {text for option in (*own, method) for text in (*option.opts, option.name)}
+        doubled = [flag.opts[0] for flag in flags if taken & {flag.opts[0], flag.name}]
+        if doubled:
+            raise click.UsageError(f"{', '.join(doubled)}: an option of a method is one of the command itself already")
         n_own = len(self.params)
         return [*own[:n_own], method, *flags, *own[n_own:]]  # --help comes last
 
@@ -154,17 +135,17 @@ class MergingCommand(Command):
 def _take_merging(ctx: click.Context) -> dict[str, Any]:
     """Move the parameters of merging out of `ctx.params`."""
     method = ctx.params.pop("patch_type")
-    found: dict[str, list[tuple[Flag, Any]]] = {}
+    merging, found = {} if method is None else {"patch_type": method}, {}
     for flag in _flags():
-        value = ctx.params.pop(flag.name)
-        if is_given(ctx, flag.name, method) and not (flag.switch and value is False):  # false: in a recipe
-            found.setdefault(flag.option, []).append((flag, value))
-    merging = {} if method is None else {"patch_type": method}
-    for option, values in found.items():
-        typed = [pair for pair in values if _is_typed(ctx, pair[0].name)] or values
+        name = flag.parameter.name
+        value = ctx.params.pop(name)
+        if is_given(ctx, name, method) and not (flag.parameter.is_flag and value is False):  # false: in a recipe
+            found.setdefault(flag.option, {})[name] = flag, value
+    for option, given in found.items():
+        typed = {name: given[name] for name in given if _is_typed(ctx, name)} or given
         if len(typed) > 1:
-            raise click.UsageError(f"{' and '.join(flag.flag for flag, _ in typed)}: choose one of them")
-        flag, value = typed[0]
+            raise click.UsageError(f"{' and '.join(flag.text for flag, _ in typed.values())}: choose one of them")
+        ((flag, value),) = typed.values()
         merging[option] = flag.read(value)
     return merging
 
@@ -221,12 +202,19 @@ def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         kind = table[name].kind
         if isinstance(kind, Number) and value in kind.read:
             raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
-    return method, (read_variant(saved)[1] if method == saved_method else {}) | own
+    kept = read_variant(saved)[1] if method == saved_method else {}
+    for name, value in (learned_parts(method, own) or {}).items():
+        if name in kept and kept[name] != value:
+            raise ValueError(
+                f"{_typed([name])} {value}: {method} has learned with {kept[name]}, start without its weights"
+            )
+    return method, kept | own
 
 
-def _typed(options: Sequence[str] | Mapping[str, Any]) -> str:
+def _typed(options: Iterable[str]) -> str:
     """Options as a user types them."""
-    return ", ".join(flag.flag for name in options for flag in _flags() if flag.option == name)
+    flags = [*_flags()]
+    return ", ".join(text for name in options for text in [f.text for f in flags if f.option == name] or [name])
 
 
 def read_variant(saved: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -320,7 +308,16 @@ def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -
 
 
 def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
-    """Build the learned parts that `net_kwargs["reduction"]` describes into an encoder."""
-    return patch.add_modules(
-        encoder, reduction.get("name", PURE), **{k: v for k, v in reduction.items() if k != "name"}
-    )
+    """Build the learned parts that `net_kwargs["reduction"]` describes into an encoder.
+
+    Raises:
+        ValueError: no method, an unknown one, or something that does not shape its parts.
+    """
+    if not isinstance(reduction, Mapping) or "name" not in reduction:
+        raise ValueError(f"net_kwargs: reduction {reduction!r} is no mapping with the name of a method")
+    known = learned_parts(reduction["name"], reduction)
+    if known != reduction:
+        raise ValueError(
+            f"net_kwargs: reduction {dict(reduction)} does not fit the learned parts of {reduction['name']}"
+        )
+    return patch.add_modules(encoder, known.pop("name"), **known)

@@ -20,36 +20,26 @@ from segm.model.decoder import DECODERS
 from segm.model.encoder import ALIASES
 from segm.optim import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
 
-BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "Curriculum"
+BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "the curriculum's"
 COUNT, SHARE = click.IntRange(min=0), click.FloatRange(0, 1)
 
 
-def setting(
-    type: Any,
-    help: str,
-    places: str,
-    default: Any = None,
-    *,
-    of: str | None = None,
-    shown: str | None = None,
-    kept: bool = False,
-    flag: str | None = None,
-) -> Any:
+def setting(type: Any, places: str, help: str = "", default: Any = None, **more: Any) -> Any:
     """A field of `Settings`.
 
     Args:
         type: what click checks the value by; None: it has no flag.
+        places: where it stands in `variant.yml`, as in "net.d_model" for d_model in net_kwargs; the first of several
+            places is read.
         help: its meaning, with its unit.
-        places: where it stands in `variant.yml`, keys separated by dots; the first of several places is read.
         default: None: see `of`.
-        of: what the default belongs to: `BACKBONE`, `DATA`; or `CURRICULUM`: it has none.
-        shown: the default in --help, if it is more than the default itself.
-        kept: whether a resumed run has to keep it: its weights and the optimizer's state belong to it.
-        flag: None: its name.
+        more: `of`: whose default it has, or whose part it is: `BACKBONE`, `DATA`, `CURRICULUM`;
+            `shown`: the default in --help, where it is not the default itself;
+            `kept`: whether a resumed run has to keep it: its weights and the optimizer's state belong to it;
+            `flag`: other than its name.
     """
-    described = {"type": type, "help": help, "places": [place.split(".") for place in places.split()]}
-    described |= {"of": of, "shown": shown, "kept": kept, "flag": flag}
-    return field(default=default, metadata=described)
+    paths = [place.replace(".", "_kwargs.", 1).split(".") for place in places.split()]
+    return field(default=default, metadata={"type": type, "help": help, "places": paths, **more})
 
 
 @dataclass(frozen=True)
@@ -57,71 +47,62 @@ class Settings:
     """The settings of a training, all but its merging."""
 
     dataset: str = setting(
-        click.Choice(DATASETS), "Data set; all but shapes are read from $DATASET.", "dataset_kwargs.dataset", kept=True
+        click.Choice(DATASETS), "dataset.dataset", "Data set; all but shapes are read from $DATASET.", kept=True
     )
-    backbone: str = setting(str, "Released name, or any plain ViT of timm.", "net_kwargs.backbone", kept=True)
-    decoder: str = setting(click.Choice(DECODERS), "", "net_kwargs.decoder.name", "mask_transformer", kept=True)
-    patch_size: int = setting(POSITIVE, "Pixels per patch side.", "net_kwargs.patch_size", of=BACKBONE, kept=True)
-    d_model: int = setting(POSITIVE, "Width.", "net_kwargs.d_model", of=BACKBONE, kept=True)
+    backbone: str = setting(str, "net.backbone", "Released name, or any plain ViT of timm.", kept=True)
+    decoder: str = setting(click.Choice(DECODERS), "net.decoder.name", default="mask_transformer", kept=True)
+    patch_size: int = setting(POSITIVE, "net.patch_size", "Pixels per patch side.", of=BACKBONE, kept=True)
+    d_model: int = setting(POSITIVE, "net.d_model", "Width.", of=BACKBONE, kept=True)
     n_heads: int = setting(
-        POSITIVE, "Attention heads.", "net_kwargs.n_heads", of=BACKBONE, kept=True, shown=f"{BACKBONE}, or width / 64"
+        POSITIVE, "net.n_heads", "Attention heads.", of=BACKBONE, kept=True, shown=f"{BACKBONE}, or width / 64"
     )
-    n_layers: int = setting(POSITIVE, "Encoder blocks.", "net_kwargs.n_layers", of=BACKBONE, kept=True)
-    distilled: bool = setting(None, "Whether there is a distillation token.", "net_kwargs.distilled", of=BACKBONE)
+    n_layers: int = setting(POSITIVE, "net.n_layers", "Encoder blocks.", of=BACKBONE, kept=True)
+    distilled: bool = setting(None, "net.distilled", of=BACKBONE)
     im_size: int = setting(
-        POSITIVE, "Shorter side of the images, pixels.", "dataset_kwargs.image_size inference_kwargs.im_size", of=DATA
+        POSITIVE, "dataset.image_size inference.im_size", "Shorter side of the images, pixels.", of=DATA
     )
-    crop_size: int = setting(
-        POSITIVE, "Side of the training crops, pixels.", "dataset_kwargs.crop_size", of=DATA, kept=True
-    )
+    crop_size: int = setting(POSITIVE, "dataset.crop_size", "Side of the training crops, pixels.", of=DATA, kept=True)
     window_size: int = setting(
-        POSITIVE, "Sliding window, pixels.", "inference_kwargs.window_size", of=DATA, shown=f"{DATA}, or crop size"
+        POSITIVE, "inference.window_size", "Sliding window, pixels.", of=DATA, shown=f"{DATA}, or crop size"
     )
-    window_stride: int = setting(POSITIVE, "Its stride, pixels.", "inference_kwargs.window_stride", of=DATA)
+    window_stride: int = setting(POSITIVE, "inference.window_stride", "Its stride, pixels.", of=DATA)
     normalization: str = setting(
-        click.Choice(["vit", "deit"]),
-        "Pixel mean and std.",
-        "dataset_kwargs.normalization net_kwargs.normalization",
-        of=BACKBONE,
+        click.Choice(["vit", "deit"]), "dataset.normalization net.normalization", "Pixel mean and std.", of=BACKBONE
     )
     optimizer: str = setting(
-        click.Choice(OPTIMIZERS), "", "optimizer_kwargs.opt", "sgd", kept=True, shown=f"sgd, momentum {MOMENTUM}"
+        click.Choice(OPTIMIZERS), "optimizer.opt", default="sgd", kept=True, shown=f"sgd, momentum {MOMENTUM}"
     )
-    scheduler: str = setting(
-        click.Choice(SCHEDULERS), "polynomial: per iteration.", "optimizer_kwargs.sched", "polynomial"
-    )
-    learning_rate: float = setting(RATE, "", "optimizer_kwargs.lr", of=DATA)
-    minlearning_rate: float = setting(RATE, "Where the schedule ends.", "optimizer_kwargs.min_lr", 1e-5)
-    weight_decay: float = setting(RATE, "", "optimizer_kwargs.weight_decay", 0.0, kept=True)
-    warmup_epochs: int = setting(COUNT, "Epochs of linear warm-up.", "optimizer_kwargs.warmup_epochs", 0)
-    start_factor: float = setting(
-        RATE, "Where the warm-up starts, × learning rate.", "optimizer_kwargs.start_factor", 1.0
-    )
-    dropout: float = setting(SHARE, "In the encoder.", "net_kwargs.dropout", 0.0)
-    decoder_dropout: float | None = setting(SHARE, "In the decoder.", "net_kwargs.decoder.dropout", shown="0.1")
-    drop_path: float = setting(SHARE, "Stochastic depth in the encoder.", "net_kwargs.drop_path_rate", 0.1)
+    scheduler: str = setting(click.Choice(SCHEDULERS), "optimizer.sched", "polynomial: per iteration.", "polynomial")
+    learning_rate: float = setting(RATE, "optimizer.lr", of=DATA)
+    minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Where the schedule ends.", 1e-5)
+    weight_decay: float = setting(RATE, "optimizer.weight_decay", default=0.0, kept=True)
+    warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs of linear warm-up.", 0)
+    start_factor: float = setting(RATE, "optimizer.start_factor", "Where the warm-up starts, × learning rate.", 1.0)
+    dropout: float = setting(SHARE, "net.dropout", "In the encoder.", 0.0)
+    decoder_dropout: float | None = setting(SHARE, "net.decoder.dropout", "In the decoder.", shown="0.1")
+    drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder.", 0.1)
     batch_size: int = setting(
         POSITIVE,
+        "world_batch_size dataset.batch_size algorithm.batch_size",
         "Images per update, over all processes.",
-        "world_batch_size dataset_kwargs.batch_size algorithm_kwargs.batch_size",
         of=DATA,
         kept=True,
     )
-    epochs: int = setting(POSITIVE, "", "algorithm_kwargs.num_epochs optimizer_kwargs.epochs", of=DATA)
-    eval_freq: int = setting(POSITIVE, "Epochs between evaluations.", "algorithm_kwargs.eval_freq", of=DATA)
-    num_workers: int = setting(COUNT, "Processes that read data, per process.", "dataset_kwargs.num_workers", 2)
+    epochs: int = setting(POSITIVE, "algorithm.num_epochs optimizer.epochs", of=DATA)
+    eval_freq: int = setting(POSITIVE, "algorithm.eval_freq", "Epochs between evaluations.", of=DATA)
+    num_workers: int = setting(COUNT, "dataset.num_workers", "Processes that read data, per process.", 2)
     amp: bool = setting(
-        bool, "Mixed precision: bfloat16, or float16 where that is missing.", "amp", False, flag="--amp/--no-amp"
+        bool, "amp", "Mixed precision: bfloat16, or float16 where that is missing.", False, flag="--amp/--no-amp"
     )
-    seed: int = setting(COUNT, "Of weights, order and augmentation.", "seed", 0)
+    seed: int = setting(COUNT, "seed", "Of weights, order and augmentation.", 0)
     start_thresh: float | None = setting(
-        float, "Curriculum: threshold at the start.", "dataset_kwargs.start_threshold", of=CURRICULUM
+        float, "dataset.start_threshold", "Curriculum: threshold at the start.", of=CURRICULUM
     )
     curric_warmup: int | None = setting(
-        COUNT, "Curriculum: epochs at the start threshold.", "dataset_kwargs.curriculum_start", of=CURRICULUM
+        COUNT, "dataset.curriculum_start", "Curriculum: epochs at the start threshold.", of=CURRICULUM
     )
     curric_period: int | None = setting(
-        POSITIVE, "Curriculum: epochs between steps of -0.01.", "dataset_kwargs.curriculum_period", of=CURRICULUM
+        POSITIVE, "dataset.curriculum_period", "Curriculum: epochs between steps of -0.01.", of=CURRICULUM
     )
 
     @classmethod
@@ -165,17 +146,16 @@ SETTINGS: dict[str, Field] = {entry.name: entry for entry in fields(Settings)}
 
 
 def names_of(owner: str) -> list[str]:
-    """Names of the settings whose defaults belong to `BACKBONE`, `DATA` or `CURRICULUM`."""
-    return [name for name, entry in SETTINGS.items() if entry.metadata["of"] == owner]
+    """Names of the settings of `BACKBONE`, `DATA` or `CURRICULUM`."""
+    return [name for name, entry in SETTINGS.items() if entry.metadata.get("of") == owner]
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: one option for each of the `Settings`; its value is None where it is not given."""
+    """Decorator: an option for each of the `Settings`, None where it is not given."""
     for name, entry in reversed(SETTINGS.items()):
-        described = entry.metadata
-        if described["type"] is not None:
-            flag = described["flag"] or _flag(name)
-            command = click.option(flag, type=described["type"], default=None, help=_help(entry))(command)
+        type, flag = entry.metadata["type"], entry.metadata.get("flag", _flag(name))
+        if type is not None:
+            command = click.option(flag, type=type, default=None, help=_help(entry))(command)
     return command
 
 
@@ -184,11 +164,10 @@ def _flag(name: str) -> str:
 
 
 def _help(entry: Field) -> str:
-    default, of = entry.default, entry.metadata["of"]
-    words = default if isinstance(default, str | None) else f"{default:g}"
-    shown = entry.metadata["shown"] or (of if of in (BACKBONE, DATA) else words)
-    known = f"[default: {shown}]" if shown and entry.metadata["flag"] is None else ""
-    return "  ".join(part for part in (entry.metadata["help"], known) if part)
+    text, of, default = entry.metadata["help"], entry.metadata.get("of"), entry.default
+    shown = of if of in (BACKBONE, DATA) else f"{default:g}" if isinstance(default, int | float) else default
+    shown = entry.metadata.get("shown", shown)
+    return text if shown is None or entry.type is bool else f"{text}  [default: {shown}]".strip()
 
 
 def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -332,7 +311,7 @@ class Plan:
 
 
 def _check_resumable(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    kept = [name for name, entry in SETTINGS.items() if entry.metadata["kept"]]
+    kept = [name for name, entry in SETTINGS.items() if entry.metadata.get("kept")]
     changed = [name for name in kept if name in given and given[name] != saved.get(name)]
     if changed:
         flags = ", ".join(map(_flag, changed))

@@ -81,7 +81,8 @@ def main(
             merging["threshold"] = automatic_threshold(checked, unpatched, device)
         plan = Plan.make(given, merging, saved, resume)
         if plan.settings.batch_size % parallel.world_size():
-            raise ValueError(f"--batch-size: give a multiple of the {parallel.world_size()} processes")
+            size, n_processes = plan.settings.batch_size, parallel.world_size()
+            raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
         train_set, val_set = open_datasets(plan.settings)
         variant = plan.variant(train_set)
         torch.manual_seed(plan.settings.seed)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 import yaml
 
 from segm import train
+from segm.plan import SETTINGS, Plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yml"))
@@ -46,52 +46,52 @@ def test_one_recipe_per_published_row():
     assert wanted == {path.stem for path in RECIPES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_train_accepts_the_recipe(path):
-    """Up to the settings: keys, types, method, layers and threshold fit the backbone."""
-    context = train.main.make_context("train", ["--config", str(path), "--log-dir", "unused", "--no-pretrained"])
-    given = dict(context.params)
-    if given["threshold"] == "auto":
-        given["threshold"] = 0.9
-    variant, (method, _), curriculum = train._plan(given, {}, False)
-    assert method == load(path)["patch_type"] and (curriculum is not None) == bool(CURRICULUM & load(path).keys())
-    assert variant["net_kwargs"]["backbone"] == load(path)["backbone"]
+def test_train_accepts_every_recipe():
+    """Up to the settings: keys, types, method, layers, threshold and curriculum fit the backbone."""
+    for path in RECIPES:
+        recipe = load(path)
+        params = train.main.make_context("train", ["--config", str(path), "--log-dir", "unused"]).params
+        merging = params["merging"]
+        if merging.get("threshold") == "auto":
+            merging["threshold"] = 0.9
+        plan = Plan.make({name: params[name] for name in SETTINGS if name in params}, merging, {})
+        assert plan.method == recipe["patch_type"] and plan.settings.backbone == recipe["backbone"], path.stem
+        assert (plan.curriculum is not None) == bool(CURRICULUM & recipe.keys()), path.stem
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe(path):
-    recipe = load(path)
-    assert ALWAYS <= recipe.keys() <= ALLOWED
-    assert recipe["backbone"] in load(CONFIGS / "backbones.yml")
-    assert recipe["decoder"] in load(CONFIGS / "decoders.yml")
-    defaults = load(CONFIGS / "datasets.yml")[recipe["dataset"]]
-    repeated = {key for key in recipe.keys() & defaults.keys() if recipe[key] == defaults[key]}
-    assert not repeated, f"{repeated} are the data set's defaults already"
+def test_recipes_say_only_what_differs_from_the_defaults():
+    for path in RECIPES:
+        recipe = load(path)
+        assert ALWAYS <= recipe.keys() <= ALLOWED, path.stem
+        assert recipe["backbone"] in load(CONFIGS / "backbones.yml")
+        assert recipe["decoder"] in load(CONFIGS / "decoders.yml")
+        defaults = load(CONFIGS / "datasets.yml")[recipe["dataset"]]
+        repeated = {key for key in recipe.keys() & defaults.keys() if recipe[key] == defaults[key]}
+        assert not repeated, f"{path.stem}: {repeated} are the data set's defaults already"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_name_says_what_the_recipe_does(path):
-    recipe = load(path)
-    dataset, size, model, kind = path.stem.split("_")
-    crop = load(CONFIGS / "datasets.yml")[recipe["dataset"]] | recipe
-    assert recipe["dataset"].startswith(dataset)
-    assert (crop["crop_size"], recipe["patch_type"]) == (int(size), kind)
-    assert f"vit_{model}_" in recipe["backbone"]
-    assert recipe["scheduler"] == {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial"}[kind]
+def test_names_say_what_the_recipes_do():
+    schedules = {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial"}
+    for path in RECIPES:
+        recipe = load(path)
+        dataset, size, model, kind = path.stem.split("_")
+        crop = load(CONFIGS / "datasets.yml")[recipe["dataset"]] | recipe
+        assert recipe["dataset"].startswith(dataset) and f"vit_{model}_" in recipe["backbone"], path.stem
+        assert (crop["crop_size"], recipe["patch_type"]) == (int(size), kind), path.stem
+        assert recipe["scheduler"] == schedules[kind], path.stem
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_first_line_has_the_published_figures(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# ")
-    assert all(unit in lines[0] for unit in ("mIoU", "im/s", "GFLOPs"))
-    assert not any(line.startswith("#") for line in lines[1:])
+def test_first_lines_have_the_published_figures():
+    for path in RECIPES:
+        first, *others = path.read_text(encoding="utf-8").splitlines()
+        assert first.startswith("# ") and all(unit in first for unit in ("mIoU", "im/s", "GFLOPs")), path.stem
+        assert not any(line.startswith("#") for line in others), path.stem
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if CURRICULUM & load(path).keys()], ids=lambda p: p.stem)
-def test_curriculum_reaches_its_threshold(path):
-    recipe = load(path)
-    assert CURRICULUM | {"threshold", "epochs"} <= recipe.keys()
-    steps = round((recipe["start_thresh"] - recipe["threshold"]) / STEP)
-    assert steps > 0
-    assert recipe["epochs"] >= recipe["curric_warmup"] + steps * recipe["curric_period"]
+def test_curricula_reach_their_thresholds():
+    curricula = [recipe for recipe in map(load, RECIPES) if CURRICULUM & recipe.keys()]
+    assert curricula
+    for recipe in curricula:
+        assert CURRICULUM | {"threshold", "epochs"} <= recipe.keys()
+        steps = round((recipe["start_thresh"] - recipe["threshold"]) / STEP)
+        assert steps > 0 and recipe["epochs"] >= recipe["curric_warmup"] + steps * recipe["curric_period"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from segm.cli import Command, Device, Listed, NumberOr, Numbers, repeat_option
+from segm.cli import Command, Device, Listed, Numbers, repeat_option
 
 
 def test_open_ended_values():
@@ -29,12 +29,10 @@ def test_numbers_take_negative_ones_and_words():
 
 
 def test_values_are_read_or_refused_with_a_hint():
-    sizes, names, word = Listed(int), Listed(str, lambda: ["T", "S"]), NumberOr("auto")
+    sizes, names = Listed(int), Listed(str, lambda: ["T", "S"])
     for kind, text, value in (
         (sizes, "1, 8", (1, 8)),
         (names, "T,S", ("T", "S")),
-        (word, "auto", "auto"),
-        (word, "0.5", 0.5),
         (Device(), "cpu", torch.device("cpu")),
     ):
         assert kind.convert(text, None, None) == value
@@ -42,7 +40,6 @@ def test_values_are_read_or_refused_with_a_hint():
         (sizes, "1,x", "commas"),
         (sizes, "0", "from 1"),
         (names, "T,X", "T, S"),
-        (word, "much", "auto"),
         (Device(), "cuda:99", "not available"),
         (Device(), "nosuch", "not available"),
     ):
@@ -51,7 +48,9 @@ def test_values_are_read_or_refused_with_a_hint():
 
 
 def test_errors_end_in_one_line():
-    worker = 'Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\n  File "a"\nValueError: label 7'
+    worker = (
+        "Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\nValueError: label 7"
+    )
     for error, line in (
         (ValueError("two\n lines"), "two lines"),
         (FileNotFoundError("no file a"), "no file a"),

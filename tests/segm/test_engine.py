@@ -21,7 +21,7 @@ from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
 
 
-def train(net, epochs, *, start=0, state=None, workers=0, amp=False):
+def train(net, epochs, *, start=0, state=None, workers=0, amp=False, **options):
     """Train on a few shapes; returns the model, what a checkpoint holds, and the last entry."""
     torch.manual_seed(0)
     model = create_segmenter(net)
@@ -34,8 +34,9 @@ def train(net, epochs, *, start=0, state=None, workers=0, amp=False):
     device = torch.device("cpu")
     for epoch in range(start, epochs):
         entry = train_one_epoch(
-            model, loader, optimizer, scheduler, Precision.choose(device, amp), epoch, device=device, progress=False
-        )
+            model, loader, optimizer, scheduler, Precision.choose(device, amp), epoch, device=device, progress=False,
+            **options,
+        )  # fmt: skip
     return model, (model.state_dict(), optimizer.state_dict()), entry
 
 
@@ -68,6 +69,21 @@ def test_the_entry_says_what_happened(net):
     assert 1e-5 < entry["train_learning_rate"] < 0.05
 
 
+def test_what_shall_fall_is_a_callback(net):
+    """A loss that also knows the model; without one it is the cross-entropy."""
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((logits.shape, labels.shape))
+        return 2 * segmentation_loss(logits, labels)
+
+    plain, _, entry = train(net, 1)
+    other, _, doubled = train(net, 1, loss=loss)
+    assert seen == [((4, 11, 32, 32), (4, 32, 32))] * 2
+    assert doubled["train_loss"] > 1.5 * entry["train_loss"] and not equal_weights(plain, other)
+    assert equal_weights(plain, train(net, 1, loss=segmentation_loss)[0])
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("pure", {}), ("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
@@ -78,7 +94,7 @@ def test_compiled_blocks_learn_the_same(small_net, method, options):
     compiled = copy.deepcopy(plain)
     for model in (plain, compiled):
         if method != "pure":
-            patch.segmenter(model, method, **options)
+            patch.apply(model, method, **options)
     compile_blocks([*compiled.encoder.blocks, *compiled.decoder.blocks], backend="aot_eager")
     for images in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 48)):
         outputs = [model(images) for model in (plain, compiled)]
@@ -93,7 +109,7 @@ def test_compiled_blocks_learn_the_same(small_net, method, options):
 
 def test_images_of_other_lengths_need_no_other_code(small_net):
     """Attention is compiled once for tokens in rows and once for packed ones, in the encoder and in the decoder."""
-    model = patch.segmenter(create_segmenter(small_net), "graph", threshold=0.2)
+    model = patch.apply(create_segmenter(small_net), "graph", threshold=0.2)
     compile_blocks([*model.encoder.blocks, *model.decoder.blocks], backend="aot_eager")
     lengths, counters = set(), torch._dynamo.utils.counters
     torch._dynamo.reset()
@@ -156,14 +172,14 @@ def test_every_image_is_seen_once_per_epoch_in_another_order():
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize(("n_images", "share"), [(10, 5), (11, 5), (3, 3)])
-def test_processes_share_the_images(monkeypatch, n_images, share):
+def test_processes_share_the_images(monkeypatch):
     """Disjoint shares of one size; only with fewer images than a batch do they overlap."""
     monkeypatch.setattr("segm.parallel.world_size", lambda: 2)
-    seen = []
-    for rank in range(2):
-        monkeypatch.setattr("segm.parallel.rank", lambda rank=rank: rank)
-        seen.append([i for _, i in EpochSampler(n_images, 4)])
-    assert len(seen[0]) == len(seen[1]) == share
-    if n_images >= 8:
-        assert not set(seen[0]) & set(seen[1])
+    for n_images, share in ((10, 5), (11, 5), (3, 3)):
+        seen = []
+        for rank in range(2):
+            monkeypatch.setattr("segm.parallel.rank", lambda rank=rank: rank)
+            seen.append([i for _, i in EpochSampler(n_images, 4)])
+        assert len(seen[0]) == len(seen[1]) == share
+        if n_images >= 8:
+            assert not set(seen[0]) & set(seen[1])

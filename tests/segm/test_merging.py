@@ -184,7 +184,7 @@ def test_every_command_offers_every_method_and_says_its_defaults(toy):
         for part in (
             "--threshold NUMBER|auto graph (0.88), algm (0.88): Cosine similarity",
             "--toy-count INTEGER toy (3): Tokens per group.",
-            "--quick true|false toy (False): Whether it hurries.",
+            "--quick true|false toy (false): Whether it hurries.",
             "--kinds a|b|c... toy (a): Kinds.",
             "--scale NUMBER... toy (1.0 2.0): Scales.",
             "--levels NUMBER|high... As --level",
@@ -192,6 +192,11 @@ def test_every_command_offers_every_method_and_says_its_defaults(toy):
             "toy (proportional)",
         ):
             assert part in text, part
+
+
+def test_options_by_keyword_are_checked_like_flags():
+    with pytest.raises(ValueError, match="nosuch: graph takes --selected-layer"):
+        choose({"patch_type": "graph", "nosuch": 3})
 
 
 def test_a_flag_has_one_meaning(toy):
@@ -209,6 +214,9 @@ def test_options_without_a_type_are_refused_when_the_method_is_registered():
 
 def test_a_recipe_gives_defaults(toy):
     command = MergingCommand("any", callback=lambda merging: None)
+    other = {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "toy_count": 4, "scale": [1, 0.5]}
+    merging = command.make_context("any", [], default_map=other).params["merging"]
+    assert merging == {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "count": 4, "scale": (1.0, 0.5)}
     recipe = {"patch_type": "graph", "selected_layers": [1], "threshold": 0.9, "prop_attn": True, "iprop_attn": False}
     for words, expected in (
         ("", {"patch_type": "graph", "layers": 1, "threshold": 0.9, "attention": "proportional"}),
@@ -238,5 +246,6 @@ def test_learned_parts_are_built_where_net_kwargs_ask_for_them(small_net):
     more = model.state_dict().keys() - build_model(small_net).state_dict().keys()
     assert any("metric_layer" in key for key in more)
     assert torch.isfinite(apply(model, "dtem", {"r": 2}).eval()(torch.randn(1, 3, 32, 32))).all()
-    with pytest.raises(ValueError, match="nosuch"):
-        build_model(small_net | {"reduction": {"name": "nosuch"}})
+    for wrong in ({"name": "nosuch"}, {"name": "graph"}, {"name": "dtem", "other": 1}, {"width": 3}, "dtem", ["dtem"]):
+        with pytest.raises(ValueError, match=r"nosuch|net_kwargs"):
+            build_model(small_net | {"reduction": wrong})

@@ -32,18 +32,13 @@ def poly(t, total, warmup, lr, low=1e-5, start=1.0):
     return (lr - low) * (1 - (t - warmup) / (total - warmup)) ** 0.9 + low
 
 
-@pytest.mark.parametrize(("warmup", "start"), [(0, 1.0), (2, 0.1)])
-def test_polynomial_counts_iterations(warmup, start):
-    seen = rates("polynomial", warmup_epochs=warmup, start_factor=start)
-    expected = [poly(t, 70, 7 * warmup, 0.01, start=start) for t in range(70)]
-    assert seen == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("warmup", "start"), [(0, 1.0), (3, 0.25)])
-def test_polynomial_epoch_counts_epochs(warmup, start):
-    seen = rates("polynomial_epoch", warmup_epochs=warmup, start_factor=start)
-    expected = [poly(t // 7, 10, warmup, 0.01, start=start) for t in range(70)]
-    assert seen == pytest.approx(expected, rel=1e-9)
+def test_polynomial_schedules_count_iterations_or_epochs():
+    for warmup, start in ((0, 1.0), (2, 0.1), (3, 0.25)):
+        given = {"warmup_epochs": warmup, "start_factor": start}
+        iterations = [poly(t, 70, 7 * warmup, 0.01, start=start) for t in range(70)]
+        assert rates("polynomial", **given) == pytest.approx(iterations, rel=1e-9)
+        epochs = [poly(t // 7, 10, warmup, 0.01, start=start) for t in range(70)]
+        assert rates("polynomial_epoch", **given) == pytest.approx(epochs, rel=1e-9)
 
 
 def test_cosine_falls_from_the_rate_to_the_minimum():

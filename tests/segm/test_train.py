@@ -156,7 +156,7 @@ def test_a_method_with_options_and_a_learned_part_is_one_entry(toy, tmp_path, ca
     call(train, "--log-dir", tmp_path / "tuned", "--finetune", folder, "--epochs", "1", "--device", "cpu")
     assert read_variant(tmp_path / "tuned")["net_kwargs"] == variant["net_kwargs"]
     wider = ["--log-dir", tmp_path / "no", "--finetune", folder, "--epochs", "1", "--width", "6"]
-    assert "'width': 6" in refused(train, *wider)
+    assert "learned with 5" in refused(train, *wider) and "learned with 5" in refused(test, folder, "--width", "6")
 
 
 def test_fine_tuning_adds_the_learned_part_to_weights_that_lack_it(toy, run, tmp_path, monkeypatch, call):
