@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,7 @@ from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 
 PURE = "pure"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Value(click.ParamType):
@@ -273,7 +274,7 @@ def _or_none(entry: Option, value: Any) -> Any:
     return None if entry.none is not None and value == entry.none else value
 
 
-def apply(model: nn.Module, method: str, options: Mapping[str, Any]) -> nn.Module:
+def apply(model: Model, method: str, options: Mapping[str, Any]) -> Model:
     """Patch a model with what `choose` returned; "pure" leaves it as it is."""
     return model if method == PURE else patch.apply(model, method, **options)
 
