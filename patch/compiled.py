@@ -118,7 +118,7 @@ class CompiledEncoder(Patched):
         torch.compiler.cudagraph_mark_step_begin()
         if own.parts is None:
             own.parts = [part._replace(run=own.compiled(part.run)) for part in encoder_parts(self)]
-        grid = family_of(self).grid(self, images.shape[-2:])
+        grid = family_of(self, check=False).grid(self, images.shape[-2:])
         with self.merging.encode(grid, own.bucket) if own.merges else nullcontext() as here:
             x, ropes = images, None
             for run, block, layer in own.parts:
@@ -172,7 +172,7 @@ class Part(NamedTuple):
 
 def encoder_parts(encoder: nn.Module) -> list[Part]:
     """The parts of an encoder: one more than there are merges."""
-    family = family_of(encoder)
+    family = family_of(encoder, check=False)
     parts, stages = [], [_embedding(encoder, family.embed)]
 
     def cut(block: nn.Module, place: str) -> None:

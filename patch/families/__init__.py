@@ -9,8 +9,11 @@ from patch.families.timm_vit import TimmViT
 FAMILIES: tuple[type[Family], ...] = (TimmViT, TimmEva)
 
 
-def family_of(model: nn.Module) -> type[Family]:
+def family_of(model: nn.Module, check: bool = True) -> type[Family]:
     """The family that knows a ViT.
+
+    Args:
+        check: whether it is to be patched; not for one that is patched already.
 
     Raises:
         ValueError: none does, or the model is of a known kind but has a part that cannot be patched.
@@ -19,5 +22,6 @@ def family_of(model: nn.Module) -> type[Family]:
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(f"cannot patch a {type(model).__name__}: known are a Segmenter and {known}")
-    family.check(model)
+    if check:
+        family.check(model)
     return family
