@@ -9,7 +9,7 @@ from torch import Tensor
 from g2tm.reduction import Chain, Reduction
 
 
-def dct(x: Tensor, *, r: int) -> "Truncation":
+def dct(x: Tensor, *, r: int, keep_mean: bool = False) -> "Truncation":
     """Drop the r highest frequencies of the token sequence.
 
     The transform is one-dimensional over the raster sequence, line ends included.
@@ -17,6 +17,7 @@ def dct(x: Tensor, *, r: int) -> "Truncation":
     Args:
         x: (B, N, D), patch tokens alone.
         r: number of tokens to remove, at most half of them.
+        keep_mean: keep the mean of the sequence, which the published transform scales; see `Truncation`.
 
     Returns:
         A reduction to N - min(r, N // 2) tokens, which are samples of a resampled sequence and no longer patches.
@@ -27,7 +28,7 @@ def dct(x: Tensor, *, r: int) -> "Truncation":
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
     n_images, n_tokens = map(int, x.shape[:2])
-    return Truncation(n_images, n_tokens, n_tokens - min(r, n_tokens // 2), x.device)
+    return Truncation(n_images, n_tokens, n_tokens - min(r, n_tokens // 2), x.device, keep_mean)
 
 
 class Truncation:

@@ -1,7 +1,5 @@
 """Token merging with a decoupled embedding (DTEM, NeurIPS 2024): ToMe on a learned metric, soft while it trains."""
 
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,29 +167,25 @@ class SoftMerge:
         self.counts = torch.full((n_images,), n_tokens, device=sizes.device)
         self.lengths = (n_tokens,) * n_images
         self._within, self._amount, self._a_index, self._b_index = within, amount, a_index, b_index
-        self._old_sizes = sizes
+        size_a, self._size_b = sizes.gather(1, a_index), sizes.gather(1, b_index)
+        self._gifts = amount * size_a
+        self._new_size_b = self._size_b + self._collect(self._gifts.unsqueeze(2)).squeeze(2)
+        rest = 1 - amount
+        rest = rest + (rest.clamp(0, 1) - rest).detach()  # the gradient passes the bounds unchanged
+        self.sizes = sizes.scatter(1, a_index, size_a * rest).scatter(1, b_index, self._new_size_b)
 
     @property
     def shares(self) -> Tensor:
         """(B, A, K): how much of each token of A goes to which token of B."""
         return self._within * self._amount.unsqueeze(2)
 
-    @cached_property
-    def sizes(self) -> Tensor:
-        rest = 1 - self._amount
-        rest = rest + (rest.clamp(0, 1) - rest).detach()  # the gradient passes the bounds unchanged
-        sizes = self._old_sizes.scatter(1, self._a_index, self._old_sizes.gather(1, self._a_index) * rest)
-        return sizes.scatter(1, self._b_index, self._received_sizes)
-
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, N, D), in the dtype of x; differentiable in x, the metric and the old sizes."""
         values = _precise(x)
-        b = _rows(values, self._b_index)
-        own = self._old_sizes.gather(1, self._b_index).unsqueeze(2)
-        total = self._received_sizes.unsqueeze(2)
-        some = total > 0  # a token that counts nothing and receives nothing stays as it is
+        b, total = _rows(values, self._b_index), self._new_size_b.unsqueeze(2)
         gifts = self._gifts.unsqueeze(2) * _rows(values, self._a_index)
-        mean = (own * b + self._collect(gifts)) / torch.where(some, total, 1)
+        some = total > 0  # a token that counts nothing and receives nothing stays as it is
+        mean = (self._size_b.unsqueeze(2) * b + self._collect(gifts)) / torch.where(some, total, 1)
         merged = torch.where(some, mean, b).to(values.dtype)
         rows = self._b_index.unsqueeze(2).expand_as(merged)
         return values.scatter(1, rows, merged).to(x.dtype)
@@ -203,17 +197,6 @@ class SoftMerge:
     def then(self, second: Reduction) -> Chain:
         """This step followed by `second`."""
         return Chain(self, second)
-
-    @property
-    def _gifts(self) -> Tensor:
-        """(B, A), what each token of A gives of its size."""
-        return self._amount * self._old_sizes.gather(1, self._a_index)
-
-    @cached_property
-    def _received_sizes(self) -> Tensor:
-        """(B, K), what each token of B counts afterwards."""
-        received = self._collect(self._gifts.unsqueeze(2)).squeeze(2)
-        return self._old_sizes.gather(1, self._b_index) + received
 
     def _collect(self, gifts: Tensor) -> Tensor:
         """Sum of what each token of B is given: (B, A, D) -> (B, K, D)."""

@@ -89,10 +89,12 @@ class NormCorrected(Grouping):
         """x: (B, N, D) -> (B, M, D), in the dtype of x; the correction is differentiable."""
         values = x if x.dtype == torch.float64 else x.float()
         mean, norms = super().merge(values), torch.linalg.vector_norm(values, dim=-1)
-        largest = norms.new_zeros(mean.shape[:2]).scatter_reduce(1, self.assignment, norms * self._all_weights, "amax")
-        divisor = (
-            torch.linalg.vector_norm(mean, dim=-1) if self._paper else self._group_sums(norms * self._destinations)
-        )
+        largest = torch.zeros_like(mean[..., 0])
+        largest = largest.scatter_reduce(1, self.assignment, norms * self._all_weights, "amax")
+        if self._paper:
+            divisor = torch.linalg.vector_norm(mean, dim=-1)
+        else:
+            divisor = self._group_sums(norms * self._destinations)
         positive = divisor > 0
         factor = torch.where(positive, largest / torch.where(positive, divisor, 1), 1)
         return (mean * factor.unsqueeze(-1)).to(x.dtype)

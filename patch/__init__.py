@@ -7,6 +7,7 @@ patch.remove(model)
 """
 
 import patch.methods  # noqa: F401 - fills the registry
+from g2tm import Reduction
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
 from patch.learned import add_modules, has_modules
@@ -33,6 +34,7 @@ __all__ = [
     "Method",
     "Number",
     "Option",
+    "Reduction",
     "Step",
     "Target",
     "add_modules",

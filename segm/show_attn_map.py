@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from g2tm import Reduction
 from segm.cli import checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
 from segm.data.images import resize_square
@@ -156,7 +155,7 @@ def look(
     return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
 
 
-def last_assignment(steps: Sequence[tuple[int, Reduction]], grid: tuple[int, int]) -> np.ndarray | None:
+def last_assignment(steps: Sequence[tuple[int, patch.Reduction]], grid: tuple[int, int]) -> np.ndarray | None:
     """(N,), of the last of [(layer, composed reduction), ...]; every patch is a token of its own if there is none."""
     if not steps:
         return np.arange(grid[0] * grid[1])

@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import patch
-from g2tm import Reduction
 from segm.eval.operations import count_operations
 from segm.eval.timing import interleaved_turns
 from segm.model.segmenter import Segmenter
@@ -255,14 +254,14 @@ class Merges:
         steps: 1-based layer -> (`patch.Step`, its `Reduction`).
     """
 
-    steps: dict[int, tuple[patch.Step, Reduction]]
+    steps: dict[int, tuple[patch.Step, patch.Reduction]]
 
     @classmethod
     def record(cls, model: Segmenter, images: Tensor) -> "Merges":
         """Of one pass of a patched model over images (B, 3, H, W)."""
         merge, steps = patch.find(patch.method(model)).merge, {}
 
-        def noted(step: patch.Step) -> Reduction:
+        def noted(step: patch.Step) -> patch.Reduction:
             steps[step.layer] = step, merge(step)
             return steps[step.layer][1]
 
@@ -276,7 +275,7 @@ class Merges:
         return merge(step).merge(step.x)
 
     @property
-    def total(self) -> Reduction:
+    def total(self) -> patch.Reduction:
         """All merges seen as one."""
         first, *others = (reduction for _, reduction in self.steps.values())
         for other in others:

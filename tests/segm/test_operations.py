@@ -39,10 +39,10 @@ def test_the_count_is_per_image(small_net):
 def test_a_batch_counts_as_its_images_alone(small_net, method, options):
     """Images that keep different numbers of tokens cost what they cost alone: on padding, only the norm behind the
     blocks is computed, and in a second merge similarities."""
-    model = patch.segmenter(create_segmenter(small_net).eval(), method, **({"threshold": 0.1} | options))
+    model = patch.apply(create_segmenter(small_net).eval(), method, **({"threshold": 0.1} | options))
     images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
     model.grid_scores(images)
-    assert patch.reduction(model).padded
+    assert patch.reduction(model).padding is not None
     together, alone = count_operations(model, images), [count_operations(model, image[None]) for image in images]
     assert together.encoder == pytest.approx(sum(one.encoder for one in alone) / 3, rel=3e-3)
 
@@ -63,8 +63,8 @@ def test_attention_counts_as_its_two_products(small_net):
 @pytest.mark.parametrize(
     ("method", "options", "added"),
     [
-        # A 4x4 grid of width 32: 24 pairs of neighbours; 16 tokens are summed, and their sizes.
-        ("graph", {"layers": [1], "threshold": 1.0}, 24 * 32 + 16 * 32 + 16),
+        # A 4x4 grid of width 32: 24 pairs of neighbours and 16 norms; 16 tokens are summed, and their sizes.
+        ("graph", {"layers": [1], "threshold": 1.0}, (24 + 16) * 32 + 16 * 32 + 16),
         # The same sums; pairs within windows are element-wise work, which fvcore never counts.
         ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16),
         # 9 tokens at even and 8 at odd positions of the whole sequence, keys of width 16, in each of 3 layers; sizes
@@ -76,7 +76,7 @@ def test_nothing_of_the_merge_is_missed(small_net, method, options, added):
     """Where nothing merges, what the method computes comes on top of the plain model."""
     model, images = create_segmenter(small_net).eval(), torch.randn(1, 3, 32, 32)
     plain = count_operations(model, images)
-    patch.segmenter(model, method, attention="none", **options)
+    patch.apply(model, method, attention="none", **options)
     merging = count_operations(model, images)
     assert (merging.total - plain.total) * 1e9 == pytest.approx(added)
     assert merging.decoder == plain.decoder
@@ -85,7 +85,7 @@ def test_nothing_of_the_merge_is_missed(small_net, method, options, added):
 def test_merging_saves_operations_and_what_is_not_counted_is_named(small_net):
     model, images = create_segmenter(small_net).eval(), torch.randn(1, 3, 32, 32)
     plain = count_operations(model, images)
-    patch.segmenter(model, "graph", layers=[1], threshold=-1.0)
+    patch.apply(model, "graph", layers=[1], threshold=-1.0)
     merging = count_operations(model, images)
     assert merging.encoder < plain.encoder and merging.decoder < plain.decoder
     assert plain.uncounted["gelu"] == 4 and "index_select" in merging.uncounted

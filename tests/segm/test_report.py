@@ -10,13 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import patch
-from g2tm import Reduction
-from patch.registry import METHODS
 from segm import report
 from segm.checkpoint import save_checkpoint, write_variant
-from segm.eval.runs import open_evaluation
 from segm.model.factory import create_segmenter
+from segm.run import Run
 
 SIZE = 32
 PURE = {"patch_type": "pure"}
@@ -76,12 +73,12 @@ def refused(tmp_path, *arguments):
 
 
 def test_a_run_is_a_path_or_a_name_with_a_path_and_options(pure):
-    assert report.read_run(str(pure)) == ("pure", pure, {})
-    assert report.read_run(str(pure / "checkpoint.pth")) == ("pure", pure / "checkpoint.pth", {})
+    assert report.read_run(str(pure)) == (None, pure, {})
+    assert report.read_run(str(pure / "checkpoint.pth")) == (None, pure / "checkpoint.pth", {})
     name, path, given = report.read_run("a=runs/x y --patch-type algm".replace("x y", "'x y'"))
     assert (name, str(path), given["patch_type"]) == ("a", "runs/x y", "algm")
     _, _, given = report.read_run("a=runs/x --selected-layers 1 3 --threshold 0.9")
-    assert (given["selected_layers"], given["threshold"]) == ((1, 3), 0.9)
+    assert given == {"layers": [1, 3], "threshold": 0.9}
 
 
 def test_every_run_is_measured_and_shown(tmp_path, pure, graph):
@@ -133,19 +130,6 @@ def test_the_layer_of_the_explorer_can_be_chosen(tmp_path, pure):
     assert "Threshold explorer" not in call(tmp_path, pure, options=["--explore", "0"])[1]
 
 
-def test_realised_share():
-    """Half the operations in 0.6 of the time: 1/0.6 of 2 is 0.83."""
-    pure, merged = torch.tensor([10.0, 20.0, 40.0]), torch.tensor([10.0, 20.0, 40.0]) / 0.6
-    assert report.realised_share(merged, pure, torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0])) == pytest.approx(
-        1 / 1.2
-    )
-    shares = report.realised_share(
-        torch.tensor([1.0, 1.0, 9.0]), torch.ones(3), torch.tensor([0.5, 0.8, 1.0]), torch.ones(1)
-    )
-    assert shares == pytest.approx(0.8)
-    assert report.realised_share(pure, pure, torch.ones(1), torch.ones(1)) == 1
-
-
 def test_without_an_unpatched_run_a_copy_is_timed(tmp_path, graph):
     other = f"other={graph} --threshold 0.9"
     _, text, content = call(tmp_path, graph, other)
@@ -157,7 +141,7 @@ def test_without_an_unpatched_run_a_copy_is_timed(tmp_path, graph):
 def test_a_run_counts_against_its_own_architecture(tmp_path, pure, small_net):
     larger = write_run(tmp_path / "runs/larger", small_net | {"n_layers": 4}, **GRAPH)
     runs = report.open_runs([str(pure), str(larger), f"b={larger} --patch-type pure"], None, torch.device("cpu"))
-    assert [report.reference_of(run, runs) for run in runs] == ["pure", "b", "b"]
+    assert [report.reference_of(run, runs).name for run in runs] == ["pure", "b", "b"]
 
 
 def test_runs_see_images_of_their_own_size_and_normalization(tmp_path, pure, small_net):
@@ -167,37 +151,23 @@ def test_runs_see_images_of_their_own_size_and_normalization(tmp_path, pure, sma
     assert content["rows"][1]["reference"] == "larger, unpatched"
 
 
-@pytest.fixture
-def toy():
-    """A method that somebody registered."""
-
-    def merge(step):
-        n_images, n_tokens = step.x.shape[:2]
-        one = torch.zeros(n_images, n_tokens, dtype=torch.long)
-        return Reduction(one, torch.ones(n_images, dtype=torch.long), [1] * n_images, step.sizes)
-
-    patch.register("toy", merge, layers=(2,), pace=None)
-    yield
-    del METHODS["toy"]
-
-
-def test_a_registered_method_is_compared_too(tmp_path, pure, toy):
-    _, text, content = call(tmp_path, pure, f"toy={pure} --patch-type toy")
+def test_tokens_that_are_no_groups_of_patches_are_shown_by_the_photograph(tmp_path, pure):
+    _, text, content = call(tmp_path, pure, f"dct={pure} --patch-type dct --r 2")
     row = content["rows"][1]
-    assert (row["method"], row["tokens"], row["counts"]) == ("toy", 1, [1, 1])
-    assert "toy: 1 of 16 tokens" in text and "toy, layers 2" in text
+    assert (row["method"], row["tokens"], row["counts"]) == ("dct", 10, [10, 10])  # 3 layers, 2 tokens each
+    assert "dct: 10 of 16 tokens" in text and "dct, layers 1 2 3" in text
 
 
 def test_classes_that_do_not_occur_are_null_in_the_json(tmp_path, pure, monkeypatch):
-    monkeypatch.setattr(report, "evaluate", lambda model, dataset, windows, **rest: torch.zeros(11, 11).long())
+    monkeypatch.setattr("segm.run.evaluate", lambda model, dataset, windows, **rest: torch.zeros(11, 11).long())
     _, text, content = call(tmp_path, pure)
     assert content["rows"][0]["mean_iou"] is None and content["rows"][0]["per_class_iou"] == [None] * 11
     assert "<td>nan</td>" in text
 
 
 def test_images_without_labels(pure):
-    runs = report.open_runs([str(pure)], None, torch.device("cpu"))
-    dataset, _ = open_evaluation(runs[0].variant)
+    run = Run.load(pure, device="cpu")
+    dataset, _ = run.open()
     sample = dataset[0]
 
     class Unlabelled:
@@ -209,7 +179,7 @@ def test_images_without_labels(pure):
         def __getitem__(self, index):
             return type(sample)(sample.name, sample.image, None)
 
-    blocks, _, _ = report.picture_blocks([runs[0]._replace(dataset=Unlabelled())], 1, torch.device("cpu"))
+    blocks, _, _ = report.picture_blocks([run], Unlabelled(), 1)
     assert len(blocks) == 1 and "truth" in blocks[0]
 
 
@@ -222,7 +192,7 @@ class TestRefused:
         assert "NAME=PATH" in refused(tmp_path, "a=")
         assert "--nosuch" in refused(tmp_path, f"a={pure} --nosuch")
         assert "graph" in refused(tmp_path, f"a={pure} --patch-type nosuch")
-        assert refused(tmp_path, f"a={pure} --patch-type graph --threshold 2").startswith("Error: a: ")
+        assert refused(tmp_path, f"a={pure} --patch-type graph --selected-layer 9").startswith("Error: a: ")
         (tmp_path / "empty").mkdir()
         assert "no checkpoint" in refused(tmp_path, tmp_path / "empty")
 

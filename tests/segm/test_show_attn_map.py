@@ -1,5 +1,7 @@
 """The picture command: files of every mode, what the pictures show, ground truth, and input that is wrong."""
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import patch
 from segm import show_attn_map
 from segm.data import class_info, create_dataset, normalize
 from segm.data.photograph import read_sample
+from segm.run import Run
 from segm.show_attn_map import (
     check_query,
     chosen_layer,
@@ -67,31 +70,40 @@ def maps_of(layer, *names):
 LABELS = {"house_seg_pred.png", "house_seg_gt.png"}
 
 
-@pytest.mark.parametrize(
-    ("options", "maps"),
-    [
-        ([], maps_of("enc_layer5", "cls")),
-        (["--cls", "--enc", "--layer-id", "0"], maps_of("enc_layer0", "cls")),
-        (["--patch", "--x-patch", "11", "--y-patch", "0", "--layer-id", "3"], maps_of("enc_layer3", "patch_11_0")),
-        (["--y-patch", "2"], maps_of("enc_layer5", "patch_6_2")),
-        (["--dec", "--patch"], maps_of("dec_layer1", "patch_6_6")),
-        (
-            ["--dec", "--layer-id", "0", "--class", "sky", "--class", "tree"],
-            maps_of("dec_layer0", "cls_sky", "cls_tree"),
-        ),
-    ],
-)
-def test_files_of_every_mode(photo, tmp_path, options, maps):
-    assert draw(photo, tmp_path, *options) == maps | LABELS | {"house_grid.png"}
+MODES = [
+    ([], maps_of("enc_layer5", "cls")),
+    (["--cls", "--enc", "--layer-id", "0"], maps_of("enc_layer0", "cls")),
+    (["--patch", "--x-patch", "11", "--y-patch", "0", "--layer-id", "3"], maps_of("enc_layer3", "patch_11_0")),
+    (["--y-patch", "2"], maps_of("enc_layer5", "patch_6_2")),
+    (["--dec", "--patch"], maps_of("dec_layer1", "patch_6_6")),
+    (
+        ["--dec", "--layer-id", "0", "--class", "sky", "--class", "tree"],
+        maps_of("dec_layer0", "cls_sky", "cls_tree"),
+    ),
+]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_merged_tokens_are_drawn_and_counted(photo, tmp_path, name):
-    files = draw(photo, tmp_path, *METHODS[name], "--dec", "--class", "car", "--layer-id", "1")
-    tokens = sorted(files - maps_of("dec_layer1", "cls_car") - LABELS)
-    count = int(tokens[0].split("_")[2])
-    assert tokens == [f"house_vis_{count}_tokens.png", f"house_vis_{count}_tokens_overlay.png"]
-    assert count == 144 - 6 * 5 if name == "tome" else 1 <= count < 144
+def test_files_of_every_mode(photo, tmp_path):
+    for index, (options, maps) in enumerate(MODES):
+        assert draw(photo, tmp_path / str(index), *options) == maps | LABELS | {"house_grid.png"}, options
+
+
+def test_merged_tokens_are_drawn_and_counted(photo, tmp_path):
+    for name, merging in METHODS.items():
+        files = draw(photo, tmp_path / name, *merging, "--dec", "--class", "car", "--layer-id", "1")
+        tokens = sorted(files - maps_of("dec_layer1", "cls_car") - LABELS)
+        count = int(tokens[0].split("_")[2])
+        assert tokens == [f"house_vis_{count}_tokens.png", f"house_vis_{count}_tokens_overlay.png"]
+        assert count == 144 - 6 * 5 if name == "tome" else 1 <= count < 144
+
+
+def test_tokens_that_are_no_groups_of_patches_are_shown_by_the_photograph(photo, tmp_path):
+    """Their attention has no place to be drawn at; that of the layers before has."""
+    merging = ["--patch-type", "dct", "--r", "5", "--selected-layers", "3"]
+    for options, maps in (([], set()), (["--layer-id", "1"], maps_of("enc_layer1", "cls"))):
+        files = draw(photo, tmp_path / str(len(options)), *merging, *options)
+        assert files == maps | LABELS | {"house_photo.png"}
+    assert "no groups of patches" in invoke(DATA, photo, tmp_path / "again", *merging).stdout
 
 
 def test_nothing_merged_is_the_grid_though_a_method_is_on(photo, tmp_path):
@@ -125,22 +137,24 @@ def test_colors_are_those_of_the_class_list(photo, tmp_path):
     assert (own[picture[..., 0] == 0] == class_info("shapes")[1][0]).all()
 
 
-@pytest.mark.parametrize("side", [192, 100])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("graph", {"threshold": 0.5, "layers": [2]}),
-        ("algm", {"threshold": 0.5, "layers": [1, 4]}),
-        ("tome", {"r": 4}),
-        ("tome", {"r": 4, "layers": [2, 5]}),
-    ],
-)
+MERGING = [
+    ("graph", {"threshold": 0.5, "layers": [2]}),
+    ("algm", {"threshold": 0.5, "layers": [1, 4]}),
+    ("tome", {"r": 4}),
+    ("tome", {"r": 4, "layers": [2, 5]}),
+]
+
+
 @torch.inference_mode()
-def test_attention_belongs_to_the_tokens_that_a_layer_sees(golden_model, name, options, side):
+def test_attention_belongs_to_the_tokens_that_a_layer_sees(golden_model):
     """After earlier layers' merges, not after its own or later ones."""
-    patch.segmenter(golden_model, name, **options)
+    for (name, options), side in product(MERGING, (192, 100)):
+        check_layers(patch.apply(patch.remove(golden_model), name, **options), side)
+
+
+def check_layers(golden_model, side):
     view, grid = torch.rand(1, 3, side, side) * 2 - 1, (-(-side // 16),) * 2
-    merging = patch.settings(golden_model)["layers"]
+    merging = patch.options(golden_model)["layers"]
     counts = []
     for layer in range(6):
         weights, before, final = look(golden_model, view, layer, "encoder", grid)
@@ -156,33 +170,35 @@ def test_attention_belongs_to_the_tokens_that_a_layer_sees(golden_model, name, o
     assert weights.shape[-1] == before.max() + 1 + golden_model.n_cls and (before == final).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "part", "row"),
-    [
-        (["--cls"], "encoder", lambda tokens: 0),
-        (["--x-patch", "4", "--y-patch", "9"], "encoder", lambda tokens: 1 + tokens[9 * 12 + 4]),
-        (["--dec", "--x-patch", "4", "--y-patch", "9"], "decoder", lambda tokens: tokens[9 * 12 + 4]),
-        (
-            ["--dec", "--class", "tree"],
-            "decoder",
-            lambda tokens: tokens.max() + 1 + class_info("shapes")[0].index("tree"),
-        ),
-    ],
-)
-def test_the_right_row_is_drawn_over_the_right_tokens(photo, tmp_path, golden_model, monkeypatch, options, part, row):
+QUERIES = [
+    (["--cls"], "encoder", lambda tokens: 0),
+    (["--x-patch", "4", "--y-patch", "9"], "encoder", lambda tokens: 1 + tokens[9 * 12 + 4]),
+    (["--dec", "--x-patch", "4", "--y-patch", "9"], "decoder", lambda tokens: tokens[9 * 12 + 4]),
+    (
+        ["--dec", "--class", "tree"],
+        "decoder",
+        lambda tokens: tokens.max() + 1 + class_info("shapes")[0].index("tree"),
+    ),
+]
+
+
+def test_the_right_row_is_drawn_over_the_right_tokens(photo, tmp_path, golden_model, monkeypatch):
     drawn, real = [], show_attn_map.attention_pictures
     monkeypatch.setattr(show_attn_map, "attention_pictures", lambda *args: drawn.append(args) or real(*args))
-    draw(photo, tmp_path, *METHODS["graph"], *options, "--layer-id", "3" if part == "encoder" else "1")
-    patch.segmenter(golden_model, "graph", threshold=0.5)
+    patch.apply(golden_model, "graph", threshold=0.5)
     image = cv2.resize(cv2.imread(str(photo))[..., ::-1], (192, 192), interpolation=cv2.INTER_LINEAR)
-    weights = golden_model.attention(normalize(image, "vit")[None], 3 if part == "encoder" else 1, part)[0]
-    tokens = patch.reduction(golden_model).assignment[0].numpy()
-    first = 1 if part == "encoder" else 0
-    for head, (_, of_tokens, grid, patch_size, assignment, query) in enumerate(drawn):
-        expected = weights[head, row(tokens), first : first + tokens.max() + 1].detach().numpy()
-        assert np.allclose(of_tokens, expected, atol=1e-6) and (assignment == tokens).all()
-        assert (grid, patch_size) == ((12, 12), (48, 48)) and query == (9 * 12 + 4 if "--x-patch" in options else None)
-    assert len(drawn) == 2
+    for options, part, row in QUERIES:
+        drawn.clear()
+        layer, first = (3, 1) if part == "encoder" else (1, 0)
+        draw(photo, tmp_path, *METHODS["graph"], *options, "--layer-id", str(layer))
+        weights = golden_model.attention(normalize(image, "vit")[None], layer, part)[0]
+        tokens = patch.reduction(golden_model).assignment[0].numpy()
+        for head, (_, of_tokens, grid, patch_size, assignment, query) in enumerate(drawn):
+            expected = weights[head, row(tokens), first : first + tokens.max() + 1].detach().numpy()
+            assert np.allclose(of_tokens, expected, atol=1e-6) and (assignment == tokens).all()
+            assert (grid, patch_size) == ((12, 12), (48, 48))
+            assert query == (9 * 12 + 4 if "--x-patch" in options else None)
+        assert len(drawn) == 2
 
 
 class TestGroundTruth:
@@ -233,9 +249,8 @@ class TestGroundTruth:
 
 
 class TestRefused:
-    @pytest.mark.parametrize(
-        ("options", "hint"),
-        [
+    def test_options(self, photo, tmp_path):
+        for options, hint in [
             (["--layer-id", "6"], "--layer-id 6: the encoder has layers 0 to 5"),
             (["--layer-id", "-1"], "layers 0 to 5"),
             (["--dec", "--layer-id", "2"], "the decoder has layers 0 to 1"),
@@ -251,21 +266,16 @@ class TestRefused:
             (["--patch-type", "graph", "--selected-layer", "9"], "1 to 6"),
             (["--patch-type", "nosuch"], "graph"),
             (["--image-size", "0"], "--image-size"),
-        ],
-    )
-    def test_options(self, photo, tmp_path, options, hint):
-        self.refuse(hint, tmp_path, DATA, photo, tmp_path / "out", "shapes", *options)
+        ]:
+            self.refuse(hint, tmp_path, DATA, photo, tmp_path / "out", "shapes", *options)
 
-    @pytest.mark.parametrize(
-        ("cmap", "hint"),
-        [
+    def test_class_lists(self, photo, tmp_path):
+        for cmap, hint in [
             ("nosuch", "neither|give a data set"),
             ("cityscapes", "19 classes, the model 11"),
             ("folder", "YAML file"),
-        ],
-    )
-    def test_class_lists(self, photo, tmp_path, cmap, hint):
-        self.refuse(hint.split("|")[-1], tmp_path, DATA, photo, tmp_path / "out", cmap)
+        ]:
+            self.refuse(hint.split("|")[-1], tmp_path, DATA, photo, tmp_path / "out", cmap)
 
     def test_class_list_files(self, photo, tmp_path):
         (tmp_path / "bad.yml").write_text("sky: 1")
@@ -295,12 +305,17 @@ class TestRefused:
             chosen_layer(model, "decoder", None)
 
     def test_a_run_on_own_data(self):
-        variant = {"dataset_kwargs": {"dataset": "folder", "classes": [{"name": "a", "color": [1, 2, 3]}]}}
-        for cmap in (None, "folder"):
-            names, palette = read_class_list(cmap, variant, 1)
-            assert names == ("a",) and palette.tolist() == [[1, 2, 3]]
-        with pytest.raises(ValueError, match="1 classes, the model 2"):
-            read_class_list(None, variant, 2)
+        run = Run.load(DATA, device="cpu")
+        classes = [{"name": str(index), "color": [index, 2, 3]} for index in range(11)]
+        for n_cls, cmap in ((11, None), (11, "folder"), (10, None)):
+            data = {"dataset": "folder", "classes": classes[:n_cls]}
+            own = replace(run, variant=run.variant | {"dataset_kwargs": data})
+            if n_cls == 11:
+                names, palette = read_class_list(cmap, own)
+                assert names == tuple(map(str, range(11))) and palette.tolist()[5] == [5, 2, 3]
+            else:
+                with pytest.raises(ValueError, match="10 classes, the model 11"):
+                    read_class_list(cmap, own)
 
     def refuse(self, hint, folder, *arguments):
         assert hint in self.error(*arguments)

@@ -1,13 +1,13 @@
 """Timing, and the images that are timed."""
 
 import numpy as np
-import pytest
 import torch
 
 from segm.data import create_dataset
+from segm.data.images import square_view
 from segm.eval.environment import environment
-from segm.eval.runs import SquareViews, square_view
 from segm.eval.timing import interleaved_rates, interleaved_turns
+from segm.eval.views import SquareViews
 
 CPU = torch.device("cpu")
 
@@ -38,22 +38,16 @@ def test_ratios_over_turns_stand_a_machine_that_slows_down(monkeypatch):
     assert (turns["a"] / turns["b"]).tolist() == [[2.0, 2.0, 2.0]]
 
 
-@pytest.fixture
-def variant():
-    data = {"dataset": "shapes", "crop_size": 32}
-    return {"dataset_kwargs": data, "net_kwargs": {"normalization": "vit"}}
-
-
-def test_views_are_the_images_resized_to_the_crop(variant):
+def test_views_are_the_images_resized_to_a_square():
     dataset = create_dataset("shapes", "val")
-    views = SquareViews(dataset, variant, 5, batch_size=2)
+    views = SquareViews(dataset, 32, "vit", 5, batch_size=2)
     assert len(views) == 2  # the fifth image fills no batch
     expected = torch.cat([square_view(dataset[i].image, 32, "vit") for i in (2, 3)])
     assert torch.equal(views[1], expected) and len([*views]) == 2
-    copies = SquareViews(dataset, variant, 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
+    copies = SquareViews(dataset, 32, "vit", 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
     assert len(copies) == 5 and copies[4].shape == (3, 3, 32, 32) and copies[4].dtype == torch.bfloat16
     assert torch.equal(copies[4][0], copies[4][2])
-    assert len(SquareViews(dataset, variant, 2, batch_size=8)) == 1
+    assert len(SquareViews(dataset, 32, "vit", 2, batch_size=8)) == 1
 
 
 def test_the_environment_names_the_device():

@@ -1,0 +1,151 @@
+"""DCT: the published steps and blocks, SciPy's transform, the way back, composition."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import scipy.fft
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block
+
+from g2tm import Truncation, bipartite, dct
+from g2tm.reduction import Chain, Reduction
+
+DATA = Path(__file__).parents[1] / "data"
+CLOSE = {"atol": 1e-5, "rtol": 0}
+LENGTHS = [(1, 1), (2, 1), (3, 2), (5, 1), (8, 4), (8, 7), (9, 5), (16, 1), (33, 32), (64, 48), (65, 33), (65, 65)]
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return load_file(DATA / "opentome_b.safetensors")
+
+
+def test_one_step_is_the_published_one(vectors):
+    for name, r in (("n65", 16), ("n65", 40), ("n145", 40)):
+        x, case = vectors[f"{name}.x"], f"dct.{name}.r{r}"
+        step = dct(x[:, 1:], r=r)
+        merged = step.merge(x[:, 1:])
+        torch.testing.assert_close(merged, vectors[f"{case}.x"][:, 1:], **CLOSE)
+        torch.testing.assert_close(step.unmerge(merged), vectors[f"{case}.restored"][:, 1:], **CLOSE)
+        assert isinstance(step, Reduction) and not hasattr(step, "assignment") and step.padding is None
+
+
+def test_three_blocks_are_the_published_ones(vectors):
+    x = vectors["chain.input"]
+    for layer, r in enumerate(vectors["chain.dct.r"].tolist()):
+        prefix = f"chain.blocks.{layer}."
+        weights = {name.removeprefix(prefix): value for name, value in vectors.items() if name.startswith(prefix)}
+        block = Block(32, 2, mlp_ratio=2, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).eval()
+        block.load_state_dict({name: value for name, value in weights.items() if "metric_layer" not in name})
+        x = block(x)
+        x = torch.cat([x[:, :1], dct(x[:, 1:], r=r).merge(x[:, 1:])], 1)
+        torch.testing.assert_close(x, vectors[f"chain.dct.block{layer + 1}.x"], atol=1e-4, rtol=0)
+
+
+def test_it_is_the_transform_of_scipy():
+    for n_tokens, kept in LENGTHS:
+        step, x = Truncation(2, n_tokens, kept, "cpu"), torch.randn(2, n_tokens, 3, dtype=torch.double)
+        frequencies = scipy.fft.dct(x.numpy(), axis=1, norm="ortho")[:, :kept]
+        torch.testing.assert_close(step.merge(x), torch.from_numpy(scipy.fft.idct(frequencies, axis=1, norm="ortho")))
+        y = torch.randn(2, kept, 3, dtype=torch.double)
+        frequencies = scipy.fft.dct(y.numpy(), axis=1, norm="ortho")
+        back = torch.from_numpy(scipy.fft.idct(frequencies, n=n_tokens, axis=1, norm="ortho"))
+        torch.testing.assert_close(step.unmerge(y), back)
+        torch.testing.assert_close(step.unmerge(y.float()), back.float(), **CLOSE)
+
+
+def test_going_back_undoes_it_up_to_the_high_frequencies():
+    for keep_mean in (False, True):
+        for n_tokens, kept in LENGTHS:
+            step, y = Truncation(2, n_tokens, kept, "cpu", keep_mean), torch.randn(2, kept, 3)
+            torch.testing.assert_close(step.merge(step.unmerge(y)), y, **CLOSE)
+            smooth = step.unmerge(y)
+            torch.testing.assert_close(step.unmerge(step.merge(smooth)), smooth, **CLOSE)
+
+
+def test_a_constant_stays_a_constant():
+    for n_tokens, kept in LENGTHS:
+        many, few = torch.ones(1, n_tokens, 2), torch.ones(1, kept, 2)
+        step, mean = Truncation(1, n_tokens, kept, "cpu"), Truncation(1, n_tokens, kept, "cpu", keep_mean=True)
+        torch.testing.assert_close(step.merge(many), few * (n_tokens / kept) ** 0.5, **CLOSE)
+        torch.testing.assert_close(step.unmerge(few), many * (kept / n_tokens) ** 0.5, **CLOSE)
+        torch.testing.assert_close(step.unmerge(few, scores=True), many, **CLOSE)
+        torch.testing.assert_close(mean.merge(many), few, **CLOSE)
+        for scores in (False, True):
+            torch.testing.assert_close(mean.unmerge(few, scores), many, **CLOSE)
+
+
+def test_truncations_compose_to_one():
+    x = torch.randn(2, 60, 3)
+    for keep_mean in (False, True):
+        steps = [Truncation(2, n, m, "cpu", keep_mean) for n, m in ((60, 45), (45, 31), (31, 16))]
+        total = steps[0].then(steps[1]).then(steps[2])
+        assert isinstance(total, Truncation) and (total.n_tokens, total.kept) == (60, 16)
+        stepwise = x
+        for step in steps:
+            stepwise = step.merge(stepwise)
+        torch.testing.assert_close(total.merge(x), stepwise, **CLOSE)
+        for scores in (False, True):
+            back = stepwise
+            for step in reversed(steps):
+                back = step.unmerge(back, scores)
+            torch.testing.assert_close(total.unmerge(stepwise, scores), back, **CLOSE)
+
+
+def test_anything_else_composes_to_a_chain():
+    first, x = dct(torch.randn(2, 30, 3), r=10), torch.randn(2, 30, 3)
+    for second in (bipartite(torch.randn(2, 20, 4), r=5, prefix=0), Truncation(2, 20, 15, "cpu", keep_mean=True)):
+        total = first.then(second)
+        assert isinstance(total, Chain) and not hasattr(total, "assignment")
+        y = second.merge(first.merge(x))
+        assert torch.equal(total.merge(x), y)
+        assert torch.equal(total.unmerge(y, True), first.unmerge(second.unmerge(y, True), True))
+
+
+def test_at_most_half_of_the_tokens_go_and_sizes_add_up():
+    for n_tokens, r, kept in ((64, 0, 64), (64, 10, 54), (64, 40, 32), (9, 100, 5), (1, 3, 1), (0, 3, 0)):
+        step = dct(torch.randn(2, n_tokens, 3), r=r)
+        assert step.counts.tolist() == [kept, kept] and step.lengths == (kept, kept)
+        assert step.sizes.shape == (2, kept) and step.sizes.dtype == torch.float32
+        torch.testing.assert_close(step.sizes.sum(1), torch.full((2,), float(n_tokens)))
+    x = torch.randn(2, 8, 3)
+    assert torch.equal(dct(x, r=0).merge(x), x)
+    torch.testing.assert_close(dct(x, r=3, keep_mean=True).merge(x).mean(1), x.mean(1))
+
+
+def test_gradients_are_right():
+    for n_tokens, kept in ((1, 1), (6, 1), (6, 4), (7, 4)):
+        step = Truncation(1, n_tokens, kept, "cpu")
+        assert torch.autograd.gradcheck(step.merge, torch.randn(1, n_tokens, 2, dtype=torch.double, requires_grad=True))
+        assert torch.autograd.gradcheck(step.unmerge, torch.randn(1, kept, 2, dtype=torch.double, requires_grad=True))
+
+
+def test_bfloat16_is_computed_in_float32():
+    x = torch.randn(2, 40, 3).bfloat16()
+    step = dct(x, r=15)
+    assert torch.equal(step.merge(x), step.merge(x.float()).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = step.merge(x.float())
+    assert torch.equal(inside, step.merge(x.float()))
+
+
+def test_long_sequences_stay_exact():
+    x = torch.randn(1, 16384, 2)
+    step = dct(x, r=8192)
+    frequencies = scipy.fft.dct(x.double().numpy(), axis=1, norm="ortho")[:, :8192]
+    expected = torch.from_numpy(scipy.fft.idct(frequencies, axis=1, norm="ortho")).float()
+    torch.testing.assert_close(step.merge(x), expected, **CLOSE)
+
+
+def test_an_empty_batch_gives_nothing():
+    step = dct(torch.randn(0, 20, 4), r=5)
+    assert step.merge(torch.randn(0, 20, 4)).shape == (0, 15, 4)
+    assert step.unmerge(torch.randn(0, 15, 4)).shape == (0, 20, 4)
+
+
+def test_a_wrong_number_is_refused():
+    for r in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="number of tokens"):
+            dct(torch.randn(1, 8, 3), r=r)

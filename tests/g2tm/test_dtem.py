@@ -1,0 +1,243 @@
+"""DTEM: the published steps, training steps and blocks; the soft choice against its definition; the split."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block
+from torch.nn import functional as F
+
+from g2tm import SoftMerge, bipartite, dtem, embed, soft_merge, split
+from g2tm.dtem import soft_top_r
+from g2tm.reduction import Chain, Reduction
+
+DATA = Path(__file__).parents[1] / "data"
+CLOSE = {"atol": 1e-5, "rtol": 0}
+TRAINING = "random", "parity", "soft"
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return load_file(DATA / "opentome_b.safetensors")
+
+
+def test_one_step_is_the_published_one(vectors):
+    for name, r in (("n65", 8), ("n145", 40), ("n145", 100)):
+        case, sizes = f"dtem.{name}.r{r}", vectors[f"{name}.size"][..., 0]
+        step = dtem(embed(vectors[f"{name}.h"], vectors["dtem.weight"], vectors["dtem.bias"]), r=r, sizes=sizes)
+        assert torch.equal(step.assignment, vectors[f"{case}.assignment"])
+        torch.testing.assert_close(step.sizes, vectors[f"{case}.size"][..., 0], **CLOSE)
+        torch.testing.assert_close(step.merge(vectors[f"{name}.x"]), vectors[f"{case}.x"], **CLOSE)
+
+
+def test_three_blocks_are_the_published_ones(vectors):
+    x, sizes, total = vectors["chain.input"], torch.ones(2, 65), None
+    for layer, r in enumerate(vectors["chain.dtem.r"].tolist()):
+        prefix = f"chain.blocks.{layer}."
+        weights = {name.removeprefix(prefix): value for name, value in vectors.items() if name.startswith(prefix)}
+        learned = weights.pop("attn.metric_layer.weight"), weights.pop("attn.metric_layer.bias")
+        block = Block(32, 2, mlp_ratio=2, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).eval()
+        block.load_state_dict(weights)
+        h = block.norm1(x)
+        step = dtem(embed(h, *learned), r=r, sizes=sizes)
+        y = step.merge(x + block.attn(h, attn_mask=sizes.log()[:, None, None]))
+        x, sizes, total = y + block.mlp(block.norm2(y)), step.sizes, step if total is None else total.then(step)
+        torch.testing.assert_close(x, vectors[f"chain.dtem.block{layer + 1}.x"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(sizes, vectors[f"chain.dtem.block{layer + 1}.size"][..., 0])
+    assert torch.equal(total.assignment, vectors["chain.dtem.assignment"])
+
+
+def training_step(vectors, case, metric, sizes):
+    return soft_merge(
+        metric,
+        r=int(vectors[f"{case}.r"]),
+        inverse_temperature=float(vectors[f"{case}.inverse_temperature"]),
+        a_index=vectors[f"{case}.a_index"],
+        b_index=vectors[f"{case}.b_index"],
+        sizes=sizes,
+    )
+
+
+def test_training_steps_and_their_gradients_are_the_published_ones(vectors):
+    for name in TRAINING:
+        case = f"dtem.train.{name}"
+        metric = embed(vectors["n65.h"], vectors["dtem.weight"], vectors["dtem.bias"]).requires_grad_()
+        step = training_step(vectors, case, metric, vectors["n65.size"][..., 0])
+        assert isinstance(step, Reduction) and not hasattr(step, "assignment") and step.padding is None
+        assert step.counts.tolist() == [65, 65] and step.lengths == (65, 65)
+        merged = step.merge(vectors["n65.x"])
+        torch.testing.assert_close(step.shares, vectors[f"{case}.assign"], **CLOSE)
+        torch.testing.assert_close(merged, vectors[f"{case}.x"], **CLOSE)
+        torch.testing.assert_close(step.sizes, vectors[f"{case}.size"][..., 0], **CLOSE)
+        loss = (merged * vectors[f"{case}.x_cotangent"]).sum()
+        loss = loss + (step.sizes * vectors[f"{case}.size_cotangent"][..., 0]).sum()
+        (gradient,) = torch.autograd.grad(loss, metric)
+        expected = vectors[f"{case}.metric_grad"]
+        torch.testing.assert_close(gradient, expected, atol=1e-4 * max(1, expected.abs().max().item()), rtol=0)
+
+
+def published_loop(similarity, r, inverse_temperature):
+    """A softmax over all pairs in each round, as the paper writes it."""
+    total, z = torch.zeros_like(similarity), similarity
+    for _ in range(r):
+        q = (z * inverse_temperature).flatten(1).softmax(1).view_as(z)
+        total = total + q
+        z = z + (1 - q.sum(2, keepdim=True)).clamp(min=1.1920929e-7).log()
+    return total / total.detach().sum(2, keepdim=True).clamp(min=1)
+
+
+def test_choosing_among_rows_is_the_loop_over_all_pairs():
+    for shape, r, inverse_temperature in (((2, 6, 7), 3, 10), ((2, 6, 7), 6, 30), ((1, 5, 2), 4, 1), ((2, 1, 3), 1, 5)):
+        similarity = torch.rand(shape, dtype=torch.double, requires_grad=True)
+        within, amount = soft_top_r(similarity, r, inverse_temperature)
+        shares, expected = within * amount.unsqueeze(2), published_loop(similarity, r, inverse_temperature)
+        torch.testing.assert_close(shares, expected)
+        cotangent = torch.randn(shape, dtype=torch.double)
+        gradients = [torch.autograd.grad((y * cotangent).sum(), similarity)[0] for y in (shares, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_pairs_are_stored_once_however_many_rounds():
+    def stored(r):
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            return tensor
+
+        metric = torch.randn(1, 201, 4, requires_grad=True)
+        a, b = split(torch.ones(1, 201), 201, 1, False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step = soft_merge(metric, r=r, inverse_temperature=10, a_index=a, b_index=b)
+            merged = step.merge(torch.randn(1, 201, 4))
+        assert merged.requires_grad and step.sizes.requires_grad
+        return sum(tensor.numel() >= 100 * 100 for tensor in kept.values())
+
+    assert stored(1) == stored(40) == 1
+
+
+def test_gradients_are_right():
+    a, b = torch.tensor([[1, 3, 5]]), torch.tensor([[2, 4, 6]])
+
+    def both(x, metric, sizes):
+        step = soft_merge(metric, r=2, inverse_temperature=5, a_index=a, b_index=b, sizes=sizes)
+        return step.merge(x), step.sizes
+
+    x, metric = (torch.randn(1, 8, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
+    sizes = torch.rand(1, 8, dtype=torch.double).add(1).requires_grad_()
+    shares = soft_merge(metric, r=2, inverse_temperature=5, a_index=a, b_index=b, sizes=sizes).shares
+    assert shares.sum(2).max() < 1  # beyond, the divisor counts as constant
+    assert torch.autograd.gradcheck(both, (x, metric, sizes))
+
+
+def test_size_is_kept_and_nothing_moves_but_b(vectors):
+    x, sizes = vectors["n65.x"], vectors["n65.size"][..., 0]
+    for name in TRAINING:
+        case = f"dtem.train.{name}"
+        step = training_step(vectors, case, vectors["n65.metric"], sizes)
+        torch.testing.assert_close(step.sizes.sum(1), sizes.sum(1))
+        moved = (step.merge(x) != x).any(2)
+        assert not moved.scatter(1, vectors[f"{case}.b_index"], False).any() and moved.any()
+        y = torch.randn(2, 65, 3)
+        assert step.unmerge(y) is y and step.unmerge(y, scores=True) is y
+
+
+def test_tokens_that_count_nothing_stay_finite():
+    sizes = torch.zeros(1, 9).requires_grad_()
+    metric, x = torch.randn(1, 9, 4, requires_grad=True), torch.randn(1, 9, 3)
+    a, b = split(sizes, 9, 1, False)
+    step = soft_merge(metric, r=2, inverse_temperature=30, a_index=a, b_index=b, sizes=sizes)
+    assert torch.equal(step.merge(x), x)
+    (step.merge(x).sum() + step.sizes.sum()).backward()
+    assert metric.grad.isfinite().all() and sizes.grad.isfinite().all()
+
+
+def test_nothing_to_merge_changes_nothing():
+    for n_tokens, r in ((9, 0), (1, 3), (2, 3), (0, 3)):
+        metric, x = torch.randn(2, n_tokens, 4), torch.randn(2, n_tokens, 3)
+        a, b = split(torch.ones(2, n_tokens), n_tokens, 1, False)
+        step = soft_merge(metric, r=r, inverse_temperature=30, a_index=a, b_index=b)
+        assert torch.equal(step.merge(x), x) and torch.equal(step.sizes, torch.ones(2, n_tokens))
+
+
+def test_it_runs_in_float32_under_autocast_and_keeps_the_dtype(vectors):
+    sizes, metric = vectors["n65.size"][..., 0], vectors["n65.metric"]
+    step = training_step(vectors, "dtem.train.parity", metric, sizes)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = training_step(vectors, "dtem.train.parity", metric, sizes)
+        merged = inside.merge(vectors["n65.x"])
+    assert torch.equal(merged, step.merge(vectors["n65.x"])) and torch.equal(inside.sizes, step.sizes)
+    assert step.merge(vectors["n65.x"].bfloat16()).dtype == torch.bfloat16
+
+
+def test_soft_steps_chain():
+    x, metric = torch.randn(2, 21, 3), torch.randn(2, 21, 4)
+    total, stepwise, sizes = None, x, torch.ones(2, 21)
+    for n_live in (21, 17, 13):
+        a, b = split(sizes, n_live, 1, True)
+        step = soft_merge(metric, r=4, inverse_temperature=30, a_index=a, b_index=b, sizes=sizes)
+        stepwise, sizes, total = step.merge(stepwise), step.sizes, step if total is None else total.then(step)
+    assert isinstance(total, Chain) and not hasattr(total, "assignment") and not isinstance(total, SoftMerge)
+    assert torch.equal(total.merge(x), stepwise) and torch.equal(total.sizes, sizes)
+
+
+def test_the_metric_lets_a_share_of_its_gradient_through():
+    weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(4, requires_grad=True)
+    plain = torch.randn(2, 5, 6)
+    cotangent = torch.randn(2, 5, 4)
+    for share, options in ((0, {"share": 0}), (1, {"share": 1}), (0.1, {})):
+        h = plain.clone().requires_grad_()
+        metric = embed(h, weight, bias, **options)
+        assert torch.equal(metric, F.linear(plain, weight, bias))
+        to_h, to_weight, to_bias = torch.autograd.grad((metric * cotangent).sum(), (h, weight, bias))
+        torch.testing.assert_close(to_h, share * cotangent @ weight.detach())
+        torch.testing.assert_close(to_weight, torch.einsum("bne,bnd->ed", cotangent, plain))
+        torch.testing.assert_close(to_bias, cotangent.sum((0, 1)))
+
+
+def test_the_split_of_the_paper_alternates(vectors):
+    a, b = split(torch.ones(2, 65), 65, 1, False)
+    assert torch.equal(a, vectors["dtem.train.parity.a_index"])
+    assert torch.equal(b, vectors["dtem.train.parity.b_index"])
+    a, b = split(torch.ones(1, 8), 8, 1, False)
+    assert a.tolist() == [[1, 3, 5]] and b.tolist() == [[2, 4, 6, 7]]
+
+
+def test_the_largest_tokens_take_part_and_of_equal_ones_the_first():
+    sizes = torch.tensor([[9.0, 1, 3, 1, 0, 2, 1, 3], [9.0, 1, 1, 1, 1, 1, 1, 1]])
+    a, b = split(sizes, 6, 1, False)
+    assert a.tolist() == [[1, 3], [1, 3]] and b.tolist() == [[2, 5, 7], [2, 4, 5]]
+    for n_live, patches in ((0, 0), (1, 0), (2, 1), (8, 7), (50, 7)):
+        for random in (False, True):
+            a, b = split(sizes, n_live, 1, random)
+            assert a.shape == (2, patches // 2) and b.shape == (2, patches - patches // 2)
+
+
+def test_the_random_split_is_a_half_of_each_image_and_follows_its_generator():
+    sizes = torch.rand(3, 42)
+    for prefix, n_live in ((0, 42), (1, 30), (2, 15)):
+        a, b = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(7))
+        again, _ = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(7))
+        other, _ = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(8))
+        assert torch.equal(a, again) and not torch.equal(a, other)
+        live = sizes[:, prefix:].topk(n_live - prefix, dim=1).indices.sort(1).values + prefix
+        assert torch.equal(torch.cat([a, b], 1).sort(1).values, live)
+        assert (a.diff(dim=1) > 0).all() and (b.diff(dim=1) > 0).all()
+        assert a.shape[1] == (n_live - prefix) // 2
+
+
+def test_inference_is_bipartite_matching_of_the_whole_sequence():
+    metric, sizes = torch.randn(2, 21, 4), torch.randint(1, 4, (2, 21)).float()
+    metric[:, 5:8] = 0
+    for prefix in (0, 1, 2):
+        ours, theirs = (f(metric, r=6, sizes=sizes, prefix=prefix) for f in (dtem, bipartite))
+        assert torch.equal(ours.assignment, theirs.assignment) and torch.equal(ours.sizes, theirs.sizes)
+
+
+def test_a_wrong_number_is_refused():
+    index = torch.tensor([[1]])
+    for r in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="number of tokens"):
+            soft_merge(torch.randn(1, 3, 4), r=r, inverse_temperature=30, a_index=index, b_index=index)

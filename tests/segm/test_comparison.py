@@ -1,0 +1,162 @@
+"""What models are compared by: one formula, settings that keep a wanted number of tokens, and parts that add up."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import patch
+from segm.eval.comparison import (
+    Cost,
+    Merges,
+    compare,
+    count_tokens,
+    eager_label_map,
+    mean_tokens,
+    measure,
+    profile_merges,
+    ratio,
+    realised_share,
+    replaying,
+    settings_for,
+    share_of_time,
+    speed,
+)
+from segm.merging import build_model
+
+CPU = torch.device("cpu")
+METHODS = {
+    "graph": {"threshold": 0.1},
+    "algm": {"layers": [1, 2], "threshold": 0.1},
+    "tome": {"r": 4},
+    "tofu": {"r": 4},
+    "dct": {"r": 4},
+    "dtem": {"r": 4},
+    "mpm": {"layers": [2]},
+}
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Settings of a model for 8 x 8 patches."""
+    net = {"backbone": "vit_tiny_patch16_384", "image_size": [64, 64], "patch_size": 8, "d_model": 32, "n_heads": 2}
+    return net | {"n_layers": 3, "n_cls": 5, "decoder": {"name": "mask_transformer", "n_layers": 1, "dropout": 0.0}}
+
+
+@pytest.fixture
+def model(net):
+    """With the learned parts of DTEM, which only DTEM uses."""
+    return build_model(net | {"reduction": {"name": "dtem"}}).eval()
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(2, 3, 64, 64) * scale for scale in (0.3, 1.0)]
+
+
+def merging(model, name):
+    return patch.apply(deepcopy(model), name, **METHODS[name])
+
+
+def test_speeds_and_ratios_are_those_of_all_batches_together():
+    """Two batches that plain execution takes 1 s for, and merged 0.5 s and 0.25 s; in the last turn all is slower."""
+    plain = torch.tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 0.1]])
+    merged = plain * torch.tensor([[2.0], [4.0]])
+    assert speed(plain) == pytest.approx(1) and speed(merged) == pytest.approx(2 / 0.75)
+    assert ratio(merged, plain) == pytest.approx(2 / 0.75)
+    assert share_of_time(plain, merged) == pytest.approx(0.375)
+
+
+def test_the_realised_share_is_speed_gained_over_operations_saved():
+    """Half the operations in 0.6 of the time: 1/0.6 of 2 is 0.83; and a model is worth itself."""
+    pure = torch.tensor([[10.0, 20.0, 40.0]])
+    assert realised_share(pure / 0.6, pure, 1.0, 2.0) == pytest.approx(1 / 1.2)
+    assert realised_share(pure, pure, 2.0, 2.0) == 1
+    slow = torch.tensor([[1.0, 1.0, 9.0]])  # the median over neighbouring turns
+    assert realised_share(slow, torch.ones(1, 3), 1.0, 2.0) == pytest.approx(0.5)
+
+
+def test_settings_keep_about_the_wanted_tokens(model, batches):
+    for name in METHODS:
+        layers = METHODS[name].get("layers")
+        merged = patch.apply(deepcopy(model), name, **settings_for(model, name, batches, 30, layers))
+        if name != "mpm":  # it has nothing to set
+            assert mean_tokens(merged, batches) == pytest.approx(30, abs=6), name
+    assert not patch.is_patched(model)
+
+
+def test_a_budget_is_exact_where_a_method_has_one(model, batches):
+    for name, method in patch.METHODS.items():
+        if name in METHODS:
+            layers = METHODS[name].get("layers")
+            options = settings_for(model, name, batches, 30, layers, budget=True)
+            assert ("tokens" in options) == method.takes("tokens")
+            merged = patch.apply(deepcopy(model), name, **options)
+            if method.takes("tokens"):
+                assert all((count_tokens(merged, batch) == 30).all() for batch in batches), name
+
+
+def test_costs_are_means_over_images(model, batches):
+    pure = Cost.of(model, batches)
+    assert pure.counts == (64,) * 4 and pure.network < pure.total
+    for name in METHODS:
+        merged = merging(model, name)
+        cost = Cost.of(merged, batches)
+        alone = [Cost.of(merged, [batch]) for batch in batches]
+        assert cost.total == pytest.approx(sum(one.total for one in alone) / 2), name
+        assert cost.counts == alone[0].counts + alone[1].counts and cost.tokens < 64
+        if name != "dct":  # its own matrix products may cost more than they save in so small a model
+            assert cost.decoder < pure.decoder
+
+
+@torch.inference_mode()
+def test_a_replayed_pass_gives_the_same_scores_for_free(model, batches):
+    for name in METHODS:
+        merged = merging(model, name)
+        expected = [merged.grid_scores(batch) for batch in batches]
+        recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
+        assert [*recorded[batches[0].data_ptr()].steps] == [*patch.options(merged)["layers"]]
+        merges = recorded[batches[0].data_ptr()]
+        assert merges.total.counts.tolist() == count_tokens(merged, batches[0]).tolist()
+        with replaying(merged, recorded) as grid_scores:
+            for batch, scores in zip(batches, expected, strict=True):
+                torch.testing.assert_close(grid_scores(batch), scores)
+            with pytest.raises(KeyError):
+                grid_scores(batches[0].clone())  # that was not recorded
+
+
+@torch.inference_mode()
+def test_a_row_holds_together(model, batches):
+    for name in ("graph", "dct", "dtem"):
+        row = measure(model, name, METHODS[name], batches, CPU, 1)
+        assert row["n_patches"] == 64 and 0 < row["tokens"] <= 64
+        assert row["saving"] == pytest.approx(row["gflops_pure"] / row["gflops"])
+        assert row["share_scores"] == pytest.approx(row["ratio_scores"] / row["saving"])
+        assert [*row["overhead"]] == [*row["settings"]["layers"]] and all(one > 0 for one in row["overhead"].values())
+        assert row["memory_scores_mib"] is None or row["memory_scores_mib"] >= 0
+        assert not patch.is_patched(model)
+
+
+def test_models_are_compared_with_their_references(model, batches):
+    models = {"pure": model, "graph": merging(model, "graph"), "dct": merging(model, "dct")}
+    rows = compare(models, {"graph": "pure", "dct": "pure"}, dict.fromkeys(models, batches), CPU)
+    assert [*rows] == ["graph", "dct"]
+    for name, row in rows.items():
+        assert (row["reference"], row["n_patches"], len(row["counts"])) == ("pure", 64, 4)
+        assert row["tokens"] == sum(row["counts"]) / 4 and row["realised_share"] > 0
+        assert row["gflops"] == pytest.approx(Cost.of(models[name], batches).total)
+        assert row["images_per_second"] > 0 and row["images_per_second_scores"] > 0
+    assert compare({"pure": model}, {"pure": "pure"}, {"pure": batches}, CPU)["pure"]["realised_share"] == 1
+
+
+def test_the_profile_tells_where_merging_spends_its_time(model, batches):
+    found = profile_merges(model, "tome", {"r": 4}, batches[0], CPU, repeats=2)
+    assert sum(row["share"] for row in found) == pytest.approx(1)
+    assert [row["share"] for row in found] == sorted((row["share"] for row in found), reverse=True)
+    assert "outside" in {row["operator"] for row in found} and any(row["calls"] >= 3 for row in found)  # 3 layers
+    assert not patch.is_patched(model)
+
+
+@torch.inference_mode()
+def test_the_eager_label_map_is_the_models_own(model, batches):
+    assert torch.equal(eager_label_map(model)(batches[0]), model.predict(batches[0]))
