@@ -276,9 +276,17 @@ def _or_none(entry: Option, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) and not isinstance(entry.many, bool) else value
 
 
-def apply(model: nn.Module, method: str, options: Mapping[str, Any]) -> nn.Module:
-    """Patch a model with what `choose` returned; "pure" leaves it as it is."""
-    return model if method == PURE else patch.apply(model, method, **options)
+def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmenter:
+    """Patch a Segmenter with what `choose` returned; "pure" leaves it as it is.
+
+    Raises:
+        ValueError: as `patch.apply`, and for a model without the method's learned parts.
+    """
+    if method != PURE:
+        if not patch.has_modules(model.encoder, method):
+            raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
+        patch.apply(model, method, **options)
+    return model
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:

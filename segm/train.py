@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import patch
@@ -148,7 +147,7 @@ def create_model(net_kwargs: dict[str, Any], weights: str | bool, finetune: Path
 
 
 def train(
-    model: nn.Module,
+    model: Segmenter,
     train_set: SegmentationDataset,
     val_set: SegmentationDataset,
     plan: Plan,
@@ -185,7 +184,7 @@ def train(
     start_epoch, best = restore(log_dir, model, optimizer, precision.scaler) if resume else (0, -1.0)
     if start_epoch >= epochs:
         raise ValueError(f"{log_dir} has finished its {epochs} epochs: give more --epochs to go on")
-    wrapped = model
+    wrapped: torch.nn.Module = model
     if parallel.world_size() > 1:  # learned parts rest where their method does not merge
         wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
     windows = Windows(settings.window_size, settings.window_stride)
