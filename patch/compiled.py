@@ -7,7 +7,7 @@ with them the CUDA graphs that are replayed for each, merged tokens are padded t
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from patch.families.base import Patched, PatchedBlock, put_in_front, take_away
 from patch.families.segmenter import is_segmenter
 from patch.state import Watchers
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def compile(
-    model: nn.Module, bucket: int = 64, mode: str = "reduce-overhead", backend: str | Callable[..., Any] = "inductor"
-) -> nn.Module:
+    model: Model, bucket: int = 64, mode: str = "reduce-overhead", backend: str | Callable[..., Any] = "inductor"
+) -> Model:
     """Compile a Segmenter for inference in place; `patch.remove` undoes it, together with the patch.
 
     The encoder becomes one part up to the first merge, one from each merge to the next, and one after the last; the

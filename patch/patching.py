@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -18,8 +18,10 @@ from patch.learned import has_modules
 from patch.method import Step, Target, resolve
 from patch.state import Merging, Watchers
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def apply(model: nn.Module, method: str, **options: Any) -> nn.Module:
+
+def apply(model: Model, method: str, **options: Any) -> Model:
     """Patch a model in place, so that its tokens merge on the way and every patch gets its token back in the end.
 
     No parameter and no state-dict key changes. Images of a batch that keep different numbers of tokens are not padded
@@ -105,7 +107,7 @@ def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dic
     return resolve(method, Target(depth, tuple(grid)), options)[1]
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: Model) -> Model:
     """Undo `apply`, and `compile`: the model is exactly what it was before. Without them, nothing happens."""
     uncompile(model)
     if not is_patched(model):

@@ -52,9 +52,9 @@ def main(
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     click.echo(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45))
     times = device_times(profiler, device)
-    total, merging = times[FORWARD], times.get(MERGE, 0)
+    total, merges = times[FORWARD], times.get(MERGE, 0)
     click.echo(f"{device_name(device)}: {total / len(views) / 1000:.2f} ms per pass of {len(views[0])} images")
-    click.echo(f"{MERGE}: {merging / len(views) / 1000:.2f} ms, {100 * merging / total:.1f} % of it")
+    click.echo(f"{MERGE}: {merges / len(views) / 1000:.2f} ms, {100 * merges / total:.1f} % of it")
     profiler.export_chrome_trace(str(trace))
     click.echo(f"written to {trace}")
 

@@ -13,6 +13,7 @@ import click
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import patch
@@ -141,7 +142,7 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
     Raises:
         ValueError, OSError, click.UsageError: one that cannot be loaded, or two of one name.
     """
-    runs = []
+    runs: list[Run] = []
     for text in tqdm(texts, desc="loading", unit="run", leave=False):
         name, path, given = read_run(text)
         try:
@@ -169,7 +170,7 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
-    views = {}
+    views: dict[tuple[int, str], list[Tensor]] = {}
     for run in models.values():
         views.setdefault((run.crop_size, run.normalization), [*run.views(dataset_name, cost_images)])
     costs = compare(
@@ -233,7 +234,7 @@ def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     Raises:
         ValueError: a file that holds something else than a JSON object per line.
     """
-    files = {}
+    files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
@@ -257,7 +258,8 @@ def picture_blocks(
     Returns:
         (HTML of every image; names and palette (C, 3) of the classes that occur).
     """
-    blocks, seen = [], set()
+    blocks: list[str] = []
+    seen: set[int] = set()
     for index in tqdm(range(min(n_images, len(dataset))), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
         photo = resize_square(sample.image, runs[0].crop_size)
@@ -282,10 +284,10 @@ def token_picture(run: Run, image: np.ndarray) -> str:
     n_all = math.prod(grid)
     reduction = patch.reduction(run.model) if patch.is_patched(run.model) else None
     count = n_all if reduction is None else reduction.counts.item()
-    assignment = np.arange(n_all)
+    assignment: np.ndarray | None = np.arange(n_all)
     if reduction is not None:  # a method whose tokens are no groups of patches has no assignment
-        assignment = getattr(reduction, "assignment", None)
-        assignment = None if assignment is None else assignment[0].cpu().numpy()
+        found = getattr(reduction, "assignment", None)
+        assignment = None if found is None else found[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
     return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
 

@@ -5,11 +5,11 @@ labels = run.predict("photo.jpg")
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from segm.data.unlabelled import Photographs
 from segm.engine import Precision
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.sliding import Windows, predict_labels
-from segm.eval.views import SquareViews
+from segm.eval.views import Samples, SquareViews
 from segm.metrics import segmentation_scores
 from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
@@ -204,8 +204,12 @@ class Run:
         """A photograph as the measuring commands feed it: (1, 3, side, side), ratio not kept; None: the crop size."""
         return square_view(_pixels(photo), side or self.crop_size, self.normalization).to(self.device)
 
+    @overload
+    def predict(self, photo: Photo) -> np.ndarray: ...
+    @overload
+    def predict(self, photo: list[Photo] | tuple[Photo, ...]) -> list[np.ndarray]: ...
     @torch.inference_mode()
-    def predict(self, photo: Photo | Sequence[Photo]) -> np.ndarray | list[np.ndarray]:
+    def predict(self, photo: Photo | list[Photo] | tuple[Photo, ...]) -> np.ndarray | list[np.ndarray]:
         """Label map of a photograph from sliding windows, as in the evaluation.
 
         Args:
@@ -259,7 +263,9 @@ class Run:
                 set of the training.
             n_images, options: see `SquareViews`.
         """
-        samples = Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, "val")
+        samples: Samples = (
+            Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, "val")
+        )
         return SquareViews(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
 
     def evaluate(

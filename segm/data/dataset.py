@@ -1,6 +1,7 @@
 """What all data sets have in common: training items, evaluation samples, resized views."""
 
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 import torch
@@ -52,6 +53,10 @@ class SegmentationDataset(Dataset):
         """The sample at `index` in [0, len), at its original size."""
         raise NotImplementedError
 
+    @overload
+    def __getitem__(self, item: int) -> Sample: ...
+    @overload
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor]: ...
     def __getitem__(self, item: int | tuple[int, int]) -> Sample | dict[str, torch.Tensor]:
         if isinstance(item, (tuple, list)):
             epoch, index = item

@@ -47,8 +47,9 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
         (B,), int64, on the CPU.
     """
     scores = model.grid_scores(images)
-    if patch.is_patched(model) and patch.reduction(model) is not None:
-        return patch.reduction(model).counts.cpu()
+    reduction = patch.reduction(model) if patch.is_patched(model) else None
+    if reduction is not None:
+        return reduction.counts.cpu()
     return torch.full((len(images),), scores.shape[-2] * scores.shape[-1])
 
 
@@ -83,9 +84,13 @@ class Cost:
         """Count; without merging all batches of one shape cost the same, and only the first is looked at."""
         seen = batches if patch.is_patched(model) else [batches[0]]
         found = [count_operations(model, batch) for batch in seen]
-        parts = (sum(getattr(one, part) for one in found) / len(found) for part in ("total", "encoder", "decoder"))
+        total, encoder, decoder = (
+            sum(getattr(one, part) for one in found) / len(found) for part in ("total", "encoder", "decoder")
+        )
         counts = torch.cat([count_tokens(model, batch) for batch in seen]).tolist()
-        return cls(*parts, tuple(counts if patch.is_patched(model) else counts[:1] * sum(map(len, batches))))
+        return cls(
+            total, encoder, decoder, tuple(counts if patch.is_patched(model) else counts[:1] * sum(map(len, batches)))
+        )
 
     @property
     def network(self) -> float:
@@ -148,7 +153,9 @@ def _bisect(model: Segmenter, method: str, batches: Sequence[Tensor], tokens: in
 def _kept(model: Segmenter, images: Tensor) -> float:
     """Mean number of tokens after the last merge."""
     model.encoder.forward_features(images)
-    return patch.reduction(model).counts.double().mean().item()
+    reduction = patch.reduction(model)
+    assert reduction is not None  # a pass has just run
+    return reduction.counts.double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- speed
@@ -269,7 +276,7 @@ class Merges:
             model.grid_scores(images)
         return cls(steps)
 
-    def repeat(self, merge: Callable[[patch.Step], Reduction], layer: int) -> Tensor:
+    def repeat(self, merge: Callable[[patch.Step], patch.Reduction], layer: int) -> Tensor:
         """One merge by itself: choosing tokens and merging them."""
         step, _ = self.steps[layer]
         return merge(step).merge(step.x)
@@ -370,7 +377,7 @@ def measure(
 def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tensor]) -> dict[str, Call]:
     """Token scores of compiled copies, which have met the batches."""
     copies = {"scores_compiled_pure": model, "scores_compiled": merged}
-    calls = {name: patch.compile(copy.deepcopy(one)).grid_scores for name, one in copies.items()}
+    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).grid_scores for name, one in copies.items()}
     meet_every_shape(calls, batches)
     return calls
 
@@ -379,9 +386,7 @@ def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str,
     """The merge of every layer by itself, and undoing all of them, as functions of a batch."""
     merge = patch.find(patch.method(merged)).merge
     layers = next(iter(recorded.values())).steps
-    calls = {
-        f"merge_{layer}": lambda batch, layer=layer: recorded[batch.data_ptr()].repeat(merge, layer) for layer in layers
-    }
+    calls: dict[str, Call] = {f"merge_{layer}": _repeated(recorded, merge, layer) for layer in layers}
     totals = {address: merges.total for address, merges in recorded.items()}
     scores = {
         address: torch.randn(*total.sizes.shape, merged.n_cls, device=total.sizes.device)
@@ -389,6 +394,11 @@ def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str,
     }
     calls["undo"] = lambda batch: totals[batch.data_ptr()].unmerge(scores[batch.data_ptr()])
     return calls
+
+
+def _repeated(recorded: Mapping[int, Merges], merge: Callable[[patch.Step], patch.Reduction], layer: int) -> Call:
+    """The merge of one layer, as a function of a batch."""
+    return lambda batch: recorded[batch.data_ptr()].repeat(merge, layer)
 
 
 def _upsampling_call(model: Segmenter, batches: Sequence[Tensor]) -> Call:
@@ -444,7 +454,8 @@ def profile_merges(
     merged = patch.apply(copy.deepcopy(model), method, **options)
     merges, merge = Merges.record(merged, batch), patch.find(method).merge
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    totals, calls = Counter(), Counter()
+    totals: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     for turn in range(1 + repeats):
         model.grid_scores(batch)
         with profile(activities=activities) as profiler, record_function(MERGES):

@@ -54,13 +54,13 @@ def interleaved_turns(
     Returns:
         name -> (len(batches), repeats) images/s, float64.
     """
-    names, rates = list(calls), {name: [] for name in calls}
+    names, rates = list(calls), {name: list[Tensor]() for name in calls}
     for index, batch in enumerate(tqdm(batches, desc="timing", unit="batch", leave=False, disable=not progress)):
         if index == 0:
             for call in calls.values():
                 for _ in range(warmup):
                     call(batch)
-        seconds = {name: [] for name in calls}
+        seconds = {name: list[float]() for name in calls}
         for turn in range(repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = _now(device)

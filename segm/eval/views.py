@@ -1,20 +1,27 @@
 """The images that the measuring commands feed."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from segm.data.images import square_view
+from segm.data.sample import Sample
 
 
-class SquareViews(Dataset):
+class Samples(Protocol):
+    """An evaluation split of a data set, or a folder of photographs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class SquareViews(Sequence[Tensor]):
     """Images resized to a square (ratio not kept) and normalised, in batches (B, 3, side, side), read on demand.
 
     Args:
-        samples: gives a `Sample` per index: an evaluation split, or a folder of photographs.
+        samples: the images.
         side: pixels.
         normalization: name.
         n_images: only the first so many images; None: all.
@@ -25,7 +32,7 @@ class SquareViews(Dataset):
 
     def __init__(
         self,
-        samples: Sequence[Any],
+        samples: Samples,
         side: int,
         normalization: str,
         n_images: int | None = None,
@@ -44,7 +51,7 @@ class SquareViews(Dataset):
     def __len__(self) -> int:
         return self.n_batches
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override] # no slices
         if not 0 <= index < self.n_batches:
             raise IndexError(index)
         if self.duplicate:

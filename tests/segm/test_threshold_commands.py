@@ -5,10 +5,6 @@ import json
 import pytest
 import torch
 
-<<<<<<< HEAD
-=======
-import patch
->>>>>>> settings
 from segm import auto_threshold, tune_threshold
 from segm.checkpoint import read_variant, save_checkpoint
 from segm.data import create_dataset
