@@ -134,6 +134,10 @@ class Option:
             raise ValueError(f"an option of type {given!r}: give int, float, Number or Choice")
         return SIMPLE[given]
 
+    def means_none(self, value: Any) -> bool:
+        """Whether a value stands for None."""
+        return self.none is not None and (tuple(value) if isinstance(value, list) else value) == self.none
+
     def check(self, name: str, value: Any) -> Any:
         """The value as it is kept: one value, or a tuple (for exactly so many) or list of them.
 
@@ -366,9 +370,7 @@ def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method
     for key, option in method.options.items():
         value = given.get(key, option.default)
         value = value(target) if callable(value) else value
-        if value is not None and option.none is not None and tuple(value) == tuple(option.none):
-            value = None
-        options[key] = value if value is None else option.check(key, value)
+        options[key] = None if value is None or option.means_none(value) else option.check(key, value)
     first = 0 if method.place == "block" else 1
     options["layers"] = _layers_of(name, options["layers"], first, target.depth, chosen="layers" in given)
     if method.check is not None:

@@ -29,7 +29,9 @@ from patch.method import Choice, Number, Option, Step, Target, register
 
 TAU, CODE, PAPER = "tau", "code", "paper"
 THRESHOLD = Option(
-    0.88, "Cosine similarity (-1 to 1) above which tokens may merge.", type=Number(-1, 1, read=("auto",))
+    0.88,
+    "Cosine similarity (-1 to 1) above which tokens may merge; auto: only in training, with --from.",
+    type=Number(-1, 1, read=("auto",)),
 )
 TOKENS = Option(
     None,

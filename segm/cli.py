@@ -18,7 +18,7 @@ class Numbers(click.Option):
     """An option that takes all numbers that follow it: `--selected-layers 1 5`; and some words, if there are any."""
 
     def __init__(self, *args: Any, words: Collection[str] = (), **kwargs: Any) -> None:
-        super().__init__(*args, multiple=True, **kwargs)
+        super().__init__(*args, **kwargs | {"multiple": True})
         self.words = words
 
     def takes(self, text: str) -> bool:

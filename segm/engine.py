@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from segm import parallel
+from segm.data.dataset import SegmentationDataset
 from segm.data.sample import IGNORE_LABEL
 
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 
 
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+def compile_blocks(blocks: Iterable[Any], backend: str = "inductor") -> None:
     """Compile attention and MLP of transformer blocks, in place, once for all token counts.
 
     What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
@@ -61,7 +62,7 @@ class EpochSampler(Sampler):
 
 
 def create_loader(
-    dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
+    dataset: SegmentationDataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Training batches of this process: dicts of `image` (B, 3, h, w) and `label` (B, h, w)."""
     return DataLoader(
@@ -148,12 +149,14 @@ def train_one_epoch(
         ValueError: the loss is not finite.
     """
     torch.manual_seed(seed * 1_000_003 + 1000 * epoch + parallel.rank())  # dropout as in an uninterrupted run
-    loader.sampler.epoch = epoch
+    sampler: Any = loader.sampler
+    sampler.epoch = epoch
     model.train()
     scheduler.step(epoch)
     n_updates = epoch * len(loader)
     total_loss = torch.zeros(2, dtype=torch.float64, device=device)
-    waits, start = [], time.perf_counter()
+    waits: list[float] = []
+    start = time.perf_counter()
     batches = _timed(loader, waits)
     bar = tqdm(batches, f"epoch {epoch + 1}", len(loader), unit="batch", leave=False, disable=not progress)
     for batch in bar:
@@ -170,7 +173,7 @@ def train_one_epoch(
         "train_loss": _finite(loss_sum / n_batches),
         "train_learning_rate": optimizer.param_groups[0]["lr"],
         "num_updates": n_updates,
-        "images_per_second": len(loader) * loader.batch_size * parallel.world_size() / seconds,
+        "images_per_second": len(loader) * (loader.batch_size or 1) * parallel.world_size() / seconds,
         "data_wait": 100 * sum(waits) / seconds,
         "memory_mb": _peak_memory(device),
     }

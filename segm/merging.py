@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -16,7 +16,6 @@ from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 
 PURE = "pure"
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Value(click.ParamType):
@@ -54,11 +53,10 @@ def _flags() -> Iterator[Flag]:
         entry, text = next(iter(users.values())), _help(users)
         flag = entry.flag or "--" + name.replace("_", "-")
         if isinstance(flag, Mapping):
+            first = next(iter(flag))
             for switch, value in flag.items():
-                what = f"{text}  [{value}]" if switch == next(iter(flag)) else f"As {next(iter(flag))}.  [{value}]"
-                yield Flag(
-                    name, click.Option([switch], is_flag=True, default=None, help=what), partial(_constant, value)
-                )
+                what = f"{text}  [{value}]" if switch == first else f"As {first}.  [{value}]"
+                yield _switch(switch, name, value, what)
             continue
         if isinstance(flag, tuple):
             yield _flag(flag[0], name, entry, text, many=False)
@@ -69,15 +67,19 @@ def _flags() -> Iterator[Flag]:
 def _flag(flag: str, name: str, entry: Option, text: str, many: bool | int) -> Flag:
     kind, count = entry.kind, 1 if isinstance(many, bool) else many
     number = ("INTEGER" if kind.integer else "NUMBER",) if isinstance(kind, Number) else ()
-    shown = {"type": Value(kind), "help": text, "metavar": "|".join((*number, *kind.names)) + "..." * bool(many)}
+    shown: dict[str, Any] = {
+        "type": Value(kind),
+        "help": text,
+        "metavar": "|".join((*number, *kind.names)) + "..." * bool(many),
+    }
     if many is True:
         several = Numbers([flag], words=kind.names, **shown)
         return Flag(name, several, lambda found: _or_none(entry, [*found] if found[1:] else found[0]))
     return Flag(name, click.Option([flag], nargs=count, **shown), partial(_or_none, entry))
 
 
-def _constant(value: Any, _: Any) -> Any:
-    return value
+def _switch(flag: str, name: str, value: Any, text: str) -> Flag:
+    return Flag(name, click.Option([flag], is_flag=True, default=None, help=text), lambda _: value)
 
 
 def _users() -> dict[str, dict[str, Option]]:
@@ -136,7 +138,8 @@ class MergingCommand(Command):
 def _take_merging(ctx: click.Context) -> dict[str, Any]:
     """Move the parameters of merging out of `ctx.params`."""
     method = ctx.params.pop("patch_type")
-    merging, found = {} if method is None else {"patch_type": method}, {}
+    merging = {} if method is None else {"patch_type": method}
+    found: dict[str, dict[str, tuple[Flag, Any]]] = {}
     for flag in _flags():
         name = flag.parameter.name
         value = ctx.params.pop(name)
@@ -235,7 +238,7 @@ def read_variant(saved: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return PURE, {}
     options = {"attention": "none"}  # released models do not say: those that were trained with ToMe learned without
     for name, entry in patch.find(method).options.items():
-        value = next((saved[key] for key in reversed(_keys(name, entry)) if saved.get(key) is not None), None)
+        value = next((saved[key] for key in reversed(_keys(name, entry)) if saved.get(key) not in (None, [])), None)
         if value is not None:
             options[name] = _or_none(entry, value)
     return method, options
@@ -252,14 +255,12 @@ def to_variant(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if method == PURE:
         return entries | {"selected_layer": None}
     for name, entry in patch.find(method).options.items():
-        value = options.get(name)
-        value = entry.none if value is None else value
-        if value is None:
-            continue
-        value, keys = list(value) if isinstance(value, list | tuple) else value, _keys(name, entry)
-        if len(keys) > 1 and isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        entries[keys[isinstance(value, list) and len(keys) > 1]] = value
+        value = entry.none if options.get(name) is None else options[name]
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if value is not None:
+            one, *several = _keys(name, entry)
+            single = len(values) == 1 and (several or value is values[0])
+            entries[one if single or not several else several[0]] = values[0] if single else values
     return entries
 
 
@@ -270,13 +271,22 @@ def _keys(name: str, entry: Option) -> tuple[str, ...]:
 
 def _or_none(entry: Option, value: Any) -> Any:
     """The value in Python: a tuple if their number is fixed, and None for what stands for it."""
-    value = tuple(value) if isinstance(value, list) and not isinstance(entry.many, bool) else value
-    return None if entry.none is not None and value == entry.none else value
+    if entry.means_none(value):
+        return None
+    return tuple(value) if isinstance(value, list) and not isinstance(entry.many, bool) else value
 
 
-def apply(model: Model, method: str, options: Mapping[str, Any]) -> Model:
-    """Patch a model with what `choose` returned; "pure" leaves it as it is."""
-    return model if method == PURE else patch.apply(model, method, **options)
+def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmenter:
+    """Patch a Segmenter with what `choose` returned; "pure" leaves it as it is.
+
+    Raises:
+        ValueError: as `patch.apply`, and for a model without the method's learned parts.
+    """
+    if method != PURE:
+        if not patch.has_modules(model.encoder, method):
+            raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
+        patch.apply(model, method, **options)
+    return model
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:

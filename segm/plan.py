@@ -221,7 +221,7 @@ def backbone_settings(name: str) -> dict[str, Any]:
         return released[name]
     if not timm.is_model(ALIASES.get(name, name)):
         raise ValueError(f"unknown backbone {name!r}: use a released name ({', '.join(released)}) or a ViT of timm")
-    model = timm.create_model(name, pretrained=False, device="meta")
+    model: Any = timm.create_model(name, pretrained=False, device="meta")
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise ValueError(f"backbone {name} is a {type(model).__name__}, not a plain ViT")
     half = all(abs(value - 0.5) < 1e-6 for value in model.pretrained_cfg["mean"])
@@ -346,7 +346,7 @@ def _curriculum(settings: Settings, threshold: float | None) -> Curriculum | Non
     return curriculum
 
 
-def _reduction(method: str, options: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _reduction(method: str, options: Mapping[str, Any], saved: dict[str, Any] | None) -> dict[str, Any] | None:
     """Learned parts, which stay in a model that has some."""
     wanted = learned_parts(method, options)
     if saved and wanted and saved != wanted:

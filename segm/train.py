@@ -5,22 +5,20 @@ from typing import Any
 
 import click
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
 import patch
 from segm import parallel
 from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import BEST, LAST, load_checkpoint, read_variant, restore, save_checkpoint
 from segm.cli import device_option
-from segm.data import create_dataset
+from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.merging import MergingCommand, add_parts, build_model, is_given
 from segm.merging import apply as apply_merging
+from segm.merging import of_model as merging_of
 from segm.metrics import segmentation_scores
 from segm.model.factory import copy_weights
 from segm.model.segmenter import Segmenter
@@ -127,9 +125,9 @@ def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device
     return threshold
 
 
-def open_datasets(settings: Settings) -> tuple[Dataset, Dataset]:
+def open_datasets(settings: Settings) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split; the validation images never depend on the seed of the training."""
-    sizes = {"image_size": settings.im_size, "normalization": settings.normalization}
+    sizes: dict[str, Any] = {"image_size": settings.im_size, "normalization": settings.normalization}
     return (
         create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=settings.seed, **sizes),
         create_dataset(settings.dataset, "val", **sizes),
@@ -149,9 +147,9 @@ def create_model(net_kwargs: dict[str, Any], weights: str | bool, finetune: Path
 
 
 def train(
-    model: nn.Module,
-    train_set: Dataset,
-    val_set: Dataset,
+    model: Segmenter,
+    train_set: SegmentationDataset,
+    val_set: SegmentationDataset,
     plan: Plan,
     variant: dict[str, Any],
     log_dir: Path,
@@ -173,11 +171,20 @@ def train(
     batch_size = settings.batch_size // parallel.world_size()
     loader = create_loader(train_set, batch_size, seed, workers, pin_memory=device.type == "cuda")
     optimizer = create_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
-    scheduler = create_schedule(optimizer, settings, len(loader))
+    scheduler = create_scheduler(
+        optimizer,
+        settings.scheduler,
+        epochs=epochs,
+        updates_per_epoch=len(loader),
+        learning_rate=settings.learning_rate,
+        min_lr=settings.minlearning_rate,
+        warmup_epochs=settings.warmup_epochs,
+        start_factor=settings.start_factor,
+    )
     start_epoch, best = restore(log_dir, model, optimizer, precision.scaler) if resume else (0, -1.0)
     if start_epoch >= epochs:
         raise ValueError(f"{log_dir} has finished its {epochs} epochs: give more --epochs to go on")
-    wrapped = model
+    wrapped: torch.nn.Module = model
     if parallel.world_size() > 1:  # learned parts rest where their method does not merge
         wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
     windows = Windows(settings.window_size, settings.window_stride)
@@ -187,7 +194,7 @@ def train(
     for epoch in range(start_epoch, epochs):
         if curriculum is not None:
             patch.set_threshold(model, curriculum.threshold(epoch))
-        entry = {"epoch": epoch, "threshold": threshold_of(model)}
+        entry = {"epoch": epoch, "threshold": merging_of(model)["threshold"]}
         entry |= train_one_epoch(
             wrapped, loader, optimizer, scheduler, precision, epoch, device=device, seed=seed, progress=main_process
         )
@@ -198,7 +205,7 @@ def train(
                 )
             scores = segmentation_scores(confusion)
             entry |= {f"val_{key}": scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou")}
-        if main_process:
+        if log is not None:
             # Scores at a threshold that merges less than the final one do not compete.
             final = curriculum is None or entry["threshold"] == curriculum.target
             score = entry.get("val_mean_iou", -1.0) if final else -1.0
@@ -217,27 +224,8 @@ def train(
             log.write(entry)
             save_checkpoint(state, log_dir / LAST)  # at the end: what it holds need not be done again
             show(entry, epochs)
-    if main_process:
+    if log is not None:
         log.close()
-
-
-def create_schedule(optimizer: Optimizer, settings: Settings, updates_per_epoch: int) -> Any:
-    """The learning-rate schedule of a training."""
-    return create_scheduler(
-        optimizer,
-        settings.scheduler,
-        epochs=settings.epochs,
-        updates_per_epoch=updates_per_epoch,
-        learning_rate=settings.learning_rate,
-        min_lr=settings.minlearning_rate,
-        warmup_epochs=settings.warmup_epochs,
-        start_factor=settings.start_factor,
-    )
-
-
-def threshold_of(model: nn.Module) -> float | None:
-    """The threshold that the model merges with, None if it has none."""
-    return patch.options(model).get("threshold") if patch.is_patched(model) else None
 
 
 def show(entry: dict[str, Any], epochs: int) -> None:

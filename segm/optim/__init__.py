@@ -1,7 +1,12 @@
 """Optimizers and learning-rate schedules, all of them timm's."""
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULERS = ("polynomial", "polynomial_epoch", "cosine")
@@ -9,7 +14,7 @@ MOMENTUM = 0.9
 POWER = 0.9
 
 
-def create_optimizer(model, name, learning_rate, weight_decay=0.0):
+def create_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
     """Optimizer over the parameters that want a gradient; biases and norms are not decayed.
 
     Args:
@@ -27,16 +32,16 @@ def create_optimizer(model, name, learning_rate, weight_decay=0.0):
 
 
 def create_scheduler(
-    optimizer,
-    name,
+    optimizer: Optimizer,
+    name: str,
     *,
-    epochs,
-    updates_per_epoch,
-    min_lr=1e-5,
-    warmup_epochs=0,
-    start_factor=1.0,
-    learning_rate,
-):
+    epochs: int,
+    updates_per_epoch: int,
+    min_lr: float = 1e-5,
+    warmup_epochs: int = 0,
+    start_factor: float = 1.0,
+    learning_rate: float,
+) -> Scheduler:
     """Learning-rate schedule with a linear warm-up.
 
     lr(t) = (lr₀ - lr_min)·(1 - (t - w) / (T - w))^0.9 + lr_min after the w epochs of warm-up, which rise from
@@ -55,7 +60,7 @@ def create_scheduler(
         raise ValueError(f"warm-up of {warmup_epochs} epochs: give fewer than the {epochs} epochs of the training")
     per_epoch = name == "polynomial_epoch"
     unit = 1 if per_epoch else updates_per_epoch
-    settings = {
+    settings: dict[str, Any] = {
         "t_initial": (epochs - warmup_epochs) * unit,
         "lr_min": min_lr,
         "warmup_t": warmup_epochs * unit,

@@ -66,17 +66,15 @@ def test_pickled_code_is_not_executed(tmp_path):
     assert not flag.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
-def test_damaged_checkpoints_are_named_in_one_line(run, damage):
+def test_damaged_checkpoints_are_named_in_one_line(run):
     file = run[0] / "checkpoint.pth"
     content = file.read_bytes()
-    if damage == "other":
-        torch.save({"model": None}, file)
-    else:
-        file.write_bytes({"cut": content[: len(content) // 2], "text": b"hello", "empty": b""}[damage])
-    with pytest.raises(ValueError, match=r"checkpoint\.pth") as error:
-        load_model(run[0])
-    assert "\n" not in str(error.value)
+    torch.save({"model": None}, file)
+    for damaged in (file.read_bytes(), content[: len(content) // 2], b"hello", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pth") as error:
+            load_model(run[0])
+        assert "\n" not in str(error.value)
 
 
 def test_missing_files_are_named(run, tmp_path):
@@ -87,11 +85,11 @@ def test_missing_files_are_named(run, tmp_path):
         load_model(run[0])
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "- a", "a: 1", "\x00", "net_kwargs: {a: 1}\ndataset_kwargs: 3"])
-def test_damaged_variants_are_named(run, text):
-    (run[0] / "variant.yml").write_text(text)
-    with pytest.raises(ValueError, match=r"variant\.yml"):
-        read_variant(run[0])
+def test_damaged_variants_are_named(run):
+    for text in ("[1, 2", "- a", "a: 1", "\x00", "net_kwargs: {a: 1}\ndataset_kwargs: 3"):
+        (run[0] / "variant.yml").write_text(text)
+        with pytest.raises(ValueError, match=r"variant\.yml"):
+            read_variant(run[0])
 
 
 def test_weights_that_do_not_fit_are_refused(run, small_net):

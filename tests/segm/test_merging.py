@@ -26,7 +26,6 @@ from segm.merging import (
 from segm.model.factory import create_segmenter
 
 DEPTH, GRID = 6, (12, 12)
-TARGET = patch.Target(DEPTH, GRID)
 
 
 @pytest.fixture
@@ -137,6 +136,22 @@ def test_released_variants_are_understood():
         ({"patch_type": "tome", "attention": "inverse"}, ("tome", {"attention": "inverse"})),
     ):
         assert read_variant(saved) == expected
+
+
+def test_damaged_variants_are_refused_in_one_line(toy):
+    damaged = ("abc", 2.5, -1, True, [], [1, 2, 3], ["a"], {"a": 1})
+    for method in patch.METHODS.values():
+        for name, option in method.options.items():
+            for key in option.key if isinstance(option.key, tuple) else (option.key or name,):
+                refused = 0
+                for value in damaged:
+                    try:
+                        chosen = read_variant({"patch_type": method.name, key: value})[1]
+                        patch.check(method.name, DEPTH, GRID, **chosen)
+                    except ValueError as error:
+                        refused += 1
+                        assert "\n" not in str(error)
+                assert refused >= 4, (method.name, key)
 
 
 def test_what_was_saved_counts_for_the_same_method_alone():

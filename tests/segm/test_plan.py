@@ -60,9 +60,9 @@ def test_defaults_are_those_of_data_set_and_backbone():
         for name in names_of("the data set's"):
             assert getattr(settings, name) == dataset_defaults(dataset)[name]
         assert (settings.d_model, settings.n_layers, settings.optimizer) == (1024, 24, "sgd")
-    for name, value in Settings.complete({"dataset": "shapes", "backbone": "deit_tiny_patch16_224"}, {}).__dict__.items():
-        if name in names_of("the backbone's"):
-            assert backbone_settings("deit_tiny_patch16_224")[name] == value
+    settings = Settings.complete({"dataset": "shapes", "backbone": "deit_tiny_patch16_224"}, {})
+    for name in names_of("the backbone's"):
+        assert getattr(settings, name) == backbone_settings("deit_tiny_patch16_224")[name]
 
 
 def test_what_was_given_beats_what_was_saved_and_this_the_defaults():
@@ -123,7 +123,8 @@ def test_a_curriculum_belongs_to_its_method():
 def test_fine_tuning_takes_over_network_data_and_merging_but_no_schedule():
     start = finetuning_defaults(make(EVERY, GRAPH).variant(IMAGES))
     settings = Plan.make({"learning_rate": 0.1, "epochs": 3}, {}, start).settings
-    assert (settings.d_model, settings.crop_size, settings.window_stride, settings.decoder_dropout) == (64, 32, 16, 0.35)
+    kept = {"d_model": 64, "crop_size": 32, "window_stride": 16, "decoder_dropout": 0.35}
+    assert {name: getattr(settings, name) for name in kept} == kept
     assert (settings.optimizer, settings.weight_decay, settings.warmup_epochs) == ("sgd", 0.0, 0)
 
 

@@ -155,6 +155,7 @@ def test_a_method_with_options_and_a_learned_part_is_one_entry(toy, tmp_path, ca
     assert not torch.equal(resumed["encoder.blocks.1.gate.weight"], weights["encoder.blocks.1.gate.weight"])
     call(train, "--log-dir", tmp_path / "tuned", "--finetune", folder, "--epochs", "1", "--device", "cpu")
     assert read_variant(tmp_path / "tuned")["net_kwargs"] == variant["net_kwargs"]
+    assert "--finetune" in refused(test, folder, "--patch-type", "dtem")  # it has learned parts of another method
     wider = ["--log-dir", tmp_path / "no", "--finetune", folder, "--epochs", "1", "--width", "6"]
     assert "learned with 5" in refused(train, *wider) and "learned with 5" in refused(test, folder, "--width", "6")
 
