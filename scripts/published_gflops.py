@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 @click.command()
-def main():
+def main() -> None:
     """Count the operations of every model on one image and print a table."""
     rows = []
     for (name, side, n_cls), published in tqdm(PUBLISHED.items(), leave=False):

@@ -1,9 +1,12 @@
 """Run directories: `checkpoint.pth`, `checkpoint_best.pth` and `variant.yml`, the format of Segmenter."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch import nn
+from torch.optim import Optimizer
 
 from segm.files import atomic, write_text
 
@@ -27,7 +30,7 @@ _VariantLoader.add_constructor(
 )
 
 
-def checkpoint_file(path):
+def checkpoint_file(path: str | Path) -> Path:
     """The checkpoint that a path means: the file itself, or `checkpoint.pth` of a run directory.
 
     Raises:
@@ -40,7 +43,7 @@ def checkpoint_file(path):
     return file
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, executing nothing that it holds.
 
     Returns:
@@ -60,13 +63,15 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def save_checkpoint(checkpoint, file):
+def save_checkpoint(checkpoint: dict[str, Any], file: str | Path) -> None:
     """Write a checkpoint in one step."""
     with atomic(Path(file)) as part:
         torch.save(checkpoint, part)
 
 
-def restore(path, model, optimizer, scaler):
+def restore(
+    path: str | Path, model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, float]:
     """Load the last checkpoint of a run into everything that learns.
 
     Returns:
@@ -87,12 +92,12 @@ def restore(path, model, optimizer, scaler):
         ) from error
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """An error's message in at most 300 characters without line breaks."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def variant_file(path):
+def variant_file(path: str | Path) -> Path:
     """The `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
 
     Raises:
@@ -107,7 +112,7 @@ def variant_file(path):
     return file
 
 
-def read_variant(path):
+def read_variant(path: str | Path) -> dict[str, Any]:
     """Read the `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
 
     Raises:
@@ -136,12 +141,12 @@ def read_variant(path):
     return variant
 
 
-def _is_size(value):
+def _is_size(value: Any) -> bool:
     """Whether a value is a positive whole number, several of them (sides of an image), or null."""
     values = value if isinstance(value, list | tuple) else [value]
     return all(one is None or (type(one) is int and one > 0) for one in values)
 
 
-def write_variant(variant, folder):
+def write_variant(variant: dict[str, Any], folder: str | Path) -> None:
     """Write `variant.yml` into a run directory, in plain YAML."""
     write_text(Path(folder) / VARIANT, yaml.safe_dump(variant, sort_keys=True))

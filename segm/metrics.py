@@ -1,9 +1,12 @@
 """Segmentation scores from one confusion matrix."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
-def confusion_matrix(prediction, label, n_cls):
+def confusion_matrix(prediction: Tensor, label: Tensor, n_cls: int) -> Tensor:
     """Count pixels by true and predicted class.
 
     Args:
@@ -18,7 +21,7 @@ def confusion_matrix(prediction, label, n_cls):
     return torch.bincount(pairs, minlength=n_cls**2).view(n_cls, n_cls)
 
 
-def segmentation_scores(confusion):
+def segmentation_scores(confusion: Tensor) -> dict[str, Any]:
     """Scores in percent, with two decimals, as mmsegmentation computes them.
 
     A class that occurs neither in the truth nor in the prediction has no IoU (NaN) and is left out of the mean;
@@ -41,5 +44,5 @@ def segmentation_scores(confusion):
     }
 
 
-def _percent(fraction):
+def _percent(fraction: Tensor) -> float:
     return round(100 * fraction.item(), 2)

@@ -1,9 +1,12 @@
 """Pictures as files."""
 
+from pathlib import Path
+
 import cv2
+import numpy as np
 
 
-def write_picture(file, picture):
+def write_picture(file: Path, picture: np.ndarray) -> None:
     """Write a picture, (H, W, 3) uint8 RGB, or a label map, (H, W) uint8; folders are made.
 
     Raises:

@@ -293,13 +293,13 @@ class Run:
         """
         if not isinstance(dataset, SegmentationDataset):
             dataset, _ = self.open(split, dataset)
-        scales = {"ratios": MULTISCALE, "flip": True} if multiscale else {}
         with self.precision.autocast():
             confusion = evaluate(
                 self.model,
                 dataset,
                 windows or self.windows,
-                **scales,
+                ratios=MULTISCALE if multiscale else (1.0,),
+                flip=multiscale,
                 device=self.device,
                 n_images=n_images,
                 on_image=on_image,

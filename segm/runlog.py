@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +32,7 @@ class RunLog:
         variant: content of `variant.yml`.
     """
 
-    def __init__(self, log_dir, variant, start_epoch=0):
+    def __init__(self, log_dir: str | Path, variant: dict[str, Any], start_epoch: int = 0) -> None:
         self.file = Path(log_dir) / "log.txt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_variant(variant, log_dir)
@@ -40,7 +41,7 @@ class RunLog:
             write_text(self.file, "".join(line for line in lines if json.loads(line)["epoch"] < start_epoch))
         self.events = SummaryWriter(log_dir)
 
-    def write(self, entry):
+    def write(self, entry: dict[str, Any]) -> None:
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with self.file.open("a") as file:
@@ -49,6 +50,6 @@ class RunLog:
             if entry.get(key) is not None:
                 self.events.add_scalar(curve, entry[key], entry["epoch"])
 
-    def close(self):
+    def close(self) -> None:
         """Finish the event file."""
         self.events.close()

@@ -1,14 +1,18 @@
 """One photograph, with its label map where a data set keeps that."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from segm.data.files import FileDataset
 from segm.data.layouts import LAYOUTS
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import mmseg_class
+from segm.data.sample import Sample
 
 
-def read_sample(image, label, dataset, names, palette):
+def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[str], palette: np.ndarray) -> Sample:
     """A photograph with its label map, read as the data set reads its own: ADE20K's 0 is ignored, the rest shifts.
 
     Args:
@@ -36,7 +40,7 @@ def read_sample(image, label, dataset, names, palette):
     return FileDataset(files, dataset, "val", **settings).load(0)
 
 
-def find_label(image, dataset, files):
+def find_label(image: Path, dataset: str, files: BaseSegDataset) -> Path | None:
     """Where a data set keeps the label map of a photograph, or None if no file is there."""
     splits = LAYOUTS[dataset].splits.values() if dataset in LAYOUTS else ()
     folders = {split.images.split("/")[0]: split.labels.split("/")[0] for split in splits if split.labels}

@@ -1,17 +1,29 @@
 """Evaluate a model on a data set: one confusion matrix, image by image."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from segm import parallel
-from segm.eval.sliding import predict_labels
+from segm.data import Sample, SegmentationDataset
+from segm.eval.sliding import Model, Windows, predict_labels
 from segm.metrics import confusion_matrix
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
-def image_views(dataset, image, ratios=(1.0,), flip=False, device=None):
+def image_views(
+    dataset: SegmentationDataset,
+    image: np.ndarray,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+    device: torch.device | str | None = None,
+) -> list[tuple[Tensor, bool]]:
     """The scaled and mirrored versions of an image that are evaluated together.
 
     Args:
@@ -29,18 +41,18 @@ def image_views(dataset, image, ratios=(1.0,), flip=False, device=None):
 
 @torch.inference_mode()
 def evaluate(
-    model,
-    dataset,
-    windows,
+    model: Model,
+    dataset: SegmentationDataset,
+    windows: Windows,
     *,
-    ratios=(1.0,),
-    flip=False,
-    device="cpu",
-    n_images=None,
-    workers=0,
-    on_image=None,
-    progress=False,
-):
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+    device: torch.device | str = "cpu",
+    n_images: int | None = None,
+    workers: int = 0,
+    on_image: Callable[[Sample, Tensor], None] | None = None,
+    progress: bool = False,
+) -> Tensor:
     """Confusion matrix of a model over a data set, summed over all processes.
 
     Every image is predicted once, at its original size; nothing but the matrix is kept.
@@ -73,6 +85,6 @@ def evaluate(
     return parallel.sum_over_processes(confusion).cpu()
 
 
-def as_is(sample):
+def as_is(sample: Any) -> Any:
     """Collate function of a loader without batches."""
     return sample

@@ -1,11 +1,16 @@
 """Sliding-window inference, as in the released evaluation of Segmenter."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from segm.model.upsample import resized_label_map, upsample
+
+Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,20 @@ class Windows:
     stride: int
     batch_size: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1 or not 1 <= self.stride <= self.size:
             raise ValueError(f"window {self.size} with stride {self.stride}: give 1 ≤ stride ≤ window")
         if self.batch_size < 1:
             raise ValueError(f"window batch size {self.batch_size}: give at least 1")
 
 
-def window_starts(side, window, stride):
+def window_starts(side: int, window: int, stride: int) -> list[int]:
     """First pixels of the windows along one side: multiples of the stride, and one flush with the far edge."""
     last = max(side - window, 0)
     return [*range(0, last, stride), last]
 
 
-def sliding_logits(model, image, windows):
+def sliding_logits(model: Model, image: Tensor, windows: Windows) -> Tensor:
     """Logits of an image of any size, averaged where windows overlap.
 
     Args:
@@ -51,12 +56,12 @@ def sliding_logits(model, image, windows):
     rows = window_starts(height, windows.size, windows.stride)
     columns = window_starts(width, windows.size, windows.stride)
     corners = [(top, left) for top in rows for left in columns]
-    total, count = None, image.new_zeros(height, width)
+    total, count = image.new_empty(0), image.new_zeros(height, width)
     for first in range(0, len(corners), windows.batch_size):
         some = corners[first : first + windows.batch_size]
         crops = torch.cat([image[..., t : t + windows.size, left : left + windows.size] for t, left in some])
         logits = model(crops).float()
-        if total is None:
+        if not total.numel():
             if len(corners) == 1:
                 return logits[0]
             total = logits.new_zeros(logits.shape[1], height, width)
@@ -66,7 +71,7 @@ def sliding_logits(model, image, windows):
     return total.div_(count)
 
 
-def _at_least(image, side):
+def _at_least(image: Tensor, side: int) -> Tensor:
     """Scale (1, 3, H, W) up until its shorter side has `side` pixels."""
     height, width = image.shape[-2:]
     if min(height, width) >= side:
@@ -75,7 +80,7 @@ def _at_least(image, side):
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
-def view_logits(model, image, flipped, windows, size):
+def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> Tensor:
     """Logits of one view of an image, at the image's original size.
 
     Args:
@@ -91,7 +96,9 @@ def view_logits(model, image, flipped, windows, size):
     return logits.flip(-1) if flipped else logits
 
 
-def predict_labels(model, views, windows, size):
+def predict_labels(
+    model: Model, views: Sequence[tuple[Tensor, bool]], windows: Windows, size: tuple[int, int]
+) -> Tensor:
     """Label map from the summed class probabilities of all views of an image.
 
     Args:
@@ -106,4 +113,4 @@ def predict_labels(model, views, windows, size):
         labels = resized_label_map(sliding_logits(model, image, windows), size)
         return labels.flip(-1) if flipped else labels
     logits = (view_logits(model, image, flipped, windows, size) for image, flipped in views)
-    return sum(one.softmax(0) for one in logits).argmax(0)
+    return reduce(torch.add, (one.softmax(0) for one in logits)).argmax(0)
