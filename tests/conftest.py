@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,19 +32,20 @@ def pytest_configure(config):
         os.environ[name] = str(Path(folder, name.lower()))
 
 
-def pytest_collection_finish():
-    """Every collection of garbage would go through the million objects that the imports have made."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
-def mmseg():
-    """Imported, and left out of the collection of garbage, which mmengine asks for whenever it lists files."""
-    import segm.data.openmmlab  # noqa: F401
+def imported():
+    """Names of the modules whose objects are left out of the collection of garbage."""
+    return set()
 
-    gc.collect()
-    gc.freeze()
+
+@pytest.fixture(autouse=True)
+def short_collections(imported):
+    """Collections of garbage pass over the million objects that imports make; mmengine alone asks for one per list."""
+    yield
+    if len(imported) < len(sys.modules):
+        imported.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from scipy.io import savemat
 
 from segm.data.public import list_public
 
-pytestmark = pytest.mark.usefixtures("mmseg")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("prepare_common", "prepare_ade20k", "prepare_cityscapes", "prepare_pascal_context", "prepare_coco_stuff")
 

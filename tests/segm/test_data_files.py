@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from segm.data import IGNORE_LABEL, create_dataset, dataset_defaults
 
-pytestmark = pytest.mark.usefixtures("mmseg")
 CAMVID = Path(__file__).parents[3] / "shared" / "data"
 
 # name: (folder below a common root, images, labels, suffixes, labels in the file -> labels expected)
