@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test quick lint system clean
 
