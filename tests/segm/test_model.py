@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
+from segm.config import load_config
 from segm.eval.sliding import Windows, view_logits
-from segm.model.encoder import RELEASED, create_encoder
+from segm.model.encoder import create_encoder
 from segm.model.factory import create_segmenter
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -56,10 +57,7 @@ def test_predict_in_bands_equals_the_argmax_of_the_logits(golden_model, cases, m
 
 
 def test_released_backbones_have_their_published_shape():
-    from segm.settings import backbone_settings
-
-    for name in RELEASED:
-        published = backbone_settings(name)
+    for name, published in load_config("backbones").items():
         with torch.device("meta"):
             encoder = create_encoder({"backbone": name})
         assert encoder.embed_dim == published["d_model"] and len(encoder.blocks) == published["n_layers"]
