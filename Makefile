@@ -1,15 +1,21 @@
 # make demo: install, train a small Segmenter with and without merging, show a table and pictures
-# make test: install, run the whole test suite
+# make test: install, run the whole test suite on all cores; make quick: the fast tests alone
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint system clean
+# One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test quick lint system clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: .venv/installed
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,16 @@
 """What several test files share."""
 
+import gc
 import json
+import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
+
+# The models of most tests are so small that threads only wait for each other, above all where pytest-xdist fills
+# the machine. Programs that a test starts inherit this; torch and OpenCV read it when they are imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
 import pytest
 import torch
@@ -9,8 +18,34 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
 
-# The models of most tests are so small that threads only wait for each other, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """No test depends on the user's data or on what an earlier run compiled, and none leaves anything behind."""
+    if hasattr(config, "workerinput"):
+        return  # a process of pytest-xdist: it has the environment of the first one
+    folder = tempfile.mkdtemp(prefix="pytest-caches-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ.pop("DATASET", None)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+        os.environ[name] = str(Path(folder, name.lower()))
+
+
+@pytest.fixture(scope="session")
+def imported():
+    """Names of the modules whose objects are left out of the collection of garbage."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def short_collections(imported):
+    """Collections of garbage pass over the million objects that imports make; mmengine alone asks for one per list."""
+    yield
+    if len(imported) < len(sys.modules):
+        imported.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

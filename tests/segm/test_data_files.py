@@ -64,37 +64,37 @@ def build(root: Path, name: str, names=("a", "b"), values=None) -> Path:
     return own
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_samples_and_items(name, tmp_path, monkeypatch):
-    own, mapping = build(tmp_path, name), SETS[name][-1]
-    monkeypatch.setenv("DATASET", str(tmp_path))
-    ds = create_dataset(name, "train", crop_size=64)
-    assert len(ds) == 2 and ds.name == name and ds.split == "train"
-    assert ds.n_cls == len(ds.classes) == len(ds.palette) == (dataset_defaults(name)["n_cls"] or 3)
-    sample = ds[0]
-    assert sample.name.rsplit("/", 1)[-1] == "a"
-    assert sample.image.shape == (48, 64, 3) and sample.image.dtype == np.uint8
-    assert sample.image[..., 0].min() > 250 and sample.image[..., 1:].max() < 5  # red, not blue
-    assert np.array_equal(sample.label, labels(mapping.values()))
-    item = ds[(0, 1)]
-    assert item["image"].shape == (3, 64, 64) and item["label"].dtype == torch.int64
-    assert set(item["label"].unique().tolist()) <= {*mapping.values(), IGNORE_LABEL}
-    assert len(create_dataset(name, "train", root=own)) == 2
+def test_samples_and_items(tmp_path, monkeypatch):
+    for name, (*_, mapping) in SETS.items():
+        own = build(tmp_path / name, name)
+        monkeypatch.setenv("DATASET", str(tmp_path / name))
+        ds = create_dataset(name, "train", crop_size=64)
+        assert len(ds) == 2 and ds.name == name and ds.split == "train"
+        assert ds.n_cls == len(ds.classes) == len(ds.palette) == (dataset_defaults(name)["n_cls"] or 3)
+        sample = ds[0]
+        assert sample.name.rsplit("/", 1)[-1] == "a"
+        assert sample.image.shape == (48, 64, 3) and sample.image.dtype == np.uint8
+        assert sample.image[..., 0].min() > 250 and sample.image[..., 1:].max() < 5  # red, not blue
+        assert np.array_equal(sample.label, labels(mapping.values()))
+        item = ds[(0, 1)]
+        assert item["image"].shape == (3, 64, 64) and item["label"].dtype == torch.int64
+        assert set(item["label"].unique().tolist()) <= {*mapping.values(), IGNORE_LABEL}
+        assert len(create_dataset(name, "train", root=own)) == 2
 
 
-@pytest.mark.parametrize("name", ["ade20k_large", "cityscapes_large"])
-def test_large_sets_use_the_same_files(name, tmp_path):
-    build(tmp_path, name.removesuffix("_large"))
-    ds = create_dataset(name, "train", root=tmp_path)
-    assert len(ds) == 2 and ds.crop_size == dataset_defaults(name)["crop_size"]
+def test_large_sets_use_the_same_files(tmp_path):
+    for name in ("ade20k", "cityscapes"):
+        build(tmp_path / name, name)
+        ds = create_dataset(f"{name}_large", "train", root=tmp_path / name)
+        assert len(ds) == 2 and ds.crop_size == dataset_defaults(f"{name}_large")["crop_size"]
 
 
-@pytest.mark.parametrize("folder", ["ADEChallengeData2016", "ade/ADEChallengeData2016"])
-def test_ade20k_folders(folder, tmp_path):
-    build(tmp_path, "ade20k").rename(tmp_path / "moved")
-    (tmp_path / folder).parent.mkdir(exist_ok=True)
-    (tmp_path / "moved").rename(tmp_path / folder)
-    assert len(create_dataset("ade20k", "train", root=tmp_path)) == 2
+def test_ade20k_folders(tmp_path):
+    data = build(tmp_path, "ade20k")
+    for folder in ("one/ADEChallengeData2016", "two/ade/ADEChallengeData2016"):
+        (tmp_path / folder).parent.mkdir(parents=True)
+        data = data.rename(tmp_path / folder)
+        assert len(create_dataset("ade20k", "train", root=tmp_path / folder.split("/")[0])) == 2
 
 
 def test_cityscapes_test_split_has_no_labels(tmp_path):
@@ -122,15 +122,15 @@ def one_line(error) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_missing_files_are_one_line(name, tmp_path, monkeypatch):
+def test_missing_files_are_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("DATASET", raising=False)
-    with pytest.raises(FileNotFoundError, match="set DATASET") as error:
-        create_dataset(name, "train")
-    one_line(error)
-    with pytest.raises(FileNotFoundError, match="set DATASET") as error:
-        create_dataset(name, "train", root=tmp_path)
-    assert str(tmp_path) in one_line(error)
+    for name in SETS:
+        with pytest.raises(FileNotFoundError, match="set DATASET") as error:
+            create_dataset(name, "train")
+        one_line(error)
+        with pytest.raises(FileNotFoundError, match="set DATASET") as error:
+            create_dataset(name, "train", root=tmp_path)
+        assert str(tmp_path) in one_line(error)
 
 
 def test_missing_empty_and_unknown_splits(tmp_path):
@@ -146,67 +146,61 @@ def test_missing_empty_and_unknown_splits(tmp_path):
         create_dataset("camvid", "dev", root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [("ade20k", 151, "0 to 150"), ("camvid", 12, "0 to 11"), ("cityscapes", 33, "0 to 18"), ("folder", 3, "0 to 2")],
-)
-def test_wrong_label(name, value, allowed, tmp_path):
-    build(tmp_path, name, values=[1, value])
-    ds = create_dataset(name, "train", root=tmp_path)
-    for item in (0, (0, 0)):
-        with pytest.raises(ValueError, match=f"label {value} .*{allowed}") as error:
-            ds[item]
-        assert "annotations" in one_line(error) or "gtFine" in str(error.value)
+def test_wrong_label(tmp_path):
+    limits = {"ade20k": (151, "0 to 150"), "camvid": (12, "0 to 11"), "cityscapes": (33, "0 to 18")}
+    for name, (value, allowed) in (limits | {"folder": (3, "0 to 2")}).items():
+        build(tmp_path / name, name, values=[1, value])
+        ds = create_dataset(name, "train", root=tmp_path / name)
+        for item in (0, (0, 0)):
+            with pytest.raises(ValueError, match=f"label {value} .*{allowed}") as error:
+                ds[item]
+            assert "annotations" in one_line(error) or "gtFine" in str(error.value)
 
 
-def folder_with(tmp_path: Path, mask: np.ndarray):
+@pytest.fixture
+def own(tmp_path):
+    """The user's own data: a data set, and the folder that it reads."""
     build(tmp_path, "folder")
-    write(tmp_path / "annotations/train/a.png", mask)
-    return create_dataset("folder", "train", root=tmp_path)
+    return create_dataset("folder", "train", root=tmp_path), tmp_path
 
 
-def test_wide_label_is_not_cut_to_8_bits(tmp_path):
-    ds = folder_with(tmp_path, np.full((48, 64), 257, np.uint16))
+def test_masks_of_16_bits(own):
+    ds, root = own
+    write(root / "annotations/train/a.png", np.full((48, 64), 257, np.uint16))
     with pytest.raises(ValueError, match="label 257"):
-        ds[0]
-
-
-def test_wide_mask_with_small_labels_is_fine(tmp_path):
-    ds = folder_with(tmp_path, np.full((48, 64), 2, np.uint16))
+        ds[0]  # not cut to 8 bits
+    write(root / "annotations/train/a.png", np.full((48, 64), 2, np.uint16))
     assert (ds[0].label == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [(labels([0], (40, 64)), "64x40 pixels, its image 64x48"), (red(), "one channel")],
-)
-def test_wrong_mask(mask, message, tmp_path):
-    ds = folder_with(tmp_path, mask)
-    with pytest.raises(ValueError, match=message) as error:
-        ds[0]
-    assert "annotations/train/a.png" in one_line(error)
+def test_wrong_mask(own):
+    ds, root = own
+    for mask, message in ((labels([0], (40, 64)), "64x40 pixels, its image 64x48"), (red(), "one channel")):
+        write(root / "annotations/train/a.png", mask)
+        with pytest.raises(ValueError, match=message) as error:
+            ds[0]
+        assert "annotations/train/a.png" in one_line(error)
 
 
-@pytest.mark.parametrize("part", ["images/train/a.jpg", "annotations/train/a.png"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "gone"])
-def test_damaged_files(part, damage, tmp_path):
-    build(tmp_path, "folder")
-    ds, path = create_dataset("folder", "train", root=tmp_path), tmp_path / part
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[: len(whole) * 3 // 4], "text": b"<html>not found</html>"}.get(damage, b""))
-    if damage == "gone":
-        path.unlink()
-    for item in (0, (0, 0)):
-        with pytest.raises(FileNotFoundError if damage == "gone" else ValueError) as error:
-            ds[item]
-        assert part in one_line(error)
+def test_damaged_files(own):
+    ds, root = own
+    for part in ("images/train/a.jpg", "annotations/train/a.png"):
+        path = root / part
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) * 3 // 4], b"", b"<html>not found</html>", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            for item in (0, (0, 0)):
+                with pytest.raises(FileNotFoundError if damaged is None else ValueError) as error:
+                    ds[item]
+                assert part in one_line(error)
+        path.write_bytes(whole)
 
 
-def test_data_after_the_end_of_a_jpeg_is_fine(tmp_path):
-    build(tmp_path, "folder")
-    path = tmp_path / "images/train/a.jpg"
+def test_data_after_the_end_of_a_jpeg_is_fine(own):
+    ds, root = own
+    path = root / "images/train/a.jpg"
     path.write_bytes(path.read_bytes() + b"\xff\xda" + bytes(100_000))
-    assert create_dataset("folder", "train", root=tmp_path)[0].image.shape == (48, 64, 3)
+    assert ds[0].image.shape == (48, 64, 3)
 
 
 def flat_folder(root: Path, count: int, classes="[a, b]") -> Path:
@@ -251,19 +245,19 @@ def test_folder_class_list(tmp_path):
     assert ds.classes == ("a", "b", "c") and ds.palette.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: b", "YAML list"), ("[]", "YAML list"), ("[a, {name: b}]", "names alone"), ("[{id: 0}]", "name"),
-        ("[{id: 1, name: a}]", "ids"), ("[{id: 0, name: a, color: [1, 2]}]", "color"), ("[a", "YAML"),
-    ],
-)  # fmt: skip
-def test_wrong_class_list(text, message, tmp_path):
+WRONG_CLASSES = {
+    "a: b": "YAML list", "[]": "YAML list", "[a, {name: b}]": "names alone", "[{id: 0}]": "name",
+    "[{id: 1, name: a}]": "ids", "[{id: 0, name: a, color: [1, 2]}]": "color", "[a": "YAML",
+}  # fmt: skip
+
+
+def test_wrong_class_list(tmp_path):
     build(tmp_path, "folder")
-    (tmp_path / "classes.yml").write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        create_dataset("folder", "train", root=tmp_path)
-    assert "classes.yml" in one_line(error)
+    for text, message in WRONG_CLASSES.items():
+        (tmp_path / "classes.yml").write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            create_dataset("folder", "train", root=tmp_path)
+        assert "classes.yml" in one_line(error)
 
 
 def test_missing_class_list(tmp_path):

@@ -6,17 +6,18 @@ import pytest
 import timm
 import torch
 
+from segm.config import load_config
 from segm.eval.sliding import Windows, view_logits
-from segm.model.encoder import RELEASED, create_encoder
+from segm.model.encoder import create_encoder
 from segm.model.factory import create_segmenter
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 
-@pytest.mark.parametrize(("name", "images"), [("pure.b2", "x2"), ("pure.rect", "xrect")])
 @torch.inference_mode()
-def test_logits_are_the_published_ones(golden_model, cases, name, images):
-    torch.testing.assert_close(golden_model(cases[images])[..., ::8, ::8], cases[f"{name}.logits"], **TOLERANCE)
+def test_logits_are_the_published_ones(golden_model, cases):
+    for name, images in (("pure.b2", "x2"), ("pure.rect", "xrect")):
+        torch.testing.assert_close(golden_model(cases[images])[..., ::8, ::8], cases[f"{name}.logits"], **TOLERANCE)
 
 
 @torch.inference_mode()
@@ -27,67 +28,63 @@ def test_features_and_attention_are_the_published_ones(golden_model, cases):
     torch.testing.assert_close(golden_model.attention(x, 1, "decoder"), cases["pure.b1.dec_attn_l1"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("flipped", [False, True])
 @torch.inference_mode()
-def test_sliding_window_is_the_published_one(golden_model, cases, flipped):
-    logits = view_logits(golden_model, cases["xslide"][0], flipped, Windows(192, 128), (300, 440))
-    expected = cases[f"pure.slide.flip{int(flipped)}"]
-    torch.testing.assert_close(logits.softmax(0)[..., ::8, ::8], expected, **TOLERANCE)
+def test_sliding_window_is_the_published_one(golden_model, cases):
+    for flipped in (False, True):
+        logits = view_logits(golden_model, cases["xslide"][0], flipped, Windows(192, 128), (300, 440))
+        expected = cases[f"pure.slide.flip{int(flipped)}"]
+        torch.testing.assert_close(logits.softmax(0)[..., ::8, ::8], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
-@pytest.mark.parametrize("size", [(32, 32), (8, 8), (47, 70), (1, 1)])
 @torch.inference_mode()
-def test_any_image_size(small_net, decoder, size):
-    model = create_segmenter(small_net | {"decoder": {"name": decoder}}).eval()
-    images = torch.randn(2, 3, *size)
-    logits = model(images)
-    assert logits.shape == (2, 5, *size)
-    assert torch.equal(model.predict(images), logits.argmax(1))
+def test_any_image_size(small_net):
+    for decoder in ("linear", "mask_transformer"):
+        model = create_segmenter(small_net | {"decoder": {"name": decoder}}).eval()
+        for size in ((32, 32), (8, 8), (47, 70), (1, 1)):
+            images = torch.randn(2, 3, *size)
+            logits = model(images)
+            assert logits.shape == (2, 5, *size)
+            assert torch.equal(model.predict(images), logits.argmax(1))
 
 
 @torch.inference_mode()
 def test_predict_in_bands_equals_the_argmax_of_the_logits(golden_model, cases, monkeypatch):
+    expected = {name: golden_model(cases[name]).argmax(1) for name in ("x2", "xrect")}
     for limit in (1, 300_000, 10**9):
         monkeypatch.setattr("segm.model.upsample.BAND_BYTES", limit)
-        for name in ("x2", "xrect"):
-            assert torch.equal(golden_model.predict(cases[name]), golden_model(cases[name]).argmax(1))
+        for name, labels in expected.items():
+            assert torch.equal(golden_model.predict(cases[name]), labels)
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_backbones_have_their_published_shape(name):
-    from segm.plan import backbone_settings
-
-    published = backbone_settings(name)
-    with torch.device("meta"):
-        encoder = create_encoder({"backbone": name})
-    assert encoder.embed_dim == published["d_model"] and len(encoder.blocks) == published["n_layers"]
-    assert encoder.blocks[0].attn.num_heads == published["n_heads"]
-    assert encoder.patch_embed.patch_size == (published["patch_size"],) * 2
-    assert encoder.patch_embed.img_size == (published["image_size"],) * 2
-    assert encoder.num_prefix_tokens == 1 + published["distilled"]
-    assert encoder.norm.eps == encoder.blocks[0].norm1.eps == 1e-5
+def test_released_backbones_have_their_published_shape():
+    for name, published in load_config("backbones").items():
+        with torch.device("meta"):
+            encoder = create_encoder({"backbone": name})
+        assert encoder.embed_dim == published["d_model"] and len(encoder.blocks) == published["n_layers"]
+        assert encoder.blocks[0].attn.num_heads == published["n_heads"]
+        assert encoder.patch_embed.patch_size == (published["patch_size"],) * 2
+        assert encoder.patch_embed.img_size == (published["image_size"],) * 2
+        assert encoder.num_prefix_tokens == 1 + published["distilled"]
+        assert encoder.norm.eps == encoder.blocks[0].norm1.eps == 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix"),
-    [
-        ("vit_small_patch14_reg4_dinov2", 5),
-        ("vit_base_patch16_siglip_224", 0),
-        ("deit3_small_patch16_224", 1),
-        ("deit_tiny_distilled_patch16_224", 2),
-        ("vit_tiny_patch16_224", 1),
-    ],
-)
-def test_other_plain_vits_of_timm(name, prefix):
-    net = {"backbone": name, "d_model": 32, "n_heads": 2, "n_layers": 2, "image_size": 56, "n_cls": 3}
-    model = create_segmenter(net | {"decoder": {"name": "mask_transformer"}})
-    assert model.encoder.num_prefix_tokens == prefix
-    logits = model(torch.randn(2, 3, 60, 44))
-    assert logits.shape == (2, 3, 60, 44)
-    logits.mean().backward()
-    unreached = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert unreached == []  # DistributedDataParallel would stop
+def test_other_plain_vits_of_timm():
+    prefixes = {
+        "vit_small_patch14_reg4_dinov2": 5,
+        "vit_base_patch16_siglip_224": 0,
+        "deit3_small_patch16_224": 1,
+        "deit_tiny_distilled_patch16_224": 2,
+        "vit_tiny_patch16_224": 1,
+    }
+    for name, prefix in prefixes.items():
+        net = {"backbone": name, "d_model": 32, "n_heads": 2, "n_layers": 2, "image_size": 56, "n_cls": 3}
+        model = create_segmenter(net | {"decoder": {"name": "mask_transformer"}})
+        assert model.encoder.num_prefix_tokens == prefix
+        logits = model(torch.randn(2, 3, 60, 44))
+        assert logits.shape == (2, 3, 60, 44)
+        logits.mean().backward()
+        unreached = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert unreached == []  # DistributedDataParallel would stop
 
 
 def test_position_embedding_equals_timm_at_its_own_grid():
@@ -100,9 +97,8 @@ def test_position_embedding_equals_timm_at_its_own_grid():
         assert torch.equal(encoder.forward_features(images), reference.forward_features(images))
 
 
-@pytest.mark.parametrize(
-    ("change", "allowed"),
-    [
+def test_unknown_settings_are_named(small_net):
+    for change, allowed in [
         ({"backbone": "resnet50"}, "plain ViT|timm cannot build"),
         ({"backbone": "vit_huge_patch1"}, "vit_tiny_patch16_384"),
         ({"backbone": "swin_tiny_patch4_window7_224"}, "plain ViT|timm cannot build"),
@@ -111,12 +107,10 @@ def test_position_embedding_equals_timm_at_its_own_grid():
         ({"decoder": {"name": "fpn"}}, "linear, mask_transformer"),
         ({"decoder": None}, "no mapping"),
         ({"d_model": 200, "n_heads": 4, "decoder": {"name": "mask_transformer"}}, "multiple of 64"),
-    ],
-)
-def test_unknown_settings_are_named(small_net, change, allowed):
-    with pytest.raises(ValueError, match=allowed) as error:
-        create_segmenter(small_net | change)
-    assert "\n" not in str(error.value)
+    ]:
+        with pytest.raises(ValueError, match=allowed) as error:
+            create_segmenter(small_net | change)
+        assert "\n" not in str(error.value)
 
 
 def test_settings_that_lack_something_are_named():
@@ -157,10 +151,10 @@ class TestPretrained:
         encoder = create_segmenter(self.NET | {"image_size": 128}, pretrained=str(tmp_path / "small.pth")).encoder
         assert torch.equal(encoder.pos_embed, donor.pos_embed)
 
-    @pytest.mark.parametrize("change", [{"n_layers": 6}, {"n_heads": 6}, {"d_model": 96}])
-    def test_weights_that_do_not_fit_are_refused(self, weights, change):
-        with pytest.raises(ValueError, match="--no-pretrained"):
-            create_segmenter(self.NET | change, pretrained=str(weights[0]))
+    def test_weights_that_do_not_fit_are_refused(self, weights):
+        for change in ({"n_layers": 6}, {"n_heads": 6}, {"d_model": 96}):
+            with pytest.raises(ValueError, match="--no-pretrained"):
+                create_segmenter(self.NET | change, pretrained=str(weights[0]))
 
     def test_missing_and_damaged_files_are_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -1,5 +1,7 @@
 """Sliding windows and the views of an image."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -15,19 +17,17 @@ def by_pixel(images):
     return images * 2
 
 
-@pytest.mark.parametrize(
-    ("side", "window", "stride", "starts"),
-    [(10, 10, 5, [0]), (11, 10, 5, [0, 1]), (20, 10, 5, [0, 5, 10]), (23, 10, 10, [0, 10, 13]), (8, 10, 5, [0])],
-)
-def test_windows_lie_at_the_stride_and_at_the_far_edge(side, window, stride, starts):
-    assert window_starts(side, window, stride) == starts
+def test_windows_lie_at_the_stride_and_at_the_far_edge():
+    for arguments, starts in {
+        (10, 10, 5): [0], (11, 10, 5): [0, 1], (20, 10, 5): [0, 5, 10], (23, 10, 10): [0, 10, 13], (8, 10, 5): [0],
+    }.items():  # fmt: skip
+        assert window_starts(*arguments) == starts
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-@pytest.mark.parametrize("size", [(16, 16), (20, 37), (33, 16)])
-def test_every_pixel_is_covered_and_averaged(size, batch_size):
-    image = torch.randn(3, *size)
-    torch.testing.assert_close(sliding_logits(by_pixel, image, Windows(16, 7, batch_size)), image * 2)
+def test_every_pixel_is_covered_and_averaged():
+    for size, batch_size in product([(16, 16), (20, 37), (33, 16)], (1, 4, 100)):
+        image = torch.randn(3, *size)
+        torch.testing.assert_close(sliding_logits(by_pixel, image, Windows(16, 7, batch_size)), image * 2)
 
 
 def test_a_small_image_is_scaled_up_to_the_window():
@@ -43,16 +43,15 @@ def test_a_view_comes_back_at_the_original_size_and_unflipped():
     assert view_logits(by_pixel, image, False, Windows(16, 16), (30, 20)).shape == (3, 30, 20)
 
 
-@pytest.mark.parametrize("size", [(40, 60), (13, 7), (16, 90)])
-@pytest.mark.parametrize("limit", [1, 5000, 10**9])
-def test_labels_at_the_original_size_are_found_in_bands(monkeypatch, size, limit):
-    monkeypatch.setattr("segm.model.upsample.BAND_BYTES", limit)
-    logits = torch.randn(5, 16, 23)
-    expected = upsample(logits.unsqueeze(0), size)[0]
-    labels = resized_label_map(logits, size)
-    chosen = expected.gather(0, labels.unsqueeze(0))[0]
-    torch.testing.assert_close(chosen, expected.max(0).values, atol=1e-5, rtol=0)
-    assert (labels == expected.argmax(0)).float().mean() > 0.999
+def test_labels_at_the_original_size_are_found_in_bands(monkeypatch):
+    for size, limit in product([(40, 60), (13, 7), (16, 90)], (1, 5000, 10**9)):
+        monkeypatch.setattr("segm.model.upsample.BAND_BYTES", limit)
+        logits = torch.randn(5, 16, 23)
+        expected = upsample(logits.unsqueeze(0), size)[0]
+        labels = resized_label_map(logits, size)
+        chosen = expected.gather(0, labels.unsqueeze(0))[0]
+        torch.testing.assert_close(chosen, expected.max(0).values, atol=1e-5, rtol=0)
+        assert (labels == expected.argmax(0)).float().mean() > 0.999
 
 
 def test_probabilities_of_all_views_are_summed():
@@ -84,7 +83,7 @@ def test_evaluation_counts_every_pixel_of_every_image_once():
     assert evaluate(constant, dataset, Windows(32, 32), n_images=2).sum() == 2 * 32 * 32
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (16, 0), (16, 17), (16, 16, 0)])
-def test_impossible_windows_are_refused(arguments):
-    with pytest.raises(ValueError, match="window"):
-        Windows(*arguments)
+def test_impossible_windows_are_refused():
+    for arguments in ((0, 1), (16, 0), (16, 17), (16, 16, 0)):
+        with pytest.raises(ValueError, match="window"):
+            Windows(*arguments)

@@ -1,5 +1,6 @@
 """Label maps without the upsampled scores."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,14 @@ def scores_of(kind, n_images, n_cls, grid):
 
 
 @pytest.mark.parametrize("kind", ["smooth", "noise", "merged"])
-@pytest.mark.parametrize("patch_size", [(16, 16), (7, 4), (1, 1), (2, 3)])
-@pytest.mark.parametrize(
-    ("n_cls", "grid"), [(150, (6, 9)), (9, (5, 4)), (10, (3, 3)), (2, (4, 4)), (30, (1, 1)), (30, (1, 5))]
-)
-@pytest.mark.parametrize("form", ["_label_map_by_cells", "_label_map_in_bands"])
-def test_every_form_is_the_argmax_of_the_upsampled_scores(form, kind, patch_size, n_cls, grid):
-    scores = scores_of(kind, 2, n_cls, grid)
-    expected = upsample(scores, (grid[0] * patch_size[0], grid[1] * patch_size[1])).argmax(1)
-    assert torch.equal(getattr(module, form)(scores, patch_size), expected)
+def test_every_form_is_the_argmax_of_the_upsampled_scores(kind):
+    """`label_map` takes one form on a CPU and the other on a GPU."""
+    shapes = [(150, (6, 9)), (9, (5, 4)), (10, (3, 3)), (2, (4, 4)), (30, (1, 1)), (30, (1, 5))]
+    for patch_size, (n_cls, grid) in product([(16, 16), (7, 4), (1, 1), (2, 3)], shapes):
+        scores = scores_of(kind, 2, n_cls, grid)
+        expected = upsample(scores, (grid[0] * patch_size[0], grid[1] * patch_size[1])).argmax(1)
+        for form in (module._label_map_by_cells, module._label_map_in_bands):
+            assert torch.equal(form(scores, patch_size), expected)
 
 
 def test_small_parts_give_the_same(monkeypatch):
@@ -44,13 +44,12 @@ def test_of_equal_scores_the_first_class_wins():
     assert torch.equal(label_map(scores, (4, 4)), expected) and set(expected.unique().tolist()) <= {0, 3}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_scores_are_compared_in_single(dtype):
-    scores = torch.randn(1, 20, 4, 4).to(dtype)
-    assert torch.equal(label_map(scores, (8, 8)), label_map(scores.float(), (8, 8)))
+def test_half_precision_scores_are_compared_in_single():
+    for dtype in (torch.bfloat16, torch.float16):
+        scores = torch.randn(1, 20, 4, 4).to(dtype)
+        assert torch.equal(label_map(scores, (8, 8)), label_map(scores.float(), (8, 8)))
 
 
-@pytest.mark.slow
 def test_memory_of_a_large_image_stays_flat():
     """2048x1024 pixels, 150 classes: the upsampled scores alone would take 1.2 GB."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")

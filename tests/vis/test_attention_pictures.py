@@ -38,13 +38,13 @@ def partition(rng, n_patches=15, n_tokens=6):
     return rng.permutation(np.concatenate([np.arange(n_tokens), rng.integers(0, n_tokens, n_patches - n_tokens)]))
 
 
-@pytest.mark.parametrize("heads", [(), (3,), (2, 3)])
-def test_every_patch_has_the_weight_of_its_token(rng, heads):
-    assignment, weights = partition(rng), rng.random((*heads, 6))
-    spread = spread_weights(weights, assignment)
-    assert spread.shape == (*heads, 15)
-    for token in range(6):
-        assert (spread[..., assignment == token] == weights[..., token, None]).all()
+def test_every_patch_has_the_weight_of_its_token(rng):
+    for heads in ((), (3,), (2, 3)):
+        assignment, weights = partition(rng), rng.random((*heads, 6))
+        spread = spread_weights(weights, assignment)
+        assert spread.shape == (*heads, 15)
+        for token in range(6):
+            assert (spread[..., assignment == token] == weights[..., token, None]).all()
 
 
 def test_without_a_merge_weights_stay_as_they_are(rng):
@@ -59,11 +59,11 @@ def test_unsmoothed_maps_are_exact_per_patch(rng):
     assert np.allclose(blocks, (weights / weights.max())[:, None])
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (40, 75), (33, 65)])
-def test_maps_fit_the_picture_and_span_zero_to_one(rng, shape):
-    values = attention_map(rng.random(15), GRID, PATCH, shape)
-    assert values.shape == shape and values.dtype == np.float32
-    assert values.min() >= 0 and values.max() == 1
+def test_maps_fit_the_picture_and_span_zero_to_one(rng):
+    for shape in (SHAPE, (40, 75), (33, 65)):
+        values = attention_map(rng.random(15), GRID, PATCH, shape)
+        assert values.shape == shape and values.dtype == np.float32
+        assert values.min() >= 0 and values.max() == 1
 
 
 def test_even_attention_is_even_and_none_is_dark():
@@ -147,20 +147,20 @@ def test_label_pictures_name_the_classes_that_occur():
     assert (label_picture(labels, names, palette)[60, 79] == 0).all()
 
 
-@pytest.mark.parametrize("height", [None, 24, 120, 480])
-def test_legends_hold_every_class(height):
+def test_legends_hold_every_class():
     """All 150 colors are there, in as many columns as needed."""
     palette = np.stack([np.arange(150), np.full(150, 7), np.full(150, 9)], axis=1).astype(np.uint8)
-    picture = legend([f"class {i}" for i in range(150)], palette, height)
-    assert picture.shape[0] == (3600 if height is None else height)
-    found = {tuple(color) for color in picture.reshape(-1, 3).tolist()}
-    assert {(i, 7, 9) for i in range(150)} <= found
+    for height in (None, 24, 120, 480):
+        picture = legend([f"class {i}" for i in range(150)], palette, height)
+        assert picture.shape[0] == (3600 if height is None else height)
+        found = picture[(picture[..., 1] == 7) & (picture[..., 2] == 9)]
+        assert set(found[:, 0].tolist()) >= set(range(150))
 
 
-@pytest.mark.parametrize("name", ["W" * 60, "Straßenbahn und Gleise", "дорога"])
-def test_long_names_are_not_cut(name):
-    picture = legend([name, "a"], np.zeros((2, 3), dtype=np.uint8))
-    assert (picture[:, -5:] == 255).all() and (picture[:24, 38:] < 128).any()
+def test_long_names_are_not_cut():
+    for name in ("W" * 60, "Straßenbahn und Gleise", "дорога"):
+        picture = legend([name, "a"], np.zeros((2, 3), dtype=np.uint8))
+        assert (picture[:, -5:] == 255).all() and (picture[:24, 38:] < 128).any()
 
 
 def test_small_pictures_are_enlarged_by_a_whole_number(image):
