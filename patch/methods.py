@@ -216,6 +216,7 @@ def _merge_tofu(step: Step) -> Reduction:
         prune=prunes(step.layer, step.depth),
         sizes=step.sequence_sizes,
         prefix=step.prefix,
+        padded=step.padded,
         variant=step.options["variant"],
     )
     return matched.without_prefix(step.prefix)
@@ -250,8 +251,8 @@ def _metric(step: Step) -> Tensor:
 
 def _merge_dtem(step: Step) -> Reduction:
     """DTEM at inference: ToMe by a learned embedding."""
-    matched = dtem(_metric(step), r=_r_here(step), sizes=step.sequence_sizes, prefix=step.prefix)
-    return matched.without_prefix(step.prefix)
+    given = {"sizes": step.sequence_sizes, "prefix": step.prefix, "padded": step.padded}
+    return dtem(_metric(step), r=_r_here(step), **given).without_prefix(step.prefix)
 
 
 def _soften_dtem(step: Step) -> Reduction:

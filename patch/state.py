@@ -59,6 +59,12 @@ class Merging:
         """The last pass that this thread finished."""
         return self._thread.last
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks into a block."""
+        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
+        return self.watchers.present() and not torch.jit.is_tracing()
+
     @contextmanager
     def open_pass(self) -> Iterator["Pass"]:
         """Begin a pass of the whole model, and end it; the encoder in it tells the grid."""
@@ -223,10 +229,7 @@ class Pass:
         return packing.unpack(x)
 
     def _differ(self) -> bool:
-        if self._padding is None or self.bucket is not None:
-            return False
-        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
-        return torch.jit.is_tracing() or not self.merging.watchers.present()
+        return self._padding is not None and self.bucket is None and not self.merging.watched
 
     def drop(self, drop_path: nn.Module, x: Tensor) -> Tensor:
         """Stochastic depth, which leaves out whole images; x: (B, L, D) or, packed, (1, T, D)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import patch
-from g2tm import Reduction
+from g2tm import Grouping
 from segm.model.factory import create_segmenter
 
 METHODS = {
@@ -32,7 +32,7 @@ def net(small_net):
 
 def create(net, method, **options):
     model = create_segmenter(net).eval()
-    return model if method == "pure" else patch.segmenter(model, method, **METHODS[method] | options)
+    return model if method == "pure" else patch.apply(model, method, **METHODS[method] | options)
 
 
 def batches(sizes=SIZES, n_images=(1, 2), repeats=3):
@@ -137,7 +137,7 @@ def test_remove_takes_it_out(net, method):
     parameters = [id(p) for p in model.parameters()]
     attributes = [set(vars(module)) for module in model.modules()]
     if method != "pure":
-        patch.segmenter(model, method, **METHODS[method])
+        patch.apply(model, method, **METHODS[method])
     patch.compile(model, backend="eager")(images)
     assert patch.is_compiled(model)
     assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
@@ -244,7 +244,7 @@ def test_what_cannot_be_compiled_is_refused(net):
     with pytest.raises(ValueError, match="compiled already"):
         patch.compile(model)
     with pytest.raises(ValueError, match="before compiling"):
-        patch.segmenter(model, "graph")
+        patch.apply(model, "graph")
     assert not patch.is_patched(model)
 
 
@@ -265,7 +265,7 @@ def test_cuda_graphs_are_replayed(net, method):
 
 
 def test_a_widened_reduction_merges_the_same():
-    reduction = Reduction.of_counts(torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]]), torch.tensor([3, 2]), torch.rand(2, 4))
+    reduction = Grouping.of_counts(torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]]), torch.tensor([3, 2]), torch.rand(2, 4))
     wide, x = reduction.widened(5), torch.randn(2, 4, 3)
     assert wide.sizes.shape == (2, 5) and wide.padding.sum(1).tolist() == [2, 3]
     assert torch.equal(wide.merge(x)[:, :3], reduction.merge(x)) and not wide.merge(x)[:, 3:].any()

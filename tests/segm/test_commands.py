@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from patch.registry import METHODS
 
 import patch
 from g2tm import Reduction
-from patch.registry import METHODS
 from segm import (
     flops,
     inference,

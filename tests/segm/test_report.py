@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from patch.registry import METHODS
 
 import patch
 from g2tm import Reduction
-from patch.registry import METHODS
 from segm import report
 from segm.checkpoint import save_checkpoint, write_variant
 from segm.eval.runs import open_evaluation
