@@ -107,7 +107,7 @@ def _merge_algm(step: Step) -> Reduction:
     if rule["threshold"] == TAU:
         rule["threshold"] = options["threshold"]
     if tokens is not None:
-        rule = {"r": _removed(step.x.shape[1], tokens), "padded": False}
+        rule = {"r": _removed(int(step.x.shape[1]), tokens), "padded": False}
     sizes, prefix = step.sequence_sizes, step.prefix
     return bipartite(step.tokens, sizes=sizes, prefix=prefix, batch=step.batch, **rule).without_prefix(prefix)
 
