@@ -149,6 +149,7 @@ class Pass:
         self._padding: Tensor | None = None
         self.key_bias: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
+        self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def see(self, normed: Tensor, keys: Tensor | None) -> None:
@@ -201,7 +202,7 @@ class Pass:
         self.steps[layer] = self.reduction
         self._padding = self.reduction.padding
         self.key_bias = attention_bias(self.reduction.sizes, self.options["attention"], self._padding)
-        self._rotary = None
+        self._representatives = self._rotary = None
 
     def unmerge(self, x: Tensor, prefix: int = 0) -> Tensor:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), behind `prefix` tokens that stay."""
@@ -264,7 +265,9 @@ class Pass:
             return table
         if self._rotary is None or self._rotary[0] is not table:
             per_head = table if table.ndim == 3 else table.unsqueeze(0)
-            of_tokens = per_head[:, representatives(self.reduction, self.grid)].transpose(0, 1)
+            if self._representatives is None:
+                self._representatives = representatives(self.reduction, self.grid)
+            of_tokens = per_head[:, self._representatives].transpose(0, 1)
             self._rotary = table, of_tokens if self.packing is None else self._packed_rotary(of_tokens)
         return self._rotary[1]
 

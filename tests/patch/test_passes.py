@@ -178,7 +178,7 @@ def test_replicas_in_threads(models):
             replicas = [replicate(model) for _ in batches]
             work = list(zip(replicas, batches, strict=True))
             found = in_threads(lambda one: [one[0](one[1]) for _ in range(3)][-1], work)
-            torch.testing.assert_close(found, expected, **TOLERANCE, msg=lambda text, at=(name, method): f"{at}: {text}")
+            torch.testing.assert_close(found, expected, **TOLERANCE, msg=f"{name} {method}")
 
 
 @torch.inference_mode()
