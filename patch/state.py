@@ -152,14 +152,16 @@ class Pass:
         self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-    def see(self, normed: Tensor, keys: Tensor | None) -> None:
-        """Keep what a method needs of the attention that has just run.
+    def see(self, normed: Tensor | None, keys: Tensor | None) -> None:
+        """Keep what a method needs of the attention that has just run, None for the rest.
 
         Args:
             normed: (B, L, D), its input.
-            keys: (B, H, L, d), or None.
+            keys: (B, H, L, d).
         """
-        found = {"normed": normed} | ({} if keys is None else {"keys": keys.detach().float().mean(1)})
+        found = {} if normed is None else {"normed": normed}
+        if keys is not None:
+            found["keys"] = keys.detach().float().mean(1)
         self._seen = found if self.packing is None else {name: self.packing.unpack(x) for name, x in found.items()}
 
     def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:

@@ -165,7 +165,7 @@ class PatchedBlock(Patched):
                 with torch.no_grad():
                     keys = self.keys(normed)
         if needed:
-            here.see(normed, keys)
+            here.see(normed if "normed" in needs else None, keys)
         return out
 
     def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
