@@ -209,38 +209,51 @@ def test_a_method_with_an_option_acts_at_every_place(small_net):
             assert patch.reduction(model).lengths == (9 - len(layers),) * 2 and patch.options(model)["keep"] == 9
 
 
+@torch.no_grad()
+def residual_stream(model, images):
+    """(place, layer) -> tokens of an unpatched model."""
+    stream, handles = {}, []
+
+    def note(place, layer, register):
+        def hook(module, inputs, output=None):
+            stream[place, layer] = inputs[0] if output is None else output
+
+        handles.append(register(hook))
+
+    for layer, block in enumerate(getattr(model, "encoder", model).blocks, start=1):
+        note("before", layer, block.register_forward_pre_hook)
+        note("attention", layer, block.norm2.register_forward_pre_hook)
+        note("block", layer, block.register_forward_hook)
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return stream | {("block", 0): stream["before", 1]}
+
+
 @torch.inference_mode()
 def test_places_are_where_they_say(small_net):
     """Against the residual stream of the unpatched model."""
     seen = {}
+
+    def look(place):
+        def merge(step):
+            seen[place, step.layer] = step.tokens
+            return Grouping.identity(step.x)
+
+        register(f"look {place}", merge, place=place)
+
     for place in ("attention", "block", "before"):
-        register(
-            f"look {place}",
-            lambda step, place=place: seen.update({(place, step.layer): step.tokens}) or Grouping.identity(step.x),
-            place=place,
-        )
+        look(place)
     for model in models(small_net):
-        images, stream, seen_now = different_images(2), {}, seen
-        blocks = getattr(model, "encoder", model).blocks
-        handles = []
-        for index, block in enumerate(blocks, start=1):
-            handles.append(block.register_forward_pre_hook(lambda m, i, at=index: stream.update({("in", at): i[0]})))
-            handles.append(
-                block.norm2.register_forward_pre_hook(lambda m, i, at=index: stream.update({("mid", at): i[0]}))
-            )
-            handles.append(block.register_forward_hook(lambda m, i, o, at=index: stream.update({("out", at): o})))
-        model(images)
-        for handle in handles:
-            handle.remove()
+        images = different_images(2)
+        expected = residual_stream(model, images)
         for place in ("attention", "block", "before"):
-            first = 0 if place == "block" else 1
-            patch.apply(model, f"look {place}", layers=list(range(first, 4)))
+            patch.apply(model, f"look {place}", layers=list(range(0 if place == "block" else 1, 4)))
             model(images)
             patch.remove(model)
-        for layer in (1, 2, 3):
-            for place, where in (("attention", "mid"), ("block", "out"), ("before", "in")):
-                torch.testing.assert_close(seen_now[place, layer], stream[where, layer], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(seen_now["block", 0], stream["in", 1], atol=1e-5, rtol=1e-5)
+        assert seen.keys() == expected.keys()
+        for at, tokens in seen.items():
+            torch.testing.assert_close(tokens, expected[at], atol=1e-5, rtol=1e-5, msg=str(at))
 
 
 @torch.inference_mode()
