@@ -45,19 +45,17 @@ class Number:
             return text
         try:
             whole = self.integer or (self.integer is None and text.lstrip("+-").isdigit())
-            value = int(text) if whole else float(text)
+            return self.check(int(text) if whole else float(text))
         except ValueError:
             raise ValueError(f"give {self.allowed}") from None
-        return self.check(value)
 
     def check(self, value: Any) -> Any:
         """The value; raises a ValueError that says what is allowed."""
         if isinstance(value, str) and value in self.words:
             return value
-        if not isinstance(value, Real) or isinstance(value, bool) or not self.low <= value <= self.high:
-            raise ValueError(f"give {self.allowed}")
-        if self.integer and not isinstance(value, Integral):
-            raise ValueError(f"give {self.allowed}")
+        is_number = isinstance(value, Integral if self.integer else Real) and not isinstance(value, bool)
+        if not is_number or not self.low <= value <= self.high:
+            raise ValueError(f"give {replace(self, read=()).allowed}")
         return int(value) if isinstance(value, Integral) else float(value)
 
     @property
@@ -218,8 +216,8 @@ class Method:
         prepare: rewrites given options before they are checked one by one.
         check: raises a ValueError if options do not fit each other or the `Target`.
         place: where it acts: "attention": between attention and MLP of a layer; "block": behind the layer, 0 being
-            before the first; "before": in front of the layer.
-        needs: what a `Step` has to hold besides the tokens, out of `NEEDS`.
+            before the first, for a method without needs; "before": in front of the layer.
+        needs: what a `Step` has to hold besides the tokens, out of `NEEDS`; none for "before".
         modules: builds the learned parts under the published names; called with the encoder, its blocks and options.
         soft: what takes the place of `merge` in training: keeps all tokens, and lets gradients reach the choice.
         static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
@@ -302,9 +300,12 @@ def register(
         raise ValueError(f"method {name!r} is registered already")
     if place not in PLACES:
         raise ValueError(f"place {place!r}: choose {', '.join(PLACES)}")
-    unknown = sorted(set(needs) - set(NEEDS))
+    needs = frozenset(needs)
+    unknown = sorted(needs - set(NEEDS))
     if unknown:
         raise ValueError(f"{name} needs {', '.join(unknown)}: a method may need {', '.join(NEEDS)}")
+    if needs and place == "before":
+        raise ValueError(f"{name} needs {', '.join(sorted(needs))}: in front of a layer nothing has attended yet")
     table = dict(COMMON)
     for option, value in options.items():
         if isinstance(value, Option):
@@ -319,7 +320,7 @@ def register(
         except ValueError as error:
             raise ValueError(f"{name}, {option}: {error}") from None
         _check_alike(name, option, entry)
-    METHODS[name] = Method(name, merge, table, prepare, check, place, frozenset(needs), modules, soft, static)
+    METHODS[name] = Method(name, merge, table, prepare, check, place, needs, modules, soft, static)
     return METHODS[name]
 
 
@@ -371,7 +372,7 @@ def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method
         value = given.get(key, option.default)
         value = value(target) if callable(value) else value
         options[key] = None if value is None or option.means_none(value) else option.check(key, value)
-    first = 0 if method.place == "block" else 1
+    first = 0 if method.place == "block" and not method.needs else 1  # before the first block nothing has attended
     options["layers"] = _layers_of(name, options["layers"], first, target.depth, chosen="layers" in given)
     if method.check is not None:
         method.check(options, target)

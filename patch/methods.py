@@ -109,7 +109,7 @@ def _merge_algm(step: Step) -> Reduction:
     if rule["threshold"] == TAU:
         rule["threshold"] = options["threshold"]
     if tokens is not None:
-        rule = {"r": _removed(step.x.shape[1], tokens), "padded": False}
+        rule = {"r": _removed(int(step.x.shape[1]), tokens), "padded": False}
     sizes, prefix = step.sequence_sizes, step.prefix
     return bipartite(step.tokens, sizes=sizes, prefix=prefix, batch=step.batch, **rule).without_prefix(prefix)
 
@@ -218,6 +218,7 @@ def _merge_tofu(step: Step) -> Reduction:
         prune=prunes(step.layer, step.depth),
         sizes=step.sequence_sizes,
         prefix=step.prefix,
+        padded=step.padded,
         variant=step.options["variant"],
     )
     return matched.without_prefix(step.prefix)
@@ -252,8 +253,8 @@ def _metric(step: Step) -> Tensor:
 
 def _merge_dtem(step: Step) -> Reduction:
     """DTEM at inference: ToMe by a learned embedding."""
-    matched = dtem(_metric(step), r=_r_here(step), sizes=step.sequence_sizes, prefix=step.prefix)
-    return matched.without_prefix(step.prefix)
+    given = {"sizes": step.sequence_sizes, "prefix": step.prefix, "padded": step.padded}
+    return dtem(_metric(step), r=_r_here(step), **given).without_prefix(step.prefix)
 
 
 def _soften_dtem(step: Step) -> Reduction:

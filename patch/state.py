@@ -59,6 +59,12 @@ class Merging:
         """The last pass that this thread finished."""
         return self._thread.last
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks into a block."""
+        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
+        return self.watchers.present() and not torch.jit.is_tracing()
+
     @contextmanager
     def open_pass(self) -> Iterator["Pass"]:
         """Begin a pass of the whole model, and end it; the encoder in it tells the grid."""
@@ -143,16 +149,19 @@ class Pass:
         self._padding: Tensor | None = None
         self.key_bias: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
+        self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-    def see(self, normed: Tensor, keys: Tensor | None) -> None:
-        """Keep what a method needs of the attention that has just run.
+    def see(self, normed: Tensor | None, keys: Tensor | None) -> None:
+        """Keep what a method needs of the attention that has just run, None for the rest.
 
         Args:
             normed: (B, L, D), its input.
-            keys: (B, H, L, d), or None.
+            keys: (B, H, L, d).
         """
-        found = {"normed": normed} | ({} if keys is None else {"keys": keys.detach().float().mean(1)})
+        found = {} if normed is None else {"normed": normed}
+        if keys is not None:
+            found["keys"] = keys.detach().float().mean(1)
         self._seen = found if self.packing is None else {name: self.packing.unpack(x) for name, x in found.items()}
 
     def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:
@@ -195,7 +204,7 @@ class Pass:
         self.steps[layer] = self.reduction
         self._padding = self.reduction.padding
         self.key_bias = attention_bias(self.reduction.sizes, self.options["attention"], self._padding)
-        self._rotary = None
+        self._representatives = self._rotary = None
 
     def unmerge(self, x: Tensor, prefix: int = 0) -> Tensor:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), behind `prefix` tokens that stay."""
@@ -223,10 +232,7 @@ class Pass:
         return packing.unpack(x)
 
     def _differ(self) -> bool:
-        if self._padding is None or self.bucket is not None:
-            return False
-        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
-        return torch.jit.is_tracing() or not self.merging.watchers.present()
+        return self._padding is not None and self.bucket is None and not self.merging.watched
 
     def drop(self, drop_path: nn.Module, x: Tensor) -> Tensor:
         """Stochastic depth, which leaves out whole images; x: (B, L, D) or, packed, (1, T, D)."""
@@ -261,7 +267,9 @@ class Pass:
             return table
         if self._rotary is None or self._rotary[0] is not table:
             per_head = table if table.ndim == 3 else table.unsqueeze(0)
-            of_tokens = per_head[:, representatives(self.reduction, self.grid)].transpose(0, 1)
+            if self._representatives is None:
+                self._representatives = representatives(self.reduction, self.grid)
+            of_tokens = per_head[:, self._representatives].transpose(0, 1)
             self._rotary = table, of_tokens if self.packing is None else self._packed_rotary(of_tokens)
         return self._rotary[1]
 

@@ -16,7 +16,7 @@ class Patched:
     """Base of the classes that a patch puts in front of a module's own. Such modules copy and pickle."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, type(self).__bases__, self.__dict__
+        return _blank, _classes(self), self.__dict__
 
 
 @cache
@@ -24,8 +24,25 @@ def _in_front(front: type[Patched], own: type[nn.Module]) -> type:
     return type(f"Patched{own.__name__}", (front, own), {})
 
 
-def _blank(front: type[Patched], own: type[nn.Module]) -> nn.Module:
-    new = _in_front(front, own)
+def _classes(module: nn.Module) -> tuple[type, ...]:
+    """What was put in front of a module, outermost first, then its own class."""
+    fronts, own = [], type(module)
+    while issubclass(own, Patched):
+        front, own = own.__bases__
+        fronts.append(front)
+    return *fronts, own
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before anything was put in front."""
+    return _classes(module)[-1]
+
+
+def _blank(*classes: type) -> nn.Module:
+    """A module without attributes, of `_classes`."""
+    *fronts, new = classes
+    for front in reversed(fronts):
+        new = _in_front(front, new)
     return new.__new__(new)
 
 
@@ -138,7 +155,8 @@ class PatchedBlock(Patched):
         needs, keys = self.merging.method.needs, None
         mask = here.mask(*self.neighbors, normed, fused=self.attn.fused_attn)
         needed = needs and self.places
-        if needed and "keys" in needs and "rope" not in arguments and sees_keys(self.attn):
+        shown = "rope" not in arguments and sees_keys(self.attn) and not self.merging.watched
+        if needed and "keys" in needs and shown:
             seen = Seen.around(mask)
             out, keys = self.attn(normed, attn_mask=seen, **arguments), seen.keys
         else:
@@ -147,7 +165,7 @@ class PatchedBlock(Patched):
                 with torch.no_grad():
                     keys = self.keys(normed)
         if needed:
-            here.see(normed, keys)
+            here.see(normed if "normed" in needs else None, keys)
         return out
 
     def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:

@@ -7,7 +7,7 @@ from timm.layers import PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from patch.families.base import Family, Patched, PatchedBlock, check_plain
+from patch.families.base import Family, Patched, PatchedBlock, check_plain, own_class
 from patch.state import Merging, Pass
 
 
@@ -112,9 +112,9 @@ def patch_grid(model: nn.Module, size: Sequence[int] | None) -> tuple[int, int]:
 
 def check_blocks(blocks: Sequence[nn.Module], kind: type[nn.Module]) -> None:
     """Raise a ValueError unless all blocks are exactly of one class: another one may have other halves."""
-    other = next((block for block in blocks if type(block) is not kind), None)
+    other = next((cls for cls in map(own_class, blocks) if cls is not kind), None)
     if other is not None:
-        raise ValueError(f"cannot patch a {type(other).__name__}: only timm's {kind.__name__} is known")
+        raise ValueError(f"cannot patch a {other.__name__}: only timm's {kind.__name__} is known")
 
 
 def check_checkpointing(encoder: nn.Module) -> None:

@@ -1,12 +1,15 @@
 """A compiled Segmenter: the same results, few compilations, and a way back."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import patch
-from g2tm import Reduction
+from g2tm import Grouping
+from patch import state
 from segm.model.factory import create_segmenter
 
 METHODS = {
@@ -14,7 +17,12 @@ METHODS = {
     "graph": {"threshold": 0.2},
     "algm": {"layers": [1, 3], "threshold": 0.1},
     "tome": {"r": 3},
+    "tofu": {"r": 3},
+    "dct": {"r": 3, "layers": [0, 2, 3]},  # at the boundaries of blocks
+    "dtem": {"r": 3},
+    "mpm": {"layers": [2, 3]},  # in front of a block
 }
+ROTARY = {"backbone": "vit_small_patch16_dinov3"}
 SIZES = ((64, 64), (48, 80), (60, 60), (64, 64))
 
 
@@ -32,7 +40,26 @@ def net(small_net):
 
 def create(net, method, **options):
     model = create_segmenter(net).eval()
-    return model if method == "pure" else patch.segmenter(model, method, **METHODS[method] | options)
+    if method == "pure":
+        return model
+    patch.add_modules(model.encoder, method)
+    return patch.apply(model, method, **METHODS[method] | options)
+
+
+def check_equal(model, compiled, images, tolerance=1e-5):
+    """Logits and reductions, but for the padding up to a bucket."""
+    torch.testing.assert_close(compiled(images), model(images), atol=tolerance, rtol=1e-5)
+    if not patch.is_patched(model):
+        return
+    found, expected = patch.reduction(compiled), patch.reduction(model)
+    assert found.lengths == expected.lengths and torch.equal(found.counts, expected.counts)
+    n_tokens = expected.sizes.shape[1]
+    torch.testing.assert_close(found.sizes[:, :n_tokens], expected.sizes)
+    assert hasattr(found, "assignment") == hasattr(expected, "assignment")
+    if hasattr(found, "assignment"):
+        assert torch.equal(found.assignment, expected.assignment)
+        assert found.sizes.shape[1] % 8 == 0 or found.sizes.shape[1] <= expected.assignment.shape[1]
+        assert torch.equal(found.padding, found.sizes == 0)
 
 
 def batches(sizes=SIZES, n_images=(1, 2), repeats=3):
@@ -54,30 +81,42 @@ class Counting:
         return graph.forward
 
 
-@pytest.mark.parametrize("sizes", [SIZES[:1], pytest.param(SIZES, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("pure", {}),
-        ("graph", {"attention": "none"}),
-        ("graph", {"attention": "inverse"}),
-        ("algm", {"attention": "proportional"}),
-        ("tome", {}),
-    ],
-)
+CASES = [(method, {}) for method in METHODS] + [
+    ("graph", {"attention": "inverse"}),
+    ("algm", {"attention": "proportional"}),
+    ("graph", {"tokens": 11}),
+]
+
+
+@pytest.mark.parametrize("at", range(len(CASES)))
 @torch.inference_mode()
-def test_outputs_and_reductions_are_those_of_the_eager_model(net, method, options, sizes):
+def test_outputs_and_reductions_are_those_of_the_eager_model(net, at):
+    method, options = CASES[at]
     model = create(net, method, **options)
     compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
-    for images in batches(sizes, repeats=2):
-        torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-        if method != "pure":
-            found, expected = patch.reduction(compiled), patch.reduction(model)
-            assert torch.equal(found.counts, expected.counts) and torch.equal(found.assignment, expected.assignment)
-            n_patches = expected.assignment.shape[1]
-            assert found.sizes.shape[1] % 8 == 0 or found.sizes.shape[1] <= n_patches
-            assert torch.equal(found.sizes[:, : expected.sizes.shape[1]], expected.sizes)
-            assert torch.equal(found.padding, found.sizes == 0)
+    for images in batches(SIZES[:1], n_images=(2,), repeats=2):
+        check_equal(model, compiled, images)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_outputs_of_many_sizes_are_those_of_the_eager_model(net):
+    for method, options in CASES:
+        for more in ({}, ROTARY):
+            torch._dynamo.reset()
+            model = create(net | more, method, **options)
+            compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
+            for images in batches(SIZES, repeats=2):
+                check_equal(model, compiled, images)
+
+
+@torch.inference_mode()
+def test_a_rotary_backbone_is_compiled(net):
+    for method in ("pure", "graph"):
+        model = create(net | ROTARY, method)
+        compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
+        for images in batches(SIZES[:2], n_images=(2,), repeats=1):
+            check_equal(model, compiled, images)
 
 
 @pytest.mark.slow
@@ -85,14 +124,18 @@ def test_outputs_and_reductions_are_those_of_the_eager_model(net, method, option
 @pytest.mark.parametrize("method", METHODS)
 @torch.inference_mode()
 def test_backends_give_the_eager_outputs(net, method, backend):
-    model = create(net, method)
-    compiled = patch.compile(copy.deepcopy(model), bucket=16, mode="default", backend=backend)
-    for images in batches(sizes=((64, 64), (48, 80)), repeats=1):
-        torch.testing.assert_close(compiled(images), model(images), atol=2e-5, rtol=1e-5)
-        assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
+    for more in ({}, ROTARY):
+        torch._dynamo.reset()
+        model = create(net | more, method)
+        compiled = patch.compile(copy.deepcopy(model), bucket=16, mode="default", backend=backend)
+        for images in batches(sizes=((64, 64), (48, 80)), repeats=1):
+            check_equal(model, compiled, images, tolerance=2e-5)
+            assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize(("method", "parts"), [("pure", 1), ("graph", 2), ("algm", 3), ("tome", 4)])
+@pytest.mark.parametrize(
+    ("method", "parts"), [("pure", 1), ("graph", 2), ("algm", 3), ("tome", 4), ("dct", 4), ("mpm", 3)]
+)
 @torch.inference_mode()
 def test_every_part_is_compiled_once_for_all_token_counts(net, method, parts):
     backend, model = Counting(), create(net, method)
@@ -101,7 +144,7 @@ def test_every_part_is_compiled_once_for_all_token_counts(net, method, parts):
     for images in batches(sizes=((64, 64),), n_images=(1,), repeats=8):
         model.grid_scores(images)
         widths.add(None if method == "pure" else patch.reduction(model).sizes.shape[1])
-    assert len(widths) > 2 or method in ("pure", "tome")
+    assert len(widths) > 1 or method in ("pure", "tome", "dct")
     assert len(backend.shapes) == parts + 1  # and the decoder
 
 
@@ -123,8 +166,8 @@ def test_buckets_bound_the_shapes(net):
     """Every width is a multiple of the bucket, or what there was before the merge."""
     model, bucket = create(net, "tome", r=5), 24
     patch.compile(model, bucket=bucket, backend="eager")
-    with patch.reductions(model) as steps:
-        model.grid_scores(torch.randn(1, 3, 64, 64))
+    model.grid_scores(torch.randn(1, 3, 64, 64))
+    steps = patch.reductions(model)
     assert [step.counts.item() for step in steps.values()] == [59, 54, 49]
     assert [step.sizes.shape[1] for step in steps.values()] == [64, 64, 64]
 
@@ -137,7 +180,7 @@ def test_remove_takes_it_out(net, method):
     parameters = [id(p) for p in model.parameters()]
     attributes = [set(vars(module)) for module in model.modules()]
     if method != "pure":
-        patch.segmenter(model, method, **METHODS[method])
+        patch.apply(model, method, **METHODS[method])
     patch.compile(model, backend="eager")(images)
     assert patch.is_compiled(model)
     assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
@@ -149,16 +192,20 @@ def test_remove_takes_it_out(net, method):
 
 @torch.inference_mode()
 def test_a_copy_is_compiled_by_itself(net):
+    """A pickle too."""
     model, images = create(net, "graph"), torch.randn(1, 3, 64, 64)
     expected = model(images)
     patch.compile(model, backend="eager")(images)
-    twin = copy.deepcopy(model)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for parameter in model.parameters():
         parameter.zero_()
     patch.remove(model)
-    assert patch.is_compiled(twin) and twin.compilation.model is twin
-    torch.testing.assert_close(twin(images), expected, atol=1e-5, rtol=1e-5)
-    assert patch.reduction(twin) is not None and not patch.is_patched(model)
+    for twin in twins:
+        assert patch.is_compiled(twin) and patch.is_patched(twin)
+        torch.testing.assert_close(twin(images), expected, atol=1e-5, rtol=1e-5)
+        assert patch.reduction(twin) is not None and not patch.is_patched(model)
+        patch.remove(twin)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
 
 
 @torch.inference_mode()
@@ -210,7 +257,7 @@ def test_linear_decoder(net):
 def test_the_bias_through_channels_compiles_too(net, monkeypatch):
     model = create(net, "graph", attention="proportional")
     expected = {images: model(images) for images in batches(sizes=((64, 64),), repeats=2)}
-    monkeypatch.setattr(patch.blocks, "carries", lambda x: True)
+    monkeypatch.setattr(state, "carries", lambda x: True)
     backend = Counting()
     patch.compile(model, bucket=8, backend=backend)
     for images, scores in expected.items():
@@ -244,7 +291,7 @@ def test_what_cannot_be_compiled_is_refused(net):
     with pytest.raises(ValueError, match="compiled already"):
         patch.compile(model)
     with pytest.raises(ValueError, match="before compiling"):
-        patch.segmenter(model, "graph")
+        patch.apply(model, "graph")
     assert not patch.is_patched(model)
 
 
@@ -264,8 +311,31 @@ def test_cuda_graphs_are_replayed(net, method):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
+@torch.inference_mode()
+def test_threads_share_a_compiled_model(net):
+    model = patch.compile(create(net, "graph"), bucket=8, backend="eager")
+    images = list(batches(SIZES[:1], n_images=(1, 2), repeats=2))
+    expected = [(model(batch), patch.reduction(model).lengths) for batch in images]
+
+    def run(batch):
+        with torch.inference_mode():
+            return [(model(batch), patch.reduction(model).lengths) for _ in range(5)][-1]
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        for (found, lengths), (wanted, wanted_lengths) in zip(pool.map(run, images), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+            assert lengths == wanted_lengths
+
+
+@torch.inference_mode()
+def test_an_empty_batch(net):
+    for method in ("pure", "graph", "tome"):
+        model = patch.compile(create(net, method), bucket=8, backend="eager")
+        assert model(torch.randn(0, 3, 64, 64)).shape == (0, 5, 64, 64)
+
+
 def test_a_widened_reduction_merges_the_same():
-    reduction = Reduction.of_counts(torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]]), torch.tensor([3, 2]), torch.rand(2, 4))
+    reduction = Grouping.of_counts(torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]]), torch.tensor([3, 2]), torch.rand(2, 4))
     wide, x = reduction.widened(5), torch.randn(2, 4, 3)
     assert wide.sizes.shape == (2, 5) and wide.padding.sum(1).tolist() == [2, 3]
     assert torch.equal(wide.merge(x)[:, :3], reduction.merge(x)) and not wide.merge(x)[:, 3:].any()

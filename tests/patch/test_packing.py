@@ -1,4 +1,4 @@
-"""Batches whose images keep different numbers of tokens, behind each other instead of padded."""
+"""Batches whose images keep different numbers of tokens, concatenated instead of padded."""
 
 import copy
 from itertools import pairwise
@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import patch
-from g2tm import Reduction
-from patch import blocks, packing
-from patch.packing import Packing, can_pack
+from g2tm import Grouping
+from patch import attention
+from patch.attention import can_pack
+from patch.families import base
+from patch.packing import Packing
 from segm.model.factory import create_segmenter
-from tests.g2tm.test_waits import Reads, Waits
+from tests.helpers import Reads, Waits, different_images
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SETTINGS = {
@@ -38,17 +40,12 @@ def packed(monkeypatch):
 
 
 def patched(net, name, **more):
-    return patch.segmenter(create_segmenter(net | more), name.split()[0], **SETTINGS[name])
-
-
-def different_images(n=3):
-    """(n, 3, 32, 32), from faint to strong, so that they keep different numbers of tokens."""
-    return torch.randn(n, 3, 32, 32) * torch.logspace(-1, 0.5, n).view(n, 1, 1, 1)
+    return patch.apply(create_segmenter(net | more), name.split()[0], **SETTINGS[name])
 
 
 def random_reduction(lengths, n_tokens=12):
     assignment = torch.stack([torch.arange(n_tokens) % length for length in lengths])
-    return Reduction(assignment, torch.tensor(lengths), lengths)
+    return Grouping(assignment, torch.tensor(lengths), lengths)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -60,7 +57,7 @@ def test_scores_are_those_of_padded_images_and_of_images_alone(small_net, monkey
     alone = torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(found, alone, **TOLERANCE)
     packed.clear()
-    monkeypatch.setattr(blocks, "can_pack", lambda x, dropout: False)
+    monkeypatch.setattr(base, "can_pack", lambda x, dropout: False)
     torch.testing.assert_close(found, model(images), **TOLERANCE)
     assert not packed
 
@@ -78,7 +75,7 @@ def test_training_gives_the_gradients_of_padded_images(small_net, monkeypatch, p
     model = patched(small_net, "graph proportional", drop_path_rate=drop_path).train()
     images, gradients = different_images(8), []
     for decide in (can_pack, lambda x, dropout: False):
-        monkeypatch.setattr(blocks, "can_pack", decide)
+        monkeypatch.setattr(base, "can_pack", decide)
         model.zero_grad()
         torch.manual_seed(0)
         model(images).square().mean().backward()
@@ -100,7 +97,7 @@ def test_stochastic_depth_leaves_out_whole_images():
 @torch.inference_mode()
 def test_a_classifier_of_timm(packed):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7).eval()
-    patch.timm(vit, "graph", threshold=0.0, attention="proportional")
+    patch.apply(vit, "graph", threshold=0.0, attention="proportional")
     images = torch.randn(3, 3, 64, 64) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)
     torch.testing.assert_close(vit(images), torch.cat([vit(image[None]) for image in images]), **TOLERANCE)
     assert len(packed) == 1
@@ -132,22 +129,17 @@ def test_blocks_that_cannot_work_on_packed_tokens_get_them_in_rows(small_net, pa
     model.decoder.blocks[0].attn.fused_attn = False
     torch.testing.assert_close(model(images), expected, **TOLERANCE)
     assert len(packed) == 1
-    packed.clear()
-    masked = model.encoder.forward_features(images, attn_mask=torch.zeros(1, 1, 1, 1))
-    assert not packed
-    kept = F.pad(~patch.reduction(model).padding, (1, 0), value=True)
-    torch.testing.assert_close(masked[kept], model.encoder.forward_features(images)[kept], **TOLERANCE)
 
 
 @torch.inference_mode()
 def test_equal_lengths_and_buckets_are_not_packed(small_net, packed):
-    model = patch.segmenter(create_segmenter(small_net).eval(), "graph", threshold=0.2, batch="uniform")
+    model = patch.apply(create_segmenter(small_net).eval(), "graph", threshold=0.2, batch="uniform")
     model(different_images())
     patch.remove(model)
-    patch.segmenter(model, "tome", r=2)
+    patch.apply(model, "tome", r=2)
     model(different_images())
     patch.remove(model)
-    patch.compile(patch.segmenter(model, "graph", threshold=0.2), bucket=8, backend="eager")
+    patch.compile(patch.apply(model, "graph", threshold=0.2), bucket=8, backend="eager")
     model(different_images())
     assert not packed
 
@@ -229,20 +221,20 @@ def reference_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_what_the_kernel_is_given(monkeypatch, width, biased, dtype, tolerance):
-    monkeypatch.setattr(packing, "varlen_attn", reference_varlen, raising=False)
+    monkeypatch.setattr(attention, "varlen_attn", reference_varlen, raising=False)
     qkv, where, expected = attention_case(width, dtype, biased)
-    found = packing._in_one_kernel(*qkv, where, 0.0, width**-0.5)
+    found = attention._in_one_kernel(*qkv, where, 0.0, width**-0.5)
     assert found.dtype == dtype and found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_the_kernel_is_given_one_dtype_and_one_width(monkeypatch):
     """Norms of queries and keys leave float32 under autocast; differential attention has values twice as wide."""
-    monkeypatch.setattr(packing, "varlen_attn", reference_varlen, raising=False)
+    monkeypatch.setattr(attention, "varlen_attn", reference_varlen, raising=False)
     (query, key, value), where, _ = attention_case(32, torch.float32, biased=True)
     wide = torch.cat([value, value.flip(-1)], -1)
     expected = F.scaled_dot_product_attention(query, key, wide, attn_mask=where.mask)
-    found = packing._in_one_kernel(query, key, wide.bfloat16(), where, 0.0, 32**-0.5)
+    found = attention._in_one_kernel(query, key, wide.bfloat16(), where, 0.0, 32**-0.5)
     assert found.dtype == torch.bfloat16 and found.shape == wide.shape
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
 
@@ -279,7 +271,7 @@ def test_cuda_gives_the_gradients_of_padded_images(small_net, monkeypatch, packe
     model = patched(small_net | {"d_model": 64, "n_heads": 2}, "graph proportional").train().cuda()
     images, gradients = different_images(8).cuda(), []
     for decide in (can_pack, lambda x, dropout: False):
-        monkeypatch.setattr(blocks, "can_pack", decide)
+        monkeypatch.setattr(base, "can_pack", decide)
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             model(images).square().mean().backward()

@@ -1,15 +1,14 @@
 """Putting a method into a Segmenter and taking it out again."""
 
-import copy
+import itertools
 
 import pytest
 import torch
 
 import g2tm
 import patch
-from g2tm import Reduction
-from patch.registry import METHODS
 from segm.model.factory import create_segmenter
+from tests.helpers import METHOD_OPTIONS, RAGGED, different_images
 
 ATTENTION = {"none": "none", "prop": "proportional", "iprop": "inverse"}
 
@@ -23,18 +22,20 @@ def same_partition(a, b):
 def check_case(model, cases, case_settings, name):
     """Logits, token counts and partitions of a conformance case."""
     images = cases["x1" if name.endswith("b1") else "x2"]
-    torch.testing.assert_close(model(images)[..., ::8, ::8], cases[f"{name}.logits"], atol=1e-4, rtol=0)
+    found = model(images)[..., ::8, ::8]
+    torch.testing.assert_close(found, cases[f"{name}.logits"], atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
     reduction, tokens = patch.reduction(model), case_settings[name]["tokens"]
-    assert reduction.counts.tolist() == (tokens if isinstance(tokens, list) else [tokens] * len(images))
+    assert reduction.counts.tolist() == (tokens if isinstance(tokens, list) else [tokens] * len(images)), name
     for image, expected in enumerate(cases[f"{name}.assignment"].view(-1, 144)):
-        assert same_partition(reduction.assignment[image], expected)
+        assert same_partition(reduction.assignment[image], expected), name
+    return reduction
 
 
-METHOD_SETTINGS = {
-    "graph": {"threshold": 0.2},
-    "algm": {"layers": [1, 3], "threshold": 0.1},
-    "tome": {"r": 2},
-}
+def create(net, method, **options):
+    """A patched Segmenter in evaluation mode, with learned parts where the method has some."""
+    model = create_segmenter(net).eval()
+    patch.add_modules(model.encoder, method)
+    return patch.apply(model, method, **METHOD_OPTIONS[method] | options)
 
 
 @pytest.fixture
@@ -42,149 +43,171 @@ def model(small_net):
     return create_segmenter(small_net).eval()
 
 
-@pytest.mark.parametrize("threshold", [0.85, 0.95])
-@pytest.mark.parametrize("mode", ATTENTION)
-@pytest.mark.parametrize("batch", ["b1", "b2"])
 @torch.inference_mode()
-def test_graph_reproduces_the_published_outputs(golden_model, cases, case_settings, threshold, mode, batch):
-    name = f"graph.l2.t{threshold}.{mode}.{batch}"
-    patch.segmenter(golden_model, "graph", layers=[2], threshold=threshold, attention=ATTENTION[mode])
-    check_case(golden_model, cases, case_settings, name)
-
-
-@pytest.mark.parametrize("threshold", [0.85, 0.95])
-@pytest.mark.parametrize("layers", [[1], [1, 5]])
-@pytest.mark.parametrize("batch", ["b1", "b2"])
-@torch.inference_mode()
-def test_algm_reproduces_the_published_outputs(golden_model, cases, case_settings, threshold, layers, batch):
-    name = f"algm.{'clap-l1' if layers == [1] else 'l1-5'}.t{threshold}.{batch}"
-    patch.segmenter(golden_model, "algm", layers=layers, threshold=threshold, batch="uniform")
-    check_case(golden_model, cases, case_settings, name)
-    if f"{name}.size" in cases:  # in the published token order
-        expected = cases[f"{name}.size"].view(len(patch.reduction(golden_model).sizes), -1)[:, 1:]
-        torch.testing.assert_close(patch.reduction(golden_model).sizes, expected)
-
-
-@pytest.mark.parametrize(("r", "mode"), [(6, "prop"), (6, "none"), (16, "prop")])
-@pytest.mark.parametrize("batch", ["b1", "b2"])
-@torch.inference_mode()
-def test_tome_reproduces_the_published_outputs(golden_model, cases, case_settings, r, mode, batch):
-    patch.segmenter(golden_model, "tome", r=r, attention=ATTENTION[mode])
-    check_case(golden_model, cases, case_settings, f"tome.segmenter.r{r}.{mode}.{batch}")
+def test_graph_reproduces_the_published_outputs(golden_model, cases, case_settings):
+    for threshold, (mode, attention), batch in itertools.product((0.85, 0.95), ATTENTION.items(), ("b1", "b2")):
+        patch.apply(golden_model, "graph", layers=[2], threshold=threshold, attention=attention)
+        check_case(golden_model, cases, case_settings, f"graph.l2.t{threshold}.{mode}.{batch}")
+        patch.remove(golden_model)
 
 
 @torch.inference_mode()
-def test_remove_restores_bit_identical_outputs(model):
+def test_algm_reproduces_the_published_outputs(golden_model, cases, case_settings):
+    n_sizes = 0
+    for threshold, layers, batch in itertools.product((0.85, 0.95), ([1], [1, 5]), ("b1", "b2")):
+        name = f"algm.{'clap-l1' if layers == [1] else 'l1-5'}.t{threshold}.{batch}"
+        patch.apply(golden_model, "algm", layers=layers, threshold=threshold, batch="uniform")
+        reduction = check_case(golden_model, cases, case_settings, name)
+        if f"{name}.size" in cases:  # in the published token order
+            expected = cases[f"{name}.size"].view(len(reduction.sizes), -1)[:, 1:]
+            torch.testing.assert_close(reduction.sizes, expected)
+            n_sizes += 1
+        patch.remove(golden_model)
+    assert n_sizes
+
+
+@torch.inference_mode()
+def test_tome_reproduces_the_published_outputs(golden_model, cases, case_settings):
+    for (r, mode), batch in itertools.product(((6, "prop"), (6, "none"), (16, "prop")), ("b1", "b2")):
+        patch.apply(golden_model, "tome", r=r, attention=ATTENTION[mode])
+        check_case(golden_model, cases, case_settings, f"tome.segmenter.r{r}.{mode}.{batch}")
+        patch.remove(golden_model)
+
+
+def test_the_names_of_the_first_form_are_kept():
+    assert patch.segmenter is patch.timm is patch.apply
+
+
+@torch.inference_mode()
+def test_remove_restores_the_model_exactly(model):
     images, keys = torch.randn(2, 3, 32, 48), list(model.state_dict())
-    before, attributes = model(images), set(vars(model))
-    parameters = [id(p) for p in model.parameters()]
-    patch.segmenter(model, "graph", threshold=0.1, attention="proportional")
-    assert not torch.equal(model(images), before)
-    assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
-    patch.remove(model)
-    assert torch.equal(model(images), before)
-    assert set(vars(model)) == attributes and not model.encoder.patch_embed._forward_hooks
+    before, parameters = model(images), [id(p) for p in model.parameters()]
+    attributes, classes = [set(vars(m)) for m in model.modules()], [type(m) for m in model.modules()]
+    for method in METHOD_OPTIONS.keys() - {"dtem"}:
+        patch.apply(model, method, **METHOD_OPTIONS[method])
+        assert patch.is_patched(model) and patch.method(model) == method
+        assert not torch.equal(model(images), before), method
+        assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+        assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+        assert patch.remove(model) is model and not patch.is_patched(model)
+        assert torch.equal(model(images), before), method
+        assert [set(vars(m)) for m in model.modules()] == attributes
+        assert [type(m) for m in model.modules()] == classes
     patch.remove(model)  # of an unpatched model: nothing happens
+
+
+@torch.inference_mode()
+def test_a_patched_model_stays_what_it_was(model):
+    """By class and attribute, for whoever asks."""
+    own = [type(m) for m in model.modules()]
+    patch.apply(model, "graph")
+    assert all(isinstance(m, cls) for m, cls in zip(model.modules(), own, strict=True))
 
 
 @torch.inference_mode()
 def test_threshold_one_merges_nothing(model):
     images = torch.randn(2, 3, 32, 32)
     before = model(images)
-    patch.segmenter(model, "graph", threshold=1.0)
+    patch.apply(model, "graph", threshold=1.0)
     torch.testing.assert_close(model(images), before)
     assert patch.reduction(model).counts.tolist() == [16, 16]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("size", [(32, 64), (40, 24), (33, 45)])
-def test_rectangular_and_padded_images(model, size):
-    patch.segmenter(model, "graph", threshold=0.2)
-    images = torch.randn(2, 3, *size)
-    assert model(images).shape == (2, 5, *size)
-    assert model.predict(images).shape == (2, *size)
-    grid = [-(-side // 8) for side in size]
-    assert patch.reduction(model).assignment.shape == (2, grid[0] * grid[1])
+def test_rectangular_and_padded_images(small_net):
+    for method in METHOD_OPTIONS:
+        model = create(small_net, method)
+        for size in ((32, 64), (40, 24), (33, 45)):
+            images = torch.randn(2, 3, *size)
+            assert model(images).shape == (2, 5, *size)
+            assert model.predict(images).shape == (2, *size)
+            n_patches = -(-size[0] // 8) * -(-size[1] // 8)
+            reduction = patch.reduction(model)
+            assert reduction.unmerge(reduction.sizes.unsqueeze(-1)).shape[1] == n_patches
+            assert max(reduction.lengths) < n_patches, method
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("attention", ["none", "proportional", "inverse"])
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_a_ragged_batch_equals_its_images(model, method, attention):
-    patch.segmenter(model, method, attention=attention, **METHOD_SETTINGS[method])
-    images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
-    together = model(images)
-    assert method == "tome" or len(set(patch.reduction(model).counts.tolist())) > 1
-    alone = torch.cat([model(image.unsqueeze(0)) for image in images])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+def test_a_ragged_batch_equals_its_images(small_net):
+    images = different_images()
+    for method, attention in itertools.product(METHOD_OPTIONS, ATTENTION.values()):
+        model = create(small_net, method, attention=attention)
+        together = model(images)
+        assert (len(set(patch.reduction(model).lengths)) > 1) == (method in RAGGED), method
+        alone = torch.cat([model(image.unsqueeze(0)) for image in images])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5, msg=lambda text, m=method: f"{m}: {text}")
 
 
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_gradients_pass_the_merge(model, method):
-    patch.segmenter(model.train(), method, attention="proportional", **METHOD_SETTINGS[method])
-    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    # A bias before a LayerNorm or of the keys may get an exact 0; whole blocks may not.
-    assert {name for name in wanted - reached if not name.endswith("bias")} == set()
+@torch.inference_mode()
+def test_a_uniform_batch_keeps_as_many_tokens_in_every_image(small_net):
+    for method in RAGGED:
+        model = create(small_net, method, batch="uniform")
+        model(different_images())
+        assert len(set(patch.reduction(model).lengths)) == 1 and patch.reduction(model).padding is None
 
 
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_gradients_of_the_merged_model_are_right(small_net, method):
+def test_gradients_pass_the_merge(small_net):
+    for method in METHOD_OPTIONS:
+        model = create(small_net, method, attention="proportional").train()
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+        reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        # A bias before a LayerNorm or of the keys may get an exact 0; whole blocks may not.
+        assert {name for name in wanted - reached if not name.endswith("bias")} == set(), method
+
+
+def test_gradients_of_the_merged_model_are_right(small_net):
     """In double precision, with respect to the position embedding: every patch token is reached."""
-    model = create_segmenter(small_net | {"image_size": [16, 32], "d_model": 8, "n_layers": 3}).double().eval()
-    options = METHOD_SETTINGS[method] | ({} if method == "tome" else {"threshold": -0.2})
-    patch.segmenter(model, method, attention="proportional", **options)
-    images, embedding = torch.randn(1, 3, 16, 32).double(), model.encoder.pos_embed.detach().clone()
+    net = small_net | {"image_size": [16, 32], "d_model": 8}
+    for method in METHOD_OPTIONS:
+        options = {"threshold": -0.2} if "threshold" in METHOD_OPTIONS[method] else {}
+        model = create(net, method, attention="proportional", **options).double()
+        images, embedding = torch.randn(1, 3, 16, 32).double(), model.encoder.pos_embed.detach().clone()
 
-    def scores(embedding):
-        parameters = {"encoder.pos_embed": embedding}
-        return torch.func.functional_call(model, parameters, (images,))[..., ::8, ::8]
+        def logits(embedding, model=model, images=images):
+            parameters = {"encoder.pos_embed": embedding}
+            return torch.func.functional_call(model, parameters, (images,))[..., ::8, ::8]
 
-    assert torch.autograd.gradcheck(scores, embedding.requires_grad_(), fast_mode=True)
-    assert patch.reduction(model).counts.item() < 8
-    (gradient,) = torch.autograd.grad(scores(embedding).square().sum(), embedding)
-    assert (gradient.abs().sum(-1) > 0).all()
-
-
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_mixed_precision_and_drop_path(small_net, method):
-    model = create_segmenter(small_net | {"drop_path_rate": 0.5}).train()
-    patch.segmenter(model, method, attention="proportional", **METHOD_SETTINGS[method])
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(2, 3, 32, 32)).float().mean().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert torch.autograd.gradcheck(logits, embedding.requires_grad_(), fast_mode=True), method
+        assert patch.reduction(model).counts.item() < 8
+        (gradient,) = torch.autograd.grad(logits(embedding).square().sum(), embedding)
+        assert method == "tofu" or (gradient.abs().sum(-1) > 0).all(), method  # it drops tokens for good
 
 
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_selection_is_in_float32_under_autocast(method):
+def test_mixed_precision_and_drop_path(small_net):
+    for method in METHOD_OPTIONS:
+        model = create(small_net | {"drop_path_rate": 0.5}, method, attention="proportional").train()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 32, 32)).float().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None), method
+
+
+def test_selection_is_in_float32_under_autocast():
     """bfloat16 similarities would change partitions."""
     tokens = torch.nn.functional.avg_pool2d(torch.randn(4, 24, 20, 20), 5, 1, 2).flatten(2).transpose(1, 2)
-    merge = {
+    merges = {
         "graph": lambda: g2tm.graph_merge(tokens, (20, 20), 0.85),
-        "algm": lambda: g2tm.clap(tokens, (20, 20), 0.85),
-        "tome": lambda: g2tm.bipartite(tokens, threshold="adaptive", layer=3, prefix=0),
-    }[method]
-    expected = merge()
-    with torch.autocast("cpu", torch.bfloat16):
-        merged = merge()
-    assert torch.equal(merged.assignment, expected.assignment)
-    assert expected.counts.min() > 1 and expected.counts.max() < 400
+        "clap": lambda: g2tm.clap(tokens, (20, 20), 0.85),
+        "gbm": lambda: g2tm.bipartite(tokens, threshold="adaptive", layer=3, prefix=0),
+        "mpm": lambda: g2tm.mutual_pairs(tokens),
+        "tofu": lambda: g2tm.tofu(tokens, r=100, prune=True, prefix=0),
+    }
+    for name, merge in merges.items():
+        expected = merge()
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = merge()
+        assert torch.equal(merged.assignment, expected.assignment), name
+        assert expected.counts.min() > 1 and expected.counts.max() < 400, name
 
 
 def test_gradient_checkpointing_is_refused(model):
     model.encoder.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="checkpointing"):
-        patch.segmenter(model, "graph")
+        patch.apply(model, "graph")
     model.encoder.set_grad_checkpointing(False)
-    patch.segmenter(model, "graph").encoder.set_grad_checkpointing(True)
+    patch.apply(model, "graph").encoder.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="checkpointing"):
         model(torch.randn(1, 3, 32, 32))
-
-
-def test_what_is_no_segmenter_is_refused(model):
-    with pytest.raises(ValueError, match=r"patch\.timm"):
-        patch.segmenter(model.encoder, "graph")
 
 
 def test_algm_merges_later_in_deep_models():
@@ -194,18 +217,8 @@ def test_algm_merges_later_in_deep_models():
 
 
 @torch.inference_mode()
-def test_a_copy_of_a_patched_model_is_independent(model):
-    patch.segmenter(model, "graph", threshold=0.2)
-    twin, images = copy.deepcopy(model), torch.randn(1, 3, 32, 32)
-    expected = model(images)
-    patch.remove(model)
-    assert torch.equal(twin(images), expected)
-    assert patch.reduction(twin).sizes.sum() == 16
-
-
-@torch.inference_mode()
 def test_attention_of_a_patched_model_has_the_merged_tokens(model):
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.apply(model, "graph", threshold=0.2, attention="proportional")
     images = torch.randn(1, 3, 32, 32)
     weights = model.attention(images, 2)
     kept = 1 + patch.reduction(model).counts.item()
@@ -216,126 +229,166 @@ def test_attention_of_a_patched_model_has_the_merged_tokens(model):
 
 
 @torch.inference_mode()
+def test_attention_is_shown_for_methods_that_look_at_it_too(small_net):
+    images = torch.randn(1, 3, 32, 32)
+    for method in ("tome", "tofu", "dtem"):
+        weights = create(small_net, method).attention(images, 1)
+        assert weights.shape[-1] == 15
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+@torch.inference_mode()
 def test_set_threshold(model):
-    patch.segmenter(model, "graph", threshold=1.0)
+    images = torch.randn(1, 3, 32, 32)
+    patch.apply(model, "graph", threshold=1.0)
     patch.set_threshold(model, -1.0)
-    model(torch.randn(1, 3, 32, 32))
-    assert patch.settings(model)["threshold"] == -1.0
+    model(images)
+    assert patch.options(model)["threshold"] == -1.0 and patch.reduction(model).lengths == (1,)
     with pytest.raises(ValueError, match="-1 to 1"):
         patch.set_threshold(model, 2.0)
-    assert patch.settings(model)["threshold"] == -1.0
+    assert patch.options(model)["threshold"] == -1.0
+    patch.apply(patch.remove(model), "algm", layers=[1, 2], window=(0, 0), threshold=0.5)
+    patch.set_threshold(model, 0.6)
+    assert patch.options(model)["window"] is None and patch.options(model)["threshold"] == 0.6
+    patch.apply(patch.remove(model), "tome")
+    with pytest.raises(ValueError, match="tome has no threshold"):
+        patch.set_threshold(model, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "allowed"),
-    [
+def test_the_options_are_a_copy(model):
+    patch.apply(model, "graph")
+    patch.options(model)["threshold"] = 0.1
+    assert patch.options(model)["threshold"] == 0.88
+
+
+def test_bad_options_are_refused_before_anything_changes(model):
+    refused = [
         ("nosuch", {}, "graph"),
         ("graph", {"layers": [4]}, "1 to 3"),
         ("graph", {"layers": [0]}, "1 to 3"),
         ("graph", {"layers": [1, 2]}, "one layer"),
         ("graph", {"layers": [2, 1]}, "ascending"),
-        ("graph", {"threshold": 1.01}, "-1 to 1"),
+        ("graph", {"layers": []}, "layers"),
+        ("graph", {"threshold": 1.01}, "threshold 1.01.*-1 to 1"),
+        ("graph", {"threshold": float("nan")}, "-1 to 1"),
+        ("graph", {"threshold": "auto"}, "threshold 'auto': give a number from -1 to 1$"),
         ("graph", {"attention": "prop"}, "proportional"),
         ("graph", {"batch": "even"}, "ragged"),
-        ("graph", {"r": 8}, "threshold"),
-        ("graph", {"backend": "cuda"}, "scipy"),
-        ("graph", {"layers": [True]}, "1 to 3"),
+        ("graph", {"r": 8}, "takes no r.*threshold"),
+        ("graph", {"backend": "cuda"}, "opencv"),
+        ("graph", {"layers": [True]}, r"layers \[True\].*integer"),
         ("algm", {"layers": [1, 2], "window": (5, 5)}, "larger than the grid"),
         ("algm", {"layers": [1, 2], "window": (1, 1)}, "at least two"),
-        ("algm", {"layers": [1, 2], "gbm_threshold": "auto"}, "adaptive, tau"),
+        ("algm", {"layers": [1, 2], "window": 2}, "window 2: give 2 values"),
+        ("algm", {"layers": [1, 2], "gbm_threshold": "auto"}, "adaptive or tau"),
         ("algm", {"layers": [1, 2], "gbm_threshold": 1.5}, "-1 to 1"),
         ("algm", {"layers": [2, 2]}, "ascending"),
-        ("tome", {"r": -1}, "0 or more"),
+        ("algm", {}, "by default.*1 to 3.*other layers"),
+        ("mpm", {}, "by default.*1 to 3.*other layers"),
+        ("tome", {"r": -1}, "from 0"),
         ("tome", {"r": [1, 2]}, "3 layers"),
+        ("tome", {"r": [1, 2, 3], "r_inflection": 0.5}, "inflection"),
         ("tome", {"r": (4, 2.0)}, "inflection"),
         ("tome", {"r": (4, "a")}, "inflection"),
-        ("algm", {"layers": [1, 2], "window": 2}, "height and width"),
-    ],
-)
-def test_bad_options_are_refused_before_anything_changes(model, method, options, allowed):
-    with pytest.raises(ValueError, match=allowed):
-        patch.segmenter(model, method, **options)
-    assert not patch.is_patched(model) and type(model.encoder.blocks[0]).__name__ == "Block"
+        ("tofu", {"variant": "pruned"}, "code or paper"),
+        ("dct", {"layers": [4]}, "0 to 3"),
+        ("dtem", {}, "add_modules"),
+    ]
+    for method, options, allowed in refused:
+        with pytest.raises(ValueError, match=allowed) as caught:
+            patch.apply(model, method, **options)
+        assert "\n" not in str(caught.value)
+        assert not patch.is_patched(model) and type(model.encoder.blocks[0]).__name__ == "Block"
 
 
 def test_patching_twice_and_asking_the_unpatched_are_refused(model):
-    for ask in (patch.reduction, patch.settings):
-        with pytest.raises(ValueError, match=r"patch\.segmenter"):
+    for ask in (patch.reduction, patch.options, patch.method, lambda model: patch.set_threshold(model, 0.5)):
+        with pytest.raises(ValueError, match=r"patch\.apply"):
             ask(model)
-    patch.segmenter(model, "graph")
-    with pytest.raises(ValueError, match=r"patch\.remove"):
-        patch.segmenter(model, "graph")
+    patch.apply(model, "graph")
+    for part in (model, model.encoder):
+        with pytest.raises(ValueError, match=r"patch\.remove"):
+            patch.apply(part, "graph")
 
 
 def test_unknown_blocks_are_refused(small_net):
-    model = create_segmenter(small_net)
-    model.encoder.blocks[1].__class__ = type("Strange", (type(model.encoder.blocks[1]),), {})
-    with pytest.raises(ValueError, match="Strange"):
-        patch.segmenter(model, "graph")
-
-
-@pytest.fixture
-def halves():
-    """A registered method that merges neighbouring pairs of tokens in the layers it is given."""
-
-    def merge(step):
-        n_images, n_tokens = step.x.shape[:2]
-        assignment = (torch.arange(n_tokens) // 2).expand(n_images, -1)
-        width = -(-n_tokens // 2)
-        return Reduction(assignment, torch.full((n_images,), width), [width] * n_images, step.sizes)
-
-    patch.register("halves", merge, layers=(1, 3))
-    yield "halves"
-    del METHODS["halves"]
-
-
-@torch.inference_mode()
-def test_a_registered_method_works_and_composes(model, halves):
-    patch.segmenter(model, halves, attention="proportional")
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5, 32, 32)
-    reduction = patch.reduction(model)
-    assert reduction.counts.tolist() == [4, 4]
-    assert torch.equal(reduction.sizes, torch.full((2, 4), 4.0))
-    with pytest.raises(ValueError, match="already"):
-        patch.register(halves, lambda step: None)
+    for part in ("encoder", "decoder"):
+        model = create_segmenter(small_net)
+        block = getattr(model, part).blocks[0]
+        block.__class__ = type("Strange", (type(block),), {})
+        with pytest.raises(ValueError, match="Strange"):
+            patch.apply(model, "graph")
+        assert not patch.is_patched(model)
 
 
 @torch.inference_mode()
 def test_algm_alone_in_every_layer_and_with_a_fixed_threshold(model):
     images = torch.randn(2, 3, 32, 32)
-    for options in ({"window": None, "layers": [1, 2, 3]}, {"layers": [1, 2, 3], "gbm_threshold": "tau"}):
-        patch.segmenter(model, "algm", threshold=-1.0, **options)
+    for options in ({"window": (0, 0), "layers": [1, 2, 3]}, {"layers": [1, 2, 3], "gbm_threshold": "tau"}):
+        patch.apply(model, "algm", threshold=-1.0, **options)
         assert model(images).shape == (2, 5, 32, 32)
-        counts = patch.reduction(model).counts.tolist()
         if "gbm_threshold" in options:  # 16 patches: four windows, then all that may merge: 2, then 1
-            assert counts == [1, 1]
+            assert [step.lengths for step in patch.reductions(model).values()] == [(4, 4), (2, 2), (1, 1)]
         patch.remove(model)
 
 
 @torch.inference_mode()
-def test_algm_is_uniform_in_training_and_ragged_at_inference(model):
-    images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
-    patch.segmenter(model, "algm", **METHOD_SETTINGS["algm"])
+def test_algm_is_uniform_in_training_and_ragged_at_inference(small_net):
+    model, images = create(small_net, "algm"), different_images()
     model.train()(images)
-    assert len(set(patch.reduction(model).counts.tolist())) == 1
+    assert len(set(patch.reduction(model).lengths)) == 1
     model.eval()(images)
-    assert len(set(patch.reduction(model).counts.tolist())) > 1
+    assert len(set(patch.reduction(model).lengths)) > 1
 
 
-@pytest.mark.parametrize(
-    ("r", "removed"), [(4, [4, 4, 4]), ([1, 0, 3], [1, 0, 3]), ((4, 1.0), [0, 4, 8]), ((4, -0.5), [6, 4, 2])]
-)
-def test_schedules_of_tome(r, removed):
+def test_schedules_of_tome():
     from patch.methods import scheduled_r
 
-    assert [scheduled_r(r, layer, 3) for layer in (1, 2, 3)] == removed
+    for r, inflection, removed in (
+        (4, None, [4, 4, 4]),
+        ([1, 0, 3], None, [1, 0, 3]),
+        (4, 1.0, [0, 4, 8]),
+        (4, -0.5, [6, 4, 2]),
+    ):
+        assert [scheduled_r(r, inflection, layer, 3) for layer in (1, 2, 3)] == removed
+    assert scheduled_r(4, 0.5, 1, 1) == 2  # of one layer
+    found = patch.check("tome", 3, (4, 4), r=(4, 0.5))
+    assert (found["r"], found["r_inflection"]) == (4, 0.5)
 
 
 @torch.inference_mode()
-def test_tome_never_removes_more_than_half(model):
-    patch.segmenter(model, "tome", r=100)
-    model(torch.randn(1, 3, 32, 32))
-    assert patch.reduction(model).counts.item() == 2  # 16, 8, 4, 2
+def test_fixed_numbers_never_remove_more_than_half(small_net):
+    for method in ("tome", "tofu", "dct", "dtem"):
+        model = create(small_net, method, r=100)
+        model(torch.randn(1, 3, 32, 32))
+        assert [step.lengths for step in patch.reductions(model).values()] == [(8,), (4,), (2,)], method
+
+
+@torch.inference_mode()
+def test_dct_before_the_first_block(small_net):
+    model = create(small_net, "dct", layers=[0, 2], r=[3, 0, 5])
+    with pytest.raises(ValueError, match="0 to 3"):
+        patch.check("dct", 3, (4, 4), layers=[4])
+    with patch.replaced_merge(model, lambda step: g2tm.dct(step.x, r=step.layer + 1)):
+        model(torch.randn(2, 3, 32, 32))
+    assert {layer: step.lengths for layer, step in patch.reductions(model).items()} == {0: (15, 15), 2: (12, 12)}
+
+
+@torch.inference_mode()
+def test_another_function_may_stand_for_the_merge(model):
+    """To record merges, and to replay them."""
+    patch.apply(model, "graph", threshold=0.2)
+    images, own, record = torch.randn(2, 3, 32, 32), patch.find("graph").merge, []
+    expected = model(images)
+    with patch.replaced_merge(model, lambda step: record.append(own(step)) or record[-1]):
+        model(images)
+    assert len(record) == 1
+    with patch.replaced_merge(model, lambda step: record[0]):
+        assert torch.equal(model(images), expected)
+        assert patch.reduction(model) is record[0] and patch.method(model) == "graph"
+    with pytest.raises(KeyError), patch.replaced_merge(model, lambda step: {}["none"]):
+        model(images)
+    assert torch.equal(model(images), expected) and len(record) == 1
 
 
 @torch.inference_mode()

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import patch
 from g2tm import attention_bias
-from patch import blocks
-from patch.flash import KeyBias, carries, key_channels
+from patch import state
+from patch.attention import KeyBias, carries, key_channels
+from patch.families import base
 from segm.model.factory import create_segmenter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -18,15 +19,15 @@ WIDTHS = (64, 32, 80, 20)
 def through_channels(monkeypatch):
     """On the CPU too, and padded as where packed sequences have no kernel; gives the attentions that took the bias."""
     taken = []
-    original = KeyBias.__torch_function__.__func__
+    original = KeyBias.attend
 
-    def counted(cls, function, types, args=(), kwargs=None):
-        taken.append(function is F.scaled_dot_product_attention)
-        return original(cls, function, types, args, kwargs)
+    def counted(*args, **kwargs):
+        taken.append(True)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(blocks, "carries", lambda x: True)
-    monkeypatch.setattr(blocks, "can_pack", lambda x, dropout: False)
-    monkeypatch.setattr(KeyBias, "__torch_function__", classmethod(counted))
+    monkeypatch.setattr(state, "carries", lambda x: True)
+    monkeypatch.setattr(base, "can_pack", lambda x, dropout: False)
+    monkeypatch.setattr(KeyBias, "attend", staticmethod(counted))
     return taken
 
 
@@ -102,21 +103,21 @@ def test_elsewhere_it_is_an_ordinary_tensor():
 def test_a_model_gives_the_same_either_way(small_net, monkeypatch, through_channels, method, options, attention):
     """Prefix tokens in the encoder, class tokens in the decoder, padding in a ragged batch."""
     model = create_segmenter(small_net).eval()
-    patch.segmenter(model, method, attention=attention, **options)
+    patch.apply(model, method, attention=attention, **options)
     images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
     found = model(images)
     assert sum(through_channels) == {"graph": 2, "tome": 3 if attention != "none" else 0}[method]
-    monkeypatch.setattr(blocks, "carries", carries)
+    monkeypatch.setattr(state, "carries", carries)
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_training_gives_the_same_gradients(small_net, monkeypatch, through_channels):
     model = create_segmenter(small_net).train()
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.apply(model, "graph", threshold=0.2, attention="proportional")
     images = torch.randn(2, 3, 32, 32)
     gradients = []
     for decide in (lambda x: True, carries):
-        monkeypatch.setattr(blocks, "carries", decide)
+        monkeypatch.setattr(state, "carries", decide)
         model.zero_grad()
         model(images).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -128,7 +129,7 @@ def test_training_gives_the_same_gradients(small_net, monkeypatch, through_chann
 @torch.inference_mode()
 def test_attention_weights_can_still_be_shown(small_net, through_channels, dtype):
     model = create_segmenter(small_net).eval().to(dtype)
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.apply(model, "graph", threshold=0.2, attention="proportional")
     weights = model.attention(torch.randn(1, 3, 32, 32, dtype=dtype), 2)
     assert any(through_channels)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
@@ -137,7 +138,7 @@ def test_attention_weights_can_still_be_shown(small_net, through_channels, dtype
 @torch.inference_mode()
 def test_explicit_attention_keeps_the_additive_bias(small_net, through_channels):
     model = create_segmenter(small_net).eval().bfloat16()
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.apply(model, "graph", threshold=0.2, attention="proportional")
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         block.attn.fused_attn = False
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
@@ -147,7 +148,7 @@ def test_explicit_attention_keeps_the_additive_bias(small_net, through_channels)
 @torch.inference_mode()
 def test_mixed_precision(small_net, through_channels):
     model = create_segmenter(small_net).eval()
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
+    patch.apply(model, "graph", threshold=0.2, attention="proportional")
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,16 +172,3 @@ def test_flash_kernels_take_the_bias(width, dtype):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         found = F.scaled_dot_product_attention(*(x.cuda() for x in qkv), attn_mask=bias.cuda().as_subclass(KeyBias))
     torch.testing.assert_close(found.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-@torch.inference_mode()
-def test_beside_another_mask_it_stays_additive(small_net, through_channels):
-    model = create_segmenter(small_net).eval().bfloat16()
-    patch.segmenter(model, "graph", threshold=0.2, attention="proportional")
-    images = torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
-    expected = model.encoder.forward_features(images)
-    through_channels.clear()
-    none = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
-    found = model.encoder.forward_features(images, attn_mask=none)
-    assert not through_channels
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)

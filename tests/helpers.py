@@ -1,0 +1,56 @@
+"""What the tests of several folders share and no fixture can give."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
+
+# Options with which every method merges something in a network of three layers with random weights.
+METHOD_OPTIONS = {
+    "graph": {"threshold": 0.2},
+    "algm": {"layers": [1, 3], "threshold": 0.1},
+    "tome": {"r": 2},
+    "tofu": {"r": 2},
+    "dct": {"r": 2},
+    "dtem": {"r": 2},
+    "mpm": {"layers": [2, 3]},
+}
+RAGGED = ("graph", "algm", "mpm")  # of these, the methods whose images keep different numbers of tokens
+
+
+def different_images(n=3, side=32):
+    """(n, 3, side, side), from faint to strong, so that they keep different numbers of tokens."""
+    return torch.randn(n, 3, side, side) * torch.logspace(-1, 0.5, n).view(n, 1, 1, 1)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what turns a tensor into numbers.
+
+    `numpy()` is left out: only branches for tensors on the CPU take it, where there is nothing to wait for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in READING
+        return function(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations inside of torch that a CUDA device would have to finish its queue for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.count += by_mask or name in WAITING
+        return function(*args, **(kwargs or {}))
