@@ -3,9 +3,9 @@
 from g2tm.attention import ATTENTION_MODES, attention_bias
 from g2tm.clap import clap
 from g2tm.dct import Truncation, dct
-from g2tm.dtem import SoftMerge, dtem, embed, soft_merge, split
+from g2tm.dtem import SoftMerge, embed, soft_merge, split
 from g2tm.graph import edge_similarities, graph_merge
-from g2tm.matching import ADAPTIVE, bipartite, sources
+from g2tm.matching import ADAPTIVE, bipartite
 from g2tm.mutual import mutual_pairs
 from g2tm.reduction import Chain, Grouping, Reduction
 from g2tm.statistics import mean_and_std, similarity_moments
@@ -28,7 +28,6 @@ __all__ = [
     "check_window",
     "clap",
     "dct",
-    "dtem",
     "edge_similarities",
     "embed",
     "graph_merge",
@@ -37,7 +36,6 @@ __all__ = [
     "prunes",
     "similarity_moments",
     "soft_merge",
-    "sources",
     "split",
     "tofu",
 ]

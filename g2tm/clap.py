@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import comparable, ranks, selection, square_sums
+from g2tm.selection import precise, ranks, rows, selection, square_sums
 from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens, check_window
 
 
@@ -84,7 +84,7 @@ def _all_but_nearest(x: Tensor, inside: Tensor, area: int, n_nearest: int) -> tu
         (B, area), int64 and bool.
     """
     patches = (~inside).argsort(dim=1, stable=True)[:, :area]
-    unit = F.normalize(comparable(x.gather(1, patches.unsqueeze(-1).expand(-1, -1, x.shape[2]))), dim=-1)
+    unit = F.normalize(precise(rows(x, patches)), dim=-1)
     nearness = (unit * unit.sum(1, keepdim=True)).sum(-1)
     return patches, ranks(nearness.nan_to_num(nan=float("-inf"))) >= n_nearest
 
@@ -111,7 +111,7 @@ def window_similarities(x: Tensor, grid: tuple[int, int], window: tuple[int, int
         (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite; whole windows alone, in
         row-major order.
     """
-    unit = F.normalize(comparable(x), dim=-1)
+    unit = F.normalize(precise(x), dim=-1)
     total = _window_sums(unit.unflatten(1, tuple(grid)), window)
     own = _window_sums(square_sums(unit).view(-1, *grid, 1), window).squeeze(-1)
     area = window[0] * window[1]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Chain, Reduction
+from g2tm.selection import precise
+from g2tm.validation import check_r
 
 
 def dct(x: Tensor, *, r: int, keep_mean: bool = False) -> "Truncation":
@@ -25,8 +27,7 @@ def dct(x: Tensor, *, r: int, keep_mean: bool = False) -> "Truncation":
     Raises:
         ValueError: r is no number of tokens.
     """
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+    check_r(r)
     n_images, n_tokens = map(int, x.shape[:2])
     return Truncation(n_images, n_tokens, n_tokens - min(r, n_tokens // 2), x.device, keep_mean)
 
@@ -88,8 +89,7 @@ def _resampled(x: Tensor, length: int, keep_constants: bool) -> Tensor:
     if x.numel() == 0:  # which FFT libraries refuse
         return x.new_zeros(len(x), length, x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
-        values = x if x.dtype == torch.float64 else x.float()
-        frequencies = F.pad(_frequencies(values), (0, length - n_tokens))  # a negative number cuts
+        frequencies = F.pad(_frequencies(precise(x)), (0, length - n_tokens))  # a negative number cuts
         if keep_constants:
             frequencies = frequencies * math.sqrt(length / n_tokens)
         return _samples(frequencies).to(x.dtype)

@@ -1,11 +1,17 @@
-"""Token merging with a decoupled embedding (DTEM, NeurIPS 2024): ToMe on a learned metric, soft while it trains."""
+"""Token merging with a decoupled embedding (DTEM, NeurIPS 2024): ToMe on a learned metric, soft while it trains.
+
+Inference is `bipartite` on what `embed` gives. The published code divides the metric by a norm of at least 1e-6,
+`bipartite` by one of at least 1e-12. They agree on zero, and elsewhere down to norms of 1e-6, which the affine map of
+a normalized token does not fall below.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.matching import bipartite
-from g2tm.reduction import Chain, Grouping, Reduction
+from g2tm.reduction import Chain, Reduction
+from g2tm.selection import precise, rows
+from g2tm.validation import check_r
 
 NORM_FLOOR = 1e-6  # smallest norm that a metric is divided by
 REMAINDER_FLOOR = torch.finfo(torch.float32).eps  # smallest share of a token that counts as still unmerged
@@ -24,25 +30,6 @@ def embed(h: Tensor, weight: Tensor, bias: Tensor | None, share: float = 0.1) ->
         (B, N, E).
     """
     return F.linear(torch.lerp(h.detach(), h, share) if h.requires_grad else h, weight, bias)
-
-
-def dtem(metric: Tensor, *, r: int, sizes: Tensor | None = None, prefix: int = 1, padded: bool = True) -> Grouping:
-    """Merge the r most similar pairs of the learned metric, as ToMe does (inference).
-
-    The published code divides the metric by a norm of at least 1e-6, `bipartite` by one of at least 1e-12. They
-    agree on zero, and elsewhere down to norms of 1e-6, which the affine map of a normalized token does not fall below.
-
-    Args:
-        metric: (B, L, E), see `embed`; the whole sequence, prefix tokens first.
-        r, sizes, prefix, padded: as in `g2tm.matching.bipartite`.
-
-    Returns:
-        A reduction of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
-
-    Raises:
-        ValueError: a value that `bipartite` does not allow.
-    """
-    return bipartite(metric, r=r, sizes=sizes, prefix=prefix, padded=padded)
 
 
 @torch.no_grad()
@@ -100,13 +87,12 @@ def soft_merge(
     Raises:
         ValueError: r is no number of tokens.
     """
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+    check_r(r)
     with torch.autocast(metric.device.type, enabled=False):
-        metric = _precise(metric)
+        metric = precise(metric)
         sizes = metric.new_ones(metric.shape[:2]) if sizes is None else sizes.to(metric.dtype)
         unit = F.normalize(metric, dim=-1, eps=NORM_FLOOR)
-        similarity = _rows(unit, a_index) @ _rows(unit, b_index).mT
+        similarity = rows(unit, a_index) @ rows(unit, b_index).mT
         within, amount = soft_top_r(similarity, min(r, a_index.shape[1]), inverse_temperature)
         return SoftMerge(within, amount, a_index, b_index, sizes)
 
@@ -181,14 +167,13 @@ class SoftMerge:
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, N, D), in the dtype of x; differentiable in x, the metric and the old sizes."""
-        values = _precise(x)
-        b, total = _rows(values, self._b_index), self._new_size_b.unsqueeze(2)
-        gifts = self._gifts.unsqueeze(2) * _rows(values, self._a_index)
+        values = precise(x)
+        b, total = rows(values, self._b_index), self._new_size_b.unsqueeze(2)
+        gifts = self._gifts.unsqueeze(2) * rows(values, self._a_index)
         some = total > 0  # a token that counts nothing and receives nothing stays as it is
         mean = (self._size_b.unsqueeze(2) * b + self._collect(gifts)) / torch.where(some, total, 1)
         merged = torch.where(some, mean, b).to(values.dtype)
-        rows = self._b_index.unsqueeze(2).expand_as(merged)
-        return values.scatter(1, rows, merged).to(x.dtype)
+        return values.scatter(1, self._b_index.unsqueeze(2).expand_as(merged), merged).to(x.dtype)
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
         """y: (B, N, D), as it is: no token has left."""
@@ -202,13 +187,3 @@ class SoftMerge:
         """Sum of what each token of B is given: (B, A, D) -> (B, K, D)."""
         with torch.autocast(gifts.device.type, enabled=False):
             return self._within.mT @ gifts.to(self._within.dtype)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """In at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens at the given positions: (B, N, D), (B, A) -> (B, A, D)."""
-    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))

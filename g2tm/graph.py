@@ -5,7 +5,7 @@ from torch import Tensor
 
 from g2tm.components import HAS_TRITON, check_backend, grid_components, strongest_components
 from g2tm.reduction import Grouping
-from g2tm.selection import comparable, products, selection
+from g2tm.selection import precise, products, selection
 from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens
 
 EPS = 1e-12  # of `torch.nn.functional.normalize`: smallest norm that a token is divided by
@@ -35,7 +35,7 @@ def edge_similarities(x: Tensor, grid: tuple[int, int], backend: str = "auto") -
 
         return in_one_launch(x, grid, EPS)
     x = x.cpu() if backend in ("opencv", "networkx") else x
-    x = comparable(x).unflatten(1, tuple(grid))
+    x = precise(x).unflatten(1, tuple(grid))
     inner = torch.linalg.vecdot if backend == "torch" else products
     norm = inner(x, x).sqrt_().clamp_(min=EPS)
     right = inner(x[:, :, :-1], x[:, :, 1:]).div_(norm[:, :, :-1]).div_(norm[:, :, 1:])

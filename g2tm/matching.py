@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import comparable, most_similar, ranks, selection
-from g2tm.validation import check_batch, check_threshold
+from g2tm.selection import most_similar, precise, ranks, selection
+from g2tm.validation import check_batch, check_r, check_threshold, check_tokens
 
 ADAPTIVE = "adaptive"
 UNKNOWN = -2.0  # similarity of tokens that are not finite: below every other, but before what may not merge
@@ -21,6 +21,7 @@ def bipartite(
     *,
     r: int | None = None,
     threshold: float | str | None = None,
+    tokens: int | None = None,
     layer: int | None = None,
     sizes: Tensor | None = None,
     prefix: int = 1,
@@ -34,61 +35,49 @@ def bipartite(
         r: merge the r most similar pairs, at most half of the patch tokens; tokens that are not finite come last.
         threshold: instead, merge the pairs whose similarity exceeds it; from -1 to 1, or "adaptive": the mean of the
             A tokens' best similarities plus their standard deviation divided by `layer`.
+        tokens: instead, merge the most similar pairs until exactly so many patch tokens are left, in images without
+            padding.
         layer: 1-based layer, for the adaptive threshold.
         sizes: (B, L), patches that each token carries, 0 for padding, which must come last; None: one each.
         prefix: number of prefix tokens, which neither merge nor are merged into.
         batch: "ragged": every image merges what it has to. "uniform", with a threshold: every image merges as many
             pairs as the image that merges least, and the adaptive threshold is the mean over the images; r is the
             same for all images anyway.
-        padded: False if `sizes` marks no padding: with r, there is then nothing to wait for on the device.
+        padded: False if `sizes` marks no padding: with r, there is then nothing to wait for on the device. There never
+            is with `tokens`.
 
     Returns:
         A `Grouping` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
-        `sources` says which tokens went into another.
 
     Raises:
-        ValueError: not exactly one of r and threshold, or a value that is not allowed.
+        ValueError: not exactly one of r, threshold and tokens, or a value that is not allowed.
     """
     n_images, length = map(int, metric.shape[:2])
-    _check(r, threshold, layer, prefix, length)
+    _check(r, threshold, tokens, layer, prefix, length)
     check_batch(batch)
     if n_images == 0:
         return Grouping.identity(metric, sizes)
-    present = _present(sizes, prefix) if padded and sizes is not None else None
+    present = _present(sizes, prefix) if padded and sizes is not None and tokens is None else None
     position = torch.arange(length, device=metric.device)
     n_tokens = position.new_full((n_images,), length) if present is None else present.sum(1)
     if length // 2 == prefix // 2:  # no B token but prefix tokens
         everyone = Grouping.identity(metric, sizes)
         return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
     similarity, partner = best_partners(metric, prefix, present)
-    if r is None:
+    if threshold is not None:
         n_merges = _count_above(similarity, threshold, layer, batch)
+    elif tokens is not None:
+        n_merges = n_tokens - prefix - tokens
     else:
         n_merges = ((n_tokens - prefix) // 2).clamp(max=r)
     first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
     assignment = _assign(ranks(similarity) < n_merges[:, None], partner, first_b, position, prefix)
-    if r is not None and present is None:
-        return Grouping.of_length(assignment, length - min(r, (length - prefix) // 2), sizes)
+    if threshold is None and present is None:
+        left = prefix + tokens if r is None else length - min(r, (length - prefix) // 2)
+        return Grouping.of_length(assignment, left, sizes)
     if present is not None:  # padding carries no weight and goes anywhere
         assignment[:, prefix:] *= present[:, prefix:]
     return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
-
-
-def sources(matched: Grouping, prefix: int = 1) -> Tensor:
-    """Tokens of a `bipartite` step that went into another one.
-
-    Args:
-        matched: what `bipartite` gave.
-        prefix: number of prefix tokens, as it was given.
-
-    Returns:
-        (B, L), bool: A tokens whose group stands among the B tokens, which come last; of padding it means nothing.
-    """
-    assignment, first_b = matched.assignment, prefix | 1
-    is_a = torch.arange(assignment.shape[1], device=assignment.device) % 2 == 0
-    if first_b >= assignment.shape[1]:
-        return torch.zeros_like(assignment, dtype=torch.bool)
-    return is_a & (assignment >= assignment[:, first_b, None])
 
 
 def _present(sizes: Tensor, prefix: int) -> Tensor:
@@ -110,7 +99,7 @@ def best_partners(metric: Tensor, prefix: int, present: Tensor | None = None) ->
         similarity: (B, ceil(L/2)), at most 1, `UNKNOWN` where a token is not finite or there is no B token, -inf
         for prefix tokens and padding; partner: (B, ceil(L/2)), index among the B tokens.
     """
-    metric = F.normalize(comparable(metric), dim=-1)
+    metric = F.normalize(precise(metric), dim=-1)
     lowest = float("-inf")
 
     def exclude(product: Tensor, _: int) -> None:
@@ -175,15 +164,18 @@ def _assign(merging: Tensor, partner: Tensor, first_b: Tensor, position: Tensor,
     return assignment
 
 
-def _check(r: Any, threshold: Any, layer: Any, prefix: int, length: int) -> None:
-    if (r is None) == (threshold is None):
-        raise ValueError("bipartite matching takes either r or threshold: give one of them")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 0):
-        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
-    if threshold == ADAPTIVE:
-        if not isinstance(layer, int) or layer < 1:
-            raise ValueError(f"layer {layer!r}: the adaptive threshold needs the 1-based layer")
-    elif threshold is not None:
-        check_threshold(threshold)
+def _check(r: Any, threshold: Any, tokens: Any, layer: Any, prefix: int, length: int) -> None:
+    if [r, threshold, tokens].count(None) != 2:
+        raise ValueError("bipartite matching takes r, threshold or tokens: give exactly one of them")
     if not 0 <= prefix <= length:
         raise ValueError(f"prefix {prefix}: give the number of prefix tokens, from 0 to all {length}")
+    if r is not None:
+        check_r(r)
+    elif tokens is not None:
+        n_a, n_b = (length + 1) // 2 - (prefix + 1) // 2, length // 2 - prefix // 2
+        check_tokens(tokens, n_b or n_a, n_a + n_b)
+    elif threshold == ADAPTIVE:
+        if not isinstance(layer, int) or layer < 1:
+            raise ValueError(f"layer {layer!r}: the adaptive threshold needs the 1-based layer")
+    else:
+        check_threshold(threshold)

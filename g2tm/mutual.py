@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import comparable, most_similar, ranks, selection
+from g2tm.selection import most_similar, precise, ranks, selection
 from g2tm.validation import check_batch
 
 LOWEST = float("-inf")
@@ -58,7 +58,7 @@ def _partners(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         similarity: (B, N), -inf for tokens that are padding, not finite, or have no other; partner: (B, N), index.
     """
-    unit = F.normalize(comparable(x), dim=-1)
+    unit = F.normalize(precise(x), dim=-1)
     unseen = ~(present & unit.isfinite().all(-1))
     unit = unit.masked_fill(unseen.unsqueeze(-1), 0)
 

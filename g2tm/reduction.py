@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from g2tm.selection import precise, rows
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -85,19 +87,19 @@ class Grouping:
         self._weights = None if weights is None else weights.float()
 
     @classmethod
-    def of_counts(cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None) -> "Grouping":
+    def of_counts(cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None) -> Self:
         """Reduction to `counts` groups per image; waits for the device once, to learn them."""
         return cls(assignment, counts, counts.tolist(), sizes)
 
     @classmethod
-    def of_length(cls, assignment: Tensor, length: int, sizes: Tensor | None = None) -> "Grouping":
+    def of_length(cls, assignment: Tensor, length: int, sizes: Tensor | None = None) -> Self:
         """Reduction to `length` groups in every image; nothing to wait for."""
         n_images = len(assignment)
         counts = torch.full((n_images,), length, dtype=torch.int64, device=assignment.device)
         return cls(assignment, counts, [length] * n_images, sizes)
 
     @classmethod
-    def identity(cls, x: Tensor, sizes: Tensor | None = None) -> "Grouping":
+    def identity(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
         """The step that merges none of the tokens x: (B, N, D)."""
         n_images, n_tokens = map(int, x.shape[:2])
         return cls.of_length(torch.arange(n_tokens, device=x.device).repeat(n_images, 1), n_tokens, sizes)
@@ -127,14 +129,14 @@ class Grouping:
         Returns:
             (B, M, D), in the dtype of x, summed in at least float32; padding is zero.
         """
-        values = x if x.dtype == torch.float64 else x.float()
+        values = precise(x)
         weights = self._mean_weights
         totals = self._weight_sums.to(values.dtype).clamp(min=TINY)  # 0 in padding, or where nothing counts
         if weights is not None:  # each token's share of its group
             values = values * (weights / totals.gather(1, self.assignment)).unsqueeze(-1)
         sums = values.new_zeros(len(x) * self.width, x.shape[-1])
-        rows = self._flat_assignment.unsqueeze(-1).expand(-1, x.shape[-1])
-        sums.scatter_add_(0, rows, values.flatten(0, 1))  # in place: half the time, the same gradient
+        groups = self._flat_assignment.unsqueeze(-1).expand(-1, x.shape[-1])
+        sums.scatter_add_(0, groups, values.flatten(0, 1))  # in place: half the time, the same gradient
         sums = sums.unflatten(0, (len(x), self.width))
         mean = sums.div_(totals.unsqueeze(-1)) if weights is None else sums
         return mean.to(x.dtype)
@@ -159,7 +161,7 @@ class Grouping:
             weights = self._all_weights * per_weight.gather(1, self.assignment)
         return Grouping(assignment, second.counts, second.lengths, self._old_sizes, weights, second._given_width)
 
-    def without_prefix(self, prefix: int) -> "Grouping":
+    def without_prefix(self, prefix: int) -> Self:
         """The same step for the patch tokens alone, where `prefix` tokens come first before and after it."""
         if prefix == 0:
             return self
@@ -169,11 +171,7 @@ class Grouping:
         width = None if self._given_width is None else self._given_width - prefix
         return type(self)(assignment, self.counts - prefix, lengths, sizes, weights, width)
 
-    def with_weights(self, weights: Tensor) -> "Grouping":
-        """The same groups and sizes with other means: weights: (B, N), how much each token counts in its group."""
-        return type(self)(self.assignment, self.counts, self.lengths, self._old_sizes, weights, self._given_width)
-
-    def widened(self, width: int) -> "Grouping":
+    def widened(self, width: int) -> Self:
         """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""
         given = self.assignment, self.counts, self.lengths, self._old_sizes, self._weights
         return type(self)(*given, max(width, self.width))
@@ -230,7 +228,7 @@ class Chain:
 
     @cached_property
     def assignment(self) -> Tensor:
-        return self.second.assignment.gather(1, self.first.assignment)
+        return self.second.assignment.gather(1, self.first.assignment)  # type: ignore[attr-defined]  # or it has none
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D)."""
@@ -239,7 +237,7 @@ class Chain:
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
         """y: (B, M, D) -> (B, N, D); by one gather where every position has a token."""
         if hasattr(self, "assignment"):
-            return y.gather(1, self.assignment.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+            return rows(y, self.assignment)
         return self.first.unmerge(self.second.unmerge(y, scores), scores)
 
     def then(self, third: Reduction) -> "Chain":

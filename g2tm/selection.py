@@ -32,9 +32,14 @@ def selection(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concate
     return select
 
 
-def comparable(x: Tensor) -> Tensor:
-    """Tokens in the precision that they are compared in: float32; float64 stays."""
+def precise(x: Tensor) -> Tensor:
+    """In the precision that tokens are compared and averaged in: float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens at the given positions: (B, N, D), (B, M) -> (B, M, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from g2tm.matching import bipartite
 from g2tm.reduction import Grouping
+from g2tm.selection import precise
 
 VARIANTS = ("code", "paper")
 
@@ -87,7 +88,7 @@ class NormCorrected(Grouping):
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D), in the dtype of x; the correction is differentiable."""
-        values = x if x.dtype == torch.float64 else x.float()
+        values = precise(x)
         mean, norms = super().merge(values), torch.linalg.vector_norm(values, dim=-1)
         largest = torch.zeros_like(mean[..., 0])
         largest = largest.scatter_reduce(1, self.assignment, norms * self._all_weights, "amax")

@@ -3,6 +3,9 @@
 One launch each. Tested in Triton's interpreter, and compiled for NVIDIA architectures, but not yet run on a GPU.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# What Triton compiles is written in its language, whose annotations are no types.
+
 import torch
 import triton
 import triton.language as tl

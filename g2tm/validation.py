@@ -35,6 +35,12 @@ def budget(tokens: Any, n_patches: int) -> int:
     raise ValueError(f"tokens {tokens!r}: give a number from 1 to {n_patches} or a share of the patches such as 0.5")
 
 
+def check_r(r: Any) -> None:
+    """A number of tokens to remove."""
+    if isinstance(r, bool) or not isinstance(r, Integral) or r < 0:
+        raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
+
+
 def check_batch(batch: Any) -> None:
     """How images of one batch share a tensor."""
     if batch not in BATCH_MODES:

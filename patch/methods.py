@@ -109,19 +109,9 @@ def _merge_algm(step: Step) -> Reduction:
     if rule["threshold"] == TAU:
         rule["threshold"] = options["threshold"]
     if tokens is not None:
-        rule = {"r": _removed(int(step.x.shape[1]), tokens), "padded": False}
+        rule = {"tokens": tokens}
     sizes, prefix = step.sequence_sizes, step.prefix
     return bipartite(step.tokens, sizes=sizes, prefix=prefix, batch=step.batch, **rule).without_prefix(prefix)
-
-
-def _removed(n_tokens: int, left: int) -> int:
-    """Tokens that a matching of n tokens has to remove."""
-    if not n_tokens - n_tokens // 2 <= left <= n_tokens:
-        raise ValueError(
-            f"tokens {left}: this layer gets {n_tokens} and matches at most half of them, "
-            f"give {n_tokens - n_tokens // 2} to {n_tokens} for it"
-        )
-    return n_tokens - left
 
 
 def _algm_layers(target: Target) -> tuple[int, int]:

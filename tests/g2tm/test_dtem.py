@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch.nn import functional as F
 
-from g2tm import SoftMerge, bipartite, dtem, embed, soft_merge, split
+from g2tm import SoftMerge, bipartite, embed, soft_merge, split
 from g2tm.dtem import soft_top_r
 from g2tm.reduction import Chain, Reduction
 
@@ -26,7 +26,7 @@ def vectors():
 def test_one_step_is_the_published_one(vectors):
     for name, r in (("n65", 8), ("n145", 40), ("n145", 100)):
         case, sizes = f"dtem.{name}.r{r}", vectors[f"{name}.size"][..., 0]
-        step = dtem(embed(vectors[f"{name}.h"], vectors["dtem.weight"], vectors["dtem.bias"]), r=r, sizes=sizes)
+        step = bipartite(embed(vectors[f"{name}.h"], vectors["dtem.weight"], vectors["dtem.bias"]), r=r, sizes=sizes)
         assert torch.equal(step.assignment, vectors[f"{case}.assignment"])
         torch.testing.assert_close(step.sizes, vectors[f"{case}.size"][..., 0], **CLOSE)
         torch.testing.assert_close(step.merge(vectors[f"{name}.x"]), vectors[f"{case}.x"], **CLOSE)
@@ -41,7 +41,7 @@ def test_three_blocks_are_the_published_ones(vectors):
         block = Block(32, 2, mlp_ratio=2, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).eval()
         block.load_state_dict(weights)
         h = block.norm1(x)
-        step = dtem(embed(h, *learned), r=r, sizes=sizes)
+        step = bipartite(embed(h, *learned), r=r, sizes=sizes)
         y = step.merge(x + block.attn(h, attn_mask=sizes.log()[:, None, None]))
         x, sizes, total = y + block.mlp(block.norm2(y)), step.sizes, step if total is None else total.then(step)
         torch.testing.assert_close(x, vectors[f"chain.dtem.block{layer + 1}.x"], atol=1e-4, rtol=0)
@@ -226,14 +226,6 @@ def test_the_random_split_is_a_half_of_each_image_and_follows_its_generator():
         assert torch.equal(torch.cat([a, b], 1).sort(1).values, live)
         assert (a.diff(dim=1) > 0).all() and (b.diff(dim=1) > 0).all()
         assert a.shape[1] == (n_live - prefix) // 2
-
-
-def test_inference_is_bipartite_matching_of_the_whole_sequence():
-    metric, sizes = torch.randn(2, 21, 4), torch.randint(1, 4, (2, 21)).float()
-    metric[:, 5:8] = 0
-    for prefix in (0, 1, 2):
-        ours, theirs = (f(metric, r=6, sizes=sizes, prefix=prefix) for f in (dtem, bipartite))
-        assert torch.equal(ours.assignment, theirs.assignment) and torch.equal(ours.sizes, theirs.sizes)
 
 
 def test_a_wrong_number_is_refused():

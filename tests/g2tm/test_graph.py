@@ -91,15 +91,6 @@ def test_a_budget_takes_equal_edges_in_order():
                 assert partition(found[0][image]) == kruskal(right[image], down[image], tokens)
 
 
-def test_budget_and_threshold_agree():
-    x = smooth_tokens(2, (9, 7))
-    for image in x.split(1):
-        for threshold in (0.2, 0.5, 0.8):
-            expected = graph_merge(image, (9, 7), threshold)
-            found = graph_merge(image, (9, 7), threshold, tokens=expected.lengths[0])
-            assert torch.equal(found.assignment, expected.assignment) and torch.equal(found.counts, expected.counts)
-
-
 def test_groups_are_numbered_by_their_first_patch():
     reduction = graph_merge(smooth_tokens(3, (6, 9)), (6, 9), None, tokens=20)
     for image in reduction.assignment.tolist():

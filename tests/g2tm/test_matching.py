@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from g2tm import bipartite, sources
+from g2tm import bipartite
 from g2tm.matching import adaptive_threshold, best_partners
 
 
@@ -39,7 +39,6 @@ def test_groups_and_order_are_those_of_the_definition():
             for r in (0, 1, 3, 100):
                 metric = torch.randn(2, length, 6)
                 reduction = bipartite(metric, r=r, prefix=prefix)
-                found = sources(reduction, prefix)
                 for image in range(2):
                     merges = dict(by_definition(metric[image], min(r, (length - prefix) // 2), prefix))
                     stay = list(range(prefix))
@@ -49,26 +48,6 @@ def test_groups_and_order_are_those_of_the_definition():
                     expected |= {source: expected[target] for source, target in merges.items()}
                     assert reduction.assignment[image].tolist() == [expected[i] for i in range(length)]
                     assert reduction.counts[image] == reduction.lengths[image] == len(stay)
-                    assert set(found[image].nonzero().flatten().tolist()) == set(merges)
-
-
-def test_sources_of_images_with_padding():
-    metric, sizes = torch.randn(3, 20, 4), torch.ones(3, 20)
-    sizes[0, 15:], sizes[1, 8:] = 0, 0
-    for prefix in (0, 1, 4):
-        reduction = bipartite(metric, threshold=0.0, sizes=sizes, prefix=prefix)
-        found = sources(reduction, prefix) & (sizes > 0)
-        assert torch.equal((sizes > 0).sum(1) - found.sum(1), reduction.counts)
-
-
-def test_sources_may_be_dropped_instead_of_averaged():
-    metric, x = torch.randn(2, 13, 4), torch.randn(2, 13, 4)
-    reduction = bipartite(metric, r=4)
-    kept = ~sources(reduction)
-    pruned = reduction.with_weights(kept.float())
-    for image, rows in enumerate(kept):
-        torch.testing.assert_close(pruned.merge(x)[image, reduction.assignment[image, rows]], x[image, rows])
-    assert torch.equal(pruned.sizes, reduction.sizes)
 
 
 def test_no_image_gives_no_image():
@@ -193,8 +172,13 @@ def test_without_prefix_speaks_of_patches_alone():
 
 def test_bad_arguments_are_named():
     for arguments, allowed in (
-        ({}, "either r or threshold"),
-        ({"r": 1, "threshold": 0.5}, "either r or threshold"),
+        ({}, "exactly one"),
+        ({"r": 1, "threshold": 0.5}, "exactly one"),
+        ({"r": 1, "tokens": 5}, "exactly one"),
+        ({"tokens": 3}, "can leave 4 to 7 patch tokens"),
+        ({"tokens": 2, "prefix": 2}, "can leave 3 to 6 patch tokens"),
+        ({"tokens": 8}, "can leave 4 to 7 patch tokens"),
+        ({"tokens": 1.5}, "can leave 4 to 7 patch tokens"),
         ({"r": -1}, "0 or more"),
         ({"r": 1.5}, "0 or more"),
         ({"threshold": 2}, "-1 to 1"),

@@ -87,7 +87,7 @@ def test_gradients_reach_every_token():
 def test_weights_make_the_mean_and_sizes_stay():
     sizes, weights = torch.randint(1, 5, (2, 20)).float(), torch.rand(2, 20)
     plain, x = random_reduction(2, 20, 6, sizes), torch.randn(2, 20, 4)
-    weighted = plain.with_weights(weights)
+    weighted = Grouping(plain.assignment, plain.counts, plain.lengths, sizes, weights)
     assert torch.equal(weighted.sizes, plain.sizes) and torch.equal(weighted.assignment, plain.assignment)
     same = Grouping(plain.assignment, plain.counts, plain.lengths, weights)
     torch.testing.assert_close(weighted.merge(x), same.merge(x))
@@ -95,7 +95,8 @@ def test_weights_make_the_mean_and_sizes_stay():
 
 def test_a_token_of_weight_0_is_carried_along():
     """Pruning: the group has the values of its other tokens, and its size counts all."""
-    kept = Grouping.of_length(torch.tensor([[0, 0, 1, 1]]), 2).with_weights(torch.tensor([[1.0, 0, 0, 0]]))
+    weights = torch.tensor([[1.0, 0, 0, 0]])
+    kept = Grouping(torch.tensor([[0, 0, 1, 1]]), torch.tensor([2]), [2], weights=weights)
     x = torch.tensor([[[1.0], [5.0], [2.0], [3.0]]])
     assert kept.merge(x).flatten().tolist() == [1, 0] and kept.sizes.tolist() == [[2, 2]] and kept.padding is None
     assert kept.unmerge(kept.merge(x)).flatten().tolist() == [1, 1, 0, 0]

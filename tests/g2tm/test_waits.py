@@ -4,45 +4,10 @@ import warnings
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from g2tm import Grouping, bipartite, clap, components, graph_merge, mutual_pairs
-
-READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
-
-
-class Reads(TorchFunctionMode):
-    """Counts what turns a tensor into numbers.
-
-    `numpy()` is left out: only branches for tensors on the CPU take it, where there is nothing to wait for.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += function in READING
-        return function(*args, **(kwargs or {}))
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations inside of torch that a CUDA device would have to finish its queue for."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        self.count += by_mask or name in WAITING
-        return function(*args, **(kwargs or {}))
-
+from g2tm import Grouping, bipartite, clap, components, dct, graph_merge, mutual_pairs, tofu
+from tests.helpers import Reads, Waits
 
 X = torch.randn(3, 64, 6, generator=torch.Generator().manual_seed(0)) + 0.5
 SIZES = torch.ones(3, 64)
@@ -50,6 +15,7 @@ MERGES = {
     "graph": (lambda: graph_merge(X, (8, 8), 0.5, backend="torch"), 1),
     "graph uniform": (lambda: graph_merge(X, (8, 8), 0.5, batch="uniform", backend="torch"), 1),
     "graph budget": (lambda: graph_merge(X, (8, 8), None, tokens=40, backend="torch"), 0),
+    "graph uniform, on the CPU": (lambda: graph_merge(X, (8, 8), 0.5, batch="uniform"), 1),
     "graph budget, on the CPU": (lambda: graph_merge(X, (8, 8), None, tokens=40), 0),
     "clap budget": (lambda: clap(X, (8, 8), None, tokens=40), 0),
     "mutual": (lambda: mutual_pairs(X, sizes=SIZES), 1),
@@ -75,6 +41,36 @@ def test_one_wait_at_most(name):
         second = Grouping.of_length(torch.zeros(3, reduction.width, dtype=torch.long), 1)  # made without waiting
         reduction.then(second).without_prefix(0)
     assert (reads.count, waits.count) == (expected, 0)
+
+
+def test_uniform_has_something_to_make_equal():
+    """Else its second step would not run above."""
+    for merge in (lambda: graph_merge(X, (8, 8), 0.5), lambda: mutual_pairs(X), lambda: clap(X, (8, 8), 0.3)):
+        assert len(set(merge().lengths)) > 1
+
+
+def test_a_device_is_asked_for_nothing():
+    """On tensors without values, of a device that is not there: the way that tensors on a GPU take."""
+    with FakeTensorMode():
+        x, sizes = torch.randn(3, 64, 6, device="cuda"), torch.ones(3, 64, device="cuda")
+        steps = [
+            graph_merge(x, (8, 8), None, tokens=40, backend="torch"),
+            clap(x, (8, 8), None, tokens=40),
+            clap(x, (8, 8), None, tokens=41),  # the last window merges in part
+            bipartite(x, r=5, sizes=sizes, padded=False),
+            tofu(x, r=5, prune=True, sizes=sizes, padded=False),
+            dct(x, r=5),
+        ]
+        for step in steps:
+            assert step.unmerge(step.merge(x)).device.type == "cuda" and step.padding is None
+        for merge in (
+            lambda: graph_merge(x, (8, 8), 0.5, backend="torch"),
+            lambda: clap(x, (8, 8), 0.5),
+            lambda: bipartite(x, threshold=0.5),
+            lambda: mutual_pairs(x),
+        ):
+            with pytest.raises(DataDependentOutputException):  # else nothing above could have failed
+                merge()
 
 
 def test_waiting_operations_are_seen():
