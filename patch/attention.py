@@ -5,7 +5,7 @@ No attention code is copied: a block hands its own attention module a mask, and 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,8 @@ class AttentionMask(Tensor):
     """What stands for `scaled_dot_product_attention` where it is handed this as `attn_mask`, by whatever code: the
     `attend` of a subclass, with the same arguments. Everywhere else it is an ordinary tensor."""
 
+    attend: Callable[..., Tensor]
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -54,6 +56,9 @@ class Seen(AttentionMask):
         mask: that mask, or None.
         keys: (B, H, L, d), once attention has run.
     """
+
+    mask: Tensor | None
+    keys: Tensor | None
 
     @classmethod
     def around(cls, mask: Tensor | None) -> "Seen":
@@ -99,6 +104,8 @@ class Within(AttentionMask):
     Attributes:
         packing: the `Packing`.
     """
+
+    packing: "Packing"
 
     @classmethod
     def images(cls, packing: "Packing") -> "Within":
@@ -155,15 +162,12 @@ def _image_by_image(
     query: Tensor, key: Tensor, value: Tensor, packing: "Packing", dropout: float, scale: float
 ) -> Tensor:
     """(1, H, T, d), laid out as (1, T, H, d), as timm goes on with it."""
-    images = zip(*(x.split(packing.lengths, dim=2) for x in (query, key, value)), strict=True)
-    n_images = len(packing.lengths)
-    bias = packing.bias
-    biases: Sequence[Tensor | None] = [None] * n_images
-    if bias is not None:
-        biases = bias.to(query.dtype).split(packing.lengths, dim=3)
+    images = (x.split(packing.lengths, dim=2) for x in (query, key, value))
+    bias, none = packing.bias, [None] * len(packing.lengths)
+    biases: Sequence[Any] = none if bias is None else bias.to(query.dtype).split(packing.lengths, dim=3)
     outputs = [
-        F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
-        for qkv, mask in zip(images, biases, strict=True)
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+        for q, k, v, mask in zip(*images, biases, strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
@@ -175,9 +179,9 @@ def _in_one_kernel(
     assert not dropout
     width = value.shape[-1]
     query, key, value = carry(query, key, value, packing.bias, scale)
-    tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    longest = max(packing.lengths)
-    output = varlen_attn(*tokens, packing.starts, packing.starts, longest, longest, scale=scale)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    starts, longest = packing.starts, max(packing.lengths)
+    output: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
     return output[..., :width].transpose(0, 1).unsqueeze(0)
 
 

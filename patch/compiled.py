@@ -114,7 +114,8 @@ class CompiledEncoder(Patched):
         own = self.compilation
         _check_inference(self)
         if own.watchers.present():
-            return super().forward_features(images)
+            whole: Any = super()
+            return whole.forward_features(images)
         torch.compiler.cudagraph_mark_step_begin()
         if own.parts is None:
             own.parts = [part._replace(run=own.compiled(part.run)) for part in encoder_parts(self)]

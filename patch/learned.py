@@ -29,7 +29,7 @@ def add_modules(encoder: nn.Module, method: str, **options: Any) -> nn.Module:
     if has_modules(encoder, method):
         raise ValueError(f"the encoder has the learned parts of {method} already")
     entry.modules(encoder, family_of(encoder).blocks(encoder), **options)
-    encoder.learned_parts = (*getattr(encoder, "learned_parts", ()), method)
+    encoder.__dict__["learned_parts"] = (*getattr(encoder, "learned_parts", ()), method)
     return encoder
 
 

@@ -95,7 +95,7 @@ class Choice:
         return " or ".join(self.names)
 
 
-SIMPLE = {int: Number(integer=True), float: Number(), bool: Choice((True, False))}
+SIMPLE: dict[Any, Number | Choice] = {int: Number(integer=True), float: Number(), bool: Choice((True, False))}
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,11 @@ class Step:
         return self.tokens[:, self.prefix :]
 
     @property
-    def sequence_sizes(self) -> Tensor | None:
-        """(B, P + N), sizes of the whole sequence, prefix tokens counting 1; None before the first merge."""
-        return None if self.sizes is None else F.pad(self.sizes, (self.prefix, 0), value=1.0)
+    def sequence(self) -> dict[str, Any]:
+        """What a matching of the whole sequence is told: `prefix`, `padded`, and `sizes`, (B, P + N), prefix tokens
+        counting 1; None before the first merge."""
+        sizes = None if self.sizes is None else F.pad(self.sizes, (self.prefix, 0), value=1.0)
+        return {"sizes": sizes, "prefix": self.prefix, "padded": self.padded}
 
 
 @dataclass(frozen=True)

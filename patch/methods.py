@@ -6,23 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from g2tm import (
-    ADAPTIVE,
-    Reduction,
-    bipartite,
-    budget,
-    check_window,
-    clap,
-    dct,
-    dtem,
-    embed,
-    graph_merge,
-    mutual_pairs,
-    prunes,
-    soft_merge,
-    split,
-    tofu,
-)
+import g2tm
+from g2tm import ADAPTIVE, Reduction, budget
 from g2tm.components import BACKENDS
 from patch.learned import add_embeddings
 from patch.method import Choice, Number, Option, Step, Target, register
@@ -70,16 +55,8 @@ def _check_tokens(options: Mapping[str, Any], target: Target) -> None:
 
 def _merge_graph(step: Step) -> Reduction:
     """G2TM."""
-    options = step.options
-    return graph_merge(
-        step.x,
-        step.grid,
-        options["threshold"],
-        tokens=_tokens_left(step),
-        sizes=step.sizes,
-        batch=step.batch,
-        backend=options["backend"],
-    )
+    given = {"tokens": _tokens_left(step), "sizes": step.sizes, "batch": step.batch, "backend": step.options["backend"]}
+    return g2tm.graph_merge(step.x, step.grid, step.options["threshold"], **given)
 
 
 def _check_graph(options: Mapping[str, Any], target: Target) -> None:
@@ -104,14 +81,10 @@ def _merge_algm(step: Step) -> Reduction:
     options, tokens = step.options, _tokens_left(step)
     if options["window"] is not None and step.layer == options["layers"][0]:
         given = {"window": options["window"], "sizes": step.sizes, "batch": step.batch}
-        return clap(step.x, step.grid, options["threshold"], tokens=tokens, **given)
-    rule: dict[str, Any] = {"threshold": options["gbm_threshold"], "layer": step.layer}
-    if rule["threshold"] == TAU:
-        rule["threshold"] = options["threshold"]
-    if tokens is not None:
-        rule = {"tokens": tokens}
-    sizes, prefix = step.sequence_sizes, step.prefix
-    return bipartite(step.tokens, sizes=sizes, prefix=prefix, batch=step.batch, **rule).without_prefix(prefix)
+        return g2tm.clap(step.x, step.grid, options["threshold"], tokens=tokens, **given)
+    threshold = options["threshold"] if options["gbm_threshold"] == TAU else options["gbm_threshold"]
+    rule = {"threshold": threshold, "layer": step.layer} if tokens is None else {"tokens": tokens}
+    return g2tm.bipartite(step.tokens, batch=step.batch, **rule, **step.sequence).without_prefix(step.prefix)
 
 
 def _algm_layers(target: Target) -> tuple[int, int]:
@@ -121,7 +94,7 @@ def _algm_layers(target: Target) -> tuple[int, int]:
 
 def _check_algm(options: Mapping[str, Any], target: Target) -> None:
     if options["window"] is not None:
-        check_window(options["window"], target.grid)
+        g2tm.check_window(options["window"], target.grid)
     _check_tokens(options, target)
 
 
@@ -193,8 +166,7 @@ SCHEDULE = {"prepare": _r_of_pair, "check": _check_r, "r": R, "r_inflection": IN
 
 def _merge_tome(step: Step) -> Reduction:
     """ToMe: the most similar keys, a fixed number in every layer."""
-    given = {"sizes": step.sequence_sizes, "prefix": step.prefix, "batch": step.batch, "padded": step.padded}
-    return bipartite(step.keys, r=_r_here(step), **given).without_prefix(step.prefix)
+    return g2tm.bipartite(step.keys, r=_r_here(step), **step.sequence).without_prefix(step.prefix)
 
 
 register("tome", _merge_tome, needs=["keys"], attention="proportional", **SCHEDULE)
@@ -202,16 +174,8 @@ register("tome", _merge_tome, needs=["keys"], attention="proportional", **SCHEDU
 
 def _merge_tofu(step: Step) -> Reduction:
     """ToFu: drops the matched tokens up to the middle of the network, merges them behind it."""
-    matched = tofu(
-        step.keys,
-        r=_r_here(step),
-        prune=prunes(step.layer, step.depth),
-        sizes=step.sequence_sizes,
-        prefix=step.prefix,
-        padded=step.padded,
-        variant=step.options["variant"],
-    )
-    return matched.without_prefix(step.prefix)
+    rule = {"prune": g2tm.prunes(step.layer, step.depth), "variant": step.options["variant"]}
+    return g2tm.tofu(step.keys, r=_r_here(step), **rule, **step.sequence).without_prefix(step.prefix)
 
 
 register(
@@ -229,7 +193,7 @@ register(
 
 def _merge_dct(step: Step) -> Reduction:
     """DCT: the lowest frequencies along the sequence of patch tokens."""
-    return dct(step.x, r=_r_here(step))
+    return g2tm.dct(step.x, r=_r_here(step))
 
 
 register("dct", _merge_dct, place="block", **SCHEDULE)
@@ -238,30 +202,27 @@ register("dct", _merge_dct, place="block", **SCHEDULE)
 def _metric(step: Step) -> Tensor:
     """DTEM's embedding of the input of this block's attention; (B, P + N, d)."""
     layer = step.block.attn.qkv.metric_layer
-    return embed(step.normed, layer.weight, layer.bias, 0.0 if step.options["variant"] == PAPER else 0.1)
+    return g2tm.embed(step.normed, layer.weight, layer.bias, 0.0 if step.options["variant"] == PAPER else 0.1)
 
 
 def _merge_dtem(step: Step) -> Reduction:
     """DTEM at inference: ToMe by a learned embedding."""
-    given = {"sizes": step.sequence_sizes, "prefix": step.prefix, "padded": step.padded}
-    return dtem(_metric(step), r=_r_here(step), **given).without_prefix(step.prefix)
+    return g2tm.bipartite(_metric(step), r=_r_here(step), **step.sequence).without_prefix(step.prefix)
 
 
 def _soften_dtem(step: Step) -> Reduction:
     """DTEM in training: all tokens stay, and what merged fades out by its size."""
-    metric, sizes = _metric(step)[:, step.prefix :], step.sizes
-    if sizes is None:
-        sizes = metric.new_ones(metric.shape[:2], dtype=metric.dtype)
+    metric, paper = _metric(step)[:, step.prefix :], step.options["variant"] == PAPER
+    sizes = metric.new_ones(metric.shape[:2]) if step.sizes is None else step.sizes
     live, r = step.x.shape[1], 0
     for layer in step.options["layers"]:  # what the layers before have taken out, and what this one does
         live -= r
         r = min(scheduled_r(step.options["r"], step.options["r_inflection"], layer, step.depth), live // 2)
         if layer == step.layer:
             break
-    paper = step.options["variant"] == PAPER
-    a_index, b_index = split(sizes.detach(), live, 0, random=not paper)
-    sharpness = 10.0 if paper else 30.0
-    return soft_merge(metric, r=r, inverse_temperature=sharpness, a_index=a_index, b_index=b_index, sizes=sizes)
+    a_index, b_index = g2tm.split(sizes.detach(), live, 0, random=not paper)
+    rule = {"r": r, "inverse_temperature": 10.0 if paper else 30.0, "a_index": a_index, "b_index": b_index}
+    return g2tm.soft_merge(metric, sizes=sizes, **rule)
 
 
 register(
@@ -283,7 +244,7 @@ register(
 
 def _merge_mpm(step: Step) -> Reduction:
     """MPM: tokens that are each other's most similar token become one."""
-    return mutual_pairs(step.x, sizes=step.sizes, batch=step.batch)
+    return g2tm.mutual_pairs(step.x, sizes=step.sizes, batch=step.batch)
 
 
 register("mpm", _merge_mpm, place="before", layers=(2, 5))

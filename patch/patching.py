@@ -76,7 +76,7 @@ def apply(model: Model, method: str, **options: Any) -> Model:
 segmenter = timm = apply  # names of the first form
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def _parts(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     """The ViT of a model, and further blocks that see its tokens."""
     return (model.encoder, list(model.decoder.blocks)) if is_segmenter(model) else (model, [])
 
@@ -113,7 +113,7 @@ def remove(model: Model) -> Model:
     if not is_patched(model):
         return model
     encoder, more_blocks = _parts(model)
-    for block in (*encoder.blocks, *more_blocks):
+    for block in (*family_of(encoder, check=False).blocks(encoder), *more_blocks):
         take_away(block)
     take_away(encoder)
     if encoder is not model:
@@ -123,7 +123,7 @@ def remove(model: Model) -> Model:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `apply` was called."""
-    return hasattr(model, "merging")
+    return "merging" in vars(model)
 
 
 def reduction(model: nn.Module) -> Reduction | None:
@@ -188,4 +188,4 @@ def merging_of(model: nn.Module) -> Merging:
     """
     if not is_patched(model):
         raise ValueError("the model is not patched: call patch.apply first")
-    return model.merging
+    return vars(model)["merging"]

@@ -6,10 +6,10 @@ from patch.families.base import Family
 from patch.families.timm_eva import TimmEva
 from patch.families.timm_vit import TimmViT
 
-FAMILIES: tuple[type[Family], ...] = (TimmViT, TimmEva)
+FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva())
 
 
-def family_of(model: nn.Module, check: bool = True) -> type[Family]:
+def family_of(model: nn.Module, check: bool = True) -> Family:
     """The family that knows a ViT.
 
     Args:

@@ -12,8 +12,14 @@ from patch.attention import Seen, can_pack, sees_keys
 from patch.state import Merging, Pass
 
 
-class Patched:
-    """Base of the classes that a patch puts in front of a module's own. Such modules copy and pickle."""
+class Patched(nn.Module):
+    """Base of the classes that a patch puts in front of a module's own. Such modules copy and pickle.
+
+    Attributes:
+        ATTRIBUTES: names of what the patch gives such a module.
+    """
+
+    ATTRIBUTES: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, _classes(self), self.__dict__
@@ -43,7 +49,7 @@ def _blank(*classes: type) -> nn.Module:
     *fronts, new = classes
     for front in reversed(fronts):
         new = _in_front(front, new)
-    return new.__new__(new)
+    return nn.Module.__new__(new)
 
 
 def put_in_front(module: nn.Module, front: type[Patched], **attributes: Any) -> None:
@@ -54,13 +60,14 @@ def put_in_front(module: nn.Module, front: type[Patched], **attributes: Any) -> 
 
 def take_away(module: nn.Module) -> None:
     """Undo `put_in_front`."""
-    for name in module.__class__.__bases__[0].ATTRIBUTES:
+    bases: Any = type(module).__bases__
+    front, module.__class__ = bases
+    for name in front.ATTRIBUTES:
         module.__dict__.pop(name, None)
-    module.__class__ = module.__class__.__bases__[1]
 
 
 class Family(ABC):
-    """One kind of ViT and how it is taken apart. Never instantiated.
+    """One kind of ViT and how it is taken apart.
 
     Attributes:
         name: for messages.
@@ -72,35 +79,29 @@ class Family(ABC):
     block_front: type["PatchedBlock"]
     encoder_front: type[Patched]
 
-    @staticmethod
     @abstractmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether a model is of this kind."""
+    def knows(self, model: nn.Module) -> bool:
+        """Whether a model is of this kind, a subclass included."""
 
-    @staticmethod
     @abstractmethod
-    def check(model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raise a ValueError if this one cannot be patched, with the reason."""
 
-    @staticmethod
     @abstractmethod
-    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """Its blocks."""
 
-    @staticmethod
     @abstractmethod
-    def prefix(model: nn.Module) -> int:
-        """Number of prefix tokens."""
+    def prefix(self, model: nn.Module) -> int:
+        """Number of prefix tokens: CLS, distillation and register tokens."""
 
-    @staticmethod
     @abstractmethod
-    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """What comes before the blocks: images (B, 3, H, W) -> tokens (B, P + N, D), and the rotary table that each
         block gets, None for a family without."""
 
-    @staticmethod
     @abstractmethod
-    def grid(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(gh, gw), patches of images of (height, width) pixels; None: of those that it was made for."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,13 +24,15 @@ class PatchedSegmenter(Patched):
 
     def grid_scores(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, C, gh, gw)"""
+        own: Any = super()
         with self.merging.open_pass():
-            return super().grid_scores(images)
+            return own.grid_scores(images)
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
         """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""
+        own: Any = super()
         here = self.merging.current
-        return super().to_grid(scores if here is None else here.unmerge(scores), grid)
+        return own.to_grid(scores if here is None else here.unmerge(scores), grid)
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
-from patch.families.base import Family, PatchedBlock, check_plain
-from patch.families.timm_vit import PatchedTimmEncoder, check_blocks, check_checkpointing, patch_grid
+from patch.families.base import PatchedBlock, check_plain
+from patch.families.timm_vit import TimmFamily
 from patch.state import Pass
 
 
@@ -52,44 +52,14 @@ def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-class TimmEva(Family):
+class TimmEva(TimmFamily):
     """timm's ViTs with rotary embeddings."""
 
     name = "timm's Eva"
+    model_class, block_class = Eva, EvaBlock
     block_front = PatchedEvaBlock
-    encoder_front = PatchedTimmEncoder
 
-    @staticmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether it is one, a subclass included."""
-        return isinstance(model, Eva)
-
-    @staticmethod
-    def check(model: nn.Module) -> None:
-        """Raise a ValueError for other blocks than `EvaBlock`, patch dropout or gradient checkpointing."""
-        check_blocks(model.blocks, EvaBlock)
-        check_checkpointing(model)
-        if model.patch_drop is not None:
-            raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
-
-    @staticmethod
-    def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        """Its blocks."""
-        return list(model.blocks)
-
-    @staticmethod
-    def prefix(model: nn.Module) -> int:
-        """CLS and register tokens."""
-        return model.num_prefix_tokens
-
-    @staticmethod
-    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """images (B, 3, H, W) -> tokens (B, P + N, D), and each block's rotary table"""
+    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         x, rope = model._pos_embed(model.patch_embed(images))
         per_block = list(rope) if model.rope_mixed and rope is not None else [rope] * len(model.blocks)
         return model.norm_pre(x), per_block
-
-    @staticmethod
-    def grid(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(gh, gw)"""
-        return patch_grid(model, size)

@@ -1,9 +1,8 @@
 """timm's `VisionTransformer`: ViT, DeiT (distilled too), DINOv2, SigLIP, CLIP, ..."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.layers import PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -49,8 +48,9 @@ class PatchedTimmEncoder(Patched):
         """images (B, 3, H, W) -> (B, P + N, D)"""
         check_plain(attn_mask, is_causal)
         check_checkpointing(self)
-        with self.merging.encode(patch_grid(self, x.shape[-2:])) as here:
-            x = super().forward_features(x, **arguments)
+        own: Any = super()
+        with self.merging.encode(TimmViT().grid(self, x.shape[-2:])) as here:
+            x = own.forward_features(x, **arguments)
             return here.unmerge(x, self.merging.prefix) if here.alone else x
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,55 +62,50 @@ class PatchedTimmEncoder(Patched):
     get_intermediate_layers = forward_intermediates
 
 
-class TimmViT(Family):
+class TimmFamily(Family):
+    """What all ViTs of timm share.
+
+    Attributes:
+        model_class, block_class: timm's.
+    """
+
+    model_class: type[nn.Module]
+    block_class: type[nn.Module]
+    encoder_front = PatchedTimmEncoder
+
+    def knows(self, model: nn.Module) -> bool:
+        return isinstance(model, self.model_class)
+
+    def check(self, model: nn.Module) -> None:
+        check_blocks(self.blocks(model), self.block_class)
+        check_checkpointing(model)
+        if not isinstance(model.patch_drop, nn.Identity | None):
+            raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(model.blocks)
+
+    def prefix(self, model: nn.Module) -> int:
+        return int(model.num_prefix_tokens)
+
+    def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
+        embed: Any = model.patch_embed
+        gh, gw = embed.grid_size if size is None else embed.dynamic_feat_size(tuple(size))
+        return int(gh), int(gw)
+
+
+class TimmViT(TimmFamily):
     """timm's plain ViTs."""
 
     name = "timm's VisionTransformer"
+    model_class, block_class = VisionTransformer, Block
     block_front = PatchedTimmBlock
-    encoder_front = PatchedTimmEncoder
 
-    @staticmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether it is one, a subclass included."""
-        return isinstance(model, VisionTransformer)
-
-    @staticmethod
-    def check(model: nn.Module) -> None:
-        """Raise a ValueError for other blocks than `Block`, patch dropout or gradient checkpointing."""
-        check_blocks(model.blocks, Block)
-        check_checkpointing(model)
-        if isinstance(model.patch_drop, PatchDropout):
-            raise ValueError("cannot patch a model with patch dropout: its tokens do not fill the grid")
-
-    @staticmethod
-    def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        """Its blocks."""
-        return list(model.blocks)
-
-    @staticmethod
-    def prefix(model: nn.Module) -> int:
-        """CLS, distillation and register tokens."""
-        return model.num_prefix_tokens
-
-    @staticmethod
-    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """images (B, 3, H, W) -> tokens (B, P + N, D)"""
+    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         return model.norm_pre(model._pos_embed(model.patch_embed(images))), [None] * len(model.blocks)
 
-    @staticmethod
-    def grid(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(gh, gw)"""
-        return patch_grid(model, size)
 
-
-def patch_grid(model: nn.Module, size: Sequence[int] | None) -> tuple[int, int]:
-    """(gh, gw), patches that timm's patch embedding makes of (height, width) pixels."""
-    embed = model.patch_embed
-    gh, gw = embed.grid_size if size is None else embed.dynamic_feat_size(tuple(size))
-    return int(gh), int(gw)
-
-
-def check_blocks(blocks: Sequence[nn.Module], kind: type[nn.Module]) -> None:
+def check_blocks(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
     """Raise a ValueError unless all blocks are exactly of one class: another one may have other halves."""
     other = next((cls for cls in map(own_class, blocks) if cls is not kind), None)
     if other is not None:

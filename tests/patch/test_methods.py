@@ -202,7 +202,7 @@ def test_a_method_with_an_option_acts_at_every_place(small_net):
             assert [step.x.shape[1] for step in steps] == [16, *range(8, 9 - len(layers), -1)]
             assert steps[0].sizes is None and all(step.sizes.sum(1).tolist() == [16, 16] for step in steps[1:])
             assert all(step.tokens.shape[1] == step.prefix + step.x.shape[1] for step in steps)
-            assert all(step.sequence_sizes.shape == step.tokens.shape[:2] for step in steps[1:])
+            assert all(step.sequence["sizes"].shape == step.tokens.shape[:2] for step in steps[1:])
             assert {step.grid for step in steps} == {(4, 4)} and steps[0].normed is steps[0].keys is None
             blocks = getattr(model, "encoder", model).blocks
             assert [step.block for step in steps] == [blocks[max(layer, 1) - 1] for layer in layers]
