@@ -1,8 +1,8 @@
 """Look at tokens: those of an unpatched model where a method would merge them, and what a patched one merges."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -27,25 +27,19 @@ def similarities(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int
         layer -> `similarity_moments` of its patch tokens, summed over all images so far; empty at first.
 
     Raises:
-        ValueError: a layer that the encoder lacks, or not in ascending order.
+        ValueError: layers that the encoder lacks, or not in ascending order, or a patched encoder.
     """
-    family = family_of(encoder)
-    blocks, prefix = family.blocks(encoder), family.prefix(encoder)
+    blocks, prefix = _unpatched(encoder)
     moments: dict[int, Tensor] = {}
 
-    def observe(layer: int) -> Any:
-        def add(norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            new = similarity_moments(inputs[0][:, prefix:])  # what enters norm2 is the residual stream after attention
-            moments[layer] = moments.get(layer, 0) + new
+    def add(layer: int, norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        new = similarity_moments(inputs[0][:, prefix:])  # what enters norm2 is the residual stream after attention
+        moments[layer] = moments.get(layer, 0) + new
 
-        return blocks[layer - 1].norm2.register_forward_pre_hook(add)
-
-    handles = [observe(layer) for layer in check_layers(layers, len(blocks))]
-    try:
+    with ExitStack() as stack:
+        for layer in check_layers(layers, len(blocks)):
+            stack.enter_context(blocks[layer - 1].norm2.register_forward_pre_hook(partial(add, layer)))
         yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -63,32 +57,32 @@ def edges(encoder: nn.Module, layer: int) -> Iterator[dict[str, Tensor]]:
         attention, float32, of the last pass; empty at first. (gh, gw) is the grid of the images of that pass.
 
     Raises:
-        ValueError: a layer that the encoder lacks, or a patched encoder, whose tokens may have merged by then.
+        ValueError: a layer that the encoder lacks, or a patched encoder.
     """
-    family = family_of(encoder)
-    blocks, prefix = family.blocks(encoder), family.prefix(encoder)
-    if not 1 <= layer <= len(blocks):
-        raise ValueError(f"layer {layer}: the encoder has layers 1 to {len(blocks)}")
-    if is_patched(encoder):
-        raise ValueError("the model is patched, so its tokens leave the grid: call patch.remove first")
+    blocks, prefix = _unpatched(encoder)
+    (layer,) = check_layers(layer, len(blocks))
     found: dict[str, Tensor] = {}
     grid: list[int] = []
 
-    def note_grid(patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        grid[:] = family.grid(encoder, inputs[0].shape[-2:])
+    def note_grid(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        grid[:] = family_of(encoder).grid(encoder, inputs[0].shape[-2:])
 
     def note_edges(norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found["right"], found["down"] = edge_similarities(inputs[0][:, prefix:], tuple(grid))
 
-    handles = [
-        encoder.patch_embed.register_forward_hook(note_grid),
+    with (
+        encoder.patch_embed.register_forward_pre_hook(note_grid),
         blocks[layer - 1].norm2.register_forward_pre_hook(note_edges),
-    ]
-    try:
+    ):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _unpatched(encoder: nn.Module) -> tuple[Sequence[nn.Module], int]:
+    """Blocks and number of prefix tokens of an encoder whose tokens are all there."""
+    if is_patched(encoder):
+        raise ValueError("the model is patched, so its tokens leave the grid: call patch.remove first")
+    family = family_of(encoder)
+    return family.blocks(encoder), family.prefix(encoder)
 
 
 def reductions(model: nn.Module) -> dict[int, Reduction]:

@@ -60,23 +60,31 @@ def test_every_image_keeps_exactly_so_many(models):
 
 @torch.inference_mode()
 def test_the_budget_of_a_threshold_gives_its_partition(models):
-    image = torch.randn(1, 3, 32, 32)
-    for model in models:
-        for method, options in (
-            ("graph", {"threshold": 0.2}),
-            ("graph", {"threshold": 0.6, "layers": [1]}),
-            ("algm", {"threshold": 0.1, "layers": [1]}),
-            ("algm", {"threshold": 0.1, "layers": [1, 3]}),
-            ("algm", {"threshold": 0.1, "layers": [1, 2, 3], "gbm_threshold": 0.4}),
+    """Of one image and of several that keep equally many; an image of one color has equal tokens."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", dynamic_img_size=True, **size).eval()
+    for model in (models[0], models[2], distilled):
+        for images in (
+            torch.randn(1, 3, 32, 32),
+            torch.cat([different_images(2), torch.ones(1, 3, 32, 32)]),
+            different_images(3)[:, :, :24, :24],
         ):
-            patch.apply(model, method, **options)
-            expected, reduction = model(image), patch.reduction(model)
-            tokens = [step.lengths[0] for step in patch.reductions(model).values()]
-            patch.remove(model)
-            patch.apply(model, method, tokens=tokens, **options)
-            torch.testing.assert_close(model(image), expected, atol=1e-5, rtol=1e-5)
-            assert torch.equal(patch.reduction(model).assignment, reduction.assignment), (method, options)
-            patch.remove(model)
+            for method, options in (
+                ("graph", {"threshold": 0.2}),
+                ("graph", {"threshold": 0.6, "layers": [1]}),
+                ("algm", {"threshold": 0.1, "layers": [1]}),
+                ("algm", {"threshold": 0.1, "layers": [1, 3]}),
+                ("algm", {"threshold": 0.1, "layers": [1, 2, 3], "gbm_threshold": 0.4}),
+                ("algm", {"window": (0, 0), "layers": [2], "gbm_threshold": -1.0}),
+            ):
+                patch.apply(model, method, batch="uniform", **options)
+                expected, reduction = model(images), patch.reduction(model)
+                tokens = [step.lengths[0] for step in patch.reductions(model).values()]
+                patch.remove(model)
+                patch.apply(model, method, tokens=tokens, **options)
+                torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+                assert torch.equal(patch.reduction(model).assignment, reduction.assignment), (method, options)
+                patch.remove(model)
 
 
 @torch.inference_mode()

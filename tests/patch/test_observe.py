@@ -54,8 +54,9 @@ def test_edges_refuse_what_they_cannot_show(golden_model):
         with pytest.raises(ValueError, match="layers 1 to 6"), patch.edges(golden_model.encoder, layer):
             pass
     patch.apply(golden_model, "graph")
-    with pytest.raises(ValueError, match=r"patch\.remove"), patch.edges(golden_model.encoder, 2):
-        pass
+    for look in (lambda: patch.edges(golden_model.encoder, 2), lambda: patch.similarities(golden_model.encoder, [2])):
+        with pytest.raises(ValueError, match=r"patch\.remove"), look():
+            pass
 
 
 @torch.inference_mode()

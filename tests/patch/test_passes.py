@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from threading import Barrier
 
 import pytest
@@ -25,6 +26,10 @@ STATIC = {
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
 }
 DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm")}
+
+
+def test_every_method_is_tested_here():
+    assert patch.METHODS.keys() == METHOD_OPTIONS.keys() == {*STATIC, *DYNAMIC}
 
 
 def vit(kind, **options):
@@ -248,8 +253,8 @@ def test_an_empty_batch(models):
 @torch.inference_mode()
 def test_a_mask_of_the_caller_is_refused(models):
     images, mask = different_images(2), torch.zeros(1, 1, 17, 17)
-    for create in models.values():
-        model = patched(create(), "tome")
+    for create, method in product(models.values(), METHOD_OPTIONS):
+        model = patched(create(), method)
         encoder = getattr(model, "encoder", model)
         for arguments in ({"attn_mask": mask}, {"is_causal": True}):
             with pytest.raises(ValueError, match=r"no attn_mask and no is_causal.*patch\.remove") as caught:
@@ -269,10 +274,12 @@ def test_a_block_outside_of_any_pass_works_as_unpatched(models):
         block = getattr(model, "encoder", model).blocks[1]
         rope = {"rope": torch.randn(21 - 5, 32)} if name == "eva" else {}
         expected = [block(x, **rope), block(x, attn_mask=mask, **rope), block(x, is_causal=True, **rope)]
-        patch.apply(model, "tome", r=2)
-        model(different_images(2))
-        found = [block(x, **rope), block(x, attn_mask=mask, **rope), block(x, is_causal=True, **rope)]
-        assert all(map(torch.equal, found, expected)), name
+        for method in METHOD_OPTIONS:
+            patched(model, method)
+            model(different_images(2))
+            found = [block(x, **rope), block(x, attn_mask=mask, **rope), block(x, is_causal=True, **rope)]
+            assert all(map(torch.equal, found, expected)), (name, method)
+            patch.remove(model)
 
 
 @torch.inference_mode()
