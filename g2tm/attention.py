@@ -7,12 +7,6 @@ ATTENTION_MODES = ("none", "proportional", "inverse")
 SMALLEST_SIZE = 1e-6  # of an empty token, whose logarithm must stay finite
 
 
-def check_attention(mode: str) -> None:
-    """Raise a ValueError for an unknown attention mode."""
-    if mode not in ATTENTION_MODES:
-        raise ValueError(f"attention {mode!r}: choose {', '.join(ATTENTION_MODES)}")
-
-
 def attention_bias(sizes: Tensor, mode: str, padding: Tensor | None = None) -> Tensor | None:
     """Bias of every key; differentiable in the sizes.
 
@@ -28,7 +22,8 @@ def attention_bias(sizes: Tensor, mode: str, padding: Tensor | None = None) -> T
     Raises:
         ValueError: unknown mode.
     """
-    check_attention(mode)
+    if mode not in ATTENTION_MODES:
+        raise ValueError(f"attention {mode!r}: choose {', '.join(ATTENTION_MODES)}")
     if mode == "none" and padding is None:
         return None
     sign = {"none": 0, "proportional": 1, "inverse": -1}[mode]

@@ -77,16 +77,14 @@ def graph_merge(
     Raises:
         ValueError: a threshold, number of tokens, grid, batch mode or backend that is not allowed.
     """
-    check_grid(grid, x.shape[1])
     check_batch(batch)
-    check_backend(backend)
     if tokens is None:
         check_threshold(threshold)
     else:
         check_tokens(tokens, 1, x.shape[1])
+    right, down = edge_similarities(x, grid, backend)  # checks the grid and the backend
     if len(x) == 0:
         return Grouping.identity(x, sizes)
-    right, down = edge_similarities(x, grid, backend)
     if tokens is None:
         assert threshold is not None  # checked above
         assignment, counts, lengths = grid_components(right > threshold, down > threshold, backend)

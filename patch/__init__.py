@@ -7,12 +7,12 @@ patch.remove(model)
 """
 
 import patch.methods  # noqa: F401 - fills the registry
-from g2tm import Reduction
+from g2tm import Reduction, mean_and_std
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
 from patch.learned import add_modules, has_modules
 from patch.method import METHODS, Choice, Method, Number, Option, Step, Target, find, register
-from patch.observe import edges, mean_and_std, merge_ranges, reductions, similarities
+from patch.observe import edges, merge_ranges, reductions, similarities
 from patch.patching import (
     apply,
     check,

@@ -6,7 +6,7 @@ No attention code is copied: a block hands its own attention module a mask, and 
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,13 @@ class AttentionMask(Tensor):
     attend: Callable[..., Tensor]
 
     @classmethod
+    def of(cls, **attributes: Any) -> Self:
+        """A mask with these attributes."""
+        mask = torch.empty(0).as_subclass(cls)
+        mask.__dict__.update(attributes)
+        return mask
+
+    @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             function = cls.attend if function is F.scaled_dot_product_attention else function
@@ -58,14 +65,7 @@ class Seen(AttentionMask):
     """
 
     mask: Tensor | None
-    keys: Tensor | None
-
-    @classmethod
-    def around(cls, mask: Tensor | None) -> "Seen":
-        """A new one, that stands for a mask."""
-        seen = torch.empty(0).as_subclass(cls)
-        seen.mask, seen.keys = mask, None
-        return seen
+    keys: Tensor | None = None
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: "Seen", **options: Any) -> Tensor:
@@ -106,13 +106,6 @@ class Within(AttentionMask):
     """
 
     packing: "Packing"
-
-    @classmethod
-    def images(cls, packing: "Packing") -> "Within":
-        """The mask of a packing."""
-        mask = torch.empty(0).as_subclass(cls)
-        mask.packing = packing
-        return mask
 
     @staticmethod
     def attend(

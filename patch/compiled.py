@@ -6,6 +6,7 @@ with them the CUDA graphs that are replayed for each, merged tokens are padded t
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -174,57 +175,56 @@ class Part(NamedTuple):
 def encoder_parts(encoder: nn.Module) -> list[Part]:
     """The parts of an encoder: one more than there are merges."""
     family = family_of(encoder, check=False)
-    parts, stages = [], [_embedding(encoder, family.embed)]
+    parts: list[Part] = []
+    stages: list[Stage] = []
 
-    def cut(block: nn.Module, place: str) -> None:
-        if place in getattr(block, "places", ()):
-            parts.append(Part(_sequence(stages.copy()), block, block.places[place]))
-            stages.clear()
+    def cut(block: nn.Module | None, layer: int | None) -> None:
+        embed = None if parts else partial(family.embed, encoder)
+        parts.append(Part(_sequence(embed, stages.copy()), block, layer))
+        stages.clear()
 
     for index, block in enumerate(family.blocks(encoder)):
-        cut(block, "before")
-        if "attention" in getattr(block, "places", ()):
-            stages.append(_attending(block, index))
-            cut(block, "attention")
-            stages.append(_feeding(block))
+        places = getattr(block, "places", {})
+        if "before" in places:
+            cut(block, places["before"])
+        if "attention" in places:
+            stages.append(partial(_attend, block, index))
+            cut(block, places["attention"])
+            stages.append(partial(_feed, block))
         else:
-            stages.append(_attending(block, index, whole=True))
-        cut(block, "block")
-    stages.append(lambda x, ropes: (encoder.norm(x), ropes))
-    return [*parts, Part(_sequence(stages), None, None)]
+            stages.append(partial(_whole, block, index))
+        if "block" in places:
+            cut(block, places["block"])
+    stages.append(lambda x, _: encoder.norm(x))
+    cut(None, None)
+    return parts
 
 
-Stage = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Stage = Callable[[Tensor, Any], Tensor]
 
 
-def _sequence(stages: Sequence[Stage]) -> Stage:
+def _sequence(embed: Callable[..., Any] | None, stages: Sequence[Stage]) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     def run(x: Tensor, ropes: Any) -> tuple[Tensor, Any]:
+        if embed is not None:
+            x, ropes = embed(x)
         for stage in stages:
-            x, ropes = stage(x, ropes)
+            x = stage(x, ropes)
         return x, ropes
 
     return run
 
 
-def _embedding(encoder: nn.Module, embed: Callable[..., Any]) -> Stage:
-    return lambda images, _: embed(encoder, images)
+def _attend(block: PatchedBlock, index: int, x: Tensor, ropes: Any) -> Tensor:
+    return block.attend(x, block.merging.current, ropes[index])
 
 
-def _attending(block: nn.Module, index: int, whole: bool = False) -> Stage:
-    """Up to the merge inside a block, or the whole block."""
-
-    def attend(x: Tensor, ropes: Any) -> tuple[Tensor, Any]:
-        if not whole:
-            return block.attend(x, block.merging.current, ropes[index]), ropes
-        rope = {} if ropes[index] is None else {"rope": ropes[index]}
-        run = block.without_merge if isinstance(block, PatchedBlock) else block
-        return run(x, **rope), ropes
-
-    return attend
+def _feed(block: PatchedBlock, x: Tensor, _: Any) -> Tensor:
+    return block.feed(x, block.merging.current)
 
 
-def _feeding(block: nn.Module) -> Stage:
-    return lambda x, ropes: (block.feed(x, block.merging.current), ropes)
+def _whole(block: nn.Module, index: int, x: Tensor, ropes: Any) -> Tensor:
+    rope = {} if ropes[index] is None else {"rope": ropes[index]}
+    return (block.without_merge if isinstance(block, PatchedBlock) else block)(x, **rope)
 
 
 def _vary(x: Tensor | None, axis: int) -> None:

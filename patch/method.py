@@ -335,7 +335,7 @@ def _check_alike(name: str, option: str, entry: Option) -> None:
 
 
 def _meaning(option: Option) -> tuple[Any, ...]:
-    return option.kind if option.default is not None or option.type else None, option.many, option.flag, option.key
+    return option.kind, option.many, option.flag, option.key
 
 
 def find(name: str) -> Method:
@@ -375,20 +375,15 @@ def resolve(name: str, target: Target, given: Mapping[str, Any]) -> tuple[Method
         value = value(target) if callable(value) else value
         options[key] = None if value is None or option.means_none(value) else option.check(key, value)
     first = 0 if method.place == "block" and not method.needs else 1  # before the first block nothing has attended
-    options["layers"] = _layers_of(name, options["layers"], first, target.depth, chosen="layers" in given)
+    try:
+        options["layers"] = check_layers(options["layers"], target.depth, first)
+    except ValueError as error:
+        if "layers" in given:
+            raise
+        raise ValueError(f"{name} merges by default in {error}; name other layers (--selected-layers)") from error
     if method.check is not None:
         method.check(options, target)
     return method, options
-
-
-def _layers_of(name: str, layers: Any, first: int, depth: int, chosen: bool) -> tuple[int, ...]:
-    """`check_layers`, with a way out for those who chose none."""
-    try:
-        return check_layers(layers, depth, first)
-    except ValueError as error:
-        if chosen:
-            raise
-        raise ValueError(f"{name} merges by default in {error}; name other layers (--selected-layers)") from error
 
 
 def check_layers(layers: int | Sequence[int] | None, depth: int, first: int = 1) -> tuple[int, ...]:
@@ -399,12 +394,9 @@ def check_layers(layers: int | Sequence[int] | None, depth: int, first: int = 1)
     """
     layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
     layers = tuple(layers)
-    if not layers or not all(_is_index(layer) and first <= layer <= depth for layer in layers):
+    inside = (isinstance(layer, Integral) and layer is not True and first <= layer <= depth for layer in layers)
+    if not layers or not all(inside):
         raise ValueError(f"layers {list(layers)}: the encoder has layers {first} to {depth}")
     if any(one >= other for one, other in pairwise(layers)):
         raise ValueError(f"layers {list(layers)}: give each layer once, in ascending order")
     return tuple(int(layer) for layer in layers)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

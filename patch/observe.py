@@ -7,12 +7,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from g2tm import Reduction, edge_similarities
-from g2tm.statistics import mean_and_std, similarity_moments
+from g2tm.statistics import similarity_moments
 from patch.families import family_of
 from patch.method import check_layers
 from patch.patching import is_patched, merging_of
-
-__all__ = ["edges", "mean_and_std", "merge_ranges", "reductions", "similarities"]
 
 
 @contextmanager

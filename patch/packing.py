@@ -54,4 +54,4 @@ class Packing:
     @property
     def mask(self) -> Within:
         """What `scaled_dot_product_attention` is handed as `attn_mask`."""
-        return Within.images(self)
+        return Within.of(packing=self)

@@ -158,7 +158,7 @@ class PatchedBlock(Patched):
         needed = needs and self.places
         shown = "rope" not in arguments and sees_keys(self.attn) and not self.merging.watched
         if needed and "keys" in needs and shown:
-            seen = Seen.around(mask)
+            seen = Seen.of(mask=mask)
             out, keys = self.attn(normed, attn_mask=seen, **arguments), seen.keys
         else:
             out = self.attn(normed, attn_mask=mask, **arguments)

@@ -1,8 +1,12 @@
 """A fixed number of tokens instead of a threshold."""
 
+import itertools
+from functools import partial
+
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import patch
 from patch.packing import Packing
@@ -87,22 +91,56 @@ def test_the_budget_of_a_threshold_gives_its_partition(models):
                 patch.remove(model)
 
 
+FIXED = (
+    ("graph", {"tokens": 7, "backend": "torch"}),
+    ("algm", {"tokens": [9, 6], "layers": [1, 3]}),
+    ("tome", {"r": 3}),
+    ("tofu", {"r": 3}),
+    ("dct", {"r": 3}),
+    ("dtem", {"r": 3}),
+)
+BY_THE_IMAGE = (
+    ("graph", {"threshold": 0.2, "backend": "torch"}),
+    ("algm", {"layers": [1]}),
+    ("algm", {"layers": [3], "window": (0, 0)}),
+    ("mpm", {"layers": [2]}),
+)
+
+
+def patched(model, method, options):
+    if not patch.has_modules(getattr(model, "encoder", model), method):
+        patch.add_modules(getattr(model, "encoder", model), method)
+    return patch.apply(model, method, attention="proportional", **options)
+
+
 @torch.inference_mode()
 def test_nothing_is_read_back_from_the_device(models):
-    images = different_images(3)
-    for model in models:
-        for method, options in (
-            ("graph", {"tokens": 7, "backend": "torch"}),
-            ("algm", {"tokens": [9, 6], "layers": [1, 3]}),
-            ("tome", {"r": 3}),
-            ("tofu", {"r": 3}),
-            ("dct", {"r": 3}),
-        ):
-            patch.apply(model, method, attention="proportional", **options)
-            with Waits() as waits, Reads() as reads:
-                model(images)
-            assert (reads.count, waits.count) == (0, 0), method
-            patch.remove(model)
+    for model, (method, options) in itertools.product(models, (*FIXED, *BY_THE_IMAGE)):
+        patched(model, method, options | ({} if (method, options) in FIXED else {"batch": "uniform"}))
+        with Waits() as waits, Reads() as reads:
+            model(different_images(3))
+        assert (reads.count, waits.count) == (int((method, options) in BY_THE_IMAGE), 0), (method, options)
+        patch.remove(model)
+
+
+@torch.inference_mode()
+def test_tensors_without_values_are_enough(models):
+    """Of a device that is not there: the way of tensors on a GPU."""
+    for model, (method, options) in itertools.product(models, (*FIXED, *BY_THE_IMAGE)):
+        patched(model.train(method in ("dtem", "algm")), method, options)
+        encoder = getattr(model, "encoder", model)
+        handle = encoder.blocks[0].register_forward_hook(lambda *_: None)  # keys are formed: fakes cannot be masks
+        with FakeTensorMode():
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            state = {name: torch.empty(x.shape, device="cuda") for name, x in tensors}
+            call = partial(torch.func.functional_call, model, state, torch.randn(3, 3, 32, 32, device="cuda"))
+            if (method, options) in FIXED:
+                assert call().device.type == "cuda"
+            else:  # so the others could have failed
+                with pytest.raises(DataDependentOutputException):
+                    call()
+        handle.remove()
+        patch.remove(model)
 
 
 @torch.inference_mode()
