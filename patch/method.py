@@ -394,7 +394,9 @@ def check_layers(layers: int | Sequence[int] | None, depth: int, first: int = 1)
     """
     layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
     layers = tuple(layers)
-    inside = (isinstance(layer, Integral) and layer is not True and first <= layer <= depth for layer in layers)
+    inside = (
+        isinstance(layer, Integral) and not isinstance(layer, bool) and first <= layer <= depth for layer in layers
+    )
     if not layers or not all(inside):
         raise ValueError(f"layers {list(layers)}: the encoder has layers {first} to {depth}")
     if any(one >= other for one, other in pairwise(layers)):

@@ -42,13 +42,6 @@ class Merging:
         self.range_name: str | None = None
         self._thread = _Thread()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: passes stay with the original."""
-        return self.__dict__ | {"_thread": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _thread=_Thread())
-
     @property
     def current(self) -> "Pass | None":
         """The pass that this thread is in; None: it is in none."""
@@ -120,6 +113,10 @@ class _Thread(threading.local):
         self.last: Pass | None = None
         self.counting = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of a model: passes stay with the original."""
+        return _Thread, ()
+
 
 class Pass:
     """What one forward pass knows of its tokens.
@@ -170,16 +167,13 @@ class Pass:
         if not len(x):  # no image, nothing to choose from
             return x
         with self._range():
-            prefix = self.merging.prefix
-            step = self._step(x, block, layer, seen)
-            method = self.merging.method
-            merge = method.soft if block.training and method.soft is not None else method.merge
-            merged = merge(step)
+            step, method = self._step(x, block, layer, seen), self.merging.method
+            merged = (method.soft if block.training and method.soft is not None else method.merge)(step)
             if self.bucket is not None and isinstance(merged, Grouping):
                 width = self.bucket * math.ceil(merged.width / self.bucket)
                 merged = merged.widened(min(width, step.x.shape[1]))
             self._follow(merged, layer)
-            return torch.cat([x[:, :prefix], merged.merge(step.x)], dim=1)
+            return torch.cat([x[:, : step.prefix], merged.merge(step.x)], dim=1)
 
     def _step(self, x: Tensor, block: nn.Module, layer: int, seen: Mapping[str, Tensor]) -> Step:
         sizes = None if self.reduction is None else self.reduction.sizes
@@ -217,7 +211,8 @@ class Pass:
     def pack(self, x: Tensor, before: int, after: int) -> Tensor:
         """Concatenate the tokens of all images, (B, before + M + after, D) -> (1, T, D), if they differ in number and
         no hook looks into a block."""
-        if self.packing is not None or not self._differ():
+        differ = self._padding is not None and self.bucket is None and not self.merging.watched
+        if self.packing is not None or not differ:
             return x
         bias = attention_bias(self.reduction.sizes, self.options["attention"])
         self.packing, self._rotary = Packing(self.reduction, before, after, bias), None
@@ -230,9 +225,6 @@ class Pass:
             return x
         self._rotary = None
         return packing.unpack(x)
-
-    def _differ(self) -> bool:
-        return self._padding is not None and self.bucket is None and not self.merging.watched
 
     def drop(self, drop_path: nn.Module, x: Tensor) -> Tensor:
         """Stochastic depth, which leaves out whole images; x: (B, L, D) or, packed, (1, T, D)."""

@@ -302,8 +302,9 @@ def test_traces_of_fixed_numbers_are_right_on_other_images(models):
         for method, options in STATIC.items():
             model, others = patched(create(), method, **options), different_images(2)
             traced = torch.jit.trace(model, torch.randn(2, 3, 32, 32), check_trace=False)
-            for images in (others, torch.randn(2, 3, 32, 32)):
-                torch.testing.assert_close(traced(images), model(images), **TOLERANCE, msg=f"{name} {method}")
+            with torch.jit.optimized_execution(False):
+                for images in (others, torch.randn(2, 3, 32, 32)):
+                    torch.testing.assert_close(traced(images), model(images), **TOLERANCE, msg=f"{name} {method}")
 
 
 def check_export(create, names):

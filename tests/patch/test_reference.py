@@ -291,5 +291,5 @@ def check(name, attention):
 @pytest.mark.parametrize("attention", ["none", "proportional"])
 @torch.inference_mode()
 def test_merged_vits_are_those_of_the_reference(attention):
-    for name in MODELS:
+    for name in MODELS if attention == "proportional" else ("vit_tiny_patch16_224", "vit_small_patch16_dinov3"):
         check(name, attention)
