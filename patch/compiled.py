@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.families import family_of
-from patch.families.base import Patched, PatchedBlock, put_in_front, take_away
+from patch.families.base import Patched, PatchedBlock, put_in_front
 from patch.families.segmenter import is_segmenter
 from patch.state import Watchers
 
@@ -65,13 +65,6 @@ def compile(
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile` was applied."""
     return is_segmenter(model) and isinstance(model.encoder, CompiledEncoder)
-
-
-def uncompile(model: nn.Module) -> None:
-    """Undo `compile`. Without it, nothing happens."""
-    if is_compiled(model):
-        take_away(model.encoder)
-        take_away(model.decoder)
 
 
 class Compilation:

@@ -142,7 +142,7 @@ class Option:
         Raises:
             ValueError: it is not allowed; names the option, the value and what is allowed.
         """
-        several = isinstance(value, list | tuple)
+        several = isinstance(value, Sequence) and not isinstance(value, str)
         try:
             if self.many is False or (self.many is True and not several):
                 return self.kind.check(value)
@@ -392,7 +392,7 @@ def check_layers(layers: int | Sequence[int] | None, depth: int, first: int = 1)
     Raises:
         ValueError: a layer that is not there, or not in ascending order.
     """
-    layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    layers = range(1, depth + 1) if layers is None else layers if isinstance(layers, Sequence) else [layers]
     layers = tuple(layers)
     inside = (
         isinstance(layer, Integral) and not isinstance(layer, bool) and first <= layer <= depth for layer in layers

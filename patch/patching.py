@@ -9,9 +9,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from g2tm import Reduction
-from patch.compiled import is_compiled, uncompile
 from patch.families import family_of
-from patch.families.base import put_in_front, take_away
+from patch.families.base import Patched, put_in_front, take_away
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_blocks
 from patch.learned import has_modules
@@ -44,11 +43,11 @@ def apply(model: Model, method: str, **options: Any) -> Model:
     Raises:
         ValueError: the model is patched already or cannot be patched, or an option is not allowed.
     """
-    if is_patched(model):
-        raise ValueError(f"the model is patched with {model.merging.method.name} already: call patch.remove first")
-    if is_compiled(model):
-        raise ValueError("the model is compiled already: call patch.remove first, and patch before compiling")
     encoder, more_blocks = _parts(model)
+    if is_patched(encoder):
+        raise ValueError(f"the model is patched with {encoder.merging.method.name} already: call patch.remove first")
+    if isinstance(encoder, Patched):
+        raise ValueError("the model is compiled already: call patch.remove first, and patch before compiling")
     family = family_of(encoder)
     blocks = family.blocks(encoder)
     check_blocks(more_blocks, Block)
@@ -109,15 +108,9 @@ def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dic
 
 def remove(model: Model) -> Model:
     """Undo `apply`, and `compile`: the model is exactly what it was before. Without them, nothing happens."""
-    uncompile(model)
-    if not is_patched(model):
-        return model
-    encoder, more_blocks = _parts(model)
-    for block in (*family_of(encoder, check=False).blocks(encoder), *more_blocks):
-        take_away(block)
-    take_away(encoder)
-    if encoder is not model:
-        take_away(model)
+    for module in model.modules():
+        while isinstance(module, Patched):
+            take_away(module)
     return model
 
 

@@ -301,6 +301,35 @@ def test_bad_options_are_refused_before_anything_changes(model):
         assert not patch.is_patched(model) and type(model.encoder.blocks[0]).__name__ == "Block"
 
 
+def test_a_part_of_a_patched_model_is_patched(model):
+    """Whichever comes first, the model or the ViT in it; either can be taken out again, compiled or not."""
+    kinds = [type(module) for module in model.modules()]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.eval()(images)
+        for first, second in ((model, model.encoder), (model.encoder, model)):
+            for compiled in (False, True):
+                patch.apply(first, "tome", r=2)
+                if compiled and first is model:
+                    patch.compile(model, backend="eager")
+                with pytest.raises(ValueError, match="patched with tome already"):
+                    patch.apply(second, "graph")
+                patch.remove(second)
+                assert not patch.is_patched(model.encoder)
+                torch.testing.assert_close(model(images), expected)
+                patch.remove(first)
+                assert kinds == [type(module) for module in model.modules()]
+                assert torch.equal(model(images), expected)
+        patch.compile(model, backend="eager")
+        with pytest.raises(ValueError, match="compiled already"):
+            patch.apply(model.encoder, "graph")
+
+
+def test_layers_may_be_a_range(model):
+    patch.apply(model, "tome", layers=range(1, 4), r=2)
+    assert patch.options(model)["layers"] == (1, 2, 3)
+
+
 def test_patching_twice_and_asking_the_unpatched_are_refused(model):
     for ask in (patch.reduction, patch.options, patch.method, lambda model: patch.set_threshold(model, 0.5)):
         with pytest.raises(ValueError, match=r"patch\.apply"):
