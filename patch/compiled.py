@@ -177,17 +177,14 @@ def encoder_parts(encoder: nn.Module) -> list[Part]:
         stages.clear()
 
     for index, block in enumerate(family.blocks(encoder)):
-        places = getattr(block, "places", {})
-        if "before" in places:
-            cut(block, places["before"])
-        if "attention" in places:
-            stages.append(partial(_attend, block, index))
-            cut(block, places["attention"])
-            stages.append(partial(_feed, block))
-        else:
-            stages.append(partial(_whole, block, index))
-        if "block" in places:
-            cut(block, places["block"])
+        if not isinstance(block, PatchedBlock):
+            stages.append(partial(_own, block, index))
+            continue
+        halves = {"before": [], "attention": [partial(_attend, block, index)], "block": [partial(_feed, block)]}
+        for place, half in halves.items():  # in this order, a merge in some of them
+            stages += half
+            if place in block.places:
+                cut(block, block.places[place])
     stages.append(lambda x, _: encoder.norm(x))
     cut(None, None)
     return parts
@@ -215,9 +212,8 @@ def _feed(block: PatchedBlock, x: Tensor, _: Any) -> Tensor:
     return block.feed(x, block.merging.current)
 
 
-def _whole(block: nn.Module, index: int, x: Tensor, ropes: Any) -> Tensor:
-    rope = {} if ropes[index] is None else {"rope": ropes[index]}
-    return (block.without_merge if isinstance(block, PatchedBlock) else block)(x, **rope)
+def _own(block: nn.Module, index: int, x: Tensor, ropes: Any) -> Tensor:
+    return block(x) if ropes[index] is None else block(x, rope=ropes[index])
 
 
 def _vary(x: Tensor | None, axis: int) -> None:

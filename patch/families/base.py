@@ -146,11 +146,6 @@ class PatchedBlock(Patched):
         x = self._merge("block", self.feed(x, here), here)
         return here.unpack(x) if self.last else x
 
-    def without_merge(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Both halves, without what the method does at the ends of the block; x: (B, L, D)."""
-        here = self.merging.current
-        return self.feed(self.attend(x, here, rope), here)
-
     def attention(self, normed: Tensor, here: Pass, **arguments: Any) -> Tensor:
         """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
         needs, keys = self.merging.method.needs, None
