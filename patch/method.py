@@ -85,7 +85,7 @@ class Choice:
 
     def check(self, value: Any) -> str | bool:
         """The value; raises a ValueError that says what is allowed."""
-        if value not in self.words:
+        if not any(type(value) is type(word) and value == word for word in self.words):  # 1 is not true
             raise ValueError(f"choose {self.allowed}")
         return value
 
@@ -317,10 +317,6 @@ def register(
         else:
             raise ValueError(f"{name}: give its option {option} as an Option, with a default and a help text")
     for option, entry in table.items():
-        try:
-            _ = entry.kind
-        except ValueError as error:
-            raise ValueError(f"{name}, {option}: {error}") from None
         _check_alike(name, option, entry)
     METHODS[name] = Method(name, merge, table, prepare, check, place, needs, modules, soft, static)
     return METHODS[name]
@@ -328,9 +324,12 @@ def register(
 
 def _check_alike(name: str, option: str, entry: Option) -> None:
     """One flag has one meaning: an option of several methods differs in default and help text alone."""
+    try:
+        meaning = _meaning(entry)
+    except ValueError as error:
+        raise ValueError(f"{name}, {option}: {error}") from None
     for other in METHODS.values():
-        known = other.options.get(option)
-        if known is not None and _meaning(known) != _meaning(entry):
+        if option in other.options and _meaning(other.options[option]) != meaning:
             raise ValueError(f"{name}: {other.name} has an option {option} of another kind, flag or key")
 
 

@@ -148,19 +148,16 @@ class PatchedBlock(Patched):
 
     def attention(self, normed: Tensor, here: Pass, **arguments: Any) -> Tensor:
         """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
-        needs, keys = self.merging.method.needs, None
+        needs = self.merging.method.needs if self.places else ()
         mask = here.mask(*self.neighbors, normed, fused=self.attn.fused_attn)
-        needed = needs and self.places
-        shown = "rope" not in arguments and sees_keys(self.attn) and not self.merging.watched
-        if needed and "keys" in needs and shown:
-            seen = Seen.of(mask=mask)
-            out, keys = self.attn(normed, attn_mask=seen, **arguments), seen.keys
-        else:
-            out = self.attn(normed, attn_mask=mask, **arguments)
-            if needed and "keys" in needs:
-                with torch.no_grad():
-                    keys = self.keys(normed)
-        if needed:
+        if "keys" in needs and "rope" not in arguments and sees_keys(self.attn) and not self.merging.watched:
+            mask = Seen.of(mask=mask)
+        out = self.attn(normed, attn_mask=mask, **arguments)
+        keys = mask.keys if isinstance(mask, Seen) else None
+        if "keys" in needs and keys is None:
+            with torch.no_grad():
+                keys = self.keys(normed)
+        if needs:
             here.see(normed if "normed" in needs else None, keys)
         return out
 

@@ -69,6 +69,10 @@ def test_choices():
     assert choice.check("code") == choice.parse("code") == "code"
     for value in ("Code", "", None, 1, ["code"]):
         refused("choose code or paper$", choice.check, value)
+    assert Choice((True, False)).check(False) is False and Choice((True, False)).parse("true") is True
+    for value in (0, 1, "true", None, torch.ones(2)):
+        refused("choose true or false$", Choice((True, False)).check, value)
+    refused("new, odd: an option of type .*int, float", register, "new", lambda step: None, odd=Option("word", ""))
 
 
 def test_options_of_one_and_of_several_values():
