@@ -2,8 +2,8 @@
 
 from g2tm.attention import ATTENTION_MODES, attention_bias
 from g2tm.clap import clap
-from g2tm.dct import Truncation, dct
-from g2tm.dtem import SoftMerge, embed, soft_merge, split
+from g2tm.dct import dct
+from g2tm.dtem import embed, soft_merge, split
 from g2tm.graph import edge_similarities, graph_merge
 from g2tm.matching import ADAPTIVE, bipartite
 from g2tm.mutual import mutual_pairs
@@ -19,8 +19,6 @@ __all__ = [
     "Chain",
     "Grouping",
     "Reduction",
-    "SoftMerge",
-    "Truncation",
     "attention_bias",
     "bipartite",
     "budget",

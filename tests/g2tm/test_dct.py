@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 
-from g2tm import Truncation, bipartite, dct
+from g2tm import bipartite, dct
+from g2tm.dct import Truncation
 from g2tm.reduction import Chain, Reduction
 
 DATA = Path(__file__).parents[1] / "data"

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch.nn import functional as F
 
-from g2tm import SoftMerge, bipartite, embed, soft_merge, split
-from g2tm.dtem import soft_top_r
+from g2tm import bipartite, embed, soft_merge, split
+from g2tm.dtem import SoftMerge, soft_top_r
 from g2tm.reduction import Chain, Reduction
 
 DATA = Path(__file__).parents[1] / "data"
