@@ -57,8 +57,8 @@ def apply(model: Model, method: str, **options: Any) -> Model:
         raise ValueError(
             f"{method} has learned parts, which this model lacks: call patch.add_modules(encoder, {method!r})"
         )
-    merging = Merging(entry, completed, target, family.prefix(encoder))
-    merging.watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
+    watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
+    merging = Merging(entry, completed, target, family.prefix(encoder), watchers)
     places = _places(entry.place, completed["layers"])
     for index, block in enumerate(blocks, start=1):
         own = {"neighbors": (merging.prefix, 0), "places": places.get(index, {}), "last": index == len(blocks)}

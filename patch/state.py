@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from patch.method import Method, Step, Target
 from patch.packing import Packing
 
 
+@dataclass(eq=False)
 class Merging:
     """What a patch put into one model.
 
@@ -33,14 +35,13 @@ class Merging:
         range_name: what a profiler sees merges as; None: nothing.
     """
 
-    def __init__(self, method: Method, options: Mapping[str, Any], target: Target, prefix: int) -> None:
-        self.method = method
-        self.options = options
-        self.target = target
-        self.prefix = prefix
-        self.watchers = Watchers(())
-        self.range_name: str | None = None
-        self._thread = _Thread()
+    method: Method
+    options: Mapping[str, Any]
+    target: Target
+    prefix: int
+    watchers: "Watchers"
+    range_name: str | None = None
+    _thread: "_Thread" = field(default_factory=lambda: _Thread())
 
     @property
     def current(self) -> "Pass | None":
