@@ -230,7 +230,10 @@ class Chain:
 
     @cached_property
     def assignment(self) -> Tensor:
-        return self.second.assignment.gather(1, self.first.assignment)
+        first, second = self.first, self.second
+        if not (hasattr(first, "assignment") and hasattr(second, "assignment")):
+            raise AttributeError("assignment")  # so that hasattr tells
+        return second.assignment.gather(1, first.assignment)
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D)."""

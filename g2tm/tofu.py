@@ -1,5 +1,7 @@
 """Token fusion (ToFu, WACV 2024, arXiv 2312.01026): ToMe's matching; early blocks prune, late ones merge."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,8 +103,10 @@ class NormCorrected(Grouping):
 
     def without_prefix(self, prefix: int) -> "NormCorrected":
         """The same step for the patch tokens alone."""
-        return super().without_prefix(prefix)._marked(self._destinations[:, prefix:], self._paper)
+        rest: Any = super().without_prefix(prefix)
+        return rest._marked(self._destinations[:, prefix:], self._paper)
 
     def widened(self, width: int) -> "NormCorrected":
         """The same step with padding up to `width` groups."""
-        return super().widened(width)._marked(self._destinations, self._paper)
+        wide: Any = super().widened(width)
+        return wide._marked(self._destinations, self._paper)

@@ -20,7 +20,7 @@ class Curriculum:
     warmup: int
     period: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_threshold(self.start, "start threshold")
         check_threshold(self.target)
         if self.start < self.target:
@@ -28,12 +28,12 @@ class Curriculum:
         if self.warmup < 0 or self.period < 1:
             raise ValueError(f"curriculum of {self.warmup} + n·{self.period} epochs: give warm-up ≥ 0 and period ≥ 1")
 
-    def threshold(self, epoch):
+    def threshold(self, epoch: int) -> float:
         """Threshold of an epoch, counted from 0."""
         steps = 0 if epoch < self.warmup else 1 + (epoch - self.warmup) // self.period
         return max(self.target, round(self.start - STEP * steps, 10))
 
     @property
-    def epochs(self):
+    def epochs(self) -> int:
         """Epochs after which the target has been trained with for a whole period."""
         return self.warmup + self.period * round((self.start - self.target) / STEP)

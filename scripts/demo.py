@@ -96,7 +96,7 @@ def token_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
         row, caption = [sample.image], [""]
         for run in merging:
             view = run.view(sample.image)
-            run.model.grid_scores(view)
+            run.model.grid_logits(view)
             reduction, grid = patch.reduction(run.model), patch_grid(run.model, view)
             assignment = reduction.assignment[0].cpu().numpy()
             row.append(fill_tokens(sample.image, assignment, grid, run.model.patch_size))

@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 from torch.optim import Optimizer
 
+from segm.errors import one_line
 from segm.files import atomic, write_text
 
 LAST, BEST, VARIANT = "checkpoint.pth", "checkpoint_best.pth", "variant.yml"
@@ -90,11 +91,6 @@ def restore(
         raise ValueError(
             f"cannot resume {path} ({one_line(error)}): start a new run from it with --finetune"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in at most 300 characters without line breaks."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def variant_file(path: str | Path) -> Path:

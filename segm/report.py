@@ -219,7 +219,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
     with patch.edges(model.encoder, layer) as edges:
         for index in range(min(n_images, len(dataset))):
             sample = dataset[index]
-            model.grid_scores(run.square(sample.image))
+            model.grid_logits(run.square(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
             photo = resize_square(sample.image, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})

@@ -87,7 +87,8 @@ def main(
         model = create_model(variant["net_kwargs"], weights, finetune)
         apply_merging(model, plan.method, plan.options)
         if compile:
-            compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+            for stack in (model.encoder, model.decoder):
+                compile_blocks(stack.blocks)
         train(model.to(device), train_set, val_set, plan, variant, log_dir, device, resume)
 
 

@@ -1,5 +1,6 @@
 """What all data sets have in common: training items, evaluation samples, resized views."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import overload
 
@@ -93,7 +94,7 @@ class SegmentationDataset(Dataset):
         return self.resize_factor * short, short
 
     @cached_property
-    def _train_transform(self):
+    def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
         from segm.data.transforms import TrainTransform
 
         return TrainTransform(self._scale, self.crop_size, self.normalization)

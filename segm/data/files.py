@@ -1,6 +1,7 @@
 """Reading and checking image and label files. Imports mmseg."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from segm.data.sample import IGNORE_LABEL, Sample
 class FileDataset(SegmentationDataset):
     """Image and label files listed by one of mmsegmentation's data sets."""
 
-    def __init__(self, files: BaseSegDataset, name: str, split: str, **settings) -> None:
+    def __init__(self, files: BaseSegDataset, name: str, split: str, **settings: Any) -> None:
         super().__init__(name, split, files.metainfo["classes"], files.metainfo["palette"], **settings)
         self._files = files
         self._read_label = LoadAnnotations()

@@ -12,6 +12,7 @@ The class list (`classes.yml`) is a list of names or of `{id, name, color: [r, g
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,7 +37,7 @@ class OwnFiles(BaseSegDataset):
         return [self._data_info(path) for path in self._images]
 
     def _data_info(self, path: Path) -> dict:
-        info = {"img_path": str(path), "label_map": None, "reduce_zero_label": False, "seg_fields": []}
+        info: dict[str, Any] = {"img_path": str(path), "label_map": None, "reduce_zero_label": False, "seg_fields": []}
         if self._label_dir is not None:
             relative = path.relative_to(self.data_prefix["img_path"])
             info["seg_map_path"] = str(self._label_dir / relative.with_name(f"{path.stem}.png"))
@@ -76,7 +77,7 @@ def find_classes(base: Path, classes: str | Path | None) -> Path:
 
 
 def read_classes(path: Path) -> dict:
-    """`{"classes": names, "palette": colours}` of a class list; mmsegmentation chooses missing colours.
+    """`{"classes": names, "palette": colors}` of a class list; mmsegmentation chooses missing colors.
 
     Raises:
         ValueError: the file is no list of names or of `{id, name, color}` with ids 0, 1, 2, ...

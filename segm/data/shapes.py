@@ -1,8 +1,10 @@
 """The data set `shapes`: small landscapes drawn in memory, for tests and for the demo; needs no files.
 
-Colour is a hint, not the answer: sky and water share blues, grass and trees greens, roads and mountains greys, cars and
+Color is a hint, not the answer: sky and water share blues, grass and trees greens, roads and mountains greys, cars and
 the rims of signs reds. What tells them apart is texture, shape and place.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ LENGTHS = {"train": 2000, "val": 50}
 class ShapesDataset(SegmentationDataset):
     """Scenes drawn on demand, each from (seed, split, index) alone."""
 
-    def __init__(self, split: str, *, length: int | None = None, **settings) -> None:
+    def __init__(self, split: str, *, length: int | None = None, **settings: Any) -> None:
         if split not in LENGTHS:
             raise ValueError(f"shapes has no split {split!r}; allowed: {', '.join(LENGTHS)}")
         if length is not None and length < 1:

@@ -142,7 +142,7 @@ def test_every_part_is_compiled_once_for_all_token_counts(net, method, parts):
     patch.compile(model, bucket=8, backend=backend)
     widths = set()
     for images in batches(sizes=((64, 64),), n_images=(1,), repeats=8):
-        model.grid_scores(images)
+        model.grid_logits(images)
         widths.add(None if method == "pure" else patch.reduction(model).sizes.shape[1])
     assert len(widths) > 1 or method in ("pure", "tome", "dct")
     assert len(backend.shapes) == parts + 1  # and the decoder
@@ -156,7 +156,7 @@ def test_compilations_stay_bounded_over_sizes_and_batches(net):
     model = patch.compile(create(net, "graph"), bucket=8, backend=backend)
     sizes = [(64, 64), (48, 80), (80, 48), (96, 64), (64, 40), (56, 56), (72, 88)]
     for images in batches(sizes=sizes, repeats=3):
-        model.grid_scores(images)
+        model.grid_logits(images)
     parts, n_batch_sizes = 3, 2
     assert len(backend.shapes) < parts * n_batch_sizes * len(sizes)
 
@@ -166,7 +166,7 @@ def test_buckets_bound_the_shapes(net):
     """Every width is a multiple of the bucket, or what there was before the merge."""
     model, bucket = create(net, "tome", r=5), 24
     patch.compile(model, bucket=bucket, backend="eager")
-    model.grid_scores(torch.randn(1, 3, 64, 64))
+    model.grid_logits(torch.randn(1, 3, 64, 64))
     steps = patch.reductions(model)
     assert [step.counts.item() for step in steps.values()] == [59, 54, 49]
     assert [step.sizes.shape[1] for step in steps.values()] == [64, 64, 64]
@@ -304,9 +304,9 @@ def test_cuda_graphs_are_replayed(net, method):
     model = create(net, method).cuda()
     compiled = patch.compile(copy.deepcopy(model), bucket=16)
     images = [images.cuda() for images in batches(sizes=((64, 64),), repeats=2)]
-    expected = [model.grid_scores(batch) for batch in images]
+    expected = [model.grid_logits(batch) for batch in images]
     for _ in range(4):  # warm up, record, replay
-        found = [compiled.grid_scores(batch) for batch in images]
+        found = [compiled.grid_logits(batch) for batch in images]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
