@@ -39,7 +39,7 @@ class Reduction(Protocol):
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
         """y: (B, M, D) -> (B, N, D), every position gets its token back.
 
-        scores: the values do not share the scale of the residual stream (class logits, normalised features): a
+        scores: the values do not share the scale of the residual stream (class logits, normalized features): a
         constant then stays a constant also where a linear transform would scale it.
         """
         ...

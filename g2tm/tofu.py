@@ -14,7 +14,7 @@ VARIANTS = ("code", "paper")
 def prunes(layer: int, depth: int) -> bool:
     """Whether a block drops what it matches; the later blocks merge it.
 
-    The published code switches behind the middle: of 12 layers, 1 to 7 prune and 8 to 12 merge.
+    The published code switches after the middle: of 12 layers, 1 to 7 prune and 8 to 12 merge.
 
     Args:
         layer: 1-based.

@@ -211,7 +211,7 @@ register("tome", _merge_tome, needs=["keys"], attention="proportional", **SCHEDU
 
 
 def _merge_tofu(step: Step) -> Reduction:
-    """ToFu: drops the matched tokens up to the middle of the network, merges them behind it."""
+    """ToFu: drops the matched tokens up to the middle of the network, merges them after it."""
     matched = tofu(
         step.keys,
         r=_r_here(step),

@@ -211,7 +211,7 @@ def finetuning_defaults(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def backbone_settings(name: str) -> dict[str, Any]:
-    """Patch size, width, heads, layers, normalisation of a released backbone or of any ViT of timm.
+    """Patch size, width, heads, layers, normalization of a released backbone or of any ViT of timm.
 
     Raises:
         ValueError: timm does not know the name either.

@@ -121,8 +121,8 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
         raise click.UsageError(f"no such file {text}: give a checkpoint, a run directory or NAME=PATH [options]")
     try:
         path, *options = shlex.split(rest)
-    except ValueError as error:  # nothing behind NAME=, or quotes that do not close
-        raise click.UsageError(f"{text}: give NAME=PATH, and merging options behind it") from error
+    except ValueError as error:  # nothing after NAME=, or quotes that do not close
+        raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
         given = parse(options)
     except ValueError as error:

@@ -154,7 +154,7 @@ class Run:
 
     @property
     def normalization(self) -> str:
-        """Name of the normalisation."""
+        """Name of the normalization."""
         return self.variant["net_kwargs"].get("normalization") or self._read("dataset_kwargs", "normalization")
 
     @property
@@ -188,7 +188,7 @@ class Run:
         return value
 
     def view(self, photo: Photo) -> Tensor:
-        """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalised, ratio kept.
+        """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalized, ratio kept.
 
         Args:
             photo: (H, W, 3), uint8, RGB, or a file.

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def test_only_readers_of_data_import_mmseg():
             assert ROOT / "segm/data" in file.parents, file
 
 
+@cache
+def distributions_of_packages():
+    """Looks at every file that is installed."""
+    return packages_distributions()
+
+
 def test_commands_read_their_help_without_mmseg():
     commands = [file for file in sorted((ROOT / "segm").rglob("*.py")) if "@click.command" in file.read_text()]
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in commands]
@@ -67,7 +74,7 @@ def test_segm_shadows_no_module():
     """`python segm/train.py` puts segm first on the path."""
     modules = (file for file in (ROOT / "segm").iterdir() if file.suffix in (".py", "") and file.name[0] != "_")
     names = {file.stem for file in modules} - {"test"}
-    assert not names & (set(sys.stdlib_module_names) | set(packages_distributions()))
+    assert not names & (set(sys.stdlib_module_names) | set(distributions_of_packages()))
 
 
 def test_libraries_do_not_print():
@@ -88,6 +95,6 @@ def test_every_dependency_is_imported():
     """What other packages bring along is left to them; torch writes its events with tensorboard."""
     scripts = (ROOT / "scripts").glob("*.py")
     used = {name.split(".")[0] for file in (*SOURCES, *scripts) for name in imports(file)} | {"tensorboard"}
-    distributions = {one.lower() for name in used for one in packages_distributions().get(name, ())}
+    distributions = {one.lower() for name in used for one in distributions_of_packages().get(name, ())}
     declared = {re.match(r"[\w.-]+", text)[0].lower() for text in PROJECT["project"]["dependencies"]}
     assert declared <= distributions

@@ -81,7 +81,7 @@ class SegmentationDataset(Dataset):
         """What the model gets to see of a uint8 RGB image (H, W, 3): float32 (3, h, w).
 
         Resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`, then
-        normalised.
+        normalized.
         """
         long, short = self._scale
         resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))

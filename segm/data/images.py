@@ -74,7 +74,7 @@ def resize_square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def square_view(image: np.ndarray, side: int, normalization: str) -> torch.Tensor:
-    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, side, side), normalised."""
+    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, side, side), normalized."""
     return normalize(resize_square(image, side), normalization).unsqueeze(0)
 
 

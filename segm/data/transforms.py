@@ -26,7 +26,7 @@ class TrainTransform:
     """The published training pipeline (Segmenter, after mmsegmentation).
 
     Random resize 0.5-2.0, random crop in which no class covers more than 75 %, flip, photometric distortion,
-    normalisation, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
+    normalization, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
     """
 
     def __init__(self, scale: tuple[int, int], crop_size: int, normalization: str) -> None:

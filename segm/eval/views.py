@@ -18,7 +18,7 @@ class Samples(Protocol):
 
 
 class SquareViews(Sequence[Tensor]):
-    """Images resized to a square (ratio not kept) and normalised, in batches (B, 3, side, side), read on demand.
+    """Images resized to a square (ratio not kept) and normalized, in batches (B, 3, side, side), read on demand.
 
     Args:
         samples: the images.

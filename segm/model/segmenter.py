@@ -40,7 +40,7 @@ class Segmenter(nn.Module):
         """Class logits per patch: the model without the upsampling.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
 
         Returns:
             (B, n_cls, ceil(H / ph), ceil(W / pw)).
@@ -63,14 +63,14 @@ class Segmenter(nn.Module):
         return logits.unflatten(1, grid).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W), normalised, any size -> logits (B, n_cls, H, W)."""
+        """images: (B, 3, H, W), normalized, any size -> logits (B, n_cls, H, W)."""
         height, width = images.shape[-2:]
         logits = self.grid_logits(images)
         padded = (logits.shape[2] * self.patch_size[0], logits.shape[3] * self.patch_size[1])
         return upsample(logits, padded)[..., :height, :width]
 
     def predict(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W), normalised, any size -> label map (B, H, W), int64.
+        """images: (B, 3, H, W), normalized, any size -> label map (B, H, W), int64.
 
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
@@ -81,7 +81,7 @@ class Segmenter(nn.Module):
         """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             layer_id: 0-based index of the block.
             part: "encoder" (prefix tokens first) or "decoder" (patch tokens first, then one per class).
 

@@ -86,15 +86,14 @@ def test_what_shall_fall_is_a_callback(net):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("pure", {}), ("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
+    [("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
 )
 def test_compiled_blocks_learn_the_same(small_net, method, options):
     """Forward and gradients, with images of two sizes, and the keys of the model stay."""
     plain = create_segmenter(small_net)
     compiled = copy.deepcopy(plain)
     for model in (plain, compiled):
-        if method != "pure":
-            patch.apply(model, method, **options)
+        patch.apply(model, method, **options)
     compile_blocks([*compiled.encoder.blocks, *compiled.decoder.blocks], backend="aot_eager")
     for images in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 48)):
         outputs = [model(images) for model in (plain, compiled)]
@@ -110,7 +109,7 @@ def test_compiled_blocks_learn_the_same(small_net, method, options):
 def test_images_of_other_lengths_need_no_other_code(small_net):
     """Attention is compiled once for tokens in rows and once for packed ones, in the encoder and in the decoder."""
     model = patch.apply(create_segmenter(small_net), "graph", threshold=0.2)
-    compile_blocks([*model.encoder.blocks, *model.decoder.blocks], backend="aot_eager")
+    compile_blocks([*model.encoder.blocks, *model.decoder.blocks], backend="eager")
     lengths, counters = set(), torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
