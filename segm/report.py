@@ -25,6 +25,7 @@ from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
+from segm.runlog import read_log
 from segm.tables import markdown
 from vis import page
 
@@ -229,24 +230,11 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once.
-
-    Raises:
-        ValueError: a file that holds something else than a JSON object per line.
-    """
+    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once."""
     files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """Entries of one `log.txt`."""
-    try:
-        entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: it should hold a JSON object per line ({error})") from error
-    return [entry for entry in entries if isinstance(entry, dict) and "epoch" in entry]
 
 
 @torch.inference_mode()

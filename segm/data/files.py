@@ -22,6 +22,9 @@ class FileDataset(SegmentationDataset):
     def __len__(self) -> int:
         return len(self._files)
 
+    def name_of(self, index: int) -> str:
+        return self._files.get_data_info(index)["img_path"]
+
     def load(self, index: int) -> Sample:
         info = self._files.get_data_info(index)
         path = Path(info["img_path"])

@@ -86,7 +86,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
     """Callback of `Run.evaluate` that writes the label map and the blend of an image."""
 
     def write(sample: Sample, labels: Tensor) -> None:
-        picture = labels.numpy().astype("uint8")
+        picture = labels.cpu().numpy().astype("uint8")
         write_picture(folder / f"{sample.name}.png", picture)
         if blended:
             write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.image, colorize(picture, palette)))

@@ -201,8 +201,6 @@ class TestRefused:
         assert ".html" in refused(tmp_path, pure, "--out", tmp_path / "page.json")
         (tmp_path / "file").write_text("")
         assert "written" in refused(tmp_path, pure, "--out", tmp_path / "file/page.html")
-        (pure / "log.txt").write_text("no JSON")
-        assert "log.txt" in refused(tmp_path, pure)
 
     def test_another_number_of_classes(self, tmp_path, pure, small_net):
         other = write_run(tmp_path / "runs/other", small_net, **PURE)
