@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -34,9 +35,9 @@ def start():
 
     processes = []
 
-    def run(folder, *options):
+    def run(folder, *options, **environment):
         arguments = ["--log-dir", str(folder), *NETWORK, *OFTEN, *options]
-        process = server.Process(target=training_process.run, args=(arguments, f"{folder}.txt"))
+        process = server.Process(target=training_process.run, args=(arguments, f"{folder}.txt", environment))
         process.start()
         processes.append(process)
         return process
@@ -110,7 +111,7 @@ def whole(start, tmp_path_factory):
 @pytest.mark.slow
 def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path):
     chance = random.Random(0)
-    for workers, kills in ((0, 2), (2, 4)):
+    for workers, kills in ((0, 1), (2, 3)):
         folder = tmp_path / str(workers)
         for _ in range(kills):
             process = start(folder, "--num-workers", str(workers), "--resume")
@@ -149,6 +150,37 @@ def test_signals_end_a_training_well(start, whole, tmp_path):
     process = start(folder, "--resume")
     process.join(60)
     assert process.exitcode == 0 and "finished" in Path(f"{folder}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were(start, tmp_path):
+    def pair(folder):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        options = ("--num-workers", "0", "--epochs", "2", "--resume")
+        return [start(folder, *options, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+    for process in pair(tmp_path / "whole"):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / "whole.txt").read_text()
+    processes = pair(tmp_path / "cut")
+    saves(tmp_path / "cut", 3)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert load_checkpoint(tmp_path / "cut")["updates"] > 0
+    processes = pair(tmp_path / "cut")
+    saves(tmp_path / "cut", 1)
+    os.kill(processes[1].pid, signal.SIGTERM)  # one is asked, both end after the same update
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 128 + signal.SIGTERM
+    for process in pair(tmp_path / "cut"):
+        process.join(120)
+        assert process.exitcode == 0
+    assert left_behind(tmp_path / "cut") == left_behind(tmp_path / "whole")
 
 
 def test_a_signal_during_the_evaluation_loses_nothing(tmp_path, monkeypatch, call):
