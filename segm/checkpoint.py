@@ -1,5 +1,6 @@
 """Run directories: `checkpoint.pth`, `checkpoint_best.pth` and `variant.yml`, the format of Segmenter."""
 
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,25 @@ def load_tensors(file: Path) -> Any:
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        objects = _unsafe_objects(file)
+        if not objects:
+            raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
+        raise ValueError(
+            f"{file} holds objects that are not loaded for safety ({', '.join(objects)}): save its tensors alone, "
+            "where you trust it, with torch.load(..., weights_only=False) and torch.save"
+        ) from error
     except Exception as error:  # a damaged file fails in zip, pickle or torch, each with errors of its own
         reason = one_line(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from error
+
+
+def _unsafe_objects(file: Path) -> list[str]:
+    """Names of the first few classes in a checkpoint that PyTorch does not load unasked."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))[:5]
+    except Exception:  # a damaged file
+        return []
 
 
 def save_checkpoint(checkpoint: dict[str, Any], file: str | Path) -> None:
