@@ -94,7 +94,7 @@ def main(
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
     write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored))
-    numbers = json.dumps(record | {"rows": _without_nan(rows)}, indent=2, default=str)
+    numbers = json.dumps(record | {"rows": rows}, indent=2, default=str)
     write_text(out.with_suffix(".json"), numbers)
     click.echo(markdown(page.COLUMNS, rows))
     click.echo(f"written to {out} and {out.with_suffix('.json')}")
@@ -278,17 +278,6 @@ def token_picture(run: Run, image: np.ndarray) -> str:
         assignment = None if found is None else found[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
     return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
-
-
-def _without_nan(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no NaN: None instead."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return [{key: plain(value) for key, value in row.items()} for row in rows]
 
 
 if __name__ == "__main__":

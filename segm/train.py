@@ -27,9 +27,11 @@ from segm.model.factory import copy_weights
 from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer, create_scheduler
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
+from segm.run import recorded_classes, require_classes
 from segm.runlog import RunLog
 
 AUTO = "auto"
+N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds
 
 
 @click.command(cls=MergingCommand)
@@ -102,7 +104,12 @@ def main(
             size, n_processes = plan.settings.batch_size, parallel.world_size()
             raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
         train_set, val_set = open_datasets(plan.settings)
+        if resume:
+            require_classes(recorded_classes(saved), train_set, str(log_dir))
         variant = plan.variant(train_set)
+        inventories = look_at(train_set, val_set)
+        if inventories:
+            variant["dataset_kwargs"]["inventory"] = inventories
         torch.manual_seed(plan.settings.seed)
         model = create_model(variant["net_kwargs"], weights, finetune)
         apply_merging(model, plan.method, plan.options)
@@ -157,6 +164,22 @@ def open_datasets(settings: Settings) -> tuple[SegmentationDataset, Segmentation
         create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=settings.seed, **sizes),
         create_dataset(settings.dataset, "val", **sizes),
     )
+
+
+def look_at(*datasets: SegmentationDataset) -> dict[str, Any]:
+    """Look at the files before the first update, in the main process; split -> what it holds, for `variant.yml`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `segm.data.inventory`.
+    """
+    if datasets[0].name == "shapes" or not parallel.is_main():
+        return {}
+    from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
+
+    found = [take_inventory(dataset, n_masks=N_MASKS, n_headers=N_HEADERS) for dataset in datasets]
+    for inventory in found:
+        click.echo("\n".join(inventory.lines()))
+    return {inventory.split: inventory.record() for inventory in found}
 
 
 def create_model(net_kwargs: dict[str, Any], weights: str | bool, finetune: Path | None) -> Segmenter:
