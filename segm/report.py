@@ -25,6 +25,7 @@ from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
+from segm.runlog import read_log
 from segm.tables import markdown
 from vis import page
 
@@ -93,7 +94,7 @@ def main(
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
     write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored))
-    numbers = json.dumps(record | {"rows": _without_nan(rows)}, indent=2, default=str)
+    numbers = json.dumps(record | {"rows": rows}, indent=2, default=str)
     write_text(out.with_suffix(".json"), numbers)
     click.echo(markdown(page.COLUMNS, rows))
     click.echo(f"written to {out} and {out.with_suffix('.json')}")
@@ -229,24 +230,11 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once.
-
-    Raises:
-        ValueError: a file that holds something else than a JSON object per line.
-    """
+    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once."""
     files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """Entries of one `log.txt`."""
-    try:
-        entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: it should hold a JSON object per line ({error})") from error
-    return [entry for entry in entries if isinstance(entry, dict) and "epoch" in entry]
 
 
 @torch.inference_mode()
@@ -290,17 +278,6 @@ def token_picture(run: Run, image: np.ndarray) -> str:
         assignment = None if found is None else found[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
     return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
-
-
-def _without_nan(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no NaN: None instead."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return [{key: plain(value) for key, value in row.items()} for row in rows]
 
 
 if __name__ == "__main__":

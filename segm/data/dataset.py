@@ -50,6 +50,10 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def name_of(self, index: int) -> str:
+        """What a message calls the image at `index`: its file, where it has one."""
+        raise NotImplementedError
+
     def load(self, index: int) -> Sample:
         """The sample at `index` in [0, len), at its original size."""
         raise NotImplementedError

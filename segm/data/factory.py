@@ -96,5 +96,5 @@ def class_info(name: str, classes: str | Path | None = None) -> tuple[tuple[str,
         raise ValueError("the classes of folder stand in a file: give its path as classes")
     else:
         path = find_classes(Path(), classes)
-        metainfo = OwnFiles([], path.parent, None, read_classes(path)).metainfo
+        metainfo = OwnFiles([], path.parent, None, read_classes(path)[0]).metainfo
     return tuple(metainfo["classes"]), np.array(metainfo["palette"], dtype=np.uint8)

@@ -29,6 +29,9 @@ class ShapesDataset(SegmentationDataset):
     def __len__(self) -> int:
         return self._length
 
+    def name_of(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
+
     def load(self, index: int) -> Sample:
         size = self.image_size
         height, width = size if isinstance(size, tuple) else (size, size)
@@ -36,4 +39,4 @@ class ShapesDataset(SegmentationDataset):
         stream = list(LENGTHS).index(self.split)
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, stream, index)))
         image, label = draw_scene(rng, height, width)
-        return Sample(f"{self.split}_{index:05d}", image, label)
+        return Sample(self.name_of(index), image, label)

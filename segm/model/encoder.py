@@ -4,7 +4,7 @@ Everything but the resizing of the position embedding is timm's.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models import load_state_dict
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -21,36 +19,14 @@ from torch import Tensor, nn
 
 from segm.config import load_config
 from segm.errors import one_line
+from segm.model.position import position_prefix, resize_position_embedding
+from segm.model.pretrained import load_encoder
 
 # The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
 # not with timm's 1e-6; every other timm name keeps timm's value.
 RELEASED = tuple(load_config("backbones"))
 # Released names that timm does not know, and the timm model whose definition and weights they use.
 ALIASES = {"vit_base_patch8_384": "vit_base_patch8_224"}
-
-
-def resize_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid: Sequence[int], prefix: int) -> Tensor:
-    """Resize a learned position embedding bilinearly (without antialiasing), as the released models do.
-
-    Args:
-        embedding: (1, prefix + gh·gw, D).
-        grid, new_grid: patches per side (gh, gw), before and after.
-        prefix: embeddings in front that belong to prefix tokens and stay as they are.
-
-    Returns:
-        (1, prefix + new_gh·new_gw, D).
-    """
-    if tuple(grid) == tuple(new_grid):
-        return embedding
-    front, patches = embedding[:, :prefix], embedding[:, prefix:]
-    patches = patches.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=tuple(new_grid), mode="bilinear", align_corners=False)
-    return torch.cat([front, patches.flatten(2).transpose(1, 2)], dim=1)
-
-
-def position_prefix(encoder: VisionTransformer | Eva) -> int:
-    """Number of prefix tokens that have a position embedding of their own."""
-    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
 
 
 def _pos_embed(self: VisionTransformer, x: Tensor) -> Tensor:
@@ -93,7 +69,7 @@ def create_encoder(net_kwargs: Mapping[str, Any], pretrained: bool | str | Path 
         net_kwargs: `backbone` (a timm name), and optionally `image_size`, `patch_size`, `d_model`, `n_heads`,
             `n_layers`, `dropout`, `drop_path_rate`, `distilled`; what is given wins over the name's value.
         pretrained: False: random weights. True: the weights that timm has for the name. A path: the weights
-            in that file (.pth, .safetensors, or the .npz of the AugReg release).
+            in that file (.pth or .safetensors, see `segm.model.pretrained`; or the .npz of the AugReg release).
 
     Raises:
         ValueError: unknown or unsupported backbone, or weights that do not fit.
@@ -144,16 +120,21 @@ def _create(backbone: str, **overrides: Any) -> VisionTransformer | Eva:
 
 def _load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: bool | str | Path) -> None:
     """Copy pretrained weights into the encoder; the position embedding is resized to its grid."""
-    donor = _pretrained_donor(ALIASES.get(backbone, backbone), source)
-    weights = donor.state_dict()
-    if "pos_embed" in weights and encoder.pos_embed is not None:
-        weights["pos_embed"] = resize_position_embedding(
-            weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
-        )
-    heads = {model.blocks[0].attn.num_heads for model in (donor, encoder)}
+    name = ALIASES.get(backbone, backbone)
     try:
-        if len(heads) > 1:
+        with torch.device("meta"):
+            heads = {timm.create_model(name).blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
+        if len(heads) > 1:  # no weight says how many there are
             raise RuntimeError(f"heads: {heads}")
+        if source is not True and Path(source).suffix != ".npz":
+            load_encoder(encoder, Path(source), backbone)
+            return
+        donor = _pretrained_donor(name, source)
+        weights = donor.state_dict()
+        if "pos_embed" in weights and encoder.pos_embed is not None:
+            weights["pos_embed"] = resize_position_embedding(
+                weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
+            )
         encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
@@ -163,7 +144,7 @@ def _load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: bo
 
 
 def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer | Eva:
-    """timm's own model of that name, with pretrained weights and the grid that they were trained with."""
+    """timm's own model of that name, with its weights, or those of AugReg's .npz, and the grid that they have."""
     if source is True:
         try:
             return timm.create_model(name, pretrained=True)
@@ -175,7 +156,7 @@ def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"pretrained weights {path} not found")
-    overlay = {"file": str(path), "custom_load": path.suffix == ".npz"}
+    overlay = {"file": str(path), "custom_load": True}
     try:
         with torch.device("meta"):
             blank = timm.create_model(name)
@@ -187,14 +168,10 @@ def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer
 
 
 def _image_size_of(path: Path, model: VisionTransformer | Eva) -> tuple[int, ...]:
-    """Image side that the weights in a file were trained at: timm would resize their position embedding otherwise."""
-    if path.suffix == ".npz":
-        with np.load(path) as weights:
-            key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
-            embedding = None if key is None else weights[key]
-    else:
-        weights = load_state_dict(str(path))
-        embedding = weights.get("model", weights).get("pos_embed")
+    """Image side that the weights in an .npz were trained at: timm would resize their position embedding otherwise."""
+    with np.load(path) as weights:
+        key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
+        embedding = None if key is None else weights[key]
     if embedding is None:
         return model.patch_embed.img_size
     side = math.isqrt(embedding.shape[1] - position_prefix(model))

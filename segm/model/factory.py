@@ -10,7 +10,8 @@ from torch import nn
 from segm.checkpoint import checkpoint_file, load_checkpoint, read_variant, variant_file
 from segm.errors import one_line
 from segm.model.decoder import create_decoder
-from segm.model.encoder import create_encoder, position_prefix, resize_position_embedding
+from segm.model.encoder import create_encoder
+from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """The training loop: order of data, precision, loss."""
 
 import copy
+import math
 import time
 
 import pytest
@@ -21,7 +22,11 @@ from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
 
 
-def train(net, epochs, *, start=0, state=None, workers=0, amp=False, **options):
+class StoppedError(Exception):
+    """Carries the position, and what a checkpoint holds."""
+
+
+def train(net, epochs, *, start=0, state=None, workers=0, amp=False, stop_after=None, **options):
     """Train on a few shapes; returns the model, what a checkpoint holds, and the last entry."""
     torch.manual_seed(0)
     model = create_segmenter(net)
@@ -32,10 +37,15 @@ def train(net, epochs, *, start=0, state=None, workers=0, amp=False, **options):
         model.load_state_dict(state[0])
         optimizer.load_state_dict(state[1])
     device = torch.device("cpu")
+
+    def after_update(position):
+        if position.updates == stop_after:
+            raise StoppedError(position, copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+
     for epoch in range(start, epochs):
         entry = train_one_epoch(
             model, loader, optimizer, scheduler, Precision.choose(device, amp), epoch, device=device, progress=False,
-            **options,
+            after_update=after_update, **options,
         )  # fmt: skip
     return model, (model.state_dict(), optimizer.state_dict()), entry
 
@@ -67,6 +77,30 @@ def test_the_entry_says_what_happened(net):
     _, _, entry = train(net, 2)
     assert entry["num_updates"] == 4 and entry["train_loss"] > 0 and entry["images_per_second"] > 0
     assert 1e-5 < entry["train_learning_rate"] < 0.05
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_where_it_was(net, workers):
+    """With the same weights and the same entry, whatever happened to random numbers in between."""
+    whole, _, entry = train(net, 1, workers=workers)
+    with pytest.raises(StoppedError) as stopped:
+        train(net, 1, workers=workers, stop_after=1)
+    position, state = stopped.value.args
+    resumed, _, rest = train(net, 1, state=state, workers=workers, position=position)
+    assert equal_weights(whole, resumed)
+    measured = {"images_per_second": 0, "data_wait": 0, "memory_mb": 0}
+    assert entry | measured == rest | measured
+
+
+def test_images_of_a_loss_that_is_not_finite_are_named(net):
+    def loss(logits, labels):
+        return segmentation_loss(logits, labels) * (math.nan if seen.append(0) or len(seen) == 2 else 1)
+
+    seen = []
+    names = EpochSampler(10, 4).order[4:8]
+    with pytest.raises(ValueError, match=", ".join(f"train_{index:05d}" for index in names)) as error:
+        train(net, 1, loss=loss)
+    assert "nan" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_shall_fall_is_a_callback(net):
