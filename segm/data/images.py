@@ -104,9 +104,10 @@ def _jpeg_end(data: bytes) -> int | None:
 
 
 def _coarse(data: bytes) -> bytes:
-    """An eighth of a JPEG, which needs all of its data, but little time; a progressive one as a whole."""
+    """An eighth of a JPEG, which needs all of its data, but little time; a progressive one, or one with restart
+    markers, as a whole."""
     with Image.open(BytesIO(data)) as opened:
-        if "progression" not in opened.info:
+        if "progression" not in opened.info and b"\xff\xdd" not in data:
             opened.draft("L", (max(opened.width // 8, 1), max(opened.height // 8, 1)))
         return opened.tobytes()
 
