@@ -1,4 +1,4 @@
-"""Speed of this checkout beside another one's, interleaved, each in a process of its own: `git worktree add ../old REV`."""
+"""Speed of this checkout beside another one's, which `git worktree add ../old REV` makes; interleaved."""
 
 import json
 import subprocess

@@ -118,6 +118,7 @@ def test_what_shall_fall_is_a_callback(net):
     assert equal_weights(plain, train(net, 1, loss=segmentation_loss)[0])
 
 
+@pytest.mark.slow  # the first compilation of a process takes half a minute
 @pytest.mark.parametrize(
     ("method", "options"),
     [("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
