@@ -24,6 +24,7 @@ def atomic(file: Path) -> Iterator[Path]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(file)
+    part.unlink(missing_ok=True)  # of an earlier run, or a link to somewhere else
     try:
         yield part
         with part.open("rb+") as written:
