@@ -5,6 +5,7 @@ the next of its row, `down`, (B, gh-1, gw), to the one below.
 """
 
 import math
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -99,15 +100,18 @@ def _bisect(label: Callable, right: Any, down: Any, n_components: int, low: Any,
     return assignment
 
 
-def check_backend(backend: str) -> None:
-    """Raise a ValueError for an unknown backend."""
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise a ValueError for an unknown backend, or for one that does not run on this device."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own way to run kernels anywhere
+    if backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(f"backend 'triton' runs on CUDA, the tokens are on {device}: choose 'torch' or 'auto'")
 
 
 def _chosen(backend: str, right: Tensor, down: Tensor) -> str:
     """The backend, for "auto" the fastest for edges of this size and device."""
-    check_backend(backend)
+    check_backend(backend, right.device)
     if backend != "auto":
         return backend
     if numpy_helps(right):

@@ -28,7 +28,7 @@ def edge_similarities(x: Tensor, grid: tuple[int, int], backend: str = "auto") -
         ValueError: a grid or backend that is not allowed.
     """
     check_grid(grid, x.shape[1])
-    check_backend(backend)
+    check_backend(backend, x.device)
     on_cuda = backend == "auto" and x.device.type == "cuda" and HAS_TRITON
     if (on_cuda or backend == "triton") and x.dtype != torch.float64:
         from g2tm.triton_components import edge_similarities as in_one_launch

@@ -41,7 +41,7 @@ class Reduction(Protocol):
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
         """y: (B, M, D) -> (B, N, D), every position gets its token back.
 
-        scores: the values do not share the scale of the residual stream (class logits, normalised features): a
+        scores: the values do not share the scale of the residual stream (class logits, normalized features): a
         constant then stays a constant also where a linear transform would scale it.
         """
         ...
@@ -228,7 +228,10 @@ class Chain:
 
     @cached_property
     def assignment(self) -> Tensor:
-        return self.second.assignment.gather(1, self.first.assignment)  # type: ignore[attr-defined]  # or it has none
+        first, second = self.first, self.second
+        if not (hasattr(first, "assignment") and hasattr(second, "assignment")):
+            raise AttributeError("assignment")  # so that hasattr tells
+        return second.assignment.gather(1, first.assignment)
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D)."""

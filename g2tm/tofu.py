@@ -1,5 +1,7 @@
 """Token fusion (ToFu, WACV 2024, arXiv 2312.01026): ToMe's matching; early blocks prune, late ones merge."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ VARIANTS = ("code", "paper")
 def prunes(layer: int, depth: int) -> bool:
     """Whether a block drops what it matches; the later blocks merge it.
 
-    The published code switches behind the middle: of 12 layers, 1 to 7 prune and 8 to 12 merge.
+    The published code switches after the middle: of 12 layers, 1 to 7 prune and 8 to 12 merge.
 
     Args:
         layer: 1-based.
@@ -102,8 +104,10 @@ class NormCorrected(Grouping):
 
     def without_prefix(self, prefix: int) -> "NormCorrected":
         """The same step for the patch tokens alone."""
-        return super().without_prefix(prefix)._marked(self._destinations[:, prefix:], self._paper)
+        rest: Any = super().without_prefix(prefix)
+        return rest._marked(self._destinations[:, prefix:], self._paper)
 
     def widened(self, width: int) -> "NormCorrected":
         """The same step with padding up to `width` groups."""
-        return super().widened(width)._marked(self._destinations, self._paper)
+        wide: Any = super().widened(width)
+        return wide._marked(self._destinations, self._paper)

@@ -169,7 +169,7 @@ class Step:
 
     Attributes:
         tokens: (B, P + N, D), the residual stream at the place of the method, prefix tokens first.
-        normed: (B, P + N, D), the normalised input of this block's attention; None unless the method needs it.
+        normed: (B, P + N, D), the normalized input of this block's attention; None unless the method needs it.
         keys: (B, P + N, head dim), keys of this block's attention averaged over the heads, float32; likewise.
         prefix: P, number of prefix tokens.
         grid: (gh, gw), patches of the padded image.
@@ -217,7 +217,7 @@ class Method:
         options: name -> `Option`.
         prepare: rewrites given options before they are checked one by one.
         check: raises a ValueError if options do not fit each other or the `Target`.
-        place: where it acts: "attention": between attention and MLP of a layer; "block": behind the layer, 0 being
+        place: where it acts: "attention": between attention and MLP of a layer; "block": after the layer, 0 being
             before the first, for a method without needs; "before": in front of the layer.
         needs: what a `Step` has to hold besides the tokens, out of `NEEDS`; none for "before".
         modules: builds the learned parts under the published names; called with the encoder, its blocks and options.

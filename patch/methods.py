@@ -173,7 +173,7 @@ register("tome", _merge_tome, needs=["keys"], attention="proportional", **SCHEDU
 
 
 def _merge_tofu(step: Step) -> Reduction:
-    """ToFu: drops the matched tokens up to the middle of the network, merges them behind it."""
+    """ToFu: drops the matched tokens up to the middle of the network, merges them after it."""
     rule = {"prune": g2tm.prunes(step.layer, step.depth), "variant": step.options["variant"]}
     return g2tm.tofu(step.keys, r=_r_here(step), **rule, **step.sequence).without_prefix(step.prefix)
 

@@ -84,13 +84,13 @@ def main(
             patch.add_modules(model.encoder, name)
             options = settings_for(model, name, [images], round(tokens * (side // 16) ** 2))
         trainings[name] = training(apply(model, name, options), loader, device, amp, compile)
-    entries = {name: [] for name in trainings}
+    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
     for turn in tqdm(range(1 + rounds), desc="rounds", leave=False):
         for name, train in trainings.items():
             entries[name].append(train(turn))
     rows = [row(name, found[1:], entries[PURE][1:]) for name, found in entries.items()]
-    name = environment(device)["device"]
-    click.echo(f"{name}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
+    machine = environment(device)["device"]
+    click.echo(f"{machine}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
     click.echo(format_rows(rows))
     if out is not None:
         write_text(out, json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
@@ -101,7 +101,8 @@ def training(
 ) -> Callable[[int], dict[str, Any]]:
     """A function of the epoch that trains for it and returns `train_one_epoch`'s entry."""
     if compile:
-        compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+        for stack in (model.encoder, model.decoder):
+            compile_blocks(stack.blocks)
     optimizer = create_optimizer(model, "sgd", 1e-5)
     scheduler = create_scheduler(optimizer, "polynomial", epochs=FAR, updates_per_epoch=len(loader), learning_rate=1e-5)
     precision = Precision.choose(device, amp)

@@ -1,7 +1,7 @@
 """The demo behind `make demo`: train, merge, measure and look, on the built-in `shapes` data set.
 
 Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
-it is, draws two sheets of pictures, and ends with the report of all: measured on scenes that none has seen, as a table
+it is, draws two sheets of pictures, and ends with the report of all: measured on held-out scenes, as a table
 and as a web page. Everything lies in runs/demo. A finished training is not done again.
 """
 
@@ -96,7 +96,7 @@ def token_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
         row, caption = [sample.image], [""]
         for run in merging:
             view = run.view(sample.image)
-            run.model.grid_scores(view)
+            run.model.grid_logits(view)
             reduction, grid = patch.reduction(run.model), patch_grid(run.model, view)
             assignment = reduction.assignment[0].cpu().numpy()
             row.append(fill_tokens(sample.image, assignment, grid, run.model.patch_size))

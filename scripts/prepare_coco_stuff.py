@@ -16,6 +16,7 @@ No SHA-1 of these archives is published, so only their own checksums (zip) are v
 
 import io
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -65,7 +66,7 @@ def labels_164k(stream: BinaryIO) -> np.ndarray:
 
 def splits_10k(archive: Path) -> dict[str, str]:
     """Split ("train2014", "test2014") of every photograph's name, from the lists in the archive."""
-    splits = {}
+    splits: dict[str, str] = {}
     with open_members(archive) as members:
         for member in members:
             path = PurePosixPath(member.name)
@@ -99,7 +100,7 @@ def prepare_164k(folder: Path, source: Source) -> None:
     for split, archive in IMAGES_164K.items():
         if not is_complete(folder, {f"images/{split}/*.jpg": COUNTS["164k"][split]}):
             photos = source.get(archive)
-            unpack(photos, folder, lambda name, split=split: place(name, "images", ".jpg", ".jpg", [split]))
+            unpack(photos, folder, partial(place, top="images", kind=".jpg", suffix=".jpg", splits=[split]))
     maps = source.get(MAPS_164K)
     unpack(maps, folder, lambda name: place(name, "annotations", ".png", SUFFIX, IMAGES_164K), labels_164k)
 

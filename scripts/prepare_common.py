@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
@@ -50,7 +50,7 @@ def prepare_options(command: Callable) -> Callable:
     """DIR, --archive, --url and --check for a command; errors about files become one line and status 1."""
 
     @functools.wraps(command)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except FILE_ERRORS as error:
@@ -284,7 +284,8 @@ def unpack(
         click.ClickException: no such member, an unsafe one, or a file of another size in the place of one.
     """
     with open_members(archive) as members:
-        jobs = [(member, folder / target) for member in members if (target := place(member.name))]
+        places = [(member, place(member.name)) for member in members]
+        jobs = [(member, folder / found) for member, found in places if found]
         if not jobs:
             raise click.ClickException(f"{archive} holds none of the expected files: is it the right archive?")
         todo = [(member, target) for member, target in jobs if not _is_done(target, member, convert is not None)]

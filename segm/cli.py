@@ -143,9 +143,13 @@ class Images(click.ParamType):
 
 
 def show_scores(scores: Mapping[str, Any]) -> None:
-    """Print the scores of all classes together, percent."""
+    """Print the scores of all classes together, percent, and over how many classes the mean is one."""
+    n_classes, n_scored = len(scores["per_class_iou"]), scores["n_scored"]
+    fewer = (
+        f" (over {n_scored} of {n_classes} classes: the others are not in these images)" if n_scored < n_classes else ""
+    )
     for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
-        click.echo(f"{key}: {scores[key]:.2f}")
+        click.echo(f"{key}: {scores[key]:.2f}" + (fewer if key == "mean_iou" else ""))
 
 
 def default_device() -> str:

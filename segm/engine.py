@@ -1,12 +1,12 @@
 """The training loop. It knows neither files nor merging; what a caller wants to happen comes as a callback."""
 
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from segm import parallel
 from segm.data.dataset import SegmentationDataset
 from segm.data.sample import IGNORE_LABEL
+from segm.data.seeding import mix_seeds
 
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 
@@ -42,23 +43,29 @@ class EpochSampler(Sampler):
 
     The order depends on the seed and the epoch alone, and the epoch travels with the index, so that the data set
     can augment every image by (seed, epoch, index): a resumed training sees what an uninterrupted one sees,
-    whatever the number of workers.
+    whatever the number of workers. It leaves out the first `skip` images of this process, which were trained on
+    before an interruption.
     """
 
     def __init__(self, n_images: int, batch_size: int, seed: int = 0) -> None:
         self.n_images = n_images
         self.seed = seed
         self.epoch = 0
+        self.skip = 0
         self.per_process = max(n_images // parallel.world_size(), min(n_images, batch_size))
 
     def __len__(self) -> int:
         return self.per_process
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    @property
+    def order(self) -> list[int]:
+        """The images of this process in this epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n_images, generator=generator)
-        share = order.roll(-parallel.rank() * self.per_process)[: self.per_process]
-        return iter([(self.epoch, index) for index in share.tolist()])
+        return order.roll(-parallel.rank() * self.per_process)[: self.per_process].tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, index) for index in self.order[self.skip :]])
 
 
 def create_loader(
@@ -71,6 +78,8 @@ def create_loader(
         sampler=EpochSampler(len(dataset), batch_size, seed),
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=parallel.start_worker,
+        generator=torch.Generator(),  # else it draws from the one that dropout draws from, once per training
         pin_memory=pin_memory,
         drop_last=True,
     )
@@ -117,6 +126,24 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
+class Position:
+    """How far an epoch has come in this process.
+
+    Attributes:
+        updates: done.
+        losses: (2,), float64, on the device: sum and number of their losses.
+    """
+
+    updates: int
+    losses: Tensor
+
+    @classmethod
+    def beginning(cls, device: torch.device) -> "Position":
+        """Nothing is done yet."""
+        return cls(0, torch.zeros(2, dtype=torch.float64, device=device))
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
@@ -128,9 +155,14 @@ def train_one_epoch(
     device: torch.device,
     loss: Loss = segmentation_loss,
     seed: int = 0,
+    position: Position | None = None,
+    after_update: Callable[[Position], None] | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Train for one epoch.
+    """Train for one epoch, or for what is left of it.
+
+    All random numbers of an update depend on the seed, the number of the update and the process alone, so that an
+    interruption changes nothing.
 
     Args:
         model: images -> logits; may be wrapped in DistributedDataParallel.
@@ -139,50 +171,82 @@ def train_one_epoch(
         precision: `Precision`.
         epoch: counted from 0.
         loss: from logits (B, C, H, W) and labels (B, H, W) to the number that falls.
+        position: where the epoch was interrupted; it is counted on. None: at its beginning.
+        after_update: called after every update; what it raises ends the epoch.
 
     Returns:
         dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
-        (so far), `images_per_second`, `data_wait` (percent of the time that went into waiting for batches) and
-        `memory_mb` (peak of the device; on the CPU of the process).
+        (so far); and of the updates made now `images_per_second`, `data_wait` (percent of the time that went into
+        waiting for batches) and `memory_mb` (peak of the device; on the CPU of the process, where the system tells).
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss is not finite; names the images.
     """
-    torch.manual_seed(seed * 1_000_003 + 1000 * epoch + parallel.rank())  # dropout as in an uninterrupted run
-    sampler: Any = loader.sampler
-    sampler.epoch = epoch
+    done = position or Position.beginning(device)
+    sampler = cast(EpochSampler, loader.sampler)
+    batch_size = loader.batch_size or 1
+    sampler.epoch, sampler.skip = epoch, done.updates * batch_size
+    before, first, n_left = epoch * len(loader), done.updates, len(loader) - done.updates
     model.train()
     scheduler.step(epoch)
-    n_updates = epoch * len(loader)
-    total_loss = torch.zeros(2, dtype=torch.float64, device=device)
+    if not n_left:
+        scheduler.step_update(before + done.updates - 1)
     waits: list[float] = []
-    start = time.perf_counter()
-    batches = _timed(loader, waits)
-    bar = tqdm(batches, f"epoch {epoch + 1}", len(loader), unit="batch", leave=False, disable=not progress)
+    begin = time.perf_counter()
+    unread: list[Tensor] = []  # losses since the device was last waited for
+    bar = tqdm(
+        _timed(loader, n_left, waits),
+        f"epoch {epoch + 1}",
+        len(loader),
+        initial=first,
+        unit="batch",
+        leave=False,
+        disable=not progress,
+    )
     for batch in bar:
-        scheduler.step_update(n_updates)
+        number = before + done.updates
+        scheduler.step_update(number)
+        torch.manual_seed(mix_seeds(seed, number, parallel.rank()))  # for dropout and the like
         current = _update(model, batch, optimizer, precision, device, loss)
-        n_updates += 1
-        total_loss += torch.stack([current.double(), torch.ones_like(current, dtype=torch.float64)])
-        if n_updates % SHOW_EVERY == 0:
-            lr = optimizer.param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{_finite(current.item()):.3f}", lr=f"{lr:.2e}", refresh=False)
-    loss_sum, n_batches = parallel.sum_over_processes(total_loss).tolist()  # waits for the device
-    seconds = time.perf_counter() - start
+        unread.append(current)
+        done.updates += 1
+        done.losses += torch.stack([current.double(), torch.ones_like(current, dtype=torch.float64)])
+        if number % SHOW_EVERY == SHOW_EVERY - 1 or done.updates == len(loader):
+            last = _read(unread, loader, done.updates)
+            bar.set_postfix(loss=f"{last:.3f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", refresh=False)
+        if after_update is not None:
+            after_update(done)
+    loss_sum, n_batches = parallel.gather(done.losses).sum(0).tolist()  # waits for the device
+    seconds = time.perf_counter() - begin
     return {
-        "train_loss": _finite(loss_sum / n_batches),
+        "train_loss": loss_sum / n_batches,
         "train_learning_rate": optimizer.param_groups[0]["lr"],
-        "num_updates": n_updates,
-        "images_per_second": len(loader) * (loader.batch_size or 1) * parallel.world_size() / seconds,
+        "num_updates": before + done.updates,
+        "images_per_second": n_left * batch_size * parallel.world_size() / seconds,
         "data_wait": 100 * sum(waits) / seconds,
         "memory_mb": _peak_memory(device),
     }
 
 
-def _timed(batches: DataLoader, waits: list[float]) -> Iterator[dict[str, Tensor]]:
-    """The same batches; appends the seconds that each one was waited for."""
-    iterator = iter(batches)
-    for _ in range(len(batches)):
+def _read(unread: list[Tensor], loader: DataLoader, n_done: int) -> float:
+    """The last of some losses, which are read and forgotten; raises a ValueError that names the images of a bad one."""
+    losses = torch.stack(unread).tolist()
+    unread.clear()
+    for loss, update in zip(losses, range(n_done - len(losses), n_done), strict=True):
+        if not math.isfinite(loss):
+            size, dataset = loader.batch_size or 1, cast(SegmentationDataset, loader.dataset)
+            order = cast(EpochSampler, loader.sampler).order
+            names = [dataset.name_of(index) for index in order[update * size : (update + 1) * size]]
+            raise ValueError(
+                f"the loss is {loss} in a batch of {', '.join(names)}: lower the learning rate, or look at these images"
+            )
+    return losses[-1]
+
+
+def _timed(batches: DataLoader, n_left: int, waits: list[float]) -> Iterator[dict[str, Tensor]]:
+    """The batches that are left of an epoch; appends the seconds that each one was waited for."""
+    iterator: Iterator[Any] = iter(batches) if n_left else iter(())
+    for _ in range(n_left):
         start = time.perf_counter()
         batch = next(iterator)
         waits.append(time.perf_counter() - start)
@@ -209,14 +273,13 @@ def _update(
     return loss.detach()
 
 
-def _peak_memory(device: torch.device) -> float:
-    """MiB."""
+def _peak_memory(device: torch.device) -> float | None:
+    """MiB; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
-
-
-def _finite(loss: float) -> float:
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss}: lower the learning rate")
-    return loss
+    try:
+        import resource  # Unix alone has it
+    except ModuleNotFoundError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB on Linux

@@ -1,5 +1,7 @@
 """Writing files in one step: an interruption leaves the old file as it was."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +12,39 @@ def part_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.part")
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` if the block ends well and disappears if not; folders are made."""
+    """A path to write to, which becomes `file` if the block ends well and disappears if not; folders are made.
+
+    Raises:
+        OSError: the disk is full; names the file.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(file)
+    part.unlink(missing_ok=True)  # of an earlier run, or a link to somewhere else
     try:
         yield part
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())  # a name that outlives a power cut while its content does not is worse than none
         part.replace(file)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        reason = _disk_error(error)
+        if reason is not None:
+            raise OSError(f"cannot write {file}: {reason.strerror}") from error
         raise
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's error behind one that a library made of it; None: it is another one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(file: Path, text: str) -> None:

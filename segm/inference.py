@@ -9,13 +9,11 @@ import torch
 from tqdm import tqdm
 
 from segm.cli import checkpoint_argument, device_option
-from segm.data.images import read_image
+from segm.data.images import SUFFIXES, is_image, read_image
 from segm.merging import MergingCommand
 from segm.pictures import write_picture
 from segm.run import Run
 from vis import blend, colorize
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @click.command(cls=MergingCommand)
@@ -37,19 +35,26 @@ def main(
         )
     photographs = _find_photographs(source)
     run = Run.load(checkpoint, device=device, merging=merging)
+    damaged: list[str] = []
     for file in tqdm(photographs, desc="inference", unit="image", leave=False):
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
         labels = run.predict(image).astype(np.uint8)
         write_picture(target / f"{file.stem}.png", labels)
         write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, run.palette), opacity))
-    click.echo(f"{len(photographs)} photographs segmented, written to {target}")
+    click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(photographs)} photographs left out: {'; '.join(damaged[:5])}")
 
 
 def _find_photographs(folder: Path) -> list[Path]:
     """Photographs of a folder by name; their names without suffix must differ, since the results bear them."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give one with photographs")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if is_image(file))
     if not files:
         raise ValueError(f"no photograph in {folder}: expected files ending in {', '.join(SUFFIXES)}")
     stems = [file.stem for file in files]

@@ -1,12 +1,19 @@
-"""Several processes under `torchrun`: nccl on GPUs, gloo on CPUs."""
+"""Several processes: those of `torchrun` (nccl on GPUs, gloo on CPUs), and the workers that read images."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+GRACE = 60  # seconds between a signal and the end of a worker, enough for the step and the checkpoint
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
@@ -42,6 +49,59 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and shows."""
     return rank() == 0
+
+
+def highest(number: int) -> int:
+    """The highest of all processes' numbers; on the CPU, so that no device is waited for."""
+    if not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """(...) of every process -> (processes, ...), the same everywhere."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    found = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(found, tensor)
+    return torch.stack(found)
+
+
+def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:
+    """Call a function, from a thread of its own, once the process that started this one is gone.
+
+    Args:
+        act: the function.
+        every: seconds between two looks.
+    """
+    around, parent = multiprocessing.parent_process(), os.getppid()
+
+    def wait() -> None:
+        # A fork knows it by its parent's number; a process that a server forked, by the server's client.
+        while os.getppid() == parent and (around is None or around.is_alive()):
+            time.sleep(every)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def start_worker(_: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: the worker lives as long as its training needs it.
+
+    Signals that reach all processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still
+    wants its batches. When the training was killed, the worker would wait for ever.
+    """
+
+    def end_later(*_: Any) -> None:
+        timer = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
+    when_orphaned(lambda: os._exit(1))
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

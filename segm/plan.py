@@ -10,11 +10,11 @@ import timm
 import yaml
 
 from patch import Curriculum, check
-from segm.checkpoint import one_line
 from segm.cli import POSITIVE, RATE
 from segm.config import config_dir, load_config
 from segm.data import DATASETS
 from segm.data.defaults import dataset_defaults
+from segm.errors import one_line
 from segm.merging import PURE, choose, learned_parts, to_variant
 from segm.model.decoder import DECODERS
 from segm.model.encoder import ALIASES
@@ -211,7 +211,7 @@ def finetuning_defaults(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def backbone_settings(name: str) -> dict[str, Any]:
-    """Patch size, width, heads, layers, normalisation of a released backbone or of any ViT of timm.
+    """Patch size, width, heads, layers, normalization of a released backbone or of any ViT of timm.
 
     Raises:
         ValueError: timm does not know the name either.

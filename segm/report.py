@@ -25,6 +25,7 @@ from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
+from segm.runlog import read_log
 from segm.tables import markdown
 from vis import page
 
@@ -93,7 +94,7 @@ def main(
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
     write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored))
-    numbers = json.dumps(record | {"rows": _without_nan(rows)}, indent=2, default=str)
+    numbers = json.dumps(record | {"rows": rows}, indent=2, default=str)
     write_text(out.with_suffix(".json"), numbers)
     click.echo(markdown(page.COLUMNS, rows))
     click.echo(f"written to {out} and {out.with_suffix('.json')}")
@@ -121,8 +122,8 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
         raise click.UsageError(f"no such file {text}: give a checkpoint, a run directory or NAME=PATH [options]")
     try:
         path, *options = shlex.split(rest)
-    except ValueError as error:  # nothing behind NAME=, or quotes that do not close
-        raise click.UsageError(f"{text}: give NAME=PATH, and merging options behind it") from error
+    except ValueError as error:  # nothing after NAME=, or quotes that do not close
+        raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
         given = parse(options)
     except ValueError as error:
@@ -219,7 +220,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
     with patch.edges(model.encoder, layer) as edges:
         for index in range(min(n_images, len(dataset))):
             sample = dataset[index]
-            model.grid_scores(run.square(sample.image))
+            model.grid_logits(run.square(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
             photo = resize_square(sample.image, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
@@ -229,24 +230,11 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once.
-
-    Raises:
-        ValueError: a file that holds something else than a JSON object per line.
-    """
+    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once."""
     files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """Entries of one `log.txt`."""
-    try:
-        entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: it should hold a JSON object per line ({error})") from error
-    return [entry for entry in entries if isinstance(entry, dict) and "epoch" in entry]
 
 
 @torch.inference_mode()
@@ -290,17 +278,6 @@ def token_picture(run: Run, image: np.ndarray) -> str:
         assignment = None if found is None else found[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
     return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
-
-
-def _without_nan(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no NaN: None instead."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return [{key: plain(value) for key, value in row.items()} for row in rows]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 import patch
 from segm import merging as merges
 from segm.checkpoint import checkpoint_file, variant_file
-from segm.data import SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
+from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.images import read_image, resize_keep_ratio, square_view
 from segm.data.unlabelled import Photographs
 from segm.engine import Precision
@@ -30,6 +30,7 @@ from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
 
 Photo = np.ndarray | str | Path
+RESIZE_FACTOR = 4  # longer side of a photograph, at most so many times the shorter, in data sets of others
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,10 @@ class Run:
 
     @cached_property
     def _class_info(self) -> tuple[tuple[str, ...], np.ndarray]:
-        recorded = self._recorded_classes
+        recorded = recorded_classes(self.variant)
         if recorded is None:
             return class_info(self.dataset)  # imports mmseg for data sets other than shapes
-        return tuple(one["name"] for one in recorded), np.array([one["color"] for one in recorded], dtype=np.uint8)
-
-    @property
-    def _recorded_classes(self) -> list[dict[str, Any]] | None:
-        return self.variant.get("dataset_kwargs", {}).get("classes")
+        return recorded, np.array([one["color"] for one in self.variant["dataset_kwargs"]["classes"]], dtype=np.uint8)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -154,7 +151,7 @@ class Run:
 
     @property
     def normalization(self) -> str:
-        """Name of the normalisation."""
+        """Name of the normalization."""
         return self.variant["net_kwargs"].get("normalization") or self._read("dataset_kwargs", "normalization")
 
     @property
@@ -175,10 +172,17 @@ class Run:
 
     def choose_windows(self, size: int | None = None, stride: int | None = None, batch_size: int = 4) -> Windows:
         """Sliding windows; pixels that are None come from the run, or else from the data set's defaults."""
-        saved, table = self.variant.get("inference_kwargs", {}), dataset_defaults(self.dataset)
-        size = size or saved.get("window_size") or table["window_size"]
-        stride = stride or min(saved.get("window_stride") or table["window_stride"], size)
-        return Windows(size, stride, batch_size)
+        size = size or self._number("window_size")
+        return Windows(size, stride or min(self._number("window_stride"), size), batch_size)
+
+    def _number(self, key: str) -> int:
+        """A number of the evaluation: the run's, or else the data set's default."""
+        value = self.variant.get("inference_kwargs", {}).get(key)
+        if value is None and self.dataset in DATASETS:
+            value = dataset_defaults(self.dataset)[key]
+        if value is None:
+            raise ValueError(f"{variant_file(self.path)} has no {key} in its inference_kwargs: add it, in pixels")
+        return value
 
     def _read(self, section: str, key: str) -> Any:
         """An entry of `variant.yml` that cannot be done without."""
@@ -188,7 +192,7 @@ class Run:
         return value
 
     def view(self, photo: Photo) -> Tensor:
-        """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalised, ratio kept.
+        """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalized, ratio kept.
 
         Args:
             photo: (H, W, 3), uint8, RGB, or a file.
@@ -196,7 +200,8 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: no such file, or no image.
         """
-        long = dataset_defaults(self.dataset)["resize_factor"] * self.image_size
+        factor = dataset_defaults(self.dataset)["resize_factor"] if self.dataset in DATASETS else RESIZE_FACTOR
+        long = factor * self.image_size
         resized = resize_keep_ratio(_pixels(photo), long, self.image_size)
         return normalize(resized, self.normalization).unsqueeze(0).to(self.device)
 
@@ -243,12 +248,7 @@ class Run:
             raise ValueError(
                 f"{dataset.name} has {dataset.n_cls} classes, the model {self.n_cls}: choose its own data set"
             )
-        recorded = self._recorded_classes
-        if recorded is not None and tuple(dataset.classes) != self.classes:
-            theirs, own = (", ".join(names) for names in (dataset.classes, self.classes))
-            raise ValueError(
-                f"the classes of {dataset.name} are {theirs}; those of {self.name} are {own}: choose its own data set"
-            )
+        require_classes(recorded_classes(self.variant), dataset, self.name)
         return dataset, self.windows
 
     def _open(self, name: str, split: str) -> SegmentationDataset:
@@ -306,6 +306,21 @@ class Run:
                 progress=progress,
             )
         return segmentation_scores(confusion)
+
+
+def recorded_classes(variant: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes, by label, that a `variant.yml` records; None: it does not."""
+    recorded = variant.get("dataset_kwargs", {}).get("classes")
+    return None if recorded is None else tuple(one["name"] for one in recorded)
+
+
+def require_classes(recorded: tuple[str, ...] | None, dataset: SegmentationDataset, run: str) -> None:
+    """Raise a ValueError unless a data set has the classes that a run has learned, in the same order."""
+    if recorded is not None and tuple(dataset.classes) != recorded:
+        raise ValueError(
+            f"the classes of {dataset.name} are {', '.join(dataset.classes)}; those of {run} are "
+            f"{', '.join(recorded)}: choose its own data set, or its own class list"
+        )
 
 
 def _pixels(photo: Photo) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The record of a training: `variant.yml`, `log.txt`, TensorBoard events."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,38 @@ CURVES = {
 }
 
 
+MAX = 1e15  # no curve goes further
+logger = logging.getLogger(__name__)
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Entries of a `log.txt`; lines that are none are left out, with a warning.
+
+    An entry is a JSON object with an epoch from 0, whose values for curves are numbers or null.
+    """
+    entries, n_others = [], 0
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if is_entry(entry):
+            entries.append(entry)
+        elif line.strip():
+            n_others += 1
+    if n_others:
+        logger.warning("%s: %d line(s) are no entries of a training and are left out", file, n_others)
+    return entries
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether a JSON value is what a training writes about an epoch."""
+    if not isinstance(entry, dict) or type(entry.get("epoch")) is not int or not 0 <= entry["epoch"] < MAX:
+        return False
+    values = [entry.get(key) for key in CURVES]
+    return all(value is None or (type(value) in (int, float) and -MAX < value < MAX) for value in values)
+
+
 class RunLog:
     """Writes the settings of a run at once and an entry per epoch.
 
@@ -37,18 +70,21 @@ class RunLog:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_variant(variant, log_dir)
         if self.file.exists():
-            lines = self.file.read_text().splitlines(keepends=True)
-            write_text(self.file, "".join(line for line in lines if json.loads(line)["epoch"] < start_epoch))
-        self.events = SummaryWriter(log_dir)
+            kept = [entry for entry in read_log(self.file) if entry["epoch"] < start_epoch]
+            write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.events = SummaryWriter(log_dir, purge_step=start_epoch)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with self.file.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-        for key, curve in CURVES.items():
-            if entry.get(key) is not None:
-                self.events.add_scalar(curve, entry[key], entry["epoch"])
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+            for key, curve in CURVES.items():
+                if entry.get(key) is not None:
+                    self.events.add_scalar(curve, entry[key], entry["epoch"])
+        except OSError as error:  # a training needs no record of itself
+            logger.warning("cannot write %s: %s", self.file, error.strerror)
 
     def close(self) -> None:
         """Finish the event file."""

@@ -140,7 +140,7 @@ def look(
 
     Args:
         model: patched or not.
-        view: (1, 3, H, W), normalised.
+        view: (1, 3, H, W), normalized.
         layer_id, part: see `Segmenter.attention`.
         grid: (gh, gw).
 

@@ -29,7 +29,7 @@ from segm.tables import markdown
 
 OUTPUTS = {
     "logits": lambda model: model,
-    "scores": lambda model: model.grid_scores,
+    "scores": lambda model: model.grid_logits,
     "labels": lambda model: model.predict,
 }
 COLUMNS = {

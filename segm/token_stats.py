@@ -87,7 +87,7 @@ def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, An
     """
     counts, sizes, n_patches = defaultdict(list), defaultdict(list), 0
     for images in views:
-        model.grid_scores(images)
+        model.grid_logits(images)
         n_patches = math.prod(patch_grid(model, images))
         for layer, step in patch.reductions(model).items():
             counts[layer].append(step.counts.cpu().numpy())

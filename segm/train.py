@@ -1,5 +1,6 @@
 """Train a Segmenter, plain or with a merging method, and evaluate it as it learns."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 import patch
 from segm import parallel
 from segm.auto_threshold import automatic_thresholds
-from segm.checkpoint import BEST, LAST, load_checkpoint, read_variant, restore, save_checkpoint
+from segm.checkpoint import LAST, Progress, read_variant, restore, training_state
 from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
-from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
+from segm.engine import Position, Precision, compile_blocks, create_loader, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
+from segm.interruption import Interruption, SignalError
+from segm.keeper import Keeper, only_writer, position_in
 from segm.merging import MergingCommand, add_parts, build_model, is_given
 from segm.merging import apply as apply_merging
 from segm.merging import of_model as merging_of
@@ -24,9 +27,11 @@ from segm.model.factory import copy_weights
 from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer, create_scheduler
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
+from segm.run import recorded_classes, require_classes
 from segm.runlog import RunLog
 
 AUTO = "auto"
+N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds
 
 
 @click.command(cls=MergingCommand)
@@ -41,7 +46,20 @@ AUTO = "auto"
 @settings_options
 @click.option("--pretrained", type=click.Path(exists=True, dir_okay=False), help="Weights of the encoder on disk.")
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights.  [default: timm's weights]")
-@click.option("--resume/--no-resume", default=False, show_default=True, help="Continue the run in --log-dir.")
+@click.option(
+    "--resume/--no-resume",
+    default=False,
+    show_default=True,
+    help="Continue the run in --log-dir; where there is none yet, start it.",
+)
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0),
+    metavar="MINUTES",
+    default=15,
+    show_default=True,
+    help="Save inside an epoch, too; 0: only after epochs.",
+)
 @click.option("--finetune", type=click.Path(exists=True, path_type=Path), help="Start from this checkpoint or run.")
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
 @device_option
@@ -58,6 +76,7 @@ def main(
     pretrained: str | None,
     no_pretrained: bool,
     resume: bool,
+    save_every: float,
     finetune: Path | None,
     compile: bool,
     device: torch.device,
@@ -71,6 +90,9 @@ def main(
     the defaults of the data set.
     """
     with parallel.process_group(device) as device:
+        if resume and not (log_dir / LAST).exists():
+            resume = False
+            say(f"no checkpoint in {log_dir} yet: the training begins")
         weights = first_weights(pretrained, no_pretrained, resume, finetune)
         saved = saved_variant(log_dir, resume, finetune)
         given |= {name: None for name in names_of(CURRICULUM) if not is_given(ctx, name, merging.get("patch_type"))}
@@ -82,31 +104,43 @@ def main(
             size, n_processes = plan.settings.batch_size, parallel.world_size()
             raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
         train_set, val_set = open_datasets(plan.settings)
+        if resume:
+            require_classes(recorded_classes(saved), train_set, str(log_dir))
         variant = plan.variant(train_set)
+        inventories = look_at(train_set, val_set)
+        if inventories:
+            variant["dataset_kwargs"]["inventory"] = inventories
         torch.manual_seed(plan.settings.seed)
         model = create_model(variant["net_kwargs"], weights, finetune)
         apply_merging(model, plan.method, plan.options)
         if compile:
-            compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
-        train(model.to(device), train_set, val_set, plan, variant, log_dir, device, resume)
+            for stack in (model.encoder, model.decoder):
+                compile_blocks(stack.blocks)
+        try:
+            train(model.to(device), train_set, val_set, plan, variant, log_dir, device, resume, save_every or None)
+        except SignalError as interrupted:
+            say(str(interrupted))
+            ctx.exit(interrupted.status)
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if parallel.is_main():
+        click.echo(text)
 
 
 def first_weights(pretrained: str | None, disabled: bool, resume: bool, finetune: Path | None) -> str | bool:
     """Where the encoder's first weights come from: a file, timm (True), or nowhere (False)."""
-    without = disabled or resume or finetune is not None
-    if pretrained is not None and without:
-        raise ValueError("--pretrained goes neither with --no-pretrained nor with --resume or --finetune")
-    return pretrained or not without
+    if pretrained is not None and (disabled or finetune is not None):
+        raise ValueError("--pretrained goes neither with --no-pretrained nor with --finetune")
+    return False if disabled or resume or finetune is not None else pretrained or True
 
 
 def saved_variant(log_dir: Path, resume: bool, finetune: Path | None) -> dict[str, Any]:
     """The variant whose settings are the defaults: all of the resumed run's, or what fine-tuning keeps."""
     if (log_dir / LAST).exists() and not resume:
         raise ValueError(f"{log_dir} holds a run: continue it with --resume, or choose another --log-dir")
-    if resume and finetune is not None:
-        raise ValueError("--resume and --finetune: choose one of them")
     if resume:
-        load_checkpoint(log_dir)
         return read_variant(log_dir)
     return finetuning_defaults(read_variant(finetune)) if finetune is not None else {}
 
@@ -120,8 +154,7 @@ def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device
     layer, side = plan.options["layers"][0], plan.settings.crop_size
     found = automatic_thresholds(unpatched, plan.settings.dataset, [layer], device, side=side)
     threshold = round(found[layer].threshold, 4)
-    if parallel.is_main():
-        click.echo(f"threshold {threshold}, from layer {layer} of {unpatched}")
+    say(f"threshold {threshold}, from layer {layer} of {unpatched}")
     return threshold
 
 
@@ -132,6 +165,22 @@ def open_datasets(settings: Settings) -> tuple[SegmentationDataset, Segmentation
         create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=settings.seed, **sizes),
         create_dataset(settings.dataset, "val", **sizes),
     )
+
+
+def look_at(*datasets: SegmentationDataset) -> dict[str, Any]:
+    """Look at the files before the first update, in the main process; split -> what it holds, for `variant.yml`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `segm.data.inventory`.
+    """
+    if datasets[0].name == "shapes" or not parallel.is_main():
+        return {}
+    from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
+
+    found = [take_inventory(dataset, n_masks=N_MASKS, n_headers=N_HEADERS) for dataset in datasets]
+    for inventory in found:
+        click.echo("\n".join(inventory.lines()))
+    return {inventory.split: inventory.record() for inventory in found}
 
 
 def create_model(net_kwargs: dict[str, Any], weights: str | bool, finetune: Path | None) -> Segmenter:
@@ -155,6 +204,7 @@ def train(
     log_dir: Path,
     device: torch.device,
     resume: bool = False,
+    save_every: float | None = None,
 ) -> None:
     """Train for all epochs of the plan that are left.
 
@@ -164,6 +214,10 @@ def train(
         plan: `Plan`.
         variant: its content of `variant.yml`, which is written to `log_dir`.
         resume: continue from the last checkpoint in `log_dir`.
+        save_every: minutes between checkpoints inside an epoch; None: only after epochs.
+
+    Raises:
+        SignalError: a signal asked for the end; all that was done is saved.
     """
     settings, curriculum = plan.settings, plan.curriculum
     workers, seed, epochs = settings.num_workers, settings.seed, settings.epochs
@@ -181,51 +235,64 @@ def train(
         warmup_epochs=settings.warmup_epochs,
         start_factor=settings.start_factor,
     )
-    start_epoch, best = restore(log_dir, model, optimizer, precision.scaler) if resume else (0, -1.0)
-    if start_epoch >= epochs:
-        raise ValueError(f"{log_dir} has finished its {epochs} epochs: give more --epochs to go on")
-    wrapped: torch.nn.Module = model
-    if parallel.world_size() > 1:  # learned parts rest where their method does not merge
-        wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
-    windows = Windows(settings.window_size, settings.window_stride)
-    main_process = parallel.is_main()
-    log = RunLog(log_dir, variant, start_epoch) if main_process else None
+    interruption = Interruption()
+    with only_writer(log_dir), interruption.listening():
+        begun = restore(log_dir, model, optimizer, precision.scaler) if resume else Progress()
+        if begun.epoch >= epochs:
+            say(f"{log_dir} has finished its {epochs} epochs: give more --epochs to go on")
+            return
+        if parallel.world_size() > 1:
+            parallel.when_orphaned(interruption.request)
+        state = partial(training_state, model, optimizer, scheduler, precision.scaler)
+        keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
+        wrapped: torch.nn.Module = model
+        if parallel.world_size() > 1:  # learned parts rest where their method does not merge
+            wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
+        windows = Windows(settings.window_size, settings.window_stride)
+        main_process = parallel.is_main()
+        log = RunLog(log_dir, variant, begun.epoch) if main_process else None
+        position = position_in(begun, len(loader), device)
 
-    for epoch in range(start_epoch, epochs):
-        if curriculum is not None:
-            patch.set_threshold(model, curriculum.threshold(epoch))
-        entry = {"epoch": epoch, "threshold": merging_of(model)["threshold"]}
-        entry |= train_one_epoch(
-            wrapped, loader, optimizer, scheduler, precision, epoch, device=device, seed=seed, progress=main_process
-        )
-        if (epoch + 1) % settings.eval_freq == 0 or epoch + 1 == epochs:
-            with precision.autocast():
-                confusion = evaluate(
-                    model.eval(), val_set, windows, device=device, workers=workers, progress=main_process
-                )
-            scores = segmentation_scores(confusion)
-            entry |= {f"val_{key}": scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou")}
+        for epoch in range(begun.epoch, epochs):
+            if curriculum is not None:
+                patch.set_threshold(model, curriculum.threshold(epoch))
+            entry = {"epoch": epoch, "threshold": merging_of(model)["threshold"]}
+            position = position or Position.beginning(device)
+            entry |= train_one_epoch(
+                wrapped,
+                loader,
+                optimizer,
+                scheduler,
+                precision,
+                epoch,
+                device=device,
+                seed=seed,
+                position=position,
+                after_update=partial(keeper.after_update, epoch),
+                progress=main_process,
+            )
+            if (epoch + 1) % settings.eval_freq == 0 or epoch + 1 == epochs:
+                keeper.save(epoch, position)
+                with precision.autocast():
+                    confusion = evaluate(
+                        model.eval(),
+                        val_set,
+                        windows,
+                        device=device,
+                        workers=workers,
+                        on_image=keeper.after_image,
+                        progress=main_process,
+                    )
+                scores = segmentation_scores(confusion)
+                entry |= {f"val_{key}": scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou")}
+            if log is not None:
+                # Scores at a threshold that merges less than the final one do not compete.
+                final = curriculum is None or entry["threshold"] == curriculum.target
+                keeper.save_epoch(epoch, entry.get("val_mean_iou", -1.0) if final else -1.0, partial(log.write, entry))
+                show(entry, epochs)
+            position = None
         if log is not None:
-            # Scores at a threshold that merges less than the final one do not compete.
-            final = curriculum is None or entry["threshold"] == curriculum.target
-            score = entry.get("val_mean_iou", -1.0) if final else -1.0
-            is_best, best = score > best, max(score, best)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": scheduler.state_dict(),
-                "loss_scaler": precision.scaler.state_dict(),
-                "epoch": epoch,
-                "best_mean_iou": best,
-                "n_cls": model.n_cls,
-            }
-            if is_best:
-                save_checkpoint(state, log_dir / BEST)
-            log.write(entry)
-            save_checkpoint(state, log_dir / LAST)  # at the end: what it holds need not be done again
-            show(entry, epochs)
-    if log is not None:
-        log.close()
+            log.close()
 
 
 def show(entry: dict[str, Any], epochs: int) -> None:

@@ -1,5 +1,7 @@
 """Attention as pictures."""
 
+from collections.abc import Sequence
+
 import cv2
 import matplotlib
 import numpy as np
@@ -11,7 +13,7 @@ SIGMA = 10.0  # pixels
 QUERY = (0, 255, 255)  # cyan: not in the color map
 
 
-def spread_weights(weights, assignment=None):
+def spread_weights(weights: np.ndarray, assignment: np.ndarray | None = None) -> np.ndarray:
     """Attention weights of the patches from those of the tokens that carry them.
 
     The weight of a merged token is shown on each of its patches as it is: it is what the query gives to the token as
@@ -28,7 +30,9 @@ def spread_weights(weights, assignment=None):
     return weights if assignment is None else weights[..., np.asarray(assignment)]
 
 
-def attention_map(weights, grid, patch_size, shape, sigma=SIGMA):
+def attention_map(
+    weights: np.ndarray, grid: tuple[int, int], patch_size: tuple[int, int], shape: Sequence[int], sigma: float = SIGMA
+) -> np.ndarray:
     """Attention over the pixels: constant on a patch, then smoothed.
 
     Args:
@@ -47,12 +51,12 @@ def attention_map(weights, grid, patch_size, shape, sigma=SIGMA):
     return smooth / highest if highest > 0 else np.zeros_like(smooth)
 
 
-def color_attention(values):
+def color_attention(values: np.ndarray) -> np.ndarray:
     """values: (H, W) in [0, 1] -> (H, W, 3), uint8: black, purple, orange, pale yellow."""
     return matplotlib.colormaps[COLORS](values, bytes=True)[..., :3].copy()
 
 
-def overlay_attention(image, values, opacity=(0.3, 0.8)):
+def overlay_attention(image: np.ndarray, values: np.ndarray, opacity: tuple[float, float] = (0.3, 0.8)) -> np.ndarray:
     """Attention over the photograph in grey, so that all color is attention.
 
     Args:
@@ -68,7 +72,14 @@ def overlay_attention(image, values, opacity=(0.3, 0.8)):
     return (grey + share * (color_attention(values) - grey)).round().astype(np.uint8)
 
 
-def attention_pictures(image, weights, grid, patch_size, assignment=None, query=None):
+def attention_pictures(
+    image: np.ndarray,
+    weights: np.ndarray,
+    grid: tuple[int, int],
+    patch_size: tuple[int, int],
+    assignment: np.ndarray | None = None,
+    query: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The two pictures of one query and one head.
 
     Args:

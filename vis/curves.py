@@ -1,11 +1,14 @@
 """Curves of measurements."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by all kinds of colour vision
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by all kinds of color vision
 
 
 LINES = [
@@ -13,7 +16,9 @@ LINES = [
 ]
 
 
-def threshold_curves(pure, rows, best=None):
+def threshold_curves(
+    pure: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], best: float | None = None
+) -> np.ndarray:
     """mIoU, tokens and speed over the threshold, each with the unpatched model as a dashed line.
 
     Args:
@@ -40,7 +45,7 @@ def threshold_curves(pure, rows, best=None):
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def scale_curves(rows):
+def scale_curves(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Time and memory per patch over the number of patches, one line per method; flat lines are linear costs.
 
     Args:

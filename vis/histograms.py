@@ -1,7 +1,11 @@
 """Distributions of token counts and sizes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -11,7 +15,7 @@ from vis.curves import BLUE, ORANGE
 N_BINS = 30
 
 
-def token_histograms(layers):
+def token_histograms(layers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
     """How many tokens images keep, and how large the merged ones are, one row of panels per layer.
 
     Args:
@@ -31,7 +35,7 @@ def token_histograms(layers):
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_counts(axis, layer, counts, n_patches):
+def _draw_counts(axis: Axes, layer: int, counts: np.ndarray, n_patches: int) -> None:
     bins = np.linspace(0, n_patches, min(N_BINS, n_patches) + 1)
     axis.hist(counts, bins=bins, color=BLUE)
     axis.axvline(np.mean(counts), color=ORANGE, linestyle="--", label=f"mean {np.mean(counts):.0f}")
@@ -41,7 +45,7 @@ def _draw_counts(axis, layer, counts, n_patches):
     axis.legend(frameon=False, fontsize=9)
 
 
-def _draw_sizes(axis, layer, sizes):
+def _draw_sizes(axis: Axes, layer: int, sizes: np.ndarray) -> None:
     """In classes that double, since groups range from two patches to most of an image."""
     axis.set(title=f"after layer {layer}", xlabel="patches per merged token", ylabel="tokens")
     if not len(sizes):

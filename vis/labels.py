@@ -1,6 +1,7 @@
 """Label maps as pictures."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 IGNORED = (0, 0, 0)
 
 
-def colorize(labels, palette):
+def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Color of every pixel's class; what is no class (255) becomes black.
 
     Args:
@@ -27,12 +28,12 @@ def colorize(labels, palette):
     return colors[np.asarray(labels).astype(np.uint8)]
 
 
-def blend(image, colors, opacity=0.5):
+def blend(image: np.ndarray, colors: np.ndarray, opacity: float = 0.5) -> np.ndarray:
     """Lay one picture over another of the same size; both (H, W, 3), uint8."""
     return cv2.addWeighted(colors, opacity, image, 1 - opacity, 0)
 
 
-def legend(names, palette, height=None, row=24):
+def legend(names: Sequence[str], palette: np.ndarray, height: int | None = None, row: int = 24) -> np.ndarray:
     """Class names beside their colors, in columns as wide as their longest name.
 
     Args:
@@ -50,7 +51,7 @@ def legend(names, palette, height=None, row=24):
     return np.hstack(columns) if columns else np.full((row, 0, 3), 255, dtype=np.uint8)
 
 
-def label_picture(labels, names, palette, row=24):
+def label_picture(labels: np.ndarray, names: Sequence[str], palette: np.ndarray, row: int = 24) -> np.ndarray:
     """A label map in its colors, and beside it the names of the classes that occur.
 
     Args:
@@ -72,18 +73,18 @@ def label_picture(labels, names, palette, row=24):
     return np.hstack([np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=255) for p in parts])
 
 
-def magnification(shape, shortest=640):
+def magnification(shape: Sequence[int], shortest: int = 640) -> int:
     """Whole number by which a picture of (H, W) pixels is to be enlarged so that its shorter side is about `shortest`
     pixels; 1 if it is large enough."""
     return max(1, round(shortest / min(shape)))
 
 
-def enlarge(picture, factor):
+def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
     """Every pixel as factor × factor pixels: (H, W, ...) -> (factor·H, factor·W, ...)."""
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _legend_column(names, palette, n_rows, row):
+def _legend_column(names: Sequence[str], palette: np.ndarray, n_rows: int, row: int) -> np.ndarray:
     """(row·n_rows, W, 3), uint8."""
     font = _font(round(row * 0.58))
     width = 38 + max(math.ceil(font.getlength(name)) for name in names) + 12
@@ -97,6 +98,6 @@ def _legend_column(names, palette, n_rows, row):
 
 
 @cache
-def _font(size):
+def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and, unlike OpenCV's fonts, knows more than ASCII."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)

@@ -7,8 +7,10 @@ text is escaped; only `sections`, `parts`, `figures`, `pairs` and `svg` are take
 import base64
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,7 +32,7 @@ STEP = 0.005  # of the slider
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page(title, facts, sections):
+def page(title: str, facts: Sequence[tuple[str, str]], sections: Iterable[str]) -> str:
     """A whole document; its content security policy keeps it from loading anything.
 
     Args:
@@ -64,28 +66,28 @@ def page(title, facts, sections):
 """
 
 
-def asset(name):
+def asset(name: str) -> str:
     """Text of a file in vis/assets."""
     return (files("vis") / "assets" / name).read_text(encoding="utf-8")
 
 
-def section(heading, *parts):
+def section(heading: str, *parts: str) -> str:
     """parts: HTML below the heading."""
     return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", *parts, "</section>"])
 
 
-def terms(facts):
+def terms(facts: Sequence[tuple[str, str]]) -> str:
     """facts: list of (term, text)."""
     lines = "\n".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
     return f'<dl class="facts">\n{lines}\n</dl>'
 
 
-def note(text):
+def note(text: str) -> str:
     """A paragraph that explains."""
     return f'<p class="note">{escape(text)}</p>'
 
 
-def table(columns, rows, label):
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
     """A table whose first cell in every row names it; it scrolls by itself where the page is narrow.
 
     Args:
@@ -98,28 +100,28 @@ def table(columns, rows, label):
     return _scroll(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>", label)
 
 
-def _table_row(row):
+def _table_row(row: Sequence[str]) -> str:
     cells = "".join(f"<td>{escape(text)}</td>" for text in row[1:])
     return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'
 
 
-def _scroll(content, label):
+def _scroll(content: str, label: str) -> str:
     """A region that can be scrolled sideways, with the keyboard too."""
     return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{content}\n</div>'
 
 
-def plot(svg, label):
+def plot(svg: str, label: str) -> str:
     """A plot of `vis.plots`; label: what it shows, for those who do not see it."""
     drawing = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     return f'<figure class="plot">{_scroll(drawing, label)}</figure>'
 
 
-def beside(*figures):
+def beside(*figures: str) -> str:
     """Plots side by side where there is room."""
     return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
 
 
-def picture(image, caption, *, lossless=False):
+def picture(image: np.ndarray, caption: str, *, lossless: bool = False) -> str:
     """A picture with a caption below; large ones are made smaller, small ones larger by a whole factor.
 
     Args:
@@ -136,12 +138,14 @@ def picture(image, caption, *, lossless=False):
     return f'<figure><img src="{picture_uri(image, lossless)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
-def label_picture(labels, palette, caption):
+def label_picture(labels: np.ndarray, palette: np.ndarray, caption: str) -> str:
     """A label map, (H, W), in its colors; palette: (C, 3), uint8, RGB."""
     return picture(colorize(labels, palette), caption, lossless=True)
 
 
-def token_picture(photo, assignment, grid, patch_size, caption):
+def token_picture(
+    photo: np.ndarray, assignment: np.ndarray | None, grid: tuple[int, int], patch_size: tuple[int, int], caption: str
+) -> str:
     """Tokens filled with their mean colors; photo: (H, W, 3), the others as in `vis.fill_tokens`. Without an assignment
     (None: tokens are no groups of patches) the photograph itself."""
     if assignment is None:
@@ -151,14 +155,14 @@ def token_picture(photo, assignment, grid, patch_size, caption):
     return picture(fill_tokens(enlarge(photo, factor), assignment, grid, sides), caption)
 
 
-def picture_uri(image, lossless=False):
+def picture_uri(image: np.ndarray, lossless: bool = False) -> str:
     """image: (H, W, 3), uint8, RGB -> data URI, PNG or JPEG."""
     kind, options = ("png", []) if lossless else ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 88])
     data = cv2.imencode(f".{kind}", np.ascontiguousarray(image[..., ::-1]), options)[1]
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture_pairs(heading, pairs):
+def picture_pairs(heading: str, pairs: Sequence[tuple[str, str]]) -> str:
     """Pictures in two rows.
 
     Args:
@@ -169,7 +173,7 @@ def picture_pairs(heading, pairs):
     return f"<h3>{escape(heading)}</h3>\n" + _scroll(f'<div class="pictures">\n{inner}\n</div>', heading)
 
 
-def class_list(names, palette):
+def class_list(names: Sequence[str], palette: np.ndarray) -> str:
     """Class names beside their colors; palette: (C, 3), uint8, RGB."""
     colors = ("#{:02x}{:02x}{:02x}".format(*map(int, color)) for color in palette)
     items = (
@@ -179,7 +183,7 @@ def class_list(names, palette):
     return '<ul class="classes">' + "".join(items) + "</ul>"
 
 
-def explorer(images, threshold):
+def explorer(images: Sequence[Mapping[str, Any]], threshold: float) -> str:
     """Photographs over which merged regions follow a threshold that the reader moves.
 
     Args:
@@ -208,7 +212,7 @@ def explorer(images, threshold):
 </div>"""
 
 
-def _explorer_entry(image):
+def _explorer_entry(image: Mapping[str, Any]) -> dict[str, Any]:
     """What explorer.js reads of one image."""
     right, down = (np.ascontiguousarray(image[key], dtype="<f4") for key in ("right", "down"))
     edges = {"right": base64.b64encode(right).decode(), "down": base64.b64encode(down).decode()}
@@ -216,7 +220,14 @@ def _explorer_entry(image):
     return {"name": image["name"], "photo": picture_uri(image["photo"]), **size, **edges}
 
 
-def comparison_page(record, rows, classes, logs, pictures, explored):
+def comparison_page(
+    record: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    pictures: tuple[Sequence[str], Sequence[str], np.ndarray],
+    explored: Mapping[str, Any],
+) -> str:
     """A comparison of methods.
 
     Args:
@@ -243,7 +254,7 @@ def comparison_page(record, rows, classes, logs, pictures, explored):
     return page(f"Token reduction on {record['dataset']}", facts, filter(None, sections))
 
 
-def methods_section(rows):
+def methods_section(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of methods, and what they are.
 
     Args:
@@ -262,7 +273,7 @@ def methods_section(rows):
     return section("Methods", table([*COLUMNS], cells, "Methods"), note(explained), terms(merging))
 
 
-def _describe(row):
+def _describe(row: Mapping[str, Any]) -> str:
     """A method with the settings that tell it from others."""
     hidden = ("attention", "batch", "backend")
     settings = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
@@ -270,11 +281,11 @@ def _describe(row):
     return ", ".join([row["method"], *texts])
 
 
-def _plain(value):
+def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def trade_off_section(rows):
+def trade_off_section(rows: Sequence[Mapping[str, Any]]) -> str:
     """mIoU over speed and over operations; rows: as in `methods_section`."""
     figures = []
     for key, label, larger in (("images_per_second", "images/s", True), ("gflops", "GFLOPs", False)):
@@ -285,21 +296,21 @@ def trade_off_section(rows):
     return section("mIoU over speed and operations", beside(*figures))
 
 
-def classes_section(rows, classes):
+def classes_section(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> str:
     """IoU per class; rows: with `name` and `per_class_iou` (percent), classes: their names."""
     svg = plots.class_iou(classes, {row["name"]: row["per_class_iou"] for row in rows})
     label = f"IoU of {len(classes)} classes by method; the numbers are in the JSON file beside this page"
     return section("IoU per class", plot(svg, label))
 
 
-def training_section(logs, names):
+def training_section(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> str | None:
     """Training curves, see `vis.plots.training_curves`; None if there are none."""
     if not logs:
         return None
     return section("Training", plot(plots.training_curves(logs, names), f"Training curves of {', '.join(logs)}"))
 
 
-def tokens_section(rows):
+def tokens_section(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Histograms of what images keep; None if nothing merges.
 
     Args:
@@ -314,7 +325,7 @@ def tokens_section(rows):
     return section("Tokens per image", plot(svg, f"Tokens left on average. {words}"))
 
 
-def pictures_section(blocks, names, palette):
+def pictures_section(blocks: Sequence[str], names: Sequence[str], palette: np.ndarray) -> str | None:
     """Pictures below the colors of their classes; None without pictures.
 
     Args:
@@ -325,7 +336,7 @@ def pictures_section(blocks, names, palette):
     return section("Pictures", note(explained), class_list(names, palette), *blocks) if blocks else None
 
 
-def explorer_section(name, layer, threshold, images):
+def explorer_section(name: str, layer: int, threshold: float, images: Sequence[Mapping[str, Any]]) -> str | None:
     """The threshold explorer; None without images.
 
     Args:

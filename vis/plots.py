@@ -4,10 +4,13 @@ serves light and dark."""
 import io
 import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -35,7 +38,7 @@ STYLE = {
 N_BINS = 40
 
 
-def pareto(points, xlabel, *, larger_is_better=True):
+def pareto(points: Sequence[tuple[str, float, float]], xlabel: str, *, larger_is_better: bool = True) -> str:
     """mIoU over what it costs, the best compromises joined by a line.
 
     Args:
@@ -61,7 +64,7 @@ def pareto(points, xlabel, *, larger_is_better=True):
         return _svg(figure, f"pareto-{xlabel}")
 
 
-def pareto_front(x, y, larger_is_better=True):
+def pareto_front(x: Sequence[float], y: Sequence[float], larger_is_better: bool = True) -> list[int]:
     """Indices of the points that no other beats in both coordinates, by rising x.
 
     Args:
@@ -71,13 +74,13 @@ def pareto_front(x, y, larger_is_better=True):
     sign = 1 if larger_is_better else -1
     points = [(sign * a, b) for a, b in zip(x, y, strict=True)]
 
-    def beaten(point):
+    def beaten(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
 
     return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: x[i])
 
 
-def class_iou(classes, scores):
+def class_iou(classes: Sequence[str], scores: Mapping[str, Sequence[float | None]]) -> str:
     """IoU of every class, one row per class, best class first.
 
     Args:
@@ -117,7 +120,7 @@ CURVES = {
 }
 
 
-def training_curves(logs, names=None):
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str] | None = None) -> str:
     """What trainings wrote down, over their epochs.
 
     Args:
@@ -152,7 +155,7 @@ def training_curves(logs, names=None):
         return _svg(figure, "training")
 
 
-def token_shares(shares, names=None):
+def token_shares(shares: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> str:
     """How many tokens images keep, a row per method.
 
     Args:
@@ -177,35 +180,35 @@ def token_shares(shares, names=None):
         return _svg(figure, "tokens")
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of that many inches, with its only axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _style(index):
+def _style(index: int) -> dict[str, Any]:
     """Color and marker of a method by its place in the list."""
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _mean(values):
+def _mean(values: np.ndarray) -> float:
     """Mean of the finite values; -1 if there is none."""
     known = values[np.isfinite(values)]
     return known.mean() if len(known) else -1.0
 
 
-def _points(log, key):
+def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(epoch, value) of the entries that have the value."""
     return [(entry["epoch"], entry[key]) for entry in log if entry.get(key) is not None]
 
 
-def _label_points(figure, axis, names, x, y):
+def _label_points(figure: Figure, axis: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
     """Write every name beside its point, at the first of several places that nothing else takes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # the layout is settled
     figure.set_layout_engine("none")
     renderer, frame = canvas.get_renderer(), axis.get_window_extent()
-    centers = axis.transData.transform(np.column_stack([x, y])) if names else []
+    centers: Any = axis.transData.transform(np.column_stack([x, y])) if names else []
     taken = [Bbox.from_extents(cx - 6, cy - 6, cx + 6, cy + 6) for cx, cy in centers]
     for name, at, score in zip(names, x, y, strict=True):
         free = []
@@ -227,7 +230,7 @@ def _label_points(figure, axis, names, x, y):
 _PLACES = [(9, 0), (-9, 0), (0, 12), (0, -12), *((dx, dy) for dy in (12, -12, 24, -24) for dx in (9, -9))]
 
 
-def _svg(figure, name):
+def _svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element that can stand in HTML beside others: no ids but those that it refers to, which
     begin with its name, no style sheet, the font of the page, and nothing that changes from run to run."""
     buffer = io.StringIO()
@@ -257,7 +260,7 @@ _REFERENCE = re.compile(r"(^#|url\(#)")
 _FONT = re.compile(r"font: ([\d.]+px)[^;]*|font-family:[^;]*;?")
 
 
-def _for_page(attribute):
+def _for_page(attribute: tuple[str, str]) -> tuple[str, str]:
     """An SVG attribute as (name, value), without its namespace and with the font and color of the page."""
     key, value = attribute
     if key == "style":

@@ -1,12 +1,19 @@
 """Several pictures on one sheet."""
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def picture_sheet(rows, columns, captions=None, inches=2.2):
+def picture_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    columns: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
+    inches: float = 2.2,
+) -> np.ndarray:
     """Pictures in rows and columns, with titles and captions.
 
     Args:

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-OUTLINE = (255, 255, 0)  # yellow: seen by all kinds of colour vision, and rare in photographs
+OUTLINE = (255, 255, 0)  # yellow: seen by all kinds of color vision, and rare in photographs
 DARK = (0, 0, 0)
 DARK_SIDE_FROM = 16  # pixels per patch
 
 
-def pixel_groups(assignment, grid, patch_size):
+def pixel_groups(assignment: np.ndarray, grid: tuple[int, int], patch_size: tuple[int, int]) -> np.ndarray:
     """Group of every pixel.
 
     Args:
@@ -22,7 +22,9 @@ def pixel_groups(assignment, grid, patch_size):
     return groups.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)
 
 
-def fill_tokens(image, assignment, grid, patch_size):
+def fill_tokens(
+    image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int], patch_size: tuple[int, int]
+) -> np.ndarray:
     """Fill every group with the mean color of its pixels and outline it.
 
     Args:
@@ -39,13 +41,21 @@ def fill_tokens(image, assignment, grid, patch_size):
     return _draw(colors[groups], groups, (255, 255, 255), min(patch_size))
 
 
-def outline_tokens(image, assignment, grid, patch_size, color=OUTLINE):
+def outline_tokens(
+    image: np.ndarray,
+    assignment: np.ndarray,
+    grid: tuple[int, int],
+    patch_size: tuple[int, int],
+    color: tuple[int, int, int] = OUTLINE,
+) -> np.ndarray:
     """Draw the borders between groups on the photograph; arguments as in `fill_tokens`."""
     groups = pixel_groups(assignment, grid, patch_size)[: image.shape[0], : image.shape[1]]
     return _draw(image, groups, color, min(patch_size))
 
 
-def token_pictures(image, assignment, grid, patch_size):
+def token_pictures(
+    image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int], patch_size: tuple[int, int]
+) -> dict[str, np.ndarray]:
     """What became of the patches, by the name that its file ends with; arguments as in `fill_tokens`.
 
     Returns:
@@ -60,7 +70,7 @@ def token_pictures(image, assignment, grid, patch_size):
     return {name: fill_tokens(image, assignment, grid, patch_size), f"{name}_overlay": outlined}
 
 
-def _draw(image, groups, color, patch_side):
+def _draw(image: np.ndarray, groups: np.ndarray, color: tuple[int, int, int], patch_side: int) -> np.ndarray:
     """Color the pixels behind every border between two groups; where patches have room for it, those before it become
     dark, so that the line stands out from bright ground too."""
     right, below = groups[:, 1:] != groups[:, :-1], groups[1:] != groups[:-1]

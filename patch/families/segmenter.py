@@ -22,11 +22,11 @@ class PatchedSegmenter(Patched):
 
     merging: Merging
 
-    def grid_scores(self, images: Tensor) -> Tensor:
+    def grid_logits(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, C, gh, gw)"""
         own: Any = super()
         with self.merging.open_pass():
-            return own.grid_scores(images)
+            return own.grid_logits(images)
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
         """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""

@@ -1,8 +1,10 @@
 """CamVid in SegNet's split: 11 classes, void ignored. Imports mmseg."""
 
+from typing import Any
+
 from segm.data.openmmlab import BaseSegDataset
 
-# Colours of the CamVid database for the 11 merged classes.
+# Colors of the CamVid database for the 11 merged classes.
 CLASSES = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
@@ -26,5 +28,5 @@ class CamVidDataset(BaseSegDataset):
         "palette": [*CLASSES.values(), (0, 0, 0)],
     }
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(metainfo={"classes": tuple(CLASSES)}, **kwargs)

@@ -1,5 +1,6 @@
 """What all data sets have in common: training items, evaluation samples, resized views."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import overload
 
@@ -49,6 +50,10 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def name_of(self, index: int) -> str:
+        """What a message calls the image at `index`: its file, where it has one."""
+        raise NotImplementedError
+
     def load(self, index: int) -> Sample:
         """The sample at `index` in [0, len), at its original size."""
         raise NotImplementedError
@@ -80,7 +85,7 @@ class SegmentationDataset(Dataset):
         """What the model gets to see of a uint8 RGB image (H, W, 3): float32 (3, h, w).
 
         Resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`, then
-        normalised.
+        normalized.
         """
         long, short = self._scale
         resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))
@@ -93,7 +98,7 @@ class SegmentationDataset(Dataset):
         return self.resize_factor * short, short
 
     @cached_property
-    def _train_transform(self):
+    def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
         from segm.data.transforms import TrainTransform
 
         return TrainTransform(self._scale, self.crop_size, self.normalization)

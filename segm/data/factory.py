@@ -1,6 +1,7 @@
 """From a data set's name to the data set."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def create_dataset(
     image_size = _checked_size(name, image_size or defaults["im_size"])
     if name == "shapes":
         crop_size = crop_size or int(np.min(image_size))
-    settings = {
+    settings: dict[str, Any] = {
         "image_size": image_size,
         "crop_size": crop_size or defaults["crop_size"],
         "resize_factor": defaults["resize_factor"],
@@ -60,10 +61,13 @@ def _checked_size(name: str, image_size: int | tuple[int, int]) -> int | tuple[i
         return image_size
     if name != "shapes":
         raise ValueError(f"image_size of {name} is one number: the shorter side in pixels")
-    return tuple(image_size)
+    height, width = image_size
+    return height, width
 
 
-def _file_dataset(name: str, split: str, root, classes, settings: dict) -> SegmentationDataset:
+def _file_dataset(
+    name: str, split: str, root: str | Path | None, classes: str | Path | None, settings: dict[str, Any]
+) -> SegmentationDataset:
     dataset_root(name, root)  # fails before the slow import of mmseg
     from segm.data.files import FileDataset
     from segm.data.folder import list_folder
@@ -92,5 +96,5 @@ def class_info(name: str, classes: str | Path | None = None) -> tuple[tuple[str,
         raise ValueError("the classes of folder stand in a file: give its path as classes")
     else:
         path = find_classes(Path(), classes)
-        metainfo = OwnFiles([], path.parent, None, read_classes(path)).metainfo
+        metainfo = OwnFiles([], path.parent, None, read_classes(path)[0]).metainfo
     return tuple(metainfo["classes"]), np.array(metainfo["palette"], dtype=np.uint8)

@@ -1,6 +1,8 @@
 """Reading and checking image and label files. Imports mmseg."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,28 +16,61 @@ from segm.data.sample import IGNORE_LABEL, Sample
 class FileDataset(SegmentationDataset):
     """Image and label files listed by one of mmsegmentation's data sets."""
 
-    def __init__(self, files: BaseSegDataset, name: str, split: str, **settings) -> None:
+    def __init__(self, files: BaseSegDataset, name: str, split: str, **settings: Any) -> None:
         super().__init__(name, split, files.metainfo["classes"], files.metainfo["palette"], **settings)
         self._files = files
         self._read_label = LoadAnnotations()
+        self._complete: set[int] = set()  # images that were found to be complete when they were first read
+        colors: Mapping[tuple[int, ...], int] = getattr(files, "colors", {})
+        codes = sorted((_codes(np.array(color)), label) for color, label in colors.items())
+        self._codes, self._labels = np.array(codes, dtype=np.int64).reshape(-1, 2).T
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def load(self, index: int) -> Sample:
+    def name_of(self, index: int) -> str:
+        return self.paths(index)[0].as_posix()
+
+    @property
+    def made(self) -> str:
+        """How the split was made, where the program made it; else empty."""
+        return getattr(self._files, "made", "")
+
+    @property
+    def masks_without_image(self) -> list[Path]:
+        """Masks that belong to no image of the split, where its files are the user's own."""
+        return getattr(self._files, "masks_without_image", [])
+
+    def paths(self, index: int) -> tuple[Path, Path | None]:
+        """Files of an image and of its label map; None where the split has none."""
         info = self._files.get_data_info(index)
-        path = Path(info["img_path"])
-        image = read_image(path)
-        label = self._load_label(info, image.shape[:2]) if "seg_map_path" in info else None
-        return Sample(self._sample_name(path), image, label)
+        return Path(info["img_path"]), Path(info["seg_map_path"]) if "seg_map_path" in info else None
+
+    def load(self, index: int) -> Sample:
+        path = self.paths(index)[0]
+        image = read_image(path, check=index not in self._complete)
+        self._complete.add(index)
+        return Sample(self._sample_name(path), image, self.label(index, image.shape[:2]))
 
     def _sample_name(self, path: Path) -> str:
         relative = path.relative_to(self._files.data_prefix["img_path"]).as_posix()
         suffix = self._files.img_suffix or path.suffix
         return relative[: -len(suffix)]
 
-    def _load_label(self, info: dict, shape: tuple[int, int]) -> np.ndarray:
-        """uint8 (H, W), labels in [0, n_cls) or 255"""
+    def label(self, index: int, shape: tuple[int, int] | None = None) -> np.ndarray | None:
+        """The label map alone: uint8 (H, W), labels in [0, n_cls) or 255; None if the split has none.
+
+        Args:
+            index: of the image.
+            shape: (H, W) that it must have.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it is damaged, or not what a label map is.
+        """
+        info = self._files.get_data_info(index)
+        if "seg_map_path" not in info:
+            return None
         path = Path(info["seg_map_path"])
         require_file(path, "label map")
         try:
@@ -44,12 +79,31 @@ class FileDataset(SegmentationDataset):
         except (AssertionError, *DECODE_ERRORS) as error:  # mmcv's, where cv2 gives None
             raise ValueError(f"{path}: damaged or no label map ({first_line(error)})") from error
         if label.ndim != 2:
-            raise ValueError(f"{path}: a label map has one channel, this one has {label.shape[-1]}")
-        if label.shape != shape:
+            label = self._of_colors(path, label)
+        if shape is not None and label.shape != shape:
             (h, w), (image_h, image_w) = label.shape, shape
-            raise ValueError(f"{path}: the label map is {w}x{h} pixels, its image {image_w}x{image_h}")
+            turned = "; its EXIF orientation turns the image, not the mask" if label.shape == shape[::-1] else ""
+            raise ValueError(f"{path}: the label map is {w}x{h} pixels, its image {image_w}x{image_h}{turned}")
         self._check_range(path, label, highest)
         return label
+
+    def _of_colors(self, path: Path, picture: np.ndarray) -> np.ndarray:
+        """(H, W, 3 or 4), BGR as mmcv reads it -> labels, by the colors of the class list."""
+        if not len(self._codes) or picture.shape[2] not in (3, 4):
+            raise ValueError(
+                f"{path}: a label map has one channel, this one has {picture.shape[-1]}: save class numbers, or give "
+                "every class in classes.yml the color that it has here"
+            )
+        codes = _codes(picture[..., 2::-1])
+        places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = codes[self._codes[places] != codes]
+        if unknown.size:
+            color = [int(unknown[0]) >> shift & 255 for shift in (16, 8, 0)]
+            raise ValueError(
+                f"{path}: {unknown.size} pixels have colors of no class, such as {color}: add them to classes.yml, "
+                "with the id 255 where they are to be ignored"
+            )
+        return self._labels[places].astype(np.uint8)
 
     def _check_range(self, path: Path, label: np.ndarray, highest: int) -> None:
         """Errors name the value in the file, which differs from `label` where label 0 is ignored."""
@@ -66,3 +120,8 @@ def highest_wide_label(path: Path) -> int:
     """Highest value of a label map with more than 8 bits, else 0: mmseg's loader would cut it to 8 bits."""
     with Image.open(path) as image:
         return int(np.asarray(image).max()) if image.mode.startswith(("I", "F")) else 0
+
+
+def _codes(colors: np.ndarray) -> Any:
+    """One number per color: (..., 3), RGB -> (...)."""
+    return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])

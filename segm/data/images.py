@@ -3,6 +3,10 @@
 What mmcv's loader and transforms give for the same file and size is the same to the bit; a test compares them.
 """
 
+import re
+import zlib
+from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -12,29 +16,53 @@ from PIL import Image
 
 from segm.data.normalization import normalize
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 # The decoders' ways to say that a file is damaged; cv2 also gives None.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, cv2.error)
-TAIL_BYTES = 65536
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, cv2.error, Image.DecompressionBombError)
+PNG_START = b"\x89PNG\r\n\x1a\n"
+JPEG_END = b"\xff\xd9"
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # all others have a length, but for the end
+# Compressed data that no picture misses: a decoder reads it only where the file's own data has ended too early. With
+# all restart markers, so that one of them is the one that it waits for.
+FILLER = b"".join(bytes([0xFF, 0xD0 + n]) + bytes((37 * i * i + 11 * i + n) % 255 for i in range(64)) for n in range(8))
+FILLER = bytes((37 * i * i + 11 * i) % 255 for i in range(512)) + FILLER
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The photographs below a folder, in sorted order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The photographs below a folder, in sorted order; names that begin with a dot are the system's own."""
+    return sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A photograph, uint8 RGB (H, W, 3).
+def is_image(path: Path) -> bool:
+    """Whether a name is that of a picture, suffixes in either case."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def suffixes_below(folder: Path) -> str:
+    """In words, which pictures are looked for and what lies below a folder instead."""
+    found = Counter(path.suffix.lower() or "no suffix" for path in folder.rglob("*") if path.is_file())
+    there = ", ".join(f"{suffix} ({count})" for suffix, count in found.most_common(5)) or "no file"
+    return f"pictures are {', '.join(SUFFIXES)}; found: {there}"
+
+
+def read_image(path: str | Path, check: bool = True) -> np.ndarray:
+    """A photograph, uint8 RGB (H, W, 3), turned as its EXIF orientation says.
+
+    Args:
+        path: file.
+        check: whether to look for a file that is cut off, which takes as long as reading it.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is damaged or no image.
+        ValueError: it is damaged, cut off or no image.
     """
     path = Path(path)
     require_file(path, "image")
     try:
-        check_complete(path)
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        data = np.fromfile(path, np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        if image is not None and check:
+            check_complete(data.tobytes())
     except DECODE_ERRORS as error:
         raise ValueError(f"{path}: damaged or no image ({first_line(error)})") from error
     if image is None:
@@ -42,20 +70,59 @@ def read_image(path: str | Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def check_complete(path: Path) -> None:
-    """Raises OSError for a truncated JPEG or PNG file, which OpenCV would fill up with grey.
+def check_complete(data: bytes) -> None:
+    """Raise an OSError for a picture that is cut off, which OpenCV fills up with grey without a word.
 
-    The end marker is looked for in the last bytes; only a file without one (cameras append data) is decoded
-    by Pillow, which is strict.
+    A JPEG may have an end marker all the same, where a program has put one. So it is decoded once more, with other
+    data in front of the end: a complete picture stays as it is.
+
+    Args:
+        data: the file's bytes.
     """
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
-        tail = file.read()
-    # Compressed JPEG data never holds the end marker, but an embedded thumbnail has its own.
-    if b"IEND" in tail or tail.rfind(b"\xff\xd9") > tail.rfind(b"\xff\xda"):
+    if data.startswith(PNG_START):
+        _check_png(data)
         return
-    with Image.open(path) as image:
-        image.load()
+    if not data.startswith(b"\xff\xd8"):
+        with Image.open(BytesIO(data)) as opened:
+            opened.load()
+        return
+    end = _jpeg_end(data)
+    if end is None:
+        raise OSError("image file is truncated: it has no end")
+    if _coarse(data) != _coarse(data[:end] + FILLER + data[end:]):
+        raise OSError("image file is truncated")
+
+
+def _jpeg_end(data: bytes) -> int | None:
+    """Where the end marker of a JPEG is: not that of its thumbnail, nor of what a camera appends."""
+    at = 2
+    while (marker := MARKER.search(data, at)) is not None:
+        if marker[0] == JPEG_END:
+            return marker.start()
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return None
+
+
+def _coarse(data: bytes) -> bytes:
+    """An eighth of a JPEG, which needs all of its data, but little time; a progressive one, or one with restart
+    markers, as a whole."""
+    with Image.open(BytesIO(data)) as opened:
+        if "progression" not in opened.info and b"\xff\xdd" not in data:
+            opened.draft("L", (max(opened.width // 8, 1), max(opened.height // 8, 1)))
+        return opened.tobytes()
+
+
+def _check_png(data: bytes) -> None:
+    """Raise an OSError unless all chunks of a PNG are there, with their checksums."""
+    at, kind = len(PNG_START), b""
+    while kind != b"IEND":
+        if len(data) < at + 12:
+            raise OSError("image file is truncated")
+        length = int.from_bytes(data[at : at + 4], "big")
+        kind, end = data[at + 4 : at + 8], at + 8 + length
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise OSError("image file is truncated or damaged: a checksum is wrong")
+        at = end + 4
 
 
 def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
@@ -74,7 +141,7 @@ def resize_square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def square_view(image: np.ndarray, side: int, normalization: str) -> torch.Tensor:
-    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, side, side), normalised."""
+    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, side, side), normalized."""
     return normalize(resize_square(image, side), normalization).unsqueeze(0)
 
 

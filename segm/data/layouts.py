@@ -17,12 +17,14 @@ class Split:
 @dataclass(frozen=True)
 class Layout:
     """folders: where the data set may lie below $DATASET; marker: a folder that only this data set has, by
-    default the image folder of any split; options: arguments of mmsegmentation's class."""
+    default the image folder of any split; any_suffix: whether its images are released, or kept by people, in other
+    formats than JPEG; options: arguments of mmsegmentation's class."""
 
     mmseg_class: str
     folders: tuple[str, ...]
     splits: dict[str, Split]
     marker: str = ""
+    any_suffix: bool = False
     options: dict = field(default_factory=dict)
 
     @property
@@ -38,6 +40,7 @@ _ADE20K = Layout(
     "ADE20KDataset",
     ("ADEChallengeData2016", "ade20k", "ade20k/ADEChallengeData2016", "ade", "ade/ADEChallengeData2016"),
     _by_folder("images", "annotations", train="training", val="validation"),
+    any_suffix=True,
 )
 _CITYSCAPES = Layout(
     "CityscapesDataset",
@@ -73,6 +76,7 @@ _CAMVID = Layout(
     "CamVidDataset",
     ("camvid", "CamVid"),
     _by_folder("images", "annotations", train="train", val="val", test="test"),
+    any_suffix=True,
 )
 
 LAYOUTS = {

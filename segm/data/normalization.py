@@ -1,4 +1,4 @@
-"""Colour normalisation of the pretrained backbones."""
+"""Color normalization of the pretrained backbones."""
 
 from typing import NamedTuple
 

@@ -1,13 +1,14 @@
 """Draws one scene of `shapes`: an RGB image and its label map."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import cv2
 import numpy as np
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-# Colours that people with a colour vision deficiency tell apart (Okabe and Ito; Tol), by label.
+# Colors that people with a color vision deficiency tell apart (Okabe and Ito; Tol), by label.
 CLASSES: dict[str, tuple[int, int, int]] = {
     "sky": (86, 180, 233),
     "mountain": (136, 34, 85),
@@ -46,25 +47,25 @@ class Canvas:
         self.image = np.empty((height, width, 3), np.uint8)
         self.label = np.full((height, width), GRASS, np.uint8)
 
-    def polygon(self, points, colour: Colour, label: int) -> None:
+    def polygon(self, points: Iterable[tuple[float, float]], color: Color, label: int) -> None:
         """points: (x, y) pairs"""
-        corners = [np.rint(np.asarray(points, np.float32)).astype(np.int32)]
-        cv2.fillPoly(self.image, corners, colour)
+        corners = [np.rint(np.array([*points], np.float32)).astype(np.int32)]
+        cv2.fillPoly(self.image, corners, color)
         cv2.fillPoly(self.label, corners, label)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, label: int) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, color: Color, label: int) -> None:
         corners = (round(x0), round(y0)), (round(x1), round(y1))
-        cv2.rectangle(self.image, *corners, colour, cv2.FILLED)
+        cv2.rectangle(self.image, *corners, color, cv2.FILLED)
         cv2.rectangle(self.label, *corners, label, cv2.FILLED)
 
-    def disc(self, x: float, y: float, radius: float, colour: Colour, label: int) -> None:
+    def disc(self, x: float, y: float, radius: float, color: Color, label: int) -> None:
         centre, radius = (round(x), round(y)), max(round(radius), 1)
-        cv2.circle(self.image, centre, radius, colour, cv2.FILLED)
+        cv2.circle(self.image, centre, radius, color, cv2.FILLED)
         cv2.circle(self.label, centre, radius, label, cv2.FILLED)
 
-    def pick(self, colours: tuple[Colour, ...], spread: float = 14) -> Colour:
-        """One of `colours`, shifted a little."""
-        base = colours[self.rng.integers(len(colours))]
+    def pick(self, colors: tuple[Color, ...], spread: float = 14) -> Color:
+        """One of `colors`, shifted a little."""
+        base = colors[self.rng.integers(len(colors))]
         shift = self.rng.uniform(-spread, spread, 3).tolist()
         return tuple(min(max(c + s, 0.0), 255.0) for c, s in zip(base, shift, strict=True))
 
@@ -72,8 +73,9 @@ class Canvas:
         return float(self.rng.uniform(low, high))
 
 
-def shade(colour: Colour, factor: float) -> Colour:
-    return tuple(min(c * factor, 255.0) for c in colour)
+def shade(color: Color, factor: float) -> Color:
+    red, green, blue = (min(c * factor, 255.0) for c in color)
+    return red, green, blue
 
 
 def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,16 +116,16 @@ def draw_cloud(canvas: Canvas, horizon: float) -> None:
 
 
 def draw_mountains(canvas: Canvas, horizon: float) -> None:
-    colour = canvas.pick(ROCKS)
+    color = canvas.pick(ROCKS)
     count = int(canvas.rng.integers(4, 9))
     xs = np.linspace(-0.1, 1.1, count) * canvas.width
     ys = horizon - canvas.rng.uniform(0.03, 0.28, count) * canvas.height
     ridge = list(zip(xs, ys, strict=True))
-    canvas.polygon([(-1, horizon + 1), *ridge, (canvas.width, horizon + 1)], colour, MOUNTAIN)
+    canvas.polygon([(-1, horizon + 1), *ridge, (canvas.width, horizon + 1)], color, MOUNTAIN)
     # The side away from the light is darker: facets inside one class.
     for (x0, y0), (x1, _) in pairwise(ridge):
         facet = [(x0, y0), (x1, horizon), (x0 + 0.2 * (x1 - x0), horizon)]
-        cv2.fillPoly(canvas.image, [np.rint(facet).astype(np.int32)], shade(colour, 0.82))
+        cv2.fillPoly(canvas.image, [np.rint(facet).astype(np.int32)], shade(color, 0.82))
     canvas.label[round(horizon) :] = GRASS
 
 
@@ -138,26 +140,26 @@ def draw_ground(canvas: Canvas, horizon: float) -> None:
 
 def draw_water(canvas: Canvas, horizon: float) -> None:
     """A lake at the horizon, or a shore on one side."""
-    colour, depth = canvas.pick(DEEPS), canvas.height - horizon
+    color, depth = canvas.pick(DEEPS), canvas.height - horizon
     if canvas.rng.random() < 0.5:
         low = horizon + depth * canvas.uniform(0.2, 0.5)
         left, right = low + depth * canvas.rng.uniform(-0.1, 0.1, 2)
-        canvas.polygon([(0, horizon), (canvas.width, horizon), (canvas.width, right), (0, left)], colour, WATER)
+        canvas.polygon([(0, horizon), (canvas.width, horizon), (canvas.width, right), (0, left)], color, WATER)
         return
     shore = canvas.width * canvas.rng.uniform(0.15, 0.5, 2)
     points = np.array([(0, horizon), (shore[0], horizon), (shore[1], canvas.height), (0, canvas.height)])
     if canvas.rng.random() < 0.5:
         points[:, 0] = canvas.width - points[:, 0]
-    canvas.polygon(points, colour, WATER)
+    canvas.polygon(points, color, WATER)
 
 
 def draw_road(canvas: Canvas, horizon: float) -> None:
     """A road to a vanishing point, or across the picture; its markings are road."""
-    colour, depth = canvas.pick(GREYS), canvas.height - horizon
+    color, depth = canvas.pick(GREYS), canvas.height - horizon
     if canvas.rng.random() < 0.35:
         top = horizon + depth * canvas.uniform(0.3, 0.55)
         low = top + depth * canvas.uniform(0.2, 0.35)
-        canvas.box(0, top, canvas.width, low, colour, ROAD)
+        canvas.box(0, top, canvas.width, low, color, ROAD)
         dashes = [((x, (top + low) / 2), (x + 0.07, (top + low) / 2)) for x in np.arange(0, 1, 0.16)]
         lines = [((a * canvas.width, y), (b * canvas.width, y)) for (a, y), (b, _) in dashes]
     else:
@@ -165,9 +167,12 @@ def draw_road(canvas: Canvas, horizon: float) -> None:
         narrow, wide = canvas.width * canvas.uniform(0.01, 0.04), canvas.width * canvas.uniform(0.25, 0.45)
         edges = [(far - narrow, horizon), (far + narrow, horizon)]
         edges += [(near + wide, canvas.height), (near - wide, canvas.height)]
-        canvas.polygon(edges, colour, ROAD)
+        canvas.polygon(edges, color, ROAD)
         steps = [(t * t, t * t + 0.06) for t in np.linspace(0.2, 1, 6)]
-        lines = [[(far + (near - far) * t, horizon + depth * t) for t in step] for step in steps]
+        lines = [
+            ((far + (near - far) * t0, horizon + depth * t0), (far + (near - far) * t1, horizon + depth * t1))
+            for t0, t1 in steps
+        ]
     thickness = max(round(canvas.unit * 0.012), 1)
     for start, end in lines:
         ends = [(round(x), round(y)) for x, y in (start, end)]
@@ -197,12 +202,12 @@ def draw_objects(canvas: Canvas, horizon: float) -> None:
 def draw_building(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     """scale: pixels; every object's sizes are shares of it."""
     width, height = scale * canvas.uniform(0.25, 0.55), scale * canvas.uniform(0.3, 0.75)
-    colour = canvas.pick(WALLS)
+    color = canvas.pick(WALLS)
     x0, x1, top = x - width / 2, x + width / 2, foot - height
-    canvas.box(x0, top, x1, foot, colour, BUILDING)
+    canvas.box(x0, top, x1, foot, color, BUILDING)
     if canvas.rng.random() < 0.5:
         roof = [(x0, top), (x1, top), (x, top - 0.3 * width)]
-        canvas.polygon(roof, shade(colour, 0.7), BUILDING)
+        canvas.polygon(roof, shade(color, 0.7), BUILDING)
     draw_windows(canvas, (x0, top, x1, foot), scale)
 
 
@@ -221,7 +226,7 @@ def draw_windows(canvas: Canvas, wall: tuple[float, float, float, float], scale:
 
 
 def draw_tree(canvas: Canvas, x: float, foot: float, scale: float) -> None:
-    height, colour = scale * canvas.uniform(0.3, 0.6), shade(canvas.pick(GREENS), 0.55)
+    height, color = scale * canvas.uniform(0.3, 0.6), shade(canvas.pick(GREENS), 0.55)
     trunk = max(0.05 * height, 1)
     canvas.box(x - trunk, foot - 0.4 * height, x + trunk, foot, canvas.pick(((95, 70, 45), (80, 65, 55))), TREE)
     if canvas.rng.random() < 0.4:
@@ -229,22 +234,22 @@ def draw_tree(canvas: Canvas, x: float, foot: float, scale: float) -> None:
             base = foot - low * height
             tip = base - 0.5 * height
             points = [(x - half * height, base), (x + half * height, base), (x, tip)]
-            canvas.polygon(points, colour, TREE)
+            canvas.polygon(points, color, TREE)
         return
     for _ in range(5):
         dx, dy = canvas.rng.uniform(-0.16, 0.16, 2) * height
         radius = height * canvas.uniform(0.14, 0.22)
-        canvas.disc(x + dx, foot - 0.65 * height + dy, radius, shade(colour, canvas.uniform(0.85, 1.1)), TREE)
+        canvas.disc(x + dx, foot - 0.65 * height + dy, radius, shade(color, canvas.uniform(0.85, 1.1)), TREE)
 
 
 def draw_car(canvas: Canvas, x: float, foot: float, scale: float) -> None:
-    length, colour = scale * canvas.uniform(0.4, 0.6), canvas.pick((*REDS, *REDS, *WHITES))
+    length, color = scale * canvas.uniform(0.4, 0.6), canvas.pick((*REDS, *REDS, *WHITES))
     height, wheel = 0.3 * length, 0.12 * length
     sill = foot - wheel * 0.8
     belt = sill - height
-    canvas.box(x - length / 2, belt, x + length / 2, sill, colour, CAR)
+    canvas.box(x - length / 2, belt, x + length / 2, sill, color, CAR)
     cabin = [(-0.3, 0), (-0.18, -0.85), (0.18, -0.85), (0.32, 0)]
-    canvas.polygon([(x + a * length, belt + b * height) for a, b in cabin], colour, CAR)
+    canvas.polygon([(x + a * length, belt + b * height) for a, b in cabin], color, CAR)
     glass = [(-0.22, -0.1), (-0.14, -0.7), (0.14, -0.7), (0.24, -0.1)]
     canvas.polygon([(x + a * length, belt + b * height) for a, b in glass], (70, 85, 100), CAR)
     for side in (-0.28, 0.28):
@@ -271,16 +276,16 @@ def draw_sign(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     corners = int(canvas.rng.choice((3, 4, 8)))
     angles = 2 * np.pi * (np.arange(corners) + (0.5 if corners == 8 else 0)) / corners - np.pi / 2
     plate, rim = canvas.pick(YELLOWS), canvas.pick((*DARKS, *REDS))
-    for size, colour in ((radius, rim), (0.7 * radius, plate)):
+    for size, color in ((radius, rim), (0.7 * radius, plate)):
         points = np.stack([x + size * np.cos(angles), centre + size * np.sin(angles)], axis=1)
-        canvas.polygon(points, colour, SIGN)
+        canvas.polygon(points, color, SIGN)
 
 
 def draw_ball(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     """A ball with a stripe and a highlight."""
-    radius, colour = scale * canvas.uniform(0.11, 0.18), canvas.pick(PURPLES)
+    radius, color = scale * canvas.uniform(0.11, 0.18), canvas.pick(PURPLES)
     y = foot - radius
-    canvas.disc(x, y, radius, colour, BALL)
+    canvas.disc(x, y, radius, color, BALL)
     axes = (max(round(radius), 1), max(round(0.35 * radius), 1))
     tilt = canvas.uniform(0, 180)
     cv2.ellipse(canvas.image, (round(x), round(y)), axes, tilt, 0, 360, canvas.pick((*WHITES, *PURPLES)), cv2.FILLED)

@@ -3,6 +3,8 @@
 Imports mmseg: import this module only where images are transformed.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ class TrainTransform:
     """The published training pipeline (Segmenter, after mmsegmentation).
 
     Random resize 0.5-2.0, random crop in which no class covers more than 75 %, flip, photometric distortion,
-    normalisation, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
+    normalization, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
     """
 
     def __init__(self, scale: tuple[int, int], crop_size: int, normalization: str) -> None:
@@ -42,7 +44,7 @@ class TrainTransform:
     def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:
         """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, crop, crop), label int64."""
         # The transforms expect OpenCV's BGR, as mmcv's loader gives it; Normalize turns it back to RGB.
-        results = {
+        results: dict[str, Any] = {
             "img": cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
             "img_shape": image.shape[:2],
             "gt_seg_map": label,

@@ -46,7 +46,7 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
     Returns:
         (B,), int64, on the CPU.
     """
-    scores = model.grid_scores(images)
+    scores = model.grid_logits(images)
     reduction = patch.reduction(model) if patch.is_patched(model) else None
     if reduction is not None:
         return reduction.counts.cpu()
@@ -224,7 +224,7 @@ def compare(
         return lambda index: function(batches[name][index[0]])  # `interleaved_turns` passes the number of a batch
 
     calls = {(name, "labels"): on_batch(models[name].predict, name) for name in references}
-    calls |= {(name, "scores"): on_batch(model.grid_scores, name) for name, model in models.items()}
+    calls |= {(name, "scores"): on_batch(model.grid_logits, name) for name, model in models.items()}
     n_batches = min(len(batches[name]) for name in models)
     turns = interleaved_turns(calls, [[index] for index in range(n_batches)], device, progress=True)
     costs = {
@@ -273,7 +273,7 @@ class Merges:
             return steps[step.layer][1]
 
         with patch.replaced_merge(model, noted):
-            model.grid_scores(images)
+            model.grid_logits(images)
         return cls(steps)
 
     def repeat(self, merge: Callable[[patch.Step], patch.Reduction], layer: int) -> Tensor:
@@ -300,19 +300,19 @@ def replaying(model: Segmenter, recorded: Mapping[int, Merges]) -> Iterator[Call
     """
     twin, current = copy.deepcopy(model), {}
 
-    def grid_scores(images: Tensor) -> Tensor:
+    def grid_logits(images: Tensor) -> Tensor:
         current["steps"] = recorded[images.data_ptr()].steps
-        return twin.grid_scores(images)
+        return twin.grid_logits(images)
 
     with patch.replaced_merge(twin, lambda step: current["steps"][step.layer][1]):
-        yield grid_scores
+        yield grid_logits
 
 
 def eager_label_map(model: Segmenter) -> Call:
     """Label map as one would write it today: all scores upsampled in float32, then the argmax."""
 
     def predict(images: Tensor) -> Tensor:
-        scores = model.grid_scores(images).float().contiguous()
+        scores = model.grid_logits(images).float().contiguous()
         return upsample(scores, images.shape[-2:]).argmax(1)
 
     return predict
@@ -346,7 +346,7 @@ def measure(
     """
     merged = patch.apply(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
-    pair = {"scores_pure": model.grid_scores, "scores": merged.grid_scores}
+    pair = {"scores_pure": model.grid_logits, "scores": merged.grid_logits}
     labels = {
         "predict_eager": eager_label_map(model),
         "predict_pure": model.predict,
@@ -377,7 +377,7 @@ def measure(
 def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tensor]) -> dict[str, Call]:
     """Token scores of compiled copies, which have met the batches."""
     copies = {"scores_compiled_pure": model, "scores_compiled": merged}
-    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).grid_scores for name, one in copies.items()}
+    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).grid_logits for name, one in copies.items()}
     meet_every_shape(calls, batches)
     return calls
 
@@ -403,7 +403,7 @@ def _repeated(recorded: Mapping[int, Merges], merge: Callable[[patch.Step], patc
 
 def _upsampling_call(model: Segmenter, batches: Sequence[Tensor]) -> Call:
     """From the scores of the patches to the label map, the last part of `predict`, as a function of a batch."""
-    scores = {batch.data_ptr(): model.grid_scores(batch) for batch in batches}
+    scores = {batch.data_ptr(): model.grid_logits(batch) for batch in batches}
     return lambda batch: label_map(scores[batch.data_ptr()], model.patch_size)
 
 
@@ -457,7 +457,7 @@ def profile_merges(
     totals: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for turn in range(1 + repeats):
-        model.grid_scores(batch)
+        model.grid_logits(batch)
         with profile(activities=activities) as profiler, record_function(MERGES):
             for layer in merges.steps:
                 merges.repeat(merge, layer)

@@ -65,14 +65,15 @@ def evaluate(
         n_images: only the first so many images.
         workers: processes that read images.
         progress: show a bar.
-        on_image: called with (sample, label map (H, W) int64 on the CPU) after every image of this process.
+        on_image: called with (sample, label map (H, W) int64 on the device) after every image of this process.
 
     Returns:
         (C, C), int64, on the CPU; rows are true classes.
     """
     n_images = len(dataset) if n_images is None else min(n_images, len(dataset))
     mine = range(parallel.rank(), n_images, parallel.world_size())
-    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, collate_fn=as_is)
+    options: dict[str, Any] = {"collate_fn": as_is, "worker_init_fn": parallel.start_worker}
+    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, **options)
     confusion = torch.zeros(dataset.n_cls, dataset.n_cls, dtype=torch.long, device=device)
     for sample in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
         views = image_views(dataset, sample.image, ratios, flip, device)
@@ -81,7 +82,7 @@ def evaluate(
             truth = torch.from_numpy(sample.label).to(device)
             confusion += confusion_matrix(labels, truth, dataset.n_cls)
         if on_image is not None:
-            on_image(sample, labels.cpu())
+            on_image(sample, labels)
     return parallel.sum_over_processes(confusion).cpu()
 
 

@@ -60,12 +60,15 @@ def main(
     """Score CHECKPOINT, a file or a run directory, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
-    scores_ms.yml beside the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms.
+    scores_ms.yml beside the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
+    another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
         run = Run.load(checkpoint, device=device, merging=merging, amp=amp)
         dataset, _ = run.open(split, dataset_name)
         suffix = "ss" if singlescale else "ms"
+        if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are
+            suffix += f"_{split}" if dataset_name == run.dataset else f"_{dataset_name}_{split}"
         part = max(1, round(frac_dataset * len(dataset)))
         n_images = min(part, max_images or part)
         scores = run.evaluate(
@@ -86,7 +89,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
     """Callback of `Run.evaluate` that writes the label map and the blend of an image."""
 
     def write(sample: Sample, labels: Tensor) -> None:
-        picture = labels.numpy().astype("uint8")
+        picture = labels.cpu().numpy().astype("uint8")
         write_picture(folder / f"{sample.name}.png", picture)
         if blended:
             write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.image, colorize(picture, palette)))
@@ -97,7 +100,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
 def _report(scores: dict[str, Any], file: Path) -> None:
     show_scores(scores)
     for name, iou in scores["per_class_iou"].items():
-        click.echo(f"  {name}: {iou:.2f}")
+        click.echo(f"  {name}: {'-' if iou is None else f'{iou:.2f}'}")
     write_text(file, yaml.safe_dump(scores, sort_keys=False))
     click.echo(f"written to {file}")
 

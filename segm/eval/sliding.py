@@ -45,7 +45,7 @@ def sliding_logits(model: Model, image: Tensor, windows: Windows) -> Tensor:
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
-        image: (3, H, W), normalised.
+        image: (3, H, W), normalized.
         windows: `Windows`.
 
     Returns:
@@ -85,7 +85,7 @@ def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, si
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
-        image: (3, H, W), normalised, and mirrored if `flipped`; the logits are mirrored back.
+        image: (3, H, W), normalized, and mirrored if `flipped`; the logits are mirrored back.
         windows: `Windows`.
         size: original (height, width).
 

@@ -18,7 +18,7 @@ class Samples(Protocol):
 
 
 class SquareViews(Sequence[Tensor]):
-    """Images resized to a square (ratio not kept) and normalised, in batches (B, 3, side, side), read on demand.
+    """Images resized to a square (ratio not kept) and normalized, in batches (B, 3, side, side), read on demand.
 
     Args:
         samples: the images.
@@ -51,7 +51,7 @@ class SquareViews(Sequence[Tensor]):
     def __len__(self) -> int:
         return self.n_batches
 
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override] # no slices
+    def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.n_batches:
             raise IndexError(index)
         if self.duplicate:

@@ -4,9 +4,8 @@ Attention runs fused and never forms its weights. Here they are formed from the 
 that the ordinary path stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,22 +15,23 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def recorded_attention(attn: nn.Module) -> Iterator[SimpleNamespace]:
-    """While open, a forward pass through `attn` leaves its weights in the `weights` of the object it yields.
+def recorded_attention(attn: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, forward passes through `attn` add their weights to the list that it yields.
 
     Args:
         attn: an attention module of timm, whatever projects and rotates its queries and keys.
 
     Yields:
-        `weights`: (B, heads, L, L), after the softmax; None at first.
+        (B, heads, L, L), after the softmax, for every time that attention runs: once per pass, but once per image where
+        images of different lengths are concatenated, or never where a kernel of its own takes them.
     """
-    record = SimpleNamespace(weights=None)
+    record: list[Tensor] = []
     mode = _Recorder(record)
     handles = [
         attn.register_forward_pre_hook(lambda module, inputs: mode.__enter__() and None),
         attn.register_forward_hook(lambda module, inputs, output: mode.__exit__(None, None, None), always_call=True),
         # where attention forms its weights itself, they go through the dropout
-        attn.attn_drop.register_forward_pre_hook(lambda module, inputs: setattr(record, "weights", inputs[0].detach())),
+        attn.attn_drop.register_forward_pre_hook(lambda module, inputs: record.append(inputs[0].detach())),
     ]
     try:
         yield record
@@ -43,18 +43,24 @@ def recorded_attention(attn: nn.Module) -> Iterator[SimpleNamespace]:
 class _Recorder(TorchFunctionMode):
     """Forms the weights of fused attention beside it."""
 
-    def __init__(self, record: SimpleNamespace) -> None:
+    def __init__(self, record: list[Tensor]) -> None:
         super().__init__()
         self.record = record
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask") if function is F.scaled_dot_product_attention else None
-        if hasattr(mask, "attend"):  # a mask that takes the place of this function: what it calls is looked at
-            with self:
-                return type(mask).__torch_function__(function, types, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            self.record.weights = _weights(*args, **kwargs)
+            mask = kwargs.get("attn_mask")
+            if hasattr(mask, "attend"):  # a mask that takes the place of this function: what it calls is looked at
+                with self:
+                    return type(mask).__torch_function__(function, types, args, kwargs)
+            self.record.append(_weights(*args, **kwargs))
         return function(*args, **kwargs)
 
 

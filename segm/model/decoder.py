@@ -1,28 +1,31 @@
-"""Decoders: tokens in, class scores per token out. They know nothing of the patch grid."""
+"""Decoders: tokens in, class logits per token out. They know nothing of the patch grid."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 
 class LinearDecoder(nn.Module):
     """One linear layer per token (Segmenter, section 3.2)."""
 
-    def __init__(self, dim, n_cls):
+    def __init__(self, dim: int, n_cls: int) -> None:
         super().__init__()
         self.head = nn.Linear(dim, n_cls)
         self.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x):
-        """x: (B, M, D) patch tokens -> scores (B, M, n_cls)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, M, D) patch tokens -> logits (B, M, n_cls)."""
         return self.head(x)
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings attend together with the patch tokens; a score is the product of a patch feature and a
+    """Class embeddings attend together with the patch tokens; a logit is the product of a patch feature and a
     class feature (Segmenter, section 3.2).
 
     Args:
@@ -34,7 +37,15 @@ class MaskTransformer(nn.Module):
         drop_path_rate: stochastic depth, rising linearly over the blocks.
     """
 
-    def __init__(self, dim, n_cls, n_layers=2, n_heads=None, dropout=0.1, drop_path_rate=0.0):
+    def __init__(
+        self,
+        dim: int,
+        n_cls: int,
+        n_layers: int = 2,
+        n_heads: int | None = None,
+        dropout: float = 0.1,
+        drop_path_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         n_heads = n_heads or max(1, dim // 64)
         if dim % n_heads:
@@ -62,8 +73,8 @@ class MaskTransformer(nn.Module):
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
 
-    def forward(self, x):
-        """x: (B, M, D) patch tokens -> scores (B, M, n_cls)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, M, D) patch tokens -> logits (B, M, n_cls)."""
         x = self.proj_dec(x)
         x = torch.cat([x, self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
@@ -75,7 +86,7 @@ class MaskTransformer(nn.Module):
         return self.mask_norm(patches @ classes.transpose(1, 2))
 
 
-def _init_weights(module):
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -84,7 +95,7 @@ def _init_weights(module):
 DECODERS = ("linear", "mask_transformer")
 
 
-def create_decoder(dim, n_cls, settings):
+def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any]) -> LinearDecoder | MaskTransformer:
     """Build a decoder.
 
     Args:

@@ -4,21 +4,23 @@ Everything but the resizing of the position embedding is timm's.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models import load_state_dict
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from segm.checkpoint import one_line
 from segm.config import load_config
+from segm.errors import one_line
+from segm.model.position import position_prefix, resize_position_embedding
+from segm.model.pretrained import load_encoder
 
 # The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
 # not with timm's 1e-6; every other timm name keeps timm's value.
@@ -27,67 +29,47 @@ RELEASED = tuple(load_config("backbones"))
 ALIASES = {"vit_base_patch8_384": "vit_base_patch8_224"}
 
 
-def resize_position_embedding(embedding, grid, new_grid, prefix):
-    """Resize a learned position embedding bilinearly (without antialiasing), as the released models do.
+def _pos_embed(self: VisionTransformer, x: Tensor) -> Tensor:
+    """Add prefix tokens and position embedding; x: (B, gh, gw, D) -> (B, P + gh·gw, D).
 
-    Args:
-        embedding: (1, prefix + gh·gw, D).
-        grid, new_grid: patches per side (gh, gw), before and after.
-        prefix: embeddings in front that belong to prefix tokens and stay as they are.
-
-    Returns:
-        (1, prefix + new_gh·new_gw, D).
+    timm's own resizes the embedding bicubically, with antialiasing.
     """
-    if tuple(grid) == tuple(new_grid):
-        return embedding
-    front, patches = embedding[:, :prefix], embedding[:, prefix:]
-    patches = patches.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=tuple(new_grid), mode="bilinear", align_corners=False)
-    return torch.cat([front, patches.flatten(2).transpose(1, 2)], dim=1)
+    tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
+    prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
+    grid, x = x.shape[1:3], x.flatten(1, 2)
+    if self.pos_embed is None:
+        return self.pos_drop(torch.cat([*prefix, x], dim=1))
+    embedded_prefix = position_prefix(self)
+    position = resize_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid, embedded_prefix)
+    if embedded_prefix == 0:
+        return self.pos_drop(torch.cat([*prefix, x + position], dim=1))
+    return self.pos_drop(torch.cat([*prefix, x], dim=1) + position)
 
 
-class _BilinearPositionEmbedding:
-    """Replaces timm's `_pos_embed` (bicubic with antialiasing) in a model with `dynamic_img_size`."""
-
-    def _pos_embed(self, x):
-        """Add prefix tokens and position embedding; x: (B, gh, gw, D) -> (B, P + gh·gw, D)."""
-        tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
-        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
-        grid, x = x.shape[1:3], x.flatten(1, 2)
-        if self.pos_embed is None:
-            return self.pos_drop(torch.cat([*prefix, x], dim=1))
-        embedded_prefix = position_prefix(self)
-        position = resize_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid, embedded_prefix)
-        if embedded_prefix == 0:
-            return self.pos_drop(torch.cat([*prefix, x + position], dim=1))
-        return self.pos_drop(torch.cat([*prefix, x], dim=1) + position)
-
-
-def position_prefix(encoder):
-    """Number of prefix tokens that have a position embedding of their own."""
-    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-
-
-class Encoder(_BilinearPositionEmbedding, VisionTransformer):
+class Encoder(VisionTransformer):
     """timm's VisionTransformer for any image size."""
 
+    _pos_embed = _pos_embed
 
-class DistilledEncoder(_BilinearPositionEmbedding, VisionTransformerDistilled):
+
+class DistilledEncoder(VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (DeiT) for any image size."""
+
+    _pos_embed = _pos_embed
 
 
 # Rotary models keep timm's own position embedding.
 _ENCODERS = {VisionTransformer: Encoder, VisionTransformerDistilled: DistilledEncoder, Eva: Eva}
 
 
-def create_encoder(net_kwargs, pretrained=False):
+def create_encoder(net_kwargs: Mapping[str, Any], pretrained: bool | str | Path = False) -> VisionTransformer | Eva:
     """Build the encoder of a Segmenter.
 
     Args:
         net_kwargs: `backbone` (a timm name), and optionally `image_size`, `patch_size`, `d_model`, `n_heads`,
             `n_layers`, `dropout`, `drop_path_rate`, `distilled`; what is given wins over the name's value.
         pretrained: False: random weights. True: the weights that timm has for the name. A path: the weights
-            in that file (.pth, .safetensors, or the .npz of the AugReg release).
+            in that file (.pth or .safetensors, see `segm.model.pretrained`; or the .npz of the AugReg release).
 
     Raises:
         ValueError: unknown or unsupported backbone, or weights that do not fit.
@@ -104,7 +86,7 @@ def create_encoder(net_kwargs, pretrained=False):
     return encoder
 
 
-def _overrides(net_kwargs):
+def _overrides(net_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What net_kwargs say about the architecture, in timm's words."""
     names = {"patch_size": "patch_size", "d_model": "embed_dim", "n_layers": "depth", "n_heads": "num_heads"}
     overrides = {timm_name: net_kwargs[name] for name, timm_name in names.items() if net_kwargs.get(name)}
@@ -116,7 +98,7 @@ def _overrides(net_kwargs):
     return overrides | {"drop_path_rate": net_kwargs.get("drop_path_rate") or 0.0}
 
 
-def _create(backbone, **overrides):
+def _create(backbone: str, **overrides: Any) -> VisionTransformer | Eva:
     if backbone in RELEASED:
         overrides["norm_layer"] = partial(nn.LayerNorm, eps=1e-5)
         if backbone in ALIASES:
@@ -136,18 +118,23 @@ def _create(backbone, **overrides):
     return model
 
 
-def _load_pretrained(encoder, backbone, source):
+def _load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: bool | str | Path) -> None:
     """Copy pretrained weights into the encoder; the position embedding is resized to its grid."""
-    donor = _pretrained_donor(ALIASES.get(backbone, backbone), source)
-    weights = donor.state_dict()
-    if "pos_embed" in weights and encoder.pos_embed is not None:
-        weights["pos_embed"] = resize_position_embedding(
-            weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
-        )
-    heads = {model.blocks[0].attn.num_heads for model in (donor, encoder)}
+    name = ALIASES.get(backbone, backbone)
     try:
-        if len(heads) > 1:
+        with torch.device("meta"):
+            heads = {timm.create_model(name).blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
+        if len(heads) > 1:  # no weight says how many there are
             raise RuntimeError(f"heads: {heads}")
+        if source is not True and Path(source).suffix != ".npz":
+            load_encoder(encoder, Path(source), backbone)
+            return
+        donor = _pretrained_donor(name, source)
+        weights = donor.state_dict()
+        if "pos_embed" in weights and encoder.pos_embed is not None:
+            weights["pos_embed"] = resize_position_embedding(
+                weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
+            )
         encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
@@ -156,8 +143,8 @@ def _load_pretrained(encoder, backbone, source):
         ) from error
 
 
-def _pretrained_donor(name, source):
-    """timm's own model of that name, with pretrained weights and the grid that they were trained with."""
+def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer | Eva:
+    """timm's own model of that name, with its weights, or those of AugReg's .npz, and the grid that they have."""
     if source is True:
         try:
             return timm.create_model(name, pretrained=True)
@@ -169,7 +156,7 @@ def _pretrained_donor(name, source):
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"pretrained weights {path} not found")
-    overlay = {"file": str(path), "custom_load": path.suffix == ".npz"}
+    overlay = {"file": str(path), "custom_load": True}
     try:
         with torch.device("meta"):
             blank = timm.create_model(name)
@@ -180,22 +167,18 @@ def _pretrained_donor(name, source):
         raise ValueError(f"cannot read {path} as weights of {name}: {one_line(error)}") from error
 
 
-def _image_size_of(path, model):
-    """Image side that the weights in a file were trained at: timm would resize their position embedding otherwise."""
-    if path.suffix == ".npz":
-        with np.load(path) as weights:
-            key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
-            embedding = None if key is None else weights[key]
-    else:
-        weights = load_state_dict(str(path))
-        embedding = weights.get("model", weights).get("pos_embed")
+def _image_size_of(path: Path, model: VisionTransformer | Eva) -> tuple[int, ...]:
+    """Image side that the weights in an .npz were trained at: timm would resize their position embedding otherwise."""
+    with np.load(path) as weights:
+        key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
+        embedding = None if key is None else weights[key]
     if embedding is None:
         return model.patch_embed.img_size
     side = math.isqrt(embedding.shape[1] - position_prefix(model))
     return tuple(side * pixels for pixels in model.patch_embed.patch_size)
 
 
-def _freeze_unused(encoder):
+def _freeze_unused(encoder: nn.Module) -> None:
     """Freeze what the features do not use (classifier, pooling): DistributedDataParallel waits for every
     parameter that wants a gradient. The 1000-class head itself stays, since released checkpoints have it."""
     for name in ("head", "head_dist", "fc_norm", "attn_pool"):

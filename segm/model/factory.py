@@ -1,16 +1,28 @@
 """Build a Segmenter from its settings or from a run directory."""
 
 import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from segm.checkpoint import checkpoint_file, load_checkpoint, one_line, read_variant, variant_file
+from torch import nn
+
+from segm.checkpoint import checkpoint_file, load_checkpoint, read_variant, variant_file
+from segm.errors import one_line
 from segm.model.decoder import create_decoder
-from segm.model.encoder import create_encoder, position_prefix, resize_position_embedding
+from segm.model.encoder import create_encoder
+from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
 
-def create_segmenter(net_kwargs, pretrained=False, parts=None):
+Parts = Callable[[nn.Module, Mapping[str, Any]], object]
+
+
+def create_segmenter(
+    net_kwargs: Mapping[str, Any], pretrained: bool | str | Path = False, parts: Parts | None = None
+) -> Segmenter:
     """Build a Segmenter.
 
     Args:
@@ -39,7 +51,7 @@ def create_segmenter(net_kwargs, pretrained=False, parts=None):
     return Segmenter(encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"]), n_cls)
 
 
-def load_model(path, parts=None):
+def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
@@ -67,7 +79,7 @@ def load_model(path, parts=None):
     return model.eval(), variant
 
 
-def copy_weights(model, path):
+def copy_weights(model: Segmenter, path: str | Path) -> None:
     """Copy the weights of another run into a model, to fine-tune it.
 
     The position embedding is resized to the model's grid. What belongs to the classes keeps its initial values if the

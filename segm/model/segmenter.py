@@ -1,6 +1,10 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
+from typing import Literal
+
 import torch.nn.functional as F
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
@@ -8,7 +12,7 @@ from segm.model.upsample import label_map, upsample
 
 
 class Segmenter(nn.Module):
-    """Segmenter (Strudel et al., 2021): a ViT encoder and a decoder that scores every patch token.
+    """Segmenter (Strudel et al., 2021): a ViT encoder and a decoder that gives every patch token its logits.
 
     Args:
         encoder: from `segm.model.encoder.create_encoder`.
@@ -16,66 +20,68 @@ class Segmenter(nn.Module):
         n_cls: number of classes.
     """
 
-    def __init__(self, encoder, decoder, n_cls):
+    def __init__(self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.n_cls = n_cls
 
     @property
-    def patch_size(self):
+    def patch_size(self) -> tuple[int, int]:
         """Pixels per patch, (height, width)."""
-        return tuple(self.encoder.patch_embed.patch_size)
+        height, width = self.encoder.patch_embed.patch_size
+        return height, width
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb"}
 
-    def grid_scores(self, images):
-        """Class scores per patch: the model without the upsampling.
+    def grid_logits(self, images: Tensor) -> Tensor:
+        """Class logits per patch: the model without the upsampling.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
 
         Returns:
             (B, n_cls, ceil(H / ph), ceil(W / pw)).
         """
         images = self._pad(images)
-        grid = tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
+        grid = (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1])
         tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         return self.to_grid(self.decoder(tokens), grid)
 
-    def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    def to_grid(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
         """Put tokens on the patch grid.
 
         Args:
-            scores: (B, gh·gw, C), in row-major order.
+            logits: (B, gh·gw, C), in row-major order.
             grid: (gh, gw).
 
         Returns:
             (B, C, gh, gw), classes innermost in memory.
         """
-        return scores.unflatten(1, grid).permute(0, 3, 1, 2)
+        return logits.unflatten(1, grid).permute(0, 3, 1, 2)
 
-    def forward(self, images):
-        """images: (B, 3, H, W), normalised, any size -> logits (B, n_cls, H, W)."""
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized, any size -> logits (B, n_cls, H, W)."""
         height, width = images.shape[-2:]
-        scores = self.grid_scores(images)
-        return upsample(scores, self._pixels(scores))[..., :height, :width]
+        logits = self.grid_logits(images)
+        padded = (logits.shape[2] * self.patch_size[0], logits.shape[3] * self.patch_size[1])
+        return upsample(logits, padded)[..., :height, :width]
 
-    def predict(self, images):
-        """images: (B, 3, H, W), normalised, any size -> label map (B, H, W), int64.
+    def predict(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized, any size -> label map (B, H, W), int64.
 
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
         height, width = images.shape[-2:]
-        return label_map(self.grid_scores(images), self.patch_size)[:, :height, :width]
+        return label_map(self.grid_logits(images), self.patch_size)[:, :height, :width]
 
-    def attention(self, images, layer_id, part="encoder"):
+    def attention(self, images: Tensor, layer_id: int, part: Literal["encoder", "decoder"] = "encoder") -> Tensor:
         """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             layer_id: 0-based index of the block.
             part: "encoder" (prefix tokens first) or "decoder" (patch tokens first, then one per class).
 
@@ -83,7 +89,7 @@ class Segmenter(nn.Module):
             (B, heads, L, L), rows are queries and sum to 1; L counts the tokens that the layer sees.
 
         Raises:
-            ValueError: unknown part or layer.
+            ValueError: unknown part or layer, or images that keep different numbers of tokens and are concatenated.
         """
         if part not in ("encoder", "decoder"):
             raise ValueError(f"part is {part!r}: choose encoder or decoder")
@@ -91,13 +97,14 @@ class Segmenter(nn.Module):
         if not 0 <= layer_id < len(blocks):
             raise ValueError(f"layer_id {layer_id}: the {part} has {len(blocks)} layers, counted from 0")
         with recorded_attention(blocks[layer_id].attn) as record:
-            self.grid_scores(images)
-        return record.weights
+            self.grid_logits(images)
+        if [len(weights) for weights in record] != [len(images)]:
+            raise ValueError(
+                f"attention of {len(images)} images that keep different numbers of tokens: give one image at a time"
+            )
+        return record[0]
 
-    def _pad(self, images):
+    def _pad(self, images: Tensor) -> Tensor:
         """Zeros at the right and bottom up to whole patches."""
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
-
-    def _pixels(self, scores):
-        return tuple(side * patch for side, patch in zip(scores.shape[-2:], self.patch_size, strict=True))

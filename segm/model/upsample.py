@@ -1,62 +1,63 @@
-"""From scores on the patch grid to scores or labels per pixel."""
+"""From logits on the patch grid to logits or labels per pixel."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# Size that the interpolated scores of one part of the image may have: large enough that the work dominates the
+# Size that the interpolated logits of one part of the image may have: large enough that the work dominates the
 # call, small enough to stay near the cache.
 BAND_BYTES = 16 * 2**20
 # Classes that are compared in a cell where no more can win.
 CANDIDATES = 8
 
 
-def upsample(scores, size):
-    """Bilinear upsampling; scores: (B, C, gh, gw) -> (B, C, H, W)."""
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling; logits: (B, C, gh, gw) -> (B, C, H, W)."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def label_map(scores, patch_size):
-    """Class with the highest upsampled score per pixel, without the upsampled scores of the whole image.
+def label_map(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Class with the highest upsampled logit per pixel, without the upsampled logits of the whole image.
 
-    Equals `upsample(scores, ...).argmax(1)`, but for ties, which rounding may turn.
+    Equals `upsample(logits, ...).argmax(1)`, but for ties, which rounding may turn.
 
     Args:
-        scores: (B, C, gh, gw).
+        logits: (B, C, gh, gw).
         patch_size: pixels per patch, (ph, pw).
 
     Returns:
         Labels, int64, (B, gh·ph, gw·pw).
     """
-    if scores.device.type == "cpu":
-        return _label_map_by_cells(scores, patch_size)
-    return _label_map_in_bands(scores, patch_size)
+    if logits.device.type == "cpu":
+        return _label_map_by_cells(logits, patch_size)
+    return _label_map_in_bands(logits, patch_size)
 
 
-def _label_map_by_cells(scores, patch_size):
+def _label_map_by_cells(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Interpolate only where the label can change, and only the classes that can win.
 
-    The centres of four neighbouring patches are the corners of a cell of ph × pw pixels, whose scores are means of
-    the scores at the corners. A class that is the highest at all four is the highest in the whole cell, and a class
+    The centres of four neighbouring patches are the corners of a cell of ph × pw pixels, whose logits are means of
+    the logits at the corners. A class that is the highest at all four is the highest in the whole cell, and a class
     wins nowhere in it whose highest corner is below the lowest corner of another.
     """
-    n_images, _, gh, gw = scores.shape
+    n_images, _, gh, gw = logits.shape
     ph, pw = patch_size
-    scores = scores.permute(0, 2, 3, 1).flatten(0, 2)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    logits = logits.permute(0, 2, 3, 1).flatten(0, 2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     corners = _cell_corners(n_images, gh, gw)
-    tops = scores.argmax(-1)[corners]
+    tops = logits.argmax(-1)[corners]
     labels = tops[..., :1].repeat(1, 1, 1, ph * pw)
     mixed = (tops != tops[..., :1]).any(-1)
-    weights = _corner_weights(patch_size).to(scores)
-    chunk = max(1, BAND_BYTES // (4 * scores.shape[1] * scores.element_size()))
-    parts = [_cell_labels(scores[rows], weights) for rows in corners[mixed].split(chunk)]
+    weights = _corner_weights(patch_size).to(logits)
+    chunk = max(1, BAND_BYTES // (4 * logits.shape[1] * logits.element_size()))
+    parts = [_cell_labels(logits[rows], weights) for rows in corners[mixed].split(chunk)]
     labels[mixed] = torch.cat(parts)
     labels = labels.unflatten(-1, (ph, pw)).transpose(2, 3).reshape(n_images, (gh + 1) * ph, (gw + 1) * pw)
     top, left = ph - ph // 2, pw - pw // 2  # the outermost cells hang over the edge
     return labels[:, top : top + gh * ph, left : left + gw * pw]
 
 
-def _cell_corners(n_images, gh, gw):
+def _cell_corners(n_images: int, gh: int, gw: int) -> Tensor:
     """Patches at the corners of every cell: (B, gh+1, gw+1, 4), indices into the flattened grids of all images.
 
     In the order top left, top right, bottom left, bottom right; at the edge, patches stand in for missing ones.
@@ -66,7 +67,7 @@ def _cell_corners(n_images, gh, gw):
     return torch.stack([index[:, :-1, :-1], index[:, :-1, 1:], index[:, 1:, :-1], index[:, 1:, 1:]], dim=-1)
 
 
-def _corner_weights(patch_size):
+def _corner_weights(patch_size: tuple[int, int]) -> Tensor:
     """(ph·pw, 4): bilinear weights of the four corners at every pixel of a cell."""
     axes = []
     for side in patch_size:
@@ -75,11 +76,11 @@ def _corner_weights(patch_size):
     return torch.einsum("yi,xj->yxij", *axes).reshape(-1, 4)
 
 
-def _cell_labels(corners, weights):
+def _cell_labels(corners: Tensor, weights: Tensor) -> Tensor:
     """Winning class at every pixel of some cells.
 
     Args:
-        corners: (K, 4, C), scores at the corners.
+        corners: (K, 4, C), logits at the corners.
         weights: (P, 4), of the corners at every pixel.
 
     Returns:
@@ -91,7 +92,7 @@ def _cell_labels(corners, weights):
         highest, bar = corners.amax(1), corners.amin(1).amax(1)
         best = highest.topk(CANDIDATES + 1, dim=1)
         few = best.values[:, -1] < bar
-        candidates = best.indices[few, :-1].sort(dim=1).values  # of equal scores the first class wins, as in argmax
+        candidates = best.indices[few, :-1].sort(dim=1).values  # of equal logits the first class wins, as in argmax
         chosen = corners[few].gather(2, candidates.unsqueeze(1).expand(-1, 4, -1))
         labels[few] = candidates.gather(1, (weights @ chosen).max(dim=-1).indices)
     chunk = max(1, BAND_BYTES // (weights.shape[0] * corners.shape[2] * corners.element_size()))
@@ -101,26 +102,26 @@ def _cell_labels(corners, weights):
     return labels
 
 
-def _label_map_in_bands(scores, patch_size):
+def _label_map_in_bands(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Interpolate all classes, in bands of patch rows, each with one more row on both sides."""
-    n_images, n_cls, gh, gw = scores.shape
+    n_images, n_cls, gh, gw = logits.shape
     ph, pw = patch_size
     # Classes innermost: argmax then runs over contiguous memory, which is what the time goes into.
-    scores = scores.contiguous(memory_format=torch.channels_last)
-    row_bytes = n_cls * ph * gw * pw * scores.element_size()
+    logits = logits.contiguous(memory_format=torch.channels_last)
+    row_bytes = n_cls * ph * gw * pw * logits.element_size()
     rows = max(1, min(BAND_BYTES // row_bytes, (gh + 1) // 2))
-    labels = torch.empty(n_images, gh * ph, gw * pw, dtype=torch.long, device=scores.device)
+    labels = torch.empty(n_images, gh * ph, gw * pw, dtype=torch.long, device=logits.device)
     for image in range(n_images):
         for top in range(0, gh, rows):
             bottom = min(top + rows, gh)
             first, last = max(top - 1, 0), min(bottom + 1, gh)
-            band = upsample(scores[image : image + 1, :, first:last], ((last - first) * ph, gw * pw))
+            band = upsample(logits[image : image + 1, :, first:last], ((last - first) * ph, gw * pw))
             band = band[0, :, (top - first) * ph : (bottom - first) * ph]
             labels[image, top * ph : bottom * ph] = band.argmax(dim=0)
     return labels
 
 
-def resized_label_map(logits, size):
+def resized_label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """`upsample(logits, size).argmax(1)` for any size, in bands of rows; ties aside, which rounding may turn.
 
     Args:

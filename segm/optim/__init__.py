@@ -1,5 +1,8 @@
 """Optimizers and learning-rate schedules, all of them timm's."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from timm.optim import create_optimizer_v2
@@ -68,6 +71,21 @@ def create_scheduler(
         "warmup_prefix": True,
         "t_in_epochs": per_epoch,
     }
-    if name == "cosine":
-        return CosineLRScheduler(optimizer, **settings)
-    return PolyLRScheduler(optimizer, power=POWER, **settings)
+    with _without_notice():
+        if name == "cosine":
+            return CosineLRScheduler(optimizer, **settings)
+        return PolyLRScheduler(optimizer, power=POWER, **settings)
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """timm says of a training of one update that its schedule has no effect; nobody expects one."""
+    loggers = [logging.getLogger(f"timm.scheduler.{name}") for name in ("cosine_lr", "poly_lr")]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

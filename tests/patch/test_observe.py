@@ -30,11 +30,11 @@ def test_edges_tell_what_graph_would_merge(golden_model):
         gh, gw = (-(-side // 16) for side in size)
         with torch.inference_mode(), patch.edges(golden_model.encoder, 2) as found:
             assert found == {}
-            golden_model.grid_scores(images)
+            golden_model.grid_logits(images)
         assert found["right"].shape == (2, gh, gw - 1) and found["down"].shape == (2, gh - 1, gw)
         assert found["right"].dtype == torch.float32
         with torch.inference_mode():
-            patch.apply(golden_model, "graph", layers=[2], threshold=threshold).grid_scores(images)
+            patch.apply(golden_model, "graph", layers=[2], threshold=threshold).grid_logits(images)
         for image, assignment in enumerate(patch.reduction(golden_model).assignment):
             expected = components(found["right"][image] > threshold, found["down"][image] > threshold)
             assert torch.equal(assignment, expected)
@@ -43,8 +43,8 @@ def test_edges_tell_what_graph_would_merge(golden_model):
 
 def test_edges_follow_the_last_pass_and_leave_nothing_behind(golden_model):
     with torch.inference_mode(), patch.edges(golden_model.encoder, 1) as found:
-        golden_model.grid_scores(torch.randn(1, 3, 64, 64))
-        golden_model.grid_scores(torch.randn(3, 3, 48, 80))
+        golden_model.grid_logits(torch.randn(1, 3, 64, 64))
+        golden_model.grid_logits(torch.randn(3, 3, 48, 80))
     assert found["right"].shape == (3, 3, 4) and found["down"].shape == (3, 2, 5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in golden_model.modules())
 

@@ -1,11 +1,25 @@
 """Checkpoints and variant files: released, damaged, missing, hostile."""
 
+import random
+import re
+import resource
+import signal
+
 import pytest
 import torch
 import yaml
 
-from segm.checkpoint import load_checkpoint, read_variant, save_checkpoint, write_variant
+from segm.checkpoint import (
+    Progress,
+    load_checkpoint,
+    read_variant,
+    restore,
+    save_checkpoint,
+    training_state,
+    write_variant,
+)
 from segm.model.factory import copy_weights, create_segmenter, load_model
+from segm.optim import create_scheduler
 
 
 @pytest.fixture
@@ -104,13 +118,72 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(run, monkeypatch):
     before = file.read_bytes()
 
     def interrupted(checkpoint, target):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint({"model": {}}, file)
     assert file.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_named(run, monkeypatch):
+    file = run[0] / "checkpoint.pth"
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match=f"cannot write {re.escape(str(file))}: File too large"):
+            save_checkpoint({"model": {"weight": torch.zeros(10_000)}}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert file.read_bytes() == before and not list(run[0].glob("*.part"))
+
+
+def test_a_flipped_bit_is_found(run):
+    """Wherever it is: in a tensor, in the names, in the headers of the archive; or it changes nothing."""
+    file = run[0] / "checkpoint.pth"
+    original, weights = file.read_bytes(), load_checkpoint(file)["model"]
+    chance, n_found = random.Random(0), 0
+    for _ in range(100):
+        damaged, place = bytearray(original), chance.randrange(len(original))
+        damaged[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(file)["model"]
+        except ValueError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            n_found += 1
+        else:
+            assert loaded.keys() == weights.keys()
+            assert all(torch.equal(loaded[key], value) for key, value in weights.items())
+    assert n_found > 50
+
+
+def test_what_an_optimizer_keeps_is_checked_before_the_first_update(run, small_net):
+    folder, model = run
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(1, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scheduler = create_scheduler(optimizer, "cosine", epochs=9, updates_per_epoch=1, learning_rate=0.1)
+    state = training_state(model, optimizer, scheduler, scaler, Progress(3, best=1.5))
+    save_checkpoint(state, folder / "checkpoint.pth")
+    assert restore(folder, model, optimizer, scaler) == Progress(3, best=1.5)
+    moments = state["optimizer"]["state"][0]
+    for damage in (
+        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": moments["momentum_buffer"].flatten()}}}},
+        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": "text"}}}},
+        {"epoch": "3"},
+        {"updates": -1},
+        {"losses": "text", "updates": 1},
+        {"best_mean_iou": None},
+    ):
+        save_checkpoint(state | damage, folder / "checkpoint.pth")
+        with pytest.raises(ValueError, match="cannot resume"):
+            restore(folder, model, optimizer, scaler)
 
 
 def test_fine_tuning_with_other_classes_keeps_everything_else(run, small_net):

@@ -243,11 +243,10 @@ class TestRefused:
         assert "a.png" in refused(inference, run, "-i", tmp_path / "in", "-o", tmp_path / "out")
 
 
-@pytest.mark.parametrize("file", ["train.py", "test.py", "inference.py", "eval/miou.py"])
-def test_commands_run_as_files_and_as_modules(file):
-    module = "segm." + file.removesuffix(".py").replace("/", ".")
+def test_commands_run_as_files_and_as_modules():
+    """That no file of segm/ shadows a module, which a file alone can meet, holds for all in test_architecture."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for how in ([f"segm/{file}"], ["-m", module]):
+    for how in (["segm/train.py"], ["-m", "segm.eval.miou"]):
         result = subprocess.run(
             [sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True, env=environment
         )

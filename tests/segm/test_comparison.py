@@ -113,16 +113,16 @@ def test_costs_are_means_over_images(model, batches):
 def test_a_replayed_pass_gives_the_same_scores_for_free(model, batches):
     for name in METHODS:
         merged = merging(model, name)
-        expected = [merged.grid_scores(batch) for batch in batches]
+        expected = [merged.grid_logits(batch) for batch in batches]
         recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
         assert [*recorded[batches[0].data_ptr()].steps] == [*patch.options(merged)["layers"]]
         merges = recorded[batches[0].data_ptr()]
         assert merges.total.counts.tolist() == count_tokens(merged, batches[0]).tolist()
-        with replaying(merged, recorded) as grid_scores:
+        with replaying(merged, recorded) as grid_logits:
             for batch, scores in zip(batches, expected, strict=True):
-                torch.testing.assert_close(grid_scores(batch), scores)
+                torch.testing.assert_close(grid_logits(batch), scores)
             with pytest.raises(KeyError):
-                grid_scores(batches[0].clone())  # that was not recorded
+                grid_logits(batches[0].clone())  # that was not recorded
 
 
 @torch.inference_mode()

@@ -139,7 +139,7 @@ def test_missing_empty_and_unknown_splits(tmp_path):
         create_dataset("camvid", "val", root=tmp_path)
     one_line(error)
     (own / "images" / "val").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no image in .*images/val") as error:
+    with pytest.raises(FileNotFoundError, match=r"no image .*images/val.*\.png.*found: no file") as error:
         create_dataset("camvid", "val", root=tmp_path)
     one_line(error)
     with pytest.raises(ValueError, match="train, val, test"):

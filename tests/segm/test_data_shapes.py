@@ -1,4 +1,4 @@
-"""The procedural data set and what every data set does: items, views, seeds, normalisation."""
+"""The procedural data set and what every data set does: items, views, seeds, normalization."""
 
 import pickle
 import random

@@ -37,8 +37,13 @@ def test_scores_are_those_of_mmsegmentation():
         assert scores["pixel_accuracy"] == pytest.approx(100 * accuracy, abs=0.006)
         assert scores["mean_accuracy"] == pytest.approx(100 * mean_accuracy, abs=0.006)
         assert scores["mean_iou"] == pytest.approx(100 * mean_iou, abs=0.006)
-        np.testing.assert_allclose(scores["per_class_iou"], 100 * per_class, atol=0.006)
-        assert all(np.isnan(scores["per_class_iou"][c]) for c in absent)
+        np.testing.assert_allclose(np.array(scores["per_class_iou"], float), 100 * per_class, atol=0.006)
+        assert all(scores["per_class_iou"][c] is None for c in absent) and scores["n_scored"] == 7 - len(absent)
+
+
+def test_nothing_labelled_is_no_score():
+    with pytest.raises(ValueError, match="no pixel"):
+        segmentation_scores(torch.zeros(3, 3, dtype=torch.long))
 
 
 def test_confusion_matrix_counts_every_labelled_pixel_once():

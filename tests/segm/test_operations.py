@@ -41,7 +41,7 @@ def test_a_batch_counts_as_its_images_alone(small_net, method, options):
     blocks is computed, and in a second merge similarities."""
     model = patch.apply(create_segmenter(small_net).eval(), method, **({"threshold": 0.1} | options))
     images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
-    model.grid_scores(images)
+    model.grid_logits(images)
     assert patch.reduction(model).padding is not None
     together, alone = count_operations(model, images), [count_operations(model, image[None]) for image in images]
     assert together.encoder == pytest.approx(sum(one.encoder for one in alone) / 3, rel=3e-3)

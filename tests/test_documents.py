@@ -1,0 +1,165 @@
+"""What the documents say works: their Python runs, their command lines are understood, nothing is left out."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+from string import Template
+from textwrap import dedent
+
+import click
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ResPostBlock
+
+import patch
+from patch import families
+from patch.method import COMMON
+from segm import merging
+from segm.checkpoint import read_variant, write_variant
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+PROGRAM = re.compile(r"(segm|scripts)/[\w/]+\.py")
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """Methods and families that a document adds are gone afterwards."""
+    methods = dict(patch.METHODS)
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES)
+    yield
+    patch.METHODS.clear()
+    patch.METHODS.update(methods)
+
+
+def run_python(document):
+    """Run all Python of a document, top down; returns its names."""
+    names = {}
+    for _, language, code in FENCE.findall(DOCUMENTS[document]):
+        if language == "python":
+            exec(compile(dedent(code), f"{document}.md", "exec"), names)
+    return names
+
+
+def test_python_of_the_readme(shapes_run, tmp_path, monkeypatch):
+    graph = tmp_path / "runs/graph"
+    graph.parent.mkdir()
+    shapes_run.rename(graph)
+    variant = read_variant(graph)
+    variant["dataset_kwargs"] |= {"patch_type": "graph", "selected_layer": 2, "threshold": 0.88}
+    write_variant(variant, graph)
+    cv2.imwrite(str(tmp_path / "photo.jpg"), np.zeros((40, 48, 3), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path)
+
+    names = run_python("README")
+    assert names["labels"].shape == (40, 48) and names["run"].options["threshold"] == 0.9
+    assert names["features"].shape == (1, 197, 384)
+    with torch.inference_mode():
+        names["model"](torch.rand(2, 3, 224, 224))
+    assert patch.reduction(names["model"]).lengths == (49, 49)
+    assert merging.parse(["--patch-type", "runs", "--run-length", "4"]) == {"patch_type": "runs", "length": 4}
+
+
+@torch.inference_mode()
+def test_python_of_the_contributing_guide():
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 10, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", block_fn=ResPostBlock, **size).eval()
+    images = torch.randn(2, 3, 32, 32)
+    plain = model.forward_features(images)
+    run_python("CONTRIBUTING")
+
+    patch.apply(model, "share", keep=1)
+    torch.testing.assert_close(model.forward_features(images), plain, atol=1e-5, rtol=1e-5)
+    patch.remove(model)
+    patch.apply(model, "share", **merging.choose(merging.parse(["--patch-type", "share", "--keep-rate", "0.5"]))[1])
+    model.forward_features(images)
+    assert patch.reduction(model).lengths == (2, 2)  # of 16, halved three times
+
+
+def command_lines(text):
+    """Every command line of a document that starts a program of ours, as words; variables are filled in."""
+    blocks = [code for _, language, code in FENCE.findall(text) if not language]
+    inline = [" ".join(code.split()) for code in re.findall(r"`((?:python|torchrun)\s[^`]+)`", FENCE.sub("", text))]
+    variables = {"DATASET": "data"}
+    for line in "\n".join([*blocks, *inline]).replace("\\\n", " ").splitlines():
+        words = shlex.split(Template(line).safe_substitute(variables), comments=True)
+        if len(words) == 1 and "=" in words[0]:
+            name, _, value = words[0].partition("=")
+            variables[name] = value
+        if any(PROGRAM.fullmatch(word) for word in words):
+            yield words
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """The click command in a file of ours."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def find(file):
+        name = file.removesuffix(".py").removeprefix("scripts/").replace("/", ".")
+        return importlib.import_module(name).main
+
+    yield find
+    for name in set(sys.modules) - before:
+        if str(ROOT / "scripts") in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def check_command(command, words):
+    """Raises unless a command takes these words, and its methods the options among them."""
+    for word in words:
+        if re.match(r"runs/\w+$", word):
+            Path(word).mkdir(parents=True, exist_ok=True)
+    context = command.make_context("command", list(words))
+    chosen = context.params.get("merging") or {}
+    if "patch_type" in chosen and chosen.get("threshold") != "auto":
+        merging.choose(chosen)
+    for part in (part for word in words if " --" in word for part in word.split(",")):  # methods to compare
+        merging.parse(shlex.split(part)[1:])
+
+
+def test_commands_are_understood(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for name, text in DOCUMENTS.items():
+        for words in command_lines(text):
+            place = next(i for i, word in enumerate(words) if PROGRAM.fullmatch(word))
+            file, arguments = words[place], words[place + 1 :]
+            seen.add(file)
+            assert (ROOT / file).is_file(), f"{name}: no {file}"
+            if not arguments or not hasattr(load(file), "make_context"):
+                continue
+            try:
+                check_command(load(file), arguments)
+            except Exception as error:
+                pytest.fail(f"{name}: {shlex.join(words)}: {error}")
+    files = [file for file in (ROOT / "segm").rglob("*.py") if "@click.command" in file.read_text()]
+    assert {str(file.relative_to(ROOT)) for file in files} <= seen
+
+
+def test_methods_and_options_are_named():
+    for name, method in {"pure": None, **patch.METHODS}.items():
+        row = re.search(rf"^\| `{name}` \|.*$", DOCUMENTS["README"], re.MULTILINE)
+        assert row, name
+        own = set(method.options) - set(COMMON) if method else ()
+        assert all(f"`{option}`" in row[0] for option in own), (name, own)
+    command = merging.MergingCommand(None, add_help_option=False)
+    for parameter in command.get_params(click.Context(command)):
+        assert any(re.search(rf"`{flag}[ `]", DOCUMENTS["TRAINING"]) for flag in parameter.opts), parameter.opts
+
+
+def test_tables_are_narrow_and_links_lead_somewhere():
+    for name, text in DOCUMENTS.items():
+        prose = FENCE.sub("", text)
+        for line in prose.splitlines():
+            if line.lstrip().startswith("|"):
+                assert re.sub(r"`[^`]*`", "", line).count("|") <= 7, (name, line)
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)", prose):
+            assert (ROOT / link).exists(), (name, link)
