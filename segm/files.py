@@ -20,7 +20,7 @@ def atomic(file: Path) -> Iterator[Path]:
     """A path to write to, which becomes `file` if the block ends well and disappears if not; folders are made.
 
     Raises:
-        OSError: the disk is full; names the file.
+        OSError: it cannot be written; names the file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(file)
@@ -32,16 +32,16 @@ def atomic(file: Path) -> Iterator[Path]:
         part.replace(file)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        reason = _disk_error(error)
+        reason = _own_error(error, part)
         if reason is not None:
             raise OSError(f"cannot write {file}: {reason.strerror}") from error
         raise
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's error behind one that a library made of it; None: it is another one."""
+def _own_error(error: BaseException | None, part: Path) -> OSError | None:
+    """Why the file cannot be written, also behind an error that a library made of it; None: it is another one."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and (error.errno in FULL or error.filename in (str(part), part)):
             return error
         error = error.__cause__ or error.__context__
     return None
