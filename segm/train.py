@@ -1,5 +1,6 @@
 """Train a Segmenter, plain or with a merging method, and evaluate it as it learns."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def main(
         if inventories:
             variant["dataset_kwargs"]["inventory"] = inventories
         torch.manual_seed(plan.settings.seed)
-        model = create_model(variant["net_kwargs"], weights, finetune)
+        model = create_model(variant["net_kwargs"], weights, finetune, train_set.classes)
         apply_merging(model, plan.method, plan.options)
         if compile:
             for stack in (model.encoder, model.decoder):
@@ -183,13 +184,17 @@ def look_at(*datasets: SegmentationDataset) -> dict[str, Any]:
     return {inventory.split: inventory.record() for inventory in found}
 
 
-def create_model(net_kwargs: dict[str, Any], weights: str | bool, finetune: Path | None) -> Segmenter:
+def create_model(
+    net_kwargs: dict[str, Any], weights: str | bool, finetune: Path | None, classes: Sequence[str]
+) -> Segmenter:
     """A model with its first weights; parts of a method that the run to start from lacks begin at random."""
     if finetune is None:
         return build_model(net_kwargs, weights)
-    known = read_variant(finetune)["net_kwargs"].get("reduction")
+    variant = read_variant(finetune)
+    known = variant["net_kwargs"].get("reduction")
     model = build_model(net_kwargs | {"reduction": known})
-    copy_weights(model, finetune)
+    recorded = recorded_classes(variant)
+    copy_weights(model, finetune, same_classes=recorded is None or recorded == tuple(classes))
     if not known and "reduction" in net_kwargs:
         add_parts(model.encoder, net_kwargs["reduction"])
     return model

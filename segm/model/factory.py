@@ -79,23 +79,24 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
     return model.eval(), variant
 
 
-def copy_weights(model: Segmenter, path: str | Path) -> None:
+def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) -> None:
     """Copy the weights of another run into a model, to fine-tune it.
 
     The position embedding is resized to the model's grid. What belongs to the classes keeps its initial values if the
-    numbers of classes differ.
+    classes differ.
 
     Args:
         model: a Segmenter.
         path: checkpoint or run directory, with its `variant.yml`.
+        same_classes: whether the classes have the same names, in the same order; their numbers are compared anyhow.
 
     Raises:
         ValueError: the architectures differ.
     """
     weights, own = dict(load_checkpoint(path)["model"]), model.state_dict()
     of_classes = {k for k in own if k.startswith(("decoder.cls_emb", "decoder.mask_norm", "decoder.head"))}
-    if any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
-        logger.warning("%s has another number of classes: what belongs to the classes is learned anew", path)
+    if not same_classes or any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
+        logger.warning("%s has other classes: what belongs to the classes is learned anew", path)
         weights |= {k: own[k] for k in of_classes}
     encoder, name = model.encoder, "encoder.pos_embed"
     if name in weights and name in own and weights[name].shape != own[name].shape:

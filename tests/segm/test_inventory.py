@@ -190,7 +190,7 @@ def test_names_stay_text(bring):
         look()
 
 
-def test_a_resumed_run_keeps_its_classes(bring, tmp_path, call, refused):
+def test_a_run_keeps_its_classes(bring, tmp_path, call, refused, caplog):
     options = ["--log-dir", tmp_path / "run", "--dataset", "folder", "--backbone", "vit_tiny_patch16_384"]
     options += ["--no-pretrained", "--device", "cpu", "--im-size", "32", "--crop-size", "32", "--d-model", "32"]
     options += ["--n-heads", "2", "--n-layers", "2", "--num-workers", "0", "--batch-size", "2"]
@@ -200,6 +200,10 @@ def test_a_resumed_run_keeps_its_classes(bring, tmp_path, call, refused):
     (root / "classes.yml").write_text("[b, a, c]")
     message = refused(train, *options, "--resume", "--epochs", "2")
     assert "b, a, c" in message and "a, b, c" in message
+    tuned = ["--log-dir", tmp_path / "tuned", "--finetune", tmp_path / "run", "--device", "cpu", "--epochs", "1"]
+    with caplog.at_level("WARNING"):
+        call(train, *tuned)  # what belongs to a class is not taken over by another one
+    assert any("other classes" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("settings", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)])
