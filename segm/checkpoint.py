@@ -1,4 +1,4 @@
-"""Run directories: `checkpoint.pth`, `checkpoint_best.pth` and `variant.yml`, the format of Segmenter."""
+"""Checkpoints of a run directory: `checkpoint.pth` and `checkpoint_best.pth`, the format of Segmenter."""
 
 import pickle
 import zipfile
@@ -7,32 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from segm.errors import one_line
-from segm.files import atomic, write_text
+from segm.errors import brief, one_line
+from segm.files import atomic
 
-LAST, BEST, VARIANT = "checkpoint.pth", "checkpoint_best.pth", "variant.yml"
-# What a model cannot be built or used with a text instead of: section -> keys of whole numbers, and of others.
-NUMBERS = {
-    "net_kwargs": {"n_cls", "image_size", "patch_size", "d_model", "n_heads", "n_layers"},
-    "net_kwargs.decoder": {"n_cls", "n_layers"},
-    "dataset_kwargs": {"image_size", "crop_size"},
-    "inference_kwargs": {"im_size", "window_size", "window_stride"},
-}
-SHARES = {"net_kwargs": {"dropout", "drop_path_rate"}, "net_kwargs.decoder": {"dropout", "drop_path_rate"}}
-
-
-class _VariantLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also knows tuples: released files hold `!!python/tuple`, and no other tag."""
-
-
-_VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
-)
+LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -159,16 +141,17 @@ def restore(path: str | Path, model: nn.Module, optimizer: Optimizer, scaler: to
             _count(checkpoint, "updates") if "updates" in checkpoint else 0,
             checkpoint.get("updates_per_epoch"),
             checkpoint.get("losses"),
-            float(checkpoint["best_mean_iou"]),
+            checkpoint["best_mean_iou"],
         )
-        if progress.updates and (not isinstance(progress.losses, Tensor) or progress.losses.shape[1:] != (2,)):
-            raise ValueError("it has no losses of the updates that it counts")
+        if type(progress.best) not in (int, float) or not -1 <= progress.best <= 100:
+            raise ValueError(f"its best mIoU is {brief(progress.best)}")
+        if progress.updates:
+            _check_losses(progress)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        _check_moments(optimizer)
-        scaler.load_state_dict(checkpoint["loss_scaler"])
+        _load_optimizer(optimizer, checkpoint["optimizer"])
+        _load_scaler(scaler, checkpoint["loss_scaler"])
         return progress
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot resume {path} ({one_line(error)}): start a new run from it with --finetune"
         ) from error
@@ -177,74 +160,52 @@ def restore(path: str | Path, model: nn.Module, optimizer: Optimizer, scaler: to
 def _count(checkpoint: dict[str, Any], key: str, from_: int = 0) -> int:
     value = checkpoint[key]
     if type(value) is not int or value < from_:
-        raise ValueError(f"{key} is {value!r}")
+        raise ValueError(f"its {key} is {brief(value)}")
     return value
 
 
-def _check_moments(optimizer: Optimizer) -> None:
-    """What an optimizer keeps of a parameter has its shape; PyTorch looks only when it makes the next update."""
+def _check_losses(progress: Progress) -> None:
+    """The losses of the updates that an interrupted epoch counts are there."""
+    losses = progress.losses
+    if not isinstance(losses, Tensor) or losses.shape[1:] != (2,) or losses.dtype != torch.float64:
+        raise ValueError("it has no losses of the updates that it counts")
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load what an optimizer keeps of its parameters; its settings are those of the run.
+
+    PyTorch looks at neither before the next update.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("its optimizer has other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    probe = nn.Parameter(torch.zeros(1))
+    probe.grad = torch.zeros(1)
+    fresh = type(optimizer)([probe], **optimizer.defaults)
+    fresh.step()
     for group in optimizer.param_groups:
-        for key, value in optimizer.defaults.items():
-            if not isinstance(group.get(key), type(value)) and not isinstance(group.get(key), int | float):
-                raise ValueError(f"{key} of the optimizer is {group.get(key)!r}")
         for parameter in group["params"]:
-            for key, kept in optimizer.state.get(parameter, {}).items():
-                fits = isinstance(kept, Tensor) and kept.shape in (parameter.shape, ())
-                if not (fits or kept is None or isinstance(kept, int | float)):
-                    shape = tuple(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
-                    raise ValueError(f"{key} of the optimizer is {shape}, its parameter {tuple(parameter.shape)}")
+            _check_kept(optimizer.state.get(parameter, {}), fresh.state[probe], parameter)
 
 
-def variant_file(path: str | Path) -> Path:
-    """The `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    candidates = [folder / name for name in (VARIANT, "variant.yaml")]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
-    return file
+def _check_kept(kept: dict[str, Any], wanted: dict[str, Any], parameter: Tensor) -> None:
+    """What is kept of a parameter has the names of what an optimizer keeps, and its shape."""
+    if kept and kept.keys() != wanted.keys():
+        raise ValueError(f"its optimizer keeps {', '.join(map(str, kept))}, not {', '.join(wanted)}")
+    for key, value in kept.items():
+        shape = () if isinstance(wanted[key], Tensor) and wanted[key].ndim == 0 else parameter.shape
+        fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        if not fits and not (value is None and wanted[key] is None):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{key} of the optimizer is {found}, its parameter {tuple(parameter.shape)}")
 
 
-def read_variant(path: str | Path) -> dict[str, Any]:
-    """Read the `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
-
-    Raises:
-        FileNotFoundError: neither is there.
-        ValueError: not valid YAML, a tag other than `!!python/tuple`, no `net_kwargs` in it, or a text where a number
-            should be.
-    """
-    file = variant_file(path)
-    try:
-        variant = yaml.load(file.read_text(), Loader=_VariantLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a readable variant file: {one_line(error)}") from error
-    if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
-        raise ValueError(f"{file} has no net_kwargs")
-    for section in ("dataset_kwargs", "inference_kwargs", "optimizer_kwargs", "algorithm_kwargs"):
-        if not isinstance(variant.get(section, {}), dict):
-            raise ValueError(f"{file}: {section} is no mapping")
-    decoder = variant["net_kwargs"].get("decoder")
-    sections = variant | {"net_kwargs.decoder": decoder if isinstance(decoder, dict) else {}}
-    for name in NUMBERS:
-        for key, value in sections.get(name, {}).items():
-            if key in NUMBERS[name] and not _is_size(value):
-                raise ValueError(f"{file}: {key} in {name} is {value!r}, it should be a whole number from 1")
-            if key in SHARES.get(name, ()) and not (value is None or type(value) in (int, float)):
-                raise ValueError(f"{file}: {key} in {name} is {value!r}, it should be a number from 0 to 1")
-    return variant
-
-
-def _is_size(value: Any) -> bool:
-    """Whether a value is a positive whole number, several of them (sides of an image), or null."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(one is None or (type(one) is int and one > 0) for one in values)
-
-
-def write_variant(variant: dict[str, Any], folder: str | Path) -> None:
-    """Write `variant.yml` into a run directory, in plain YAML."""
-    write_text(Path(folder) / VARIANT, yaml.safe_dump(variant, sort_keys=True))
+def _load_scaler(scaler: torch.amp.GradScaler, saved: dict[str, Any]) -> None:
+    """Load what a scaler has learned; it is empty where none is needed."""
+    if not scaler.is_enabled():
+        return
+    if not (isinstance(saved["scale"], float) and 0 < saved["scale"] < float("inf")):
+        raise ValueError(f"its loss scale is {brief(saved['scale'])}")
+    _count(saved, "_growth_tracker")
+    scaler.load_state_dict(scaler.state_dict() | {key: saved[key] for key in ("scale", "_growth_tracker")})

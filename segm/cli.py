@@ -1,6 +1,7 @@
 """Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import click
 import torch
 
 from segm.data import DATASETS
+from segm.errors import one_line
 
+LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,19 +38,38 @@ class Command(click.Command):
         }
         return super().parse_args(ctx, repeat_option(args, {name: option.takes for name, option in several.items()}))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_line_errors():
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(_one_line(error)) from error
 
 
-def _one_line(error: BaseException) -> str:
-    """The message; of an error in a data loader's worker, which carries its traceback, only the end."""
+class WrongUsage(click.ClickException):
+    """A command line that is not understood; click's own error prints the usage in front of it."""
+
+    exit_code = 2
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors of files, values and usage end in one line of bounded length, without the usage that click prints."""
+    try:
+        yield
+    except click.UsageError as error:
+        raise WrongUsage(one_line(error.format_message(), LONGEST)) from error
+    except (ValueError, OSError) as error:
+        raise click.ClickException(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    """The message in one line; of an error in a data loader's worker, which carries its traceback, only the end."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught ") and "Traceback" in str(error):
-        return lines[-1].partition(": ")[2] or lines[-1]
-    return " ".join(" ".join(lines).split())
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    return one_line(" ".join(lines), LONGEST)
 
 
 def repeat_option(args: Iterable[str], names: Mapping[str, Callable[[str], bool]]) -> list[str]:

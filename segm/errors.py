@@ -1,6 +1,16 @@
-"""What libraries say about a fault, in one line."""
+"""Faults in one line of bounded length."""
+
+from typing import Any
+
+LONGEST, BRIEF = 300, 80  # characters
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message in at most 300 characters without line breaks."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: BaseException | str, longest: int = LONGEST) -> str:
+    """A message, often a library's, without line breaks."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 2] + " …"
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, shortened."""
+    return one_line(repr(value), BRIEF)

@@ -173,7 +173,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     """
     try:
         return MergingCommand(None, add_help_option=False).make_context("merging", [*words]).params["merging"]
-    except click.UsageError as error:
+    except click.ClickException as error:
         raise ValueError(error.format_message()) from error
 
 

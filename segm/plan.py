@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 import timm
-import yaml
 
 from patch import Curriculum, check
 from segm.cli import POSITIVE, RATE
 from segm.config import config_dir, load_config
 from segm.data import DATASETS
 from segm.data.defaults import dataset_defaults
-from segm.errors import one_line
+from segm.errors import brief, one_line
 from segm.merging import PURE, choose, learned_parts, to_variant
 from segm.model.decoder import DECODERS
 from segm.model.encoder import ALIASES
 from segm.optim import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
+from segm.yaml_files import read_yaml
 
 BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "the curriculum's"
 COUNT, SHARE = click.IntRange(min=0), click.FloatRange(0, 1)
@@ -180,13 +180,18 @@ def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -
         names = ", ".join(sorted(f.stem for f in recipes.glob("*.yml")))
         raise click.BadParameter(f"no file {value}; recipes in configs/recipes: {names}", ctx, param)
     try:
-        recipe = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{file} is no YAML: {one_line(error)}", ctx, param) from error
-    known = {option.name for option in ctx.command.get_params(ctx)}
-    if not isinstance(recipe, dict) or not set(recipe) <= known:
-        unknown = ", ".join(sorted(set(recipe) - known)) if isinstance(recipe, dict) else "no mapping"
-        raise click.BadParameter(f"{file}: {unknown}; its keys are the options of this command", ctx, param)
+        recipe = read_yaml(file)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    known = {option.name: option for option in ctx.command.get_params(ctx)}
+    if not isinstance(recipe, dict) or not recipe.keys() <= known.keys():
+        unknown = ", ".join(map(str, recipe.keys() - known.keys())) if isinstance(recipe, dict) else "no mapping"
+        raise click.BadParameter(f"{file}: {one_line(unknown)}; its keys are the options of this command", ctx, param)
+    for name, value in recipe.items():
+        try:
+            known[name].type_cast_value(ctx, value)
+        except Exception as error:  # click's types expect texts, and fail on other values with errors of all kinds
+            raise click.BadParameter(f"{file}: {name} is {brief(value)}: {one_line(error)}", ctx, param) from error
     ctx.default_map = recipe
 
 

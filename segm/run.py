@@ -17,7 +17,7 @@ from torch import Tensor
 
 import patch
 from segm import merging as merges
-from segm.checkpoint import checkpoint_file, variant_file
+from segm.checkpoint import checkpoint_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.images import read_image, resize_keep_ratio, square_view
 from segm.data.unlabelled import Photographs
@@ -28,6 +28,7 @@ from segm.eval.views import Samples, SquareViews
 from segm.metrics import segmentation_scores
 from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
+from segm.variant import variant_file
 
 Photo = np.ndarray | str | Path
 RESIZE_FACTOR = 4  # longer side of a photograph, at most so many times the shorter, in data sets of others

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from segm.checkpoint import write_variant
 from segm.files import write_text
+from segm.variant import write_variant
 
 CURVES = {
     "train_loss": "loss/train",

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import patch
 from segm import parallel
 from segm.auto_threshold import automatic_thresholds
-from segm.checkpoint import LAST, Progress, read_variant, restore, training_state
+from segm.checkpoint import LAST, Progress, restore, training_state
 from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Position, Precision, compile_blocks, create_loader, train_one_epoch
@@ -30,6 +30,7 @@ from segm.optim import create_optimizer, create_scheduler
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
 from segm.run import recorded_classes, require_classes
 from segm.runlog import RunLog
+from segm.variant import read_variant
 
 AUTO = "auto"
 N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds

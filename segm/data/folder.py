@@ -20,11 +20,13 @@ from typing import Any
 
 import yaml
 
-from segm.data.images import find_images, first_line, suffixes_below
+from segm.data.images import find_images, suffixes_below
 from segm.data.layouts import dataset_root
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import open_list
 from segm.data.sample import IGNORE_LABEL
+from segm.errors import brief
+from segm.yaml_files import read_yaml
 
 # What the folder of a split may be called, in either case.
 SPLITS = {
@@ -123,10 +125,7 @@ def read_classes(path: Path) -> tuple[dict[str, Any], dict[tuple[int, ...], int]
     Raises:
         ValueError: the file is no list of names or of `{id, name, color}` with ids 0, 1, 2, ... and 255.
     """
-    try:
-        entries = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a YAML file ({first_line(error)})") from error
+    entries = read_yaml(path, yaml.BaseLoader)
     if not isinstance(entries, list) or not 0 < len(entries) <= IGNORE_LABEL + 1:
         raise ValueError(f"{path}: the class list is a YAML list of 1 to {IGNORE_LABEL} classes")
     if not all(isinstance(entry, dict) for entry in entries):
@@ -140,7 +139,9 @@ def _names(path: Path, entries: list[Any]) -> tuple[str, ...]:
     names = [entry.strip() for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not all(names):
-        raise ValueError(f"{path}: {'the name ' + twice[0] + ' stands there twice' if twice else 'a name is empty'}")
+        raise ValueError(
+            f"{path}: {'the name ' + brief(twice[0]) + ' stands there twice' if twice else 'a name is empty'}"
+        )
     if len(names) > IGNORE_LABEL:
         raise ValueError(f"{path}: {len(names)} classes, at most {IGNORE_LABEL} are allowed")
     return tuple(names)
@@ -167,7 +168,7 @@ def _read_entries(path: Path, entries: list[dict[str, Any]]) -> tuple[dict[str, 
 
 
 def _number(text: Any) -> int | None:
-    return int(text) if isinstance(text, str) and text.strip().isdecimal() else None
+    return int(text) if isinstance(text, str) and text.strip().isdecimal() and len(text) < 10 else None
 
 
 def _color(path: Path, entry: dict[str, Any]) -> tuple[int, ...]:

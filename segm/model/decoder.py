@@ -55,7 +55,7 @@ class MaskTransformer(nn.Module):
         self.proj_dec = nn.Linear(dim, dim)
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
-        drop_paths = torch.linspace(0, drop_path_rate, n_layers).tolist()
+        drop_paths = torch.linspace(0, drop_path_rate, n_layers, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(
                 dim,

@@ -5,14 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from segm.checkpoint import checkpoint_file, load_checkpoint, read_variant, variant_file
+from segm.checkpoint import checkpoint_file, load_checkpoint
 from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
+from segm.variant import read_variant, variant_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +69,22 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
     """
     checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
     variant = read_variant(path)
+    weights = load_checkpoint(path)["model"]
     try:
+        _check_shapes(variant["net_kwargs"], weights, parts)
         model = create_segmenter(variant["net_kwargs"], parts=parts)
     except ValueError as error:
         raise ValueError(f"{variant_file(path)}: {error}") from error
-    weights = load_checkpoint(path)["model"]
-    try:
-        model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the net_kwargs of its variant.yml: {one_line(error)}") from error
+    model.load_state_dict(weights)
     return model.eval(), variant
+
+
+def _check_shapes(net_kwargs: dict[str, Any], weights: dict[str, Any], parts: Parts | None) -> None:
+    """Raise a RuntimeError for other weights than the network's, before it takes the memory that a file asks for."""
+    with torch.device("meta"):
+        create_segmenter(net_kwargs, parts=parts).load_state_dict(weights, assign=True)
 
 
 def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) -> None:

@@ -103,14 +103,14 @@ def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(ne
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("more", "sizes", "repeats"), [({}, SIZES, 2), (ROTARY, SIZES[:2], 1)])
+@pytest.mark.parametrize(("more", "sizes"), [({}, SIZES), (ROTARY, SIZES[:2])])
 @torch.inference_mode()
-def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes, repeats):
+def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes):
     for method, options in MORE_CASES:
         torch._dynamo.reset()
         model = create(net | more, method, **options)
         compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
-        for images in batches(sizes, repeats=repeats):
+        for images in batches(sizes, n_images=(2,), repeats=2):
             check_equal(model, compiled, images)
 
 
@@ -125,17 +125,15 @@ def test_a_rotary_backbone_is_compiled(net):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "backend"),
-    [("algm", "inductor"), ("dct", "inductor"), *((method, "aot_eager") for method in METHODS)],  # inductor is slow
+    [("algm", "inductor"), *((method, "aot_eager") for method in METHODS)],  # inductor is slow
 )
 @torch.inference_mode()
 def test_backends_give_the_eager_outputs(net, method, backend):
-    for more in ({}, ROTARY):
-        torch._dynamo.reset()
-        model = create(net | more, method)
-        compiled = patch.compile(copy.deepcopy(model), bucket=16, mode="default", backend=backend)
-        for images in batches(sizes=((64, 64), (48, 80)), repeats=1):
-            check_equal(model, compiled, images, tolerance=2e-5)
-            assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
+    model = create(net, method)
+    compiled = patch.compile(copy.deepcopy(model), bucket=16, mode="default", backend=backend)
+    for images in batches(sizes=((64, 64), (48, 80)), repeats=1):
+        check_equal(model, compiled, images, tolerance=2e-5)
+        assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
 
 
 @pytest.mark.slow

@@ -12,14 +12,13 @@ import yaml
 from segm.checkpoint import (
     Progress,
     load_checkpoint,
-    read_variant,
     restore,
     save_checkpoint,
     training_state,
-    write_variant,
 )
 from segm.model.factory import copy_weights, create_segmenter, load_model
 from segm.optim import create_scheduler
+from segm.variant import read_variant, write_variant
 
 
 @pytest.fixture

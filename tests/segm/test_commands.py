@@ -26,9 +26,9 @@ from segm import (
     train,
     tune_threshold,
 )
-from segm.checkpoint import read_variant, write_variant
 from segm.eval import miou
 from segm.run import Run
+from segm.variant import read_variant, write_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from segm import train
-from segm.checkpoint import read_variant
 from segm.data import create_dataset
 from segm.data.images import read_image
 from segm.data.inventory import spread, take_inventory
+from segm.variant import read_variant
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 40, 48

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from segm import report
-from segm.checkpoint import save_checkpoint, write_variant
+from segm.checkpoint import save_checkpoint
 from segm.model.factory import create_segmenter
 from segm.run import Run
+from segm.variant import write_variant
 
 SIZE = 32
 PURE = {"patch_type": "pure"}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from segm.checkpoint import read_variant, write_variant
 from segm.data import class_info, create_dataset
 from segm.data.images import read_image, resize_keep_ratio
 from segm.run import Run
+from segm.variant import read_variant, write_variant
 
 GRAPH = {"patch_type": "graph", "threshold": 0.5}
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from segm import auto_threshold, tune_threshold
-from segm.checkpoint import read_variant, save_checkpoint
+from segm.checkpoint import save_checkpoint
 from segm.data import create_dataset
 from segm.data.images import square_view
 from segm.model.factory import create_segmenter, load_model
 from segm.run import Run
 from segm.tune_threshold import lowest_without_loss
+from segm.variant import read_variant
 
 SIZE = 32
 CPU = ["--device", "cpu"]

@@ -18,8 +18,9 @@ import patch
 from g2tm import Grouping
 from patch import Number, Option
 from segm import auto_threshold, test, train
-from segm.checkpoint import load_checkpoint, read_variant
+from segm.checkpoint import load_checkpoint
 from segm.run import Run
+from segm.variant import read_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
