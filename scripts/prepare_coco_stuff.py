@@ -16,13 +16,16 @@ No SHA-1 of these archives is published, so only their own checksums (zip) are v
 
 import io
 from collections.abc import Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import click
 import numpy as np
 from prepare_common import (
+    FILE_ERRORS,
     Archive,
     Source,
     is_complete,
@@ -44,6 +47,7 @@ ARCHIVES = {"10k": (ARCHIVE_10K,), "164k": (*IMAGES_164K.values(), MAPS_164K)}
 COUNTS = {"10k": {"train2014": 9000, "test2014": 1000}, "164k": {"train2017": 118287, "val2017": 5000}}
 SUFFIX = "_labelTrainIds.png"
 
+PATIENCE = 60  # seconds for one annotation file
 N_IDS = 182
 UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})
 USED_IDS = [id_ for id_ in range(1, N_IDS + 1) if id_ not in UNUSED_IDS]
@@ -51,11 +55,27 @@ TABLE_10K = label_table({id_: rank for rank, id_ in enumerate(USED_IDS, start=1)
 TABLE_164K = label_table({id_ - 1: rank for rank, id_ in enumerate(USED_IDS)}, other=255)
 
 
-def labels_10k(stream: BinaryIO) -> np.ndarray:
-    """(H, W) uint8 train ids of an annotation file of 10k"""
-    ids = loadmat(io.BytesIO(stream.read()), variable_names=["S"]).get("S")
-    if ids is None or ids.ndim != 2 or ids.min(initial=0) < 0 or ids.max(initial=0) > N_IDS:
-        raise OSError(f"{getattr(stream, 'name', stream)}: no label map S with ids 0 … {N_IDS}")
+def labels_10k(stream: BinaryIO, reader: Executor) -> np.ndarray:
+    """(H, W) uint8 train ids of an annotation file of 10k.
+
+    Args:
+        stream: the file.
+        reader: a process of its own, which a damaged file may end.
+
+    Raises:
+        OSError: it is damaged or holds something else.
+    """
+    name = getattr(stream, "name", stream)
+    try:
+        found = reader.submit(loadmat, io.BytesIO(stream.read()), variable_names=["S"])
+        ids = found.result(timeout=PATIENCE).get("S")
+    except FILE_ERRORS:
+        raise
+    except Exception as error:  # SciPy fails at damaged files with errors of all kinds
+        raise OSError(f"{name}: damaged or no MATLAB file ({type(error).__name__})") from error
+    whole = isinstance(ids, np.ndarray) and ids.ndim == 2 and np.issubdtype(ids.dtype, np.number)
+    if not whole or not (ids.size and ids.min() >= 0 and ids.max() <= N_IDS):
+        raise OSError(f"{name}: no label map S with ids 0 … {N_IDS}")
     return TABLE_10K[ids.astype(np.uint8)]
 
 
@@ -88,7 +108,9 @@ def prepare_10k(folder: Path, source: Source) -> None:
         return f"{top}/{splits[path.stem]}/{path.stem}{suffix}" if wanted else None
 
     unpack(archive, folder, lambda name: place(name, "images", ".jpg", ".jpg"))
-    unpack(archive, folder, lambda name: place(name, "annotations", ".mat", SUFFIX), labels_10k)
+    with ProcessPoolExecutor(1, get_context("spawn")) as reader:
+        convert = partial(labels_10k, reader=reader)
+        unpack(archive, folder, lambda name: place(name, "annotations", ".mat", SUFFIX), convert)
 
 
 def prepare_164k(folder: Path, source: Source) -> None:

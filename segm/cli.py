@@ -8,6 +8,7 @@ from typing import Any
 import click
 import torch
 
+from segm import parallel
 from segm.data import DATASETS
 from segm.errors import one_line
 
@@ -58,10 +59,13 @@ def _one_line_errors() -> Iterator[None]:
     """Errors of files, values and usage end in one line of bounded length, without the usage that click prints."""
     try:
         yield
-    except click.UsageError as error:
-        raise WrongUsage(one_line(error.format_message(), LONGEST)) from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(_message(error)) from error
+    except (click.ClickException, ValueError, OSError) as error:
+        click_error = isinstance(error, click.ClickException)
+        message = one_line(error.format_message(), LONGEST) if click_error else _message(error)
+        if parallel.hand_over(f"Error: {message}"):
+            raise SystemExit(1) from error
+        kind = WrongUsage if isinstance(error, click.UsageError) else click.ClickException
+        raise kind(message) from error
 
 
 def _message(error: BaseException) -> str:

@@ -177,7 +177,8 @@ def train_one_epoch(
     Returns:
         dict: `train_loss` (mean over updates and processes), `train_learning_rate` (at the end), `num_updates`
         (so far); and of the updates made now `images_per_second`, `data_wait` (percent of the time that went into
-        waiting for batches) and `memory_mb` (peak of the device; on the CPU of the process, where the system tells).
+        waiting for batches) and `memory_mb` (peak of the device; on the CPU of the process, where the system tells);
+        `skipped_images` of this process, if there are any.
 
     Raises:
         ValueError: the loss is not finite; names the images.
@@ -194,6 +195,7 @@ def train_one_epoch(
     waits: list[float] = []
     begin = time.perf_counter()
     unread: list[Tensor] = []  # losses since the device was last waited for
+    n_skipped = 0
     bar = tqdm(
         _timed(loader, n_left, waits),
         f"epoch {epoch + 1}",
@@ -210,6 +212,7 @@ def train_one_epoch(
         current = _update(model, batch, optimizer, precision, device, loss)
         unread.append(current)
         done.updates += 1
+        n_skipped += int(batch["skipped"].sum()) if "skipped" in batch else 0
         done.losses += torch.stack([current.double(), torch.ones_like(current, dtype=torch.float64)])
         if number % SHOW_EVERY == SHOW_EVERY - 1 or done.updates == len(loader):
             last = _read(unread, loader, done.updates)
@@ -225,7 +228,7 @@ def train_one_epoch(
         "images_per_second": n_left * batch_size * parallel.world_size() / seconds,
         "data_wait": 100 * sum(waits) / seconds,
         "memory_mb": _peak_memory(device),
-    }
+    } | ({"skipped_images": n_skipped} if n_skipped else {})
 
 
 def _read(unread: list[Tensor], loader: DataLoader, n_done: int) -> float:

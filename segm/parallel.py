@@ -1,5 +1,6 @@
 """Several processes: those of `torchrun` (nccl on GPUs, gloo on CPUs), and the workers that read images."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -7,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PRECEDENCE = 10  # seconds that other processes leave to the main one to fail first
 GRACE = 60  # seconds between a signal and the end of a worker, enough for the step and the checkpoint
 
 
@@ -67,6 +70,22 @@ def gather(tensor: Tensor) -> Tensor:
     found = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(found, tensor)
     return torch.stack(found)
+
+
+def hand_over(message: str) -> bool:
+    """Give the message of a failure to `torchrun`, which ends the other processes and shows it at the end, once.
+
+    Returns:
+        Whether there is one that takes it.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return False
+    if os.environ.get("RANK") != "0":  # what all processes fail with, the main process says
+        time.sleep(PRECEDENCE)
+    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    Path(file).write_text(json.dumps(content), encoding="utf-8")
+    return True
 
 
 def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:

@@ -93,7 +93,8 @@ def main(
     record |= {"command": ctx.meta["report.command"]}
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
-    write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored))
+    data = read_inventories(runs)
+    write_text(out, page.comparison_page(record, rows, dataset.classes, logs, pictures, explored, data))
     numbers = json.dumps(record | {"rows": rows}, indent=2, default=str)
     write_text(out.with_suffix(".json"), numbers)
     click.echo(markdown(page.COLUMNS, rows))
@@ -235,6 +236,16 @@ def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
+
+
+def read_inventories(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What trainings found when they looked at their data: name of a run -> split -> record; the same one once."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        inventory = run.variant.get("dataset_kwargs", {}).get("inventory")
+        if inventory and inventory not in found.values():
+            found[run.name] = inventory
+    return found
 
 
 @torch.inference_mode()

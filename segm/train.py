@@ -63,6 +63,9 @@ N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a 
     help="Save inside an epoch, too; 0: only after epochs.",
 )
 @click.option("--finetune", type=click.Path(exists=True, path_type=Path), help="Start from this checkpoint or run.")
+@click.option(
+    "--skip-bad-images", is_flag=True, help="Leave out images that cannot be read, and count them, instead of ending."
+)
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
 @device_option
 @click.option(
@@ -80,6 +83,7 @@ def main(
     resume: bool,
     save_every: float,
     finetune: Path | None,
+    skip_bad_images: bool,
     compile: bool,
     device: torch.device,
     unpatched: Path | None,
@@ -106,6 +110,7 @@ def main(
             size, n_processes = plan.settings.batch_size, parallel.world_size()
             raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
         train_set, val_set = open_datasets(plan.settings)
+        train_set.skip_bad = val_set.skip_bad = skip_bad_images
         if resume:
             require_classes(recorded_classes(saved), train_set, str(log_dir))
         variant = plan.variant(train_set)
@@ -179,7 +184,7 @@ def look_at(*datasets: SegmentationDataset) -> dict[str, Any]:
         return {}
     from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
 
-    found = [take_inventory(dataset, n_masks=N_MASKS, n_headers=N_HEADERS) for dataset in datasets]
+    found = [take_inventory(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad) for one in datasets]
     for inventory in found:
         click.echo("\n".join(inventory.lines()))
     return {inventory.split: inventory.record() for inventory in found}
@@ -305,6 +310,7 @@ def show(entry: dict[str, Any], epochs: int) -> None:
     """Print one line about an epoch."""
     score = f"  mIoU {entry['val_mean_iou']:.2f}" if "val_mean_iou" in entry else ""
     speed = f"{entry['images_per_second']:.1f} images/s, {entry['data_wait']:.0f} % of the time waiting for data"
+    speed += f", {entry['skipped_images']} images skipped" if "skipped_images" in entry else ""
     click.echo(f"epoch {entry['epoch'] + 1}/{epochs}  loss {entry['train_loss']:.4f}  {speed}{score}")
 
 

@@ -60,6 +60,27 @@ def _classes(value: Any) -> bool:
     )
 
 
+def _inventory(value: Any) -> bool:
+    """Split -> what `segm.data.inventory` records of it."""
+    return isinstance(value, dict) and all(isinstance(name, str) and _split(found) for name, found in value.items())
+
+
+def _split(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    pixels, notes = found.get("pixels"), found.get("notes")
+    numbers = [found.get(key) for key in ("images", "masks_counted", "ignored_pixels")]
+    sides = [found.get(key) for key in ("smallest", "largest")]
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(side, list) and len(side) == 2 and all(map(SIZE.fits, side)) for side in sides)
+        and isinstance(pixels, dict)
+        and all(isinstance(name, str) and type(count) is int and count >= 0 for name, count in pixels.items())
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
+    )
+
+
 SIZE, COUNT, SHARE, RATE = _whole(1), _whole(0, 1 << 31), _number(0, 1), _number(0)
 N_CLASSES, N_LAYERS = _whole(1, MOST_CLASSES), _whole(1, MOST_LAYERS)
 TEXT = Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -67,6 +88,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SIDES = Kind("a whole number from 1, or two of them", _sides)
 CLASSES = Kind("a list of {name, color: [r, g, b]}", _classes)
+INVENTORY = Kind("what a training records of its data", _inventory)
 
 # Section -> key -> kind; "" is the file itself. Null stands for a default everywhere. Options of a merging method are
 # checked by its own table, keys that are not listed mean nothing to us.
@@ -97,7 +119,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         **dict.fromkeys(("image_size", "crop_size", "batch_size"), SIZE),
         "num_workers": COUNT,
         "classes": CLASSES,
-        "inventory": MAPPING,
+        "inventory": INVENTORY,
     },
     "inference_kwargs": dict.fromkeys(("im_size", "window_size", "window_stride"), SIZE),
     "optimizer_kwargs": {

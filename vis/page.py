@@ -29,6 +29,7 @@ COLUMNS = {
 }
 SIDE = 512  # pixels of the larger side of a picture, at most
 STEP = 0.005  # of the slider
+SHOWN_CLASSES = 8
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -227,6 +228,7 @@ def comparison_page(
     logs: Mapping[str, Sequence[Mapping[str, Any]]],
     pictures: tuple[Sequence[str], Sequence[str], np.ndarray],
     explored: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A comparison of methods.
 
@@ -237,6 +239,7 @@ def comparison_page(
         logs: see `training_section`.
         pictures: (blocks, names, palette), see `pictures_section`.
         explored: see `explorer_section`.
+        data: see `data_section`.
     """
     counts = f"{record['n_images']['mean_iou']} images for the mIoU, {record['n_images']['cost']} for the rest"
     versions = f"Python {record['python']}, PyTorch {record['torch']}, timm {record['timm']}"
@@ -246,6 +249,7 @@ def comparison_page(
         methods_section(rows),
         trade_off_section(rows),
         classes_section(rows, classes),
+        data_section(data),
         training_section(logs, [row["name"] for row in rows]),
         tokens_section(rows),
         pictures_section(*pictures),
@@ -301,6 +305,30 @@ def classes_section(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -
     svg = plots.class_iou(classes, {row["name"]: row["per_class_iou"] for row in rows})
     label = f"IoU of {len(classes)} classes by method; the numbers are in the JSON file beside this page"
     return section("IoU per class", plot(svg, label))
+
+
+def data_section(data: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What trainings found when they looked at their data; None if none did.
+
+    Args:
+        data: name of a run -> split -> `images`, `smallest` and `largest` (width, height), `masks_counted`, `pixels` by
+            class, `ignored_pixels`, `notes`.
+    """
+    columns = ("run, split", "images", "pixels", "masks counted", "labels", "ignored")
+    rows, notes = [], []
+    for name, splits in data.items():
+        for split, found in splits.items():
+            labelled = sum(found["pixels"].values())
+            largest = sorted(found["pixels"].items(), key=lambda entry: -entry[1])[:SHOWN_CLASSES]
+            labels = ", ".join(f"{one} {100 * count / max(labelled, 1):.1f} %" for one, count in largest)
+            more = len(found["pixels"]) - len(largest)
+            sizes = [f"{width}x{height}" for width, height in (found["smallest"], found["largest"])]
+            ignored = found["ignored_pixels"] / max(labelled + found["ignored_pixels"], 1)
+            cells = [f"{name}, {split}", str(found["images"]), " to ".join(dict.fromkeys(sizes))]
+            cells += [str(found["masks_counted"]), labels + (f" and {more} more" if more else ""), f"{ignored:.1%}"]
+            rows.append(cells)
+            notes += [note(f"{name}, {split}: {text}") for text in found["notes"]]
+    return section("Data", table(columns, rows, "Data"), *notes) if rows else None
 
 
 def training_section(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> str | None:

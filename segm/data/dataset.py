@@ -1,5 +1,6 @@
 """What all data sets have in common: training items, evaluation samples, resized views."""
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import overload
@@ -10,8 +11,11 @@ from torch.utils.data import Dataset
 
 from segm.data.images import resize_keep_ratio
 from segm.data.normalization import get_normalization, normalize
-from segm.data.sample import Sample
+from segm.data.sample import IGNORE_LABEL, Sample
 from segm.data.seeding import mix_seeds, seeded
+from segm.errors import one_line
+
+logger = logging.getLogger(__name__)
 
 
 class SegmentationDataset(Dataset):
@@ -38,6 +42,7 @@ class SegmentationDataset(Dataset):
         seed: int,
     ) -> None:
         get_normalization(normalization)
+        self.skip_bad = False  # True: an image that cannot be read is left out with a word, not refused
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, crop_size, resize_factor
@@ -66,15 +71,38 @@ class SegmentationDataset(Dataset):
         if isinstance(item, (tuple, list)):
             epoch, index = item
             return self.train_item(index, mix_seeds(self.seed, epoch))
-        return self.load(self._checked(item))
+        return self.eval_item(self._checked(item))
 
     def train_item(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         """Augmented item: image float32 (3, crop, crop), label int64 (crop, crop), 255 = ignore.
 
+        With `skip_bad` also `skipped`, a bool; nothing is labelled in an image that is skipped.
+
         Raises:
-            ValueError: the split has no labels.
+            ValueError: the split has no labels, or, without `skip_bad`, the image or its labels are damaged.
         """
         index = self._checked(index)
+        try:
+            return self._augmented(index, seed) | ({"skipped": torch.tensor(False)} if self.skip_bad else {})
+        except (FileNotFoundError, ValueError) as error:
+            if not self.skip_bad:
+                raise
+            logger.warning("skipped: %s", one_line(error))
+            size = (self.crop_size, self.crop_size)
+            nothing = {"image": torch.zeros(3, *size), "label": torch.full(size, IGNORE_LABEL)}
+            return nothing | {"skipped": torch.tensor(True)}
+
+    def eval_item(self, index: int) -> Sample:
+        """The sample at an index; with `skip_bad` an empty one without labels in place of one that cannot be read."""
+        try:
+            return self.load(index)
+        except (FileNotFoundError, ValueError) as error:
+            if not self.skip_bad:
+                raise
+            logger.warning("left out of the scores: %s", one_line(error))
+            return Sample(self.name_of(index), np.zeros((self.crop_size, self.crop_size, 3), np.uint8), None)
+
+    def _augmented(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         sample = self.load(index)
         if sample.label is None:
             raise ValueError(f"the split {self.split!r} of {self.name} has no labels to train with")

@@ -89,6 +89,7 @@ def take_inventory(
     *,
     n_masks: int | None = None,
     n_headers: int | None = None,
+    skip_bad: bool = False,
     progress: bool = False,
 ) -> Inventory | None:
     """Look at the files of a split.
@@ -97,6 +98,7 @@ def take_inventory(
         dataset: from `segm.data.create_dataset`.
         n_masks: count the labels of so many masks, spread over the split; None: of all.
         n_headers: read the headers of so many images and masks, likewise; None: of all.
+        skip_bad: count missing and damaged files, in place of refusing the split.
         progress: show bars.
 
     Returns:
@@ -109,13 +111,21 @@ def take_inventory(
     if not isinstance(dataset, FileDataset):
         return None
     paths = [dataset.paths(index) for index in range(len(dataset))]
-    _require(dataset, [image for image, _ in paths], "images")
-    _require(dataset, [mask for _, mask in paths if mask is not None], "masks")
-    chosen = spread(len(paths), n_headers)
-    heads = _headers([paths[index] for index in chosen], progress and n_headers is None)
+    bad: list[str] | None = [] if skip_bad else None
+    if not skip_bad:
+        _require(dataset, [image for image, _ in paths], "images")
+        _require(dataset, [mask for _, mask in paths if mask is not None], "masks")
+    chosen = [paths[index] for index in spread(len(paths), n_headers)]
+    heads = _threads(_header, chosen, "headers", progress and n_headers is None, bad)
+    if not heads:
+        raise ValueError(
+            f"{dataset.name} {dataset.split}: all {len(chosen)} images are bad, such as {bad[0] if bad else ''}"
+        )
     sizes = sorted(((head.width, head.height) for head in heads), key=lambda size: size[0] * size[1])
     labelled = paths[0][1] is not None
     notes = [*_notes_on_files(dataset, heads)]
+    if bad:
+        notes.append(f"{len(bad)} of {len(chosen)} images are skipped: {bad[0]}")
     if not labelled:
         return Inventory(dataset.split, len(paths), (sizes[0], sizes[-1]), len(heads), notes=tuple(notes))
     if dataset.n_cls == 1:
@@ -124,7 +134,7 @@ def take_inventory(
             "class, too"
         )
     counted = spread(len(paths), n_masks)
-    counts = _count(dataset, counted, progress)
+    counts = _count(dataset, counted, progress, None if bad is None else [])
     pixels = dict(zip(dataset.classes, counts[: dataset.n_cls].tolist(), strict=True))
     found = Inventory(
         dataset.split,
@@ -163,12 +173,8 @@ class _Head:
     orientation: int
 
 
-def _headers(paths: Sequence[tuple[Path, Path | None]], progress: bool) -> list[_Head]:
-    """Sizes of images; a mask of another size is refused."""
-    return _threads(_header, paths, "headers", progress)
-
-
 def _header(pair: tuple[Path, Path | None]) -> _Head:
+    """Size of an image; a mask of another size is refused."""
     image, mask = pair
     (width, height), orientation = _read_header(image)
     size = (height, width) if orientation >= 5 else (width, height)
@@ -187,24 +193,39 @@ def _read_header(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(path) as opened:
             return opened.size, int(opened.getexif().get(ORIENTATION, 1))
+    except FileNotFoundError:
+        raise
     except DECODE_ERRORS as error:
         raise ValueError(f"{path}: damaged or no image ({first_line(error)})") from error
 
 
-def _count(dataset: FileDataset, indices: Sequence[int], progress: bool) -> np.ndarray:
+def _count(dataset: FileDataset, indices: Sequence[int], progress: bool, bad: list[str] | None) -> np.ndarray:
     """(256,), int64: pixels of every label value."""
 
     def one(index: int) -> np.ndarray:
         label = dataset.label(index)
         return np.bincount(label.ravel(), minlength=256) if label is not None else np.zeros(256, np.int64)
 
-    return np.sum(_threads(one, indices, f"{dataset.split} masks", progress), axis=0)
+    return np.sum([np.zeros(256, np.int64), *_threads(one, indices, f"{dataset.split} masks", progress, bad)], axis=0)
 
 
-def _threads(function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: bool) -> list[Any]:
+def _threads(
+    function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: bool, bad: list[str] | None
+) -> list[Any]:
+    """Results of a function. bad: takes what is wrong with items, which have no result then; None: that is raised."""
+
+    def tried(item: Any) -> Any:
+        try:
+            return function(item)
+        except (FileNotFoundError, ValueError) as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            return None
+
     with ThreadPoolExecutor(THREADS) as pool:
-        results: Iterable[Any] = pool.map(function, items)
-        return list(tqdm(results, what, len(items), unit="file", leave=False, disable=not progress))
+        bar = tqdm(pool.map(tried, items), what, len(items), unit="file", leave=False, disable=not progress)
+        return [result for result in bar if result is not None]
 
 
 def _notes_on_files(dataset: FileDataset, heads: Sequence[_Head]) -> Iterable[str]:

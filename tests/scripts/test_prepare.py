@@ -6,11 +6,14 @@ import importlib.util
 import io
 import os
 import pickle
+import random
 import sys
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from segm.data.public import list_public
+from tests.helpers import end_process
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("prepare_common", "prepare_ade20k", "prepare_camvid", "prepare_cityscapes", "prepare_pascal_context")
@@ -533,6 +537,29 @@ def test_damaged_archive_gives_one_line_and_no_half_file(scripts, store, tmp_pat
     archive.write_bytes(data)
     refused(scripts["prepare_ade20k"], tmp_path / "out", "--archive", archive)
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_damaged_annotations_are_one_line_each(scripts, store):
+    """SciPy's reader fails with errors of all kinds, and now and then ends its process."""
+    labels_10k, chance = scripts["prepare_coco_stuff"].labels_10k, random.Random(0)
+    with zipfile.ZipFile(coco_10k_zip(store)) as archive:
+        whole = archive.read("annotations/COCO_train2014_000000000077.mat")
+    with ProcessPoolExecutor(1, get_context("spawn")) as reader:
+        assert labels_10k(io.BytesIO(whole), reader)[0].tolist() == [0, 1, 12, 171]
+        for _ in range(100):
+            content = bytearray(whole)
+            for _ in range(chance.randint(1, 3)):
+                content[chance.randrange(128, len(content))] = chance.randrange(256)
+            try:
+                assert labels_10k(io.BytesIO(content[: chance.choice([None, -20])]), reader).dtype == np.uint8
+            except OSError as error:
+                assert "\n" not in str(error)
+
+
+def test_an_annotation_that_ends_its_reader(scripts, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts["prepare_coco_stuff"], "loadmat", end_process)
+    line = refused(scripts["prepare_coco_stuff"], tmp_path / "out", "--archive", coco_10k_zip(store))
+    assert "BrokenProcessPool" in line and not list((tmp_path / "out").rglob("*.part"))
 
 
 # -------------------------------------------------------------------------------------------------- download

@@ -14,10 +14,13 @@ from segm import train
 from segm.data import create_dataset
 from segm.data.images import read_image
 from segm.data.inventory import spread, take_inventory
+from segm.runlog import read_log
 from segm.variant import read_variant
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 40, 48
+NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--num-workers", "0"]
+NETWORK += ["--im-size", "32", "--crop-size", "32", "--d-model", "32", "--n-heads", "2", "--n-layers", "2"]
 COLORS = [[128, 0, 0], [0, 128, 0], [0, 0, 128]]
 
 
@@ -191,9 +194,7 @@ def test_names_stay_text(bring):
 
 
 def test_a_run_keeps_its_classes(bring, tmp_path, call, refused, caplog):
-    options = ["--log-dir", tmp_path / "run", "--dataset", "folder", "--backbone", "vit_tiny_patch16_384"]
-    options += ["--no-pretrained", "--device", "cpu", "--im-size", "32", "--crop-size", "32", "--d-model", "32"]
-    options += ["--n-heads", "2", "--n-layers", "2", "--num-workers", "0", "--batch-size", "2"]
+    options = ["--log-dir", tmp_path / "run", "--dataset", "folder", *NETWORK, "--batch-size", "2"]
     root = bring()
     assert "train: 3 images" in call(train, *options, "--epochs", "1")
     assert read_variant(tmp_path / "run")["dataset_kwargs"]["inventory"]["val"]["images"] == 2
@@ -238,3 +239,21 @@ def test_the_command_looks_at_all_splits(bring, call, refused):
     (root / "annotations/val/0.png").unlink()
     assert "val/0.png" in refused(command, "folder")
     assert "shapes" in refused(command, "shapes")
+
+
+def test_bad_images_are_skipped_on_demand_and_counted(bring, tmp_path, call, refused, caplog):
+    """One photograph is cut off, one mask is missing, one mask of the validation is no picture."""
+    root = bring()
+    photo = root / "images/train/0.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    (root / "annotations/train/1.png").unlink()
+    (root / "annotations/val/1.png").write_bytes(b"no picture")
+    options = ["--log-dir", tmp_path / "run", "--dataset", "folder", *NETWORK, "--epochs", "2", "--eval-freq", "1"]
+    assert "annotations/train" in refused(train, *options)
+    printed = call(train, *options, "--skip-bad-images", "--batch-size", "3")
+    assert "images are skipped" in printed and "2 images skipped" in printed
+    entries = read_log(tmp_path / "run/log.txt")
+    assert [entry["skipped_images"] for entry in entries] == [2, 2]
+    assert all(np.isfinite(entry["train_loss"]) and entry["train_loss"] > 0 for entry in entries)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "skipped" in said and "0.jpg" in said and "left out of the scores" in said and "val/1.png" in said

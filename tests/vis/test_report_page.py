@@ -96,6 +96,9 @@ def test_regions_get_their_mean_color(script):
     assert script.call("colors", sums, [0, 0, 1], 2) == [2, 1, 1, 5, 10, 15]
 
 
+DATA = {"images": 5, "smallest": [40, 30], "largest": [80, 60], "masks_counted": 3, "ignored_pixels": 10}
+
+
 def example(name="street", threshold=0.88, size=(40, 60), grid=(5, 8), patch_size=(8, 8)):
     """A page with one of everything, and the token count of its explorer."""
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -115,6 +118,7 @@ def example(name="street", threshold=0.88, size=(40, 60), grid=(5, 8), patch_siz
         page.methods_section(rows),
         page.trade_off_section(rows),
         page.classes_section(rows, [name, "sky"]),
+        page.data_section({name: {"train": DATA | {"pixels": {name: 30, "sky": 60}, "notes": [name]}}}),
         page.training_section({name: log}, [name]),
         page.tokens_section(rows),
         page.pictures_section([block], [name], [[1, 2, 3]]),
@@ -165,6 +169,8 @@ def test_every_number_stands_in_the_table(text):
     for number in ("71.25", "12.3", "1.500", "20.5 of 40", "0.96"):
         assert f"<td>{number}</td>" in text
     assert "graph, layers 2, threshold 0.9" in text
+    for cell in ("40x30 to 80x60", "sky 66.7 %", "10.0%"):
+        assert cell in text
 
 
 def test_names_are_text(text):
@@ -189,6 +195,7 @@ def test_light_and_dark_and_small_screens(text):
 def test_sections_without_content_are_left_out():
     pure = {"name": "a", "method": "pure", "n_patches": 4, "counts": [4]}
     assert page.tokens_section([pure]) is None and page.training_section({}, ["a"]) is None
+    assert page.data_section({}) is None
     assert page.pictures_section([], [], []) is None and page.explorer_section("a", 2, 0.9, []) is None
     assert "<script>" not in page.page("a", [], [])
 
