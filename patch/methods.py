@@ -80,6 +80,8 @@ def _merge_algm(step: Step) -> Reduction:
     """ALGM: CLAP in the first layer of the list, if there is a window, and GBM in the others."""
     options, tokens = step.options, _tokens_left(step)
     if options["window"] is not None and step.layer == options["layers"][0]:
+        if any(side > own for side, own in zip(options["window"], step.grid, strict=True)):
+            return g2tm.Grouping.identity(step.x, step.sizes)  # an image without a whole window
         given = {"window": options["window"], "sizes": step.sizes, "batch": step.batch}
         return g2tm.clap(step.x, step.grid, options["threshold"], tokens=tokens, **given)
     threshold = options["threshold"] if options["gbm_threshold"] == TAU else options["gbm_threshold"]

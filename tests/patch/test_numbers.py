@@ -1,0 +1,88 @@
+"""Degenerate images in every method and every precision: nothing that is not finite comes out."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+
+import patch
+from segm.engine import segmentation_loss
+from segm.model.factory import create_segmenter
+from tests.helpers import METHOD_OPTIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIDE = 24  # pixels; patches of 8
+# Options with which everything merges that a method can merge, or nothing.
+EXTREMES = {
+    "graph": ({"threshold": -1.0}, {"threshold": 1.0}, {"tokens": 1}, {"tokens": 0.5}),
+    "algm": (
+        {"layers": [1, 3], "threshold": -1.0},
+        {"layers": [1, 3], "threshold": 1.0},
+        {"layers": [1, 3], "tokens": [0.75, 0.7]},
+    ),
+    "mpm": ({"layers": [1, 2, 3]},),
+}
+BY_R = ({"r": 0}, {"r": 8})
+
+
+def images():
+    """Name -> pictures (2, 3, H, W): of one color, of one pixel, of noise, of one patch, none."""
+    flat, dark, dot = torch.ones(2, 3, SIDE, SIDE), torch.zeros(2, 3, SIDE, SIDE), torch.zeros(2, 3, SIDE, SIDE)
+    dot[:, :, 5, 5] = 1.0
+    noise = torch.randn(2, 3, SIDE, SIDE)
+    halves = torch.cat([noise[..., : SIDE // 2], flat[..., : SIDE // 2]], dim=-1)
+    found = {"white": flat, "black": dark, "dot": dot, "noise": noise, "bright noise": 100 * noise, "halves": halves}
+    return found | {"a patch": noise[..., :8, :8], "a pixel": noise[..., :1, :1], "none": noise[:0], "one": noise[:1]}
+
+
+def models(net, zero_norm):
+    """(method, options, model) with attention of all kinds; `zero_norm`: tokens are zero until position is added."""
+    for method, options in METHOD_OPTIONS.items():
+        entry = patch.find(method)
+        extremes = EXTREMES.get(method, BY_R if entry.takes("r") else ())
+        for chosen in (options, *extremes):
+            for attention in ("none", "proportional") if entry.takes("attention") else ("none",):
+                model = create_segmenter(net)
+                if zero_norm:
+                    for parameter in (model.encoder.patch_embed.proj, model.encoder.pos_embed):
+                        torch.nn.init.zeros_(getattr(parameter, "weight", parameter))
+                    torch.nn.init.zeros_(model.encoder.patch_embed.proj.bias)
+                patch.add_modules(model.encoder, method)
+                more = {"attention": attention} if entry.takes("attention") else {}
+                yield method, chosen, patch.apply(model, method, **chosen, **more)
+
+
+def gradients_are_finite(model, pictures):
+    """Whether one backward pass gives finite gradients."""
+    model.zero_grad()
+    labels = torch.zeros(len(pictures), *pictures.shape[-2:], dtype=torch.long)
+    segmentation_loss(model(pictures), labels).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_norm"),
+    [
+        (torch.float32, False),
+        *(
+            pytest.param(dtype, zero_norm, marks=pytest.mark.slow)
+            for dtype, zero_norm in product(DTYPES, (False, True))
+            if (dtype, zero_norm) != (torch.float32, False)
+        ),
+    ],
+)
+def test_scores_and_gradients_are_finite(small_net, dtype, zero_norm):
+    net = small_net | {"image_size": [SIDE, SIDE], "patch_size": 8, "n_layers": 3}
+    for method, options, model in models(net, zero_norm):
+        model.to(dtype)
+        plain = patch.remove(copy.deepcopy(model)).train()
+        for name, pictures in images().items():
+            where, pictures = f"{method} {options} {dtype} {name}", pictures.to(dtype)
+            with torch.inference_mode():
+                logits = model.eval()(pictures)
+            assert logits.shape == (len(pictures), model.n_cls, *pictures.shape[-2:]), where
+            assert logits.isfinite().all(), where
+            # Without a loss scaler, float16 overflows in the plain model too.
+            assert gradients_are_finite(model.train(), pictures) or not gradients_are_finite(plain, pictures), where
