@@ -1,16 +1,20 @@
 """Sliding-window inference, as in the released evaluation of Segmenter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segm.model.upsample import resized_label_map, upsample
+from segm.model.upsample import bilinear_places, resized_label_map, upsample
 
 Model = Callable[[Tensor], Tensor]
+Region = tuple[int, int, int, int]  # first and behind the last row, first and behind the last column
+MOST_PIXELS = 1 << 21  # 2048×1024: logits of larger images are held in bands
+BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,44 +44,57 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def sliding_logits(model: Model, image: Tensor, windows: Windows) -> Tensor:
+def sliding_logits(model: Model, image: Tensor, windows: Windows, region: Region | None = None) -> Tensor:
     """Logits of an image of any size, averaged where windows overlap.
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
         image: (3, H, W), normalized.
         windows: `Windows`.
+        region: the pixels that are asked for, of the scaled image; None: all.
 
     Returns:
-        (C, H', W'); an image whose shorter side is below the window is scaled up to it first.
+        (C, H', W'), or the region of it; an image whose shorter side is below the window is scaled up to it first.
     """
     image = _at_least(image.unsqueeze(0), windows.size)
     height, width = image.shape[-2:]
-    rows = window_starts(height, windows.size, windows.stride)
-    columns = window_starts(width, windows.size, windows.stride)
-    corners = [(top, left) for top in rows for left in columns]
-    total, count = image.new_empty(0), image.new_zeros(height, width)
+    top, bottom, left, right = region or (0, height, 0, width)
+    rows = [t for t in window_starts(height, windows.size, windows.stride) if t < bottom and t + windows.size > top]
+    columns = [c for c in window_starts(width, windows.size, windows.stride) if c < right and c + windows.size > left]
+    corners = [(t, c) for t in rows for c in columns]
+    total, count = image.new_empty(0), image.new_zeros(bottom - top, right - left)
     for first in range(0, len(corners), windows.batch_size):
         some = corners[first : first + windows.batch_size]
-        crops = torch.cat([image[..., t : t + windows.size, left : left + windows.size] for t, left in some])
+        crops = torch.cat([image[..., t : t + windows.size, c : c + windows.size] for t, c in some])
         logits = model(crops).float()
         if not total.numel():
-            if len(corners) == 1:
+            if len(corners) == 1 and region is None:
                 return logits[0]
-            total = logits.new_zeros(logits.shape[1], height, width)
-        for (top, left), window_logits in zip(some, logits, strict=True):
-            total[:, top : top + windows.size, left : left + windows.size] += window_logits
-            count[top : top + windows.size, left : left + windows.size] += 1
+            total = logits.new_zeros(logits.shape[1], *count.shape)
+        for (t, c), own in zip(some, logits, strict=True):
+            inside = (
+                slice(max(t - top, 0), max(t + windows.size - top, 0)),
+                slice(max(c - left, 0), c + windows.size - left),
+            )
+            part = own[:, max(top - t, 0) : bottom - t, max(left - c, 0) : right - c]
+            total[:, *inside] += part
+            count[inside] += 1
     return total.div_(count)
 
 
 def _at_least(image: Tensor, side: int) -> Tensor:
     """Scale (1, 3, H, W) up until its shorter side has `side` pixels."""
-    height, width = image.shape[-2:]
-    if min(height, width) >= side:
+    size = _at_least_size(image.shape[-2:], side)
+    if size == tuple(image.shape[-2:]):
         return image
-    size = (side, int(width / height * side)) if height < width else (int(height / width * side), side)
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def _at_least_size(size: Sequence[int], side: int) -> tuple[int, int]:
+    height, width = size
+    if min(height, width) >= side:
+        return height, width
+    return (side, int(width / height * side)) if height < width else (int(height / width * side), side)
 
 
 def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> Tensor:
@@ -101,16 +118,71 @@ def predict_labels(
 ) -> Tensor:
     """Label map from the summed class probabilities of all views of an image.
 
+    Bands across the longer side of a large image are done one by one, each with logits of about `BAND_PIXELS`.
+
     Args:
-        model, windows, size: see `view_logits`.
-        views: list of (image, flipped).
+        model: images (B, 3, h, w) -> logits (B, C, h, w).
+        views: list of (image (3, H, W), normalized, and whether it is mirrored).
+        windows: `Windows`.
+        size: original (height, width).
 
     Returns:
         (height, width), int64.
     """
-    if len(views) == 1:  # a softmax does not change which class is largest
+    sizes = [_at_least_size(image.shape[-2:], windows.size) for image, _ in views]
+    n_pixels = max(height * width for height, width in (*sizes, size))
+    if n_pixels <= MOST_PIXELS and len(views) == 1:  # a softmax does not change which class is largest
         image, flipped = views[0]
         labels = resized_label_map(sliding_logits(model, image, windows), size)
         return labels.flip(-1) if flipped else labels
-    logits = (view_logits(model, image, flipped, windows, size) for image, flipped in views)
+    if n_pixels <= MOST_PIXELS:
+        return _most_probable(view_logits(model, image, flipped, windows, size) for image, flipped in views)
+    axis, n_bands = 0 if size[0] > size[1] else 1, -(-n_pixels // BAND_PIXELS)
+    edges = [round(i * size[axis] / n_bands) for i in range(n_bands + 1)]
+    bands = (
+        _most_probable(_band_logits(model, image, flipped, windows, size, axis, band) for image, flipped in views)
+        for band in pairwise(edges)
+    )
+    return torch.cat(list(bands), dim=axis)
+
+
+def _most_probable(logits: Iterable[Tensor]) -> Tensor:
+    """(C, H, W) of every view -> (H, W), int64."""
     return reduce(torch.add, (one.softmax(0) for one in logits)).argmax(0)
+
+
+def _band_logits(
+    model: Model,
+    image: Tensor,
+    flipped: bool,
+    windows: Windows,
+    size: tuple[int, int],
+    axis: int,
+    band: tuple[int, int],
+) -> Tensor:
+    """Logits of the pixels from band[0] to below band[1] of a side of an image, at its original size.
+
+    Args:
+        flipped: whether the view is mirrored; the logits are mirrored back.
+        axis: 0: the band has all columns, 1: all rows.
+
+    Returns:
+        (C, height, width) of the band.
+    """
+    first, last = band
+    if flipped and axis == 1:
+        first, last = size[1] - last, size[1] - first
+    height, width = _at_least_size(image.shape[-2:], windows.size)
+    old = (height, width)[axis]
+    above, below, weight = bilinear_places(old, size[axis], image.device)
+    above, below, weight = above[first:last], below[first:last], weight[first:last]
+    start, end = int(above[0]), int(below[-1]) + 1
+    region = (start, end, 0, width) if axis == 0 else (0, height, start, end)
+    logits = sliding_logits(model, image, windows, region)
+    weight = weight[:, None] if axis == 0 else weight
+    mixed = torch.lerp(
+        logits.index_select(axis + 1, above - start), logits.index_select(axis + 1, below - start), weight
+    )
+    other = (last - first, size[1]) if axis == 0 else (size[0], last - first)
+    mixed = upsample(mixed.unsqueeze(0), other)[0]  # along the other side; this one has its size
+    return mixed.flip(-1) if flipped else mixed

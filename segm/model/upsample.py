@@ -121,6 +121,17 @@ def _label_map_in_bands(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return labels
 
 
+def bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the points of a resized side lie between those of the old one, without aligned corners.
+
+    Returns:
+        (new,) each: the point before, the one after (both int64), and the weight of the latter.
+    """
+    place = ((torch.arange(new, device=device) + 0.5) * (old / new) - 0.5).clamp(min=0)
+    before = place.long().clamp(max=old - 1)
+    return before, (before + 1).clamp(max=old - 1), place - before
+
+
 def resized_label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """`upsample(logits, size).argmax(1)` for any size, in bands of rows; ties aside, which rounding may turn.
 
@@ -133,15 +144,11 @@ def resized_label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """
     n_cls, old = logits.shape[:2]
     height, width = size
-    # Bilinear sampling without aligned corners: row y of the result lies at (y + 0.5)·h/H - 0.5 of the logits.
-    place = ((torch.arange(height, device=logits.device) + 0.5) * (old / height) - 0.5).clamp(min=0)
-    above = place.long().clamp(max=old - 1)
-    below = (above + 1).clamp(max=old - 1)
-    weight = (place - above)[:, None]
+    above, below, weight = bilinear_places(old, height, logits.device)
     rows = max(1, BAND_BYTES // (n_cls * width * logits.element_size()))
     labels = torch.empty(height, width, dtype=torch.long, device=logits.device)
     for top in range(0, height, rows):
         band = slice(top, top + rows)
-        mixed = torch.lerp(logits[:, above[band]], logits[:, below[band]], weight[band])
+        mixed = torch.lerp(logits[:, above[band]], logits[:, below[band]], weight[band, None])
         labels[band] = upsample(mixed.unsqueeze(0), (mixed.shape[1], width))[0].argmax(0)
     return labels

@@ -54,6 +54,22 @@ def test_labels_at_the_original_size_are_found_in_bands(monkeypatch):
         assert (labels == expected.argmax(0)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("size", [(16, 90), (90, 16), (33, 50), (200, 8)])
+def test_large_images_are_done_in_bands(monkeypatch, size):
+    """The same labels, views of other scales and mirrored ones included, with logits of a part at a time."""
+    windows, image, shapes = Windows(16, 12), torch.randn(3, *size), []
+    scaled = torch.nn.functional.interpolate(image[None], scale_factor=1.5, mode="bilinear")[0]
+    for views in ([(image, False)], [(image, False), (image.flip(-1), True), (scaled, False), (scaled.flip(-1), True)]):
+        expected = predict_labels(by_pixel, views, windows, size)
+        with monkeypatch.context() as context:
+            context.setattr("segm.eval.sliding.MOST_PIXELS", 400)
+            context.setattr("segm.eval.sliding.BAND_PIXELS", 400)
+            context.setattr("segm.eval.sliding.upsample", lambda x, new: (shapes.append(new), upsample(x, new))[1])
+            found = predict_labels(by_pixel, views, windows, size)
+        assert (found == expected).float().mean() > 0.999
+    assert max(height * width for height, width in shapes) <= 400
+
+
 def test_probabilities_of_all_views_are_summed():
     images = [torch.randn(3, 16, 16) for _ in range(3)]
     windows = Windows(16, 16)

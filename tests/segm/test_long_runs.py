@@ -1,0 +1,97 @@
+"""Memory stays flat, however long a training or an evaluation runs."""
+
+import ctypes
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import patch
+from segm.data import Sample, SegmentationDataset
+from segm.engine import Precision, create_loader, train_one_epoch
+from segm.eval.evaluate import evaluate
+from segm.eval.sliding import Windows
+from segm.model.factory import create_segmenter
+from segm.optim import create_optimizer, create_scheduler
+from tests.helpers import METHOD_OPTIONS
+
+STATUS = Path("/proc/self/status")
+N, WARM_UP, SIDE = 2000, 500, 32
+SIZES = [(32, 32), (32, 48), (40, 32), (64, 48)]  # pixels, of photographs
+FLAT = 8.0  # MiB; what allocators and caches of libraries move by
+
+
+class Noise(SegmentationDataset):
+    """Pictures out of nothing, some rougher than others, so that they keep different numbers of tokens."""
+
+    def __init__(self, length):
+        names = ("a", "b", "c", "d", "e")
+        palette = np.zeros((5, 3), np.uint8)
+        settings = {"image_size": SIDE, "crop_size": SIDE, "resize_factor": 4, "normalization": "vit", "seed": 0}
+        super().__init__("noise", "train", names, palette, **settings)
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def name_of(self, index):
+        return str(index)
+
+    def load(self, index):
+        rng, (h, w) = np.random.default_rng(index), SIZES[index % len(SIZES)]
+        label = rng.integers(0, 5, (h, w), dtype=np.uint8)
+        image = np.clip(rng.normal(128, 1 + 20 * (index % 7), (h, w, 3)), 0, 255).astype(np.uint8)
+        return Sample(str(index), image, label)
+
+    def train_item(self, index, seed):
+        rng = torch.Generator().manual_seed(seed + index)
+        image = torch.randn(3, SIDE, SIDE, generator=rng) * (0.1 + index % 7)
+        return {"image": image, "label": torch.randint(5, (SIDE, SIDE), generator=rng)}
+
+
+def resident():
+    """MiB of this process, after what is free was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS")) / 1024
+
+
+def watch(run):
+    """How many MiB a run holds more after `N` calls of the function that it is given than after `WARM_UP`."""
+    n_calls, seen = 0, []
+
+    def look(*_):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in (WARM_UP, N):
+            seen.append(resident())
+
+    run(look)
+    before, after = seen
+    return after - before
+
+
+def train_on_noise(model, look):
+    """`N` updates."""
+    optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
+    schedule = create_scheduler(optimizer, "polynomial", epochs=1, updates_per_epoch=N, learning_rate=1e-4)
+    loader, cpu = create_loader(Noise(N), batch_size=1), torch.device("cpu")
+    precision = Precision.choose(cpu, amp=False)
+    options = {"device": cpu, "after_update": look, "progress": False}
+    train_one_epoch(model, loader, optimizer, schedule, precision, 0, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="Linux tells what a process holds")
+@pytest.mark.parametrize("method", ["pure", *METHOD_OPTIONS])
+def test_memory_stays_flat(small_net, method, record_property):
+    model = create_segmenter(small_net)
+    if method != "pure":
+        patch.add_modules(model.encoder, method)
+        patch.apply(model, method, **METHOD_OPTIONS[method])
+    trained = watch(lambda look: train_on_noise(model, look))
+    evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows(SIDE, SIDE), on_image=look))
+    record_property("grown_mib", [round(trained, 2), round(evaluated, 2)])
+    assert max(trained, evaluated) < FLAT
