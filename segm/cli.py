@@ -66,6 +66,10 @@ def _one_line_errors() -> Iterator[None]:
             raise SystemExit(1) from error
         kind = WrongUsage if isinstance(error, click.UsageError) else click.ClickException
         raise kind(message) from error
+    except RuntimeError as error:
+        if parallel.has_lost_another(error) and parallel.hand_over("Error: another process ended", follows=True):
+            raise SystemExit(1) from error
+        raise
 
 
 def _message(error: BaseException) -> str:

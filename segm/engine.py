@@ -48,21 +48,23 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, n_images: int, batch_size: int, seed: int = 0) -> None:
-        self.n_images = n_images
-        self.seed = seed
+        self.n_images, self.seed = n_images, seed
         self.epoch = 0
         self.skip = 0
-        self.per_process = max(n_images // parallel.world_size(), min(n_images, batch_size))
+        self.batch_size = min(batch_size, n_images)
+        self.n_batches = max(1, n_images // (self.batch_size * parallel.world_size()))
 
     def __len__(self) -> int:
-        return self.per_process
+        return self.n_batches * self.batch_size
 
     @property
     def order(self) -> list[int]:
-        """The images of this process in this epoch."""
+        """The images of this process in this epoch; an update is made of the same ones, however many share it."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n_images, generator=generator)
-        return order.roll(-parallel.rank() * self.per_process)[: self.per_process].tolist()
+        batches = torch.arange(self.n_batches) * parallel.world_size() + parallel.rank()
+        places = batches[:, None] * self.batch_size + torch.arange(self.batch_size)
+        return order[places.flatten() % self.n_images].tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter([(self.epoch, index) for index in self.order[self.skip :]])
@@ -72,10 +74,11 @@ def create_loader(
     dataset: SegmentationDataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Training batches of this process: dicts of `image` (B, 3, h, w) and `label` (B, h, w)."""
+    sampler = EpochSampler(len(dataset), batch_size, seed)
     return DataLoader(
         dataset,
-        batch_size=min(batch_size, len(dataset)),
-        sampler=EpochSampler(len(dataset), batch_size, seed),
+        batch_size=sampler.batch_size,
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=parallel.start_worker,
@@ -115,12 +118,15 @@ class Precision:
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled pixels; a batch without any gives 0 instead of NaN.
 
+    With several processes, the mean of their losses is that over the labelled pixels of all.
+
     Args:
         logits: (B, C, H, W).
         labels: (B, H, W), int64, 255 is ignored.
     """
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
-    return total / (labels != IGNORE_LABEL).sum().clamp(min=1)
+    count = parallel.sum_over_processes((labels != IGNORE_LABEL).sum())
+    return total * parallel.world_size() / count.clamp(min=1)
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]

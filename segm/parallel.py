@@ -72,8 +72,12 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def hand_over(message: str) -> bool:
+def hand_over(message: str, *, follows: bool = False) -> bool:
     """Give the message of a failure to `torchrun`, which ends the other processes and shows it at the end, once.
+
+    Args:
+        message: one line.
+        follows: whether this process fails because another one has, whose message counts.
 
     Returns:
         Whether there is one that takes it.
@@ -81,11 +85,16 @@ def hand_over(message: str) -> bool:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         return False
-    if os.environ.get("RANK") != "0":  # what all processes fail with, the main process says
-        time.sleep(PRECEDENCE)
+    if follows or os.environ.get("RANK") != "0":  # what all processes fail with, the main process says
+        time.sleep(2 * PRECEDENCE if follows else PRECEDENCE)
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
     Path(file).write_text(json.dumps(content), encoding="utf-8")
     return True
+
+
+def has_lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:

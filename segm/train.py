@@ -257,7 +257,10 @@ def train(
         state = partial(training_state, model, optimizer, scheduler, precision.scaler)
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
         wrapped: torch.nn.Module = model
-        if parallel.world_size() > 1:  # learned parts rest where their method does not merge
+        if parallel.world_size() > 1:
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
+            # Learned parts rest where their method does not merge.
             wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
         windows = Windows(settings.window_size, settings.window_stride)
         main_process = parallel.is_main()

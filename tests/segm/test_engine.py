@@ -196,7 +196,7 @@ def test_a_diverging_training_stops(net):
 
 
 def test_every_image_is_seen_once_per_epoch_in_another_order():
-    sampler = EpochSampler(10, 4)
+    sampler = EpochSampler(10, 5)
     epochs = []
     for epoch in range(2):
         sampler.epoch = epoch
@@ -206,14 +206,19 @@ def test_every_image_is_seen_once_per_epoch_in_another_order():
     assert epochs[0] != epochs[1]
 
 
-def test_processes_share_the_images(monkeypatch):
-    """Disjoint shares of one size; only with fewer images than a batch do they overlap."""
-    monkeypatch.setattr("segm.parallel.world_size", lambda: 2)
-    for n_images, share in ((10, 5), (11, 5), (3, 3)):
-        seen = []
-        for rank in range(2):
+def test_processes_share_the_images_of_an_update(monkeypatch):
+    """However many they are, an update is made of the same images; they overlap if there are fewer than a batch."""
+
+    def updates(n_images, batch_size, world_size):
+        monkeypatch.setattr("segm.parallel.world_size", lambda: world_size)
+        orders = []
+        for rank in range(world_size):
             monkeypatch.setattr("segm.parallel.rank", lambda rank=rank: rank)
-            seen.append([i for _, i in EpochSampler(n_images, 4)])
-        assert len(seen[0]) == len(seen[1]) == share
-        if n_images >= 8:
-            assert not set(seen[0]) & set(seen[1])
+            orders.append(torch.tensor([i for _, i in EpochSampler(n_images, batch_size)]).view(-1, batch_size))
+        return [set(torch.cat(images).tolist()) for images in zip(*orders, strict=True)]
+
+    for n_images in (8, 11, 31):
+        alone = updates(n_images, 4, 1)
+        assert len(alone) == n_images // 4 and sum(map(len, alone)) == 4 * len(alone)
+        assert updates(n_images, 2, 2) == updates(n_images, 1, 4) == alone
+    assert updates(3, 3, 2) == [{0, 1, 2}]
