@@ -205,6 +205,7 @@ def test_nested_aliases_cost_nothing(run, tmp_path):
         assert outcome(test, tmp_path / "run", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named(tmp_path, monkeypatch):
     """A data set that is damaged in one file says which."""
     monkeypatch.setenv("DATASET", str(tmp_path))
