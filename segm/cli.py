@@ -1,5 +1,6 @@
 """Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ class Command(click.Command):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        # Pillow warns of large pictures; those above twice its limit are refused.
+        warnings.filterwarnings("ignore", message="Image size")
         with _one_line_errors():
             return super().invoke(ctx)
 

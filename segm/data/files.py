@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from segm.data.dataset import SegmentationDataset
-from segm.data.images import DECODE_ERRORS, first_line, read_image, require_file
+from segm.data.images import DECODE_ERRORS, read_image, require_file, unreadable
 from segm.data.openmmlab import BaseSegDataset, LoadAnnotations
 from segm.data.sample import IGNORE_LABEL, Sample
 
@@ -77,7 +77,7 @@ class FileDataset(SegmentationDataset):
             highest = highest_wide_label(path)
             label = self._read_label(info)["gt_seg_map"]
         except (AssertionError, *DECODE_ERRORS) as error:  # mmcv's, where cv2 gives None
-            raise ValueError(f"{path}: damaged or no label map ({first_line(error)})") from error
+            raise ValueError(unreadable(path, "label map", error)) from error
         if label.ndim != 2:
             label = self._of_colors(path, label)
         if shape is not None and label.shape != shape:

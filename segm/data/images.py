@@ -64,7 +64,7 @@ def read_image(path: str | Path, check: bool = True) -> np.ndarray:
         if image is not None and check:
             check_complete(data.tobytes())
     except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: damaged or no image ({first_line(error)})") from error
+        raise ValueError(unreadable(path, "image", error)) from error
     if image is None:
         raise ValueError(f"{path}: damaged or no image (OpenCV cannot decode it)")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -149,6 +149,14 @@ def require_file(path: Path, kind: str) -> None:
     """Raises a FileNotFoundError unless there is such a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the {kind} is missing")
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> str:
+    """In a line, why a decoder does not take a picture."""
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"{path}: the {kind} has more pixels than are read, {limit:,} at most: cut it into smaller ones"
+    return f"{path}: damaged or no {kind} ({first_line(error)})"
 
 
 def first_line(error: Exception) -> str:

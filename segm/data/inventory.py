@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from segm.data.dataset import SegmentationDataset
 from segm.data.files import FileDataset
-from segm.data.images import DECODE_ERRORS, first_line
+from segm.data.images import DECODE_ERRORS, unreadable
 from segm.data.sample import IGNORE_LABEL
 
 ORIENTATION = 0x0112  # of EXIF: 1 upright, 5 to 8 turned by a right angle
@@ -196,7 +196,7 @@ def _read_header(path: Path) -> tuple[tuple[int, int], int]:
     except FileNotFoundError:
         raise
     except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: damaged or no image ({first_line(error)})") from error
+        raise ValueError(unreadable(path, "image", error)) from error
 
 
 def _count(dataset: FileDataset, indices: Sequence[int], progress: bool, bad: list[str] | None) -> np.ndarray:

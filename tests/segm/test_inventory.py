@@ -222,6 +222,13 @@ def test_cut_jpegs_are_found_out_whatever_their_end(tmp_path, settings):
     assert read_image(tmp_path / "whole.jpg").shape == (90, 120, 3)
 
 
+def test_pictures_above_pillows_limit_are_called_that(bring, monkeypatch):
+    bring()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)
+    with pytest.raises(ValueError, match=r"0\.jpg: the image has more pixels than are read, 1,918 at most: cut it"):
+        take_inventory(create_dataset("folder", "train"))
+
+
 def test_samples_are_spread():
     assert list(spread(10, 5)) == [1, 3, 5, 7, 9] and list(spread(3, 9)) == [0, 1, 2] == list(spread(3, None))
     assert len(set(spread(1000, 200))) == 200
