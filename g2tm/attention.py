@@ -1,7 +1,9 @@
-"""How merged tokens enter later attention layers: one additive bias on the logits of the keys."""
+"""How merged tokens enter later attention layers, as a bias of the keys, and what attention tells about tokens."""
 
 import torch
 from torch import Tensor
+
+from g2tm.selection import chunks, selection
 
 ATTENTION_MODES = ("none", "proportional", "inverse")
 SMALLEST_SIZE = 1e-6  # of an empty token, whose logarithm must stay finite
@@ -31,3 +33,48 @@ def attention_bias(sizes: Tensor, mode: str, padding: Tensor | None = None) -> T
     if padding is not None:
         bias = bias.masked_fill(padding, float("-inf"))
     return bias[:, None, None, :]
+
+
+@selection
+def attention_row(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
+    """Attention of the first token, which is CLS, to every token: the mean over the heads.
+
+    Args:
+        query, key: (B, H, L, d).
+        bias: (B, 1, 1, L), of the keys; None: none.
+        scale: of the logits.
+
+    Returns:
+        (B, L), float32.
+    """
+    return _probabilities(query[:, :, :1], key, bias, scale).mean((1, 2))
+
+
+@selection
+def attention_means(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
+    """Attention that every token gets: the mean over heads and queries, of which padding is none.
+
+    The map itself, (B, H, L, L), is never there as a whole.
+
+    Args:
+        query, key, bias, scale: as for `attention_row`; a bias of -inf marks padding.
+
+    Returns:
+        (B, L), float32; 0 for padding.
+    """
+    n_images, n_heads, length, _ = query.shape
+    asks = query.new_ones(n_images, 1, 1, length) if bias is None else (bias > float("-inf")).to(query.dtype)
+    asks = asks.float().expand(n_images, n_heads, 1, length)
+    total, first = query.new_zeros(n_images, length, dtype=torch.float32), 0
+    for part in chunks(query.flatten(0, 1), length):
+        part = part.unflatten(0, (n_images, n_heads))
+        last = first + part.shape[2]
+        total = total + (asks[..., first:last] @ _probabilities(part, key, bias, scale)).sum((1, 2))
+        first = last
+    return total / (n_heads * asks[:, 0].sum(2))
+
+
+def _probabilities(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(B, H, I, d), (B, H, L, d) -> (B, H, I, L), float32."""
+    logits = (query.float() * scale) @ key.float().mT
+    return (logits if bias is None else logits + bias.float()).softmax(-1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import most_similar, precise, ranks, selection
+from g2tm.selection import LOWEST, most_similar, precise, ranks, selection
 from g2tm.validation import check_batch, check_r, check_threshold, check_tokens
 
 ADAPTIVE = "adaptive"
@@ -57,7 +57,7 @@ def bipartite(
     check_batch(batch)
     if n_images == 0:
         return Grouping.identity(metric, sizes)
-    present = _present(sizes, prefix) if padded and sizes is not None and tokens is None else None
+    present = present_tokens(sizes, prefix) if padded and sizes is not None and tokens is None else None
     position = torch.arange(length, device=metric.device)
     n_tokens = position.new_full((n_images,), length) if present is None else present.sum(1)
     if length // 2 == prefix // 2:  # no B token but prefix tokens
@@ -65,22 +65,19 @@ def bipartite(
         return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
     similarity, partner = best_partners(metric, prefix, present)
     if threshold is not None:
-        n_merges = _count_above(similarity, threshold, layer, batch)
+        n_merges = count_above(similarity, threshold, layer, batch)
     elif tokens is not None:
         n_merges = n_tokens - prefix - tokens
     else:
         n_merges = ((n_tokens - prefix) // 2).clamp(max=r)
-    first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
-    assignment = _assign(ranks(similarity) < n_merges[:, None], partner, first_b, position, prefix)
+    assignment = assign(similarity, partner, n_merges, n_tokens, length, prefix, present)
     if threshold is None and present is None:
         left = prefix + tokens if r is None else length - min(r, (length - prefix) // 2)
         return Grouping.of_length(assignment, left, sizes)
-    if present is not None:  # padding carries no weight and goes anywhere
-        assignment[:, prefix:] *= present[:, prefix:]
     return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
 
 
-def _present(sizes: Tensor, prefix: int) -> Tensor:
+def present_tokens(sizes: Tensor, prefix: int) -> Tensor:
     """(B, L), bool: False for padding, which prefix tokens never are."""
     present = sizes > 0
     present[:, :prefix] = True
@@ -100,19 +97,18 @@ def best_partners(metric: Tensor, prefix: int, present: Tensor | None = None) ->
         for prefix tokens and padding; partner: (B, ceil(L/2)), index among the B tokens.
     """
     metric = F.normalize(precise(metric), dim=-1)
-    lowest = float("-inf")
 
     def exclude(product: Tensor, _: int) -> None:
         if prefix > 1:
-            product[:, :, : prefix // 2] = lowest
+            product[:, :, : prefix // 2] = LOWEST
         if present is not None:
-            product.masked_fill_(~present[:, None, 1::2], lowest)
+            product.masked_fill_(~present[:, None, 1::2], LOWEST)
 
     similarity, partner = most_similar(metric[:, ::2], metric[:, 1::2], exclude)
     similarity = similarity.nan_to_num(nan=UNKNOWN, neginf=UNKNOWN).clamp_(max=1)  # NaN would sort as the most similar
-    similarity[:, : (prefix + 1) // 2] = lowest
+    similarity[:, : (prefix + 1) // 2] = LOWEST
     if present is not None:
-        similarity.masked_fill_(~present[:, ::2], lowest)
+        similarity.masked_fill_(~present[:, ::2], LOWEST)
     return similarity, partner
 
 
@@ -133,7 +129,7 @@ def adaptive_threshold(similarity: Tensor, layer: int) -> Tensor:
     return mean + variance.sqrt() / layer
 
 
-def _count_above(similarity: Tensor, threshold: Any, layer: Any, batch: str) -> Tensor:
+def count_above(similarity: Tensor, threshold: Any, layer: Any, batch: str) -> Tensor:
     """Number of pairs that exceed the threshold in each image: (B,), int64."""
     if threshold == ADAPTIVE:
         threshold = adaptive_threshold(similarity, layer)
@@ -142,25 +138,39 @@ def _count_above(similarity: Tensor, threshold: Any, layer: Any, batch: str) -> 
     return count.min().expand_as(count) if batch == "uniform" else count
 
 
-def _assign(merging: Tensor, partner: Tensor, first_b: Tensor, position: Tensor, prefix: int) -> Tensor:
-    """Prefix tokens, then A tokens that stay, then B tokens.
+def assign(
+    similarity: Tensor,
+    partner: Tensor,
+    n_merges: Tensor,
+    n_tokens: Tensor,
+    length: int,
+    prefix: int,
+    present: Tensor | None = None,
+) -> Tensor:
+    """The most similar pairs merge: prefix tokens, then A tokens that stay, then B tokens.
 
     Args:
-        merging: (B, A), bool, A tokens that merge.
-        partner: (B, A), index among the B tokens.
-        first_b: (B,), what the first B token would become if it were no prefix token.
-        position: (L,), 0 to L-1.
+        similarity, partner: see `best_partners`.
+        n_merges: (B,), number of pairs that merge.
+        n_tokens: (B,), number of tokens that are no padding.
+        length: L, with padding.
+        prefix: number of prefix tokens.
+        present: (B, L), bool, False for padding, which goes anywhere, for it carries no weight; None: there is none.
 
     Returns:
-        (B, L), int64; what padding gets means nothing.
+        (B, L), int64.
     """
-    n_images, length = len(merging), len(position)
+    merging = ranks(similarity) < n_merges[:, None]
+    first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
+    position = torch.arange(length, device=similarity.device)
     place_a = (~merging).cumsum(1).add_(prefix // 2 - 1)
     place_b = position[: length // 2] + first_b[:, None]
-    assignment = position.new_empty(n_images, length)
+    assignment = position.new_empty(len(merging), length)
     assignment[:, 1::2] = place_b
     assignment[:, ::2] = torch.where(merging, place_b.gather(1, partner), place_a)
     assignment[:, :prefix] = position[:prefix]
+    if present is not None:
+        assignment[:, prefix:] *= present[:, prefix:]
     return assignment
 
 

@@ -5,10 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import most_similar, precise, ranks, selection
+from g2tm.selection import LOWEST, most_similar, precise, ranks, selection
 from g2tm.validation import check_batch
-
-LOWEST = float("-inf")
 
 
 @selection

@@ -94,9 +94,19 @@ class Grouping:
     @classmethod
     def of_length(cls, assignment: Tensor, length: int, sizes: Tensor | None = None) -> Self:
         """Reduction to `length` groups in every image; nothing to wait for."""
-        n_images = len(assignment)
-        counts = torch.full((n_images,), length, dtype=torch.int64, device=assignment.device)
-        return cls(assignment, counts, [length] * n_images, sizes)
+        return cls(assignment, *_equal_counts(assignment, length), sizes)
+
+    @classmethod
+    def of_targets(
+        cls, target: Tensor, survivors: Tensor, sizes: Tensor | None = None, weights: Tensor | None = None
+    ) -> Self:
+        """Reduction to the survivors, (B, M), positions in the order of the result; nothing to wait for.
+
+        target: (B, N), for every token the position of the survivor that carries it.
+        """
+        order = torch.arange(survivors.shape[1], device=target.device).expand_as(survivors)
+        assignment = torch.zeros_like(target).scatter_(1, survivors, order).gather(1, target)
+        return cls(assignment, *_equal_counts(assignment, survivors.shape[1]), sizes, weights)
 
     @classmethod
     def identity(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
@@ -150,16 +160,19 @@ class Grouping:
         """This step followed by `second`, seen as one step; two assignments compose to one.
 
         Where both take means, so does the composition: a token's weight is its share of its first group times what
-        that group counts in the second.
+        that group counts in the second. Of its size, so much is left as the second step was told of its group's.
         """
         if type(self) is not Grouping or type(second) is not Grouping:
             return Chain(self, second)
         assignment = second.assignment.gather(1, self.assignment)
-        weights = None
+        weights, sizes = None, self._old_sizes
+        if second._weights is not None and second._old_sizes is not None:  # pruned, or discounted by the second step
+            left = second._old_sizes / self.sizes.clamp(min=TINY)
+            sizes = self.old_sizes * left.gather(1, self.assignment)
         if self._weights is not None or second._weights is not None:
             per_weight = second._all_weights / self._weight_sums.clamp(min=TINY)
             weights = self._all_weights * per_weight.gather(1, self.assignment)
-        return Grouping(assignment, second.counts, second.lengths, self._old_sizes, weights, second._given_width)
+        return Grouping(assignment, second.counts, second.lengths, sizes, weights, second._given_width)
 
     def without_prefix(self, prefix: int) -> Self:
         """The same step for the patch tokens alone, where `prefix` tokens come first before and after it."""
@@ -175,6 +188,11 @@ class Grouping:
         """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""
         given = self.assignment, self.counts, self.lengths, self._old_sizes, self._weights
         return type(self)(*given, max(width, self.width))
+
+    @property
+    def old_sizes(self) -> Tensor:
+        """(B, N), float32, what the tokens brought along as their size."""
+        return torch.ones_like(self.assignment, dtype=torch.float32) if self._old_sizes is None else self._old_sizes
 
     @property
     def _all_weights(self) -> Tensor:
@@ -205,6 +223,12 @@ class Grouping:
             return self.assignment.flatten()
         offsets = torch.arange(0, len(self.assignment) * self.width, max(self.width, 1), device=self.assignment.device)
         return (self.assignment + offsets[:, None]).flatten()
+
+
+def _equal_counts(assignment: Tensor, length: int) -> tuple[Tensor, list[int]]:
+    """`counts` and `lengths` where every image has so many groups."""
+    n_images = len(assignment)
+    return torch.full((n_images,), length, dtype=torch.int64, device=assignment.device), [length] * n_images
 
 
 class Chain:

@@ -1,6 +1,6 @@
 """How every selection runs: without gradients, and in float32 whatever surrounds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Similarities that are held at once, in numbers: bounds the memory of long sequences.
 MAX_SIMILARITIES = 2**24
+LOWEST = float("-inf")  # similarity of what may not be chosen
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +58,11 @@ def square_sums(x: Tensor) -> Tensor:
     return products(x, x) if numpy_helps(x) else x.square().sum(-1)
 
 
+def places(mask: Tensor, count: int) -> Tensor:
+    """Positions of the true ones, (B, N), bool, `count` in every row, ascending: (B, count). Nothing to wait for."""
+    return mask.logical_not().argsort(dim=1, stable=True)[:, :count]
+
+
 def ranks(values: Tensor) -> Tensor:
     """Place of every number of its row, (B, K), the largest first, from 0; of equal ones the first comes first."""
     order = values.argsort(dim=1, descending=True, stable=True)
@@ -75,23 +81,29 @@ def first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.max(dim=-1)
 
 
-def most_similar(a: Tensor, b: Tensor, exclude: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor]:
+def chunks(a: Tensor, columns: int) -> Iterator[Tensor]:
+    """Parts of (B, I, D) along I, whose products with so many columns may be held at once; at least one."""
+    yield from a.split(max(1, MAX_SIMILARITIES // max(len(a) * columns, 1)), dim=1)
+
+
+def most_similar(a: Tensor, b: Tensor, change: Callable[[Tensor, int], object] | None = None) -> tuple[Tensor, Tensor]:
     """The b with the largest inner product for every a, never all products at once.
 
     Args:
         a, b: (B, I, D) and (B, J, D).
-        exclude: is given the products of some a, (B, i, J), and the index of the first of them; sets those that do
-            not count to -inf, in place.
+        change: is given the products of some a, (B, i, J), and the index of the first of them; changes them in place,
+            sets those that do not count to -inf.
 
     Returns:
         (values, indices), (B, I) each; of equal ones the first, and NaN is the largest.
     """
-    rows = max(1, MAX_SIMILARITIES // max(len(a) * b.shape[1], 1))
-    transposed, best = b.transpose(1, 2), []
-    for first in range(0, a.shape[1], rows):
-        product = a[:, first : first + rows] @ transposed
-        exclude(product, first)
+    transposed, best, first = b.transpose(1, 2), [], 0
+    for part in chunks(a, b.shape[1]):
+        product = part @ transposed
+        if change is not None:
+            change(product, first)
         best.append(first_maximum(product))
+        first += part.shape[1]
     if len(best) == 1:
         return best[0]
     values, indices = zip(*best, strict=True)

@@ -12,6 +12,12 @@ def check_threshold(threshold: Any, name: str = "threshold") -> None:
         raise ValueError(f"{name} {threshold!r}: give a cosine similarity from -1 to 1")
 
 
+def check_share(value: Any, name: str) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} {value!r}: give a number from 0 to 1")
+
+
 def check_tokens(tokens: Any, lowest: int, highest: int) -> None:
     """A number of patch tokens that a merge can leave: from `lowest` to `highest`."""
     if not _is_count(tokens) or not lowest <= tokens <= highest:

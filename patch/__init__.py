@@ -10,13 +10,14 @@ import patch.methods  # noqa: F401 - fills the registry
 from g2tm import Reduction, mean_and_std
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
-from patch.learned import add_modules, has_modules
+from patch.learned import add_modules, bound_parts, has_modules, learned_parameters
 from patch.method import METHODS, Choice, Method, Number, Option, Step, Target, find, register
 from patch.observe import edges, merge_ranges, reductions, similarities
 from patch.patching import (
     apply,
     check,
     is_patched,
+    loss,
     method,
     options,
     reduction,
@@ -39,6 +40,7 @@ __all__ = [
     "Target",
     "add_modules",
     "apply",
+    "bound_parts",
     "check",
     "compile",
     "edges",
@@ -46,6 +48,8 @@ __all__ = [
     "has_modules",
     "is_compiled",
     "is_patched",
+    "learned_parameters",
+    "loss",
     "mean_and_std",
     "merge_ranges",
     "method",

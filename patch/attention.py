@@ -1,4 +1,4 @@
-"""The one seam through which masks and biases enter attention, and through which its keys can be seen.
+"""The one seam through which masks and biases enter attention, and through which queries and keys can be seen.
 
 No attention code is copied: a block hands its own attention module a mask, and the mask takes the place of
 `scaled_dot_product_attention` where the module calls it.
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from g2tm import masked_softmax
+
 if TYPE_CHECKING:
+    from patch.method import Masking
     from patch.packing import Packing
 
 try:
@@ -29,9 +32,9 @@ PADDING = -(2.0**15)
 ALIGNMENT = 8  # channels: what the kernels ask of a head dimension
 
 
-def sees_keys(attn: nn.Module) -> bool:
-    """Whether the keys of an attention module can be seen while it runs; not where it forms its weights itself, nor
-    in compiled code."""
+def can_look(attn: nn.Module) -> bool:
+    """Whether the queries and keys of an attention module can be seen while it runs; not where it forms its weights
+    itself, nor in compiled code."""
     compiled = torch.compiler.is_compiling() or attn._compiled_call_impl is not None
     return getattr(attn, "fused_attn", False) and not compiled
 
@@ -57,20 +60,20 @@ class AttentionMask(Tensor):
 
 
 class Seen(AttentionMask):
-    """Keeps the keys that attention works with, and lets it go on with the mask that it stands for.
+    """Keeps the queries and keys that attention works with, and lets it go on with the mask that it stands for.
 
     Attributes:
         mask: that mask, or None.
-        keys: (B, H, L, d), once attention has run.
+        pair: queries and keys, (B, H, L, d) each, once attention has run.
     """
 
     mask: Tensor | None
-    keys: Tensor | None = None
+    pair: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: "Seen", **options: Any) -> Tensor:
         """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
-        attn_mask.keys, mask = key, attn_mask.mask
+        attn_mask.pair, mask = (query, key), attn_mask.mask
         attend = type(mask).attend if isinstance(mask, AttentionMask) else F.scaled_dot_product_attention
         return attend(query, key, value, attn_mask=mask, **options)
 
@@ -96,6 +99,44 @@ class KeyBias(AttentionMask):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         carried = carry(query, key, value, attn_mask, scale)
         return F.scaled_dot_product_attention(*carried, scale=scale, **options)[..., : value.shape[-1]]
+
+
+class Masked(AttentionMask):
+    """A mask of tokens that carries gradients, with which a learned method trains; attention is explicit then.
+
+    Attributes:
+        mask: (B, L), of the keys.
+        bias: (B, 1, 1, L), of the keys; None: none.
+        masking: how the mask enters.
+        pair: queries and keys, (B, H, L, d) each, once attention has run.
+        map: attention probabilities, (B, H, L, L), likewise.
+    """
+
+    mask: Tensor
+    bias: Tensor | None
+    masking: "Masking"
+    pair: tuple[Tensor, Tensor] | None = None
+    map: Tensor
+
+    @staticmethod
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: "Masked",
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query.float() @ key.float().mT * scale
+            logits = logits if attn_mask.bias is None else logits + attn_mask.bias
+            masking = attn_mask.masking
+            attn_mask.map = masked_softmax(logits, attn_mask.mask, masking.epsilon, masking.keeps_self)
+        attn_mask.pair = query, key
+        return F.dropout(attn_mask.map, dropout_p).to(value.dtype) @ value
 
 
 class Within(AttentionMask):

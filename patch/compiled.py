@@ -205,7 +205,7 @@ def _sequence(embed: Callable[..., Any] | None, stages: Sequence[Stage]) -> Call
 
 
 def _attend(block: PatchedBlock, index: int, x: Tensor, ropes: Any) -> Tensor:
-    return block.attend(x, block.merging.current, ropes[index])
+    return block.begin(x, block.merging.current, ropes[index])
 
 
 def _feed(block: PatchedBlock, x: Tensor, _: Any) -> Tensor:

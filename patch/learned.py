@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from g2tm import kept_tokens
 from patch.families import family_of
 from patch.method import find
+
+ADAPTER_WIDTH = 32  # of FPET's bottleneck
+MERGE_THRESHOLD = 0.9  # where LTMP begins: at 1 it would only learn to prune
 
 
 def add_modules(encoder: nn.Module, method: str, **options: Any) -> nn.Module:
@@ -28,14 +33,29 @@ def add_modules(encoder: nn.Module, method: str, **options: Any) -> nn.Module:
         return encoder
     if has_modules(encoder, method):
         raise ValueError(f"the encoder has the learned parts of {method} already")
+    before = set(encoder.parameters())
     entry.modules(encoder, family_of(encoder).blocks(encoder), **options)
-    encoder.__dict__["learned_parts"] = (*getattr(encoder, "learned_parts", ()), method)
+    own = tuple(name for name, parameter in encoder.named_parameters() if parameter not in before)
+    encoder.__dict__["learned_parts"] = getattr(encoder, "learned_parts", {}) | {method: own}
     return encoder
 
 
 def has_modules(encoder: nn.Module, method: str) -> bool:
     """Whether an encoder has the learned parts of a method; True for a method without."""
     return find(method).modules is None or method in getattr(encoder, "learned_parts", ())
+
+
+def learned_parameters(encoder: nn.Module, method: str) -> list[nn.Parameter]:
+    """The parameters of a method's learned parts in an encoder; none where there are none."""
+    names = getattr(encoder, "learned_parts", {}).get(method, ())
+    return [encoder.get_parameter(name) for name in names]
+
+
+def bound_parts(encoder: nn.Module) -> None:
+    """Put learned parts back into their range, after an update."""
+    for module in encoder.modules():
+        if isinstance(module, Threshold):
+            module.bound()
 
 
 class DecoupledQKV(nn.Module):
@@ -72,3 +92,72 @@ def add_embeddings(encoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         head = block.attn.head_dim
         block.attn.qkv = DecoupledQKV(block.attn.qkv, head if block.attn.qkv.in_features < 1024 else 2 * head)
+
+
+class Rate(nn.Module):
+    """How many tokens a block keeps, learned as probabilities of candidates (DiffRate, section 3.3).
+
+    Args:
+        patches: of an image.
+        granularity: patch tokens from one candidate to the next.
+        free: whether there is a choice; the first block keeps all.
+    """
+
+    def __init__(self, patches: int, granularity: int, free: bool) -> None:
+        super().__init__()
+        candidates = torch.arange(patches, 0, -granularity).float() if free else torch.tensor([float(patches)])
+        self.register_buffer("kept_token_candidate", candidates)
+        self.selected_probability = nn.Parameter(torch.zeros(len(candidates)))
+
+    def forward(self, prefix: int) -> Tensor:
+        """Scalar: number of tokens, prefix tokens included."""
+        return kept_tokens(self.selected_probability, self.kept_token_candidate, prefix)
+
+
+def add_rates(encoder: nn.Module, blocks: Sequence[nn.Module], granularity: int = 4) -> None:
+    """Give every block DiffRate's two rates, for images of the encoder's own size."""
+    grid = family_of(encoder).grid(encoder)
+    for index, block in enumerate(blocks):
+        for name in ("prune_ddp", "merge_ddp"):
+            setattr(block, name, Rate(grid[0] * grid[1], granularity, free=index > 0).to(_device(block)))
+
+
+class Threshold(nn.Module):
+    """A learned threshold (LTMP, section 3.2).
+
+    Args:
+        value: to begin with.
+        scale: of its learning rate.
+    """
+
+    def __init__(self, value: float, scale: float) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor([value]))
+        self.threshold.learning_rate_scale = scale
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Back to 0 to 1, after an update."""
+        self.threshold.clamp_(0, 1)
+
+
+def add_thresholds(encoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Give every block LTMP's two thresholds. Importance is a small number: its threshold learns 1,000 times slower."""
+    for block in blocks:
+        block.merge_masker = Threshold(MERGE_THRESHOLD, 1.0).to(_device(block))
+        block.prune_masker = Threshold(0.0, 1e-3).to(_device(block))
+
+
+def add_adapters(encoder: nn.Module, blocks: Sequence[nn.Module], layers: Sequence[int] | None = None) -> None:
+    """Give the merging block, by default the one behind the middle, FPET's adapter; it changes nothing at first."""
+    for layer in layers or [len(blocks) // 2 + 1]:
+        block: Any = blocks[layer - 1]
+        width = block.attn.head_dim
+        adapter = nn.Sequential(nn.Linear(width, ADAPTER_WIDTH), nn.GELU(), nn.Linear(ADAPTER_WIDTH, width))
+        nn.init.zeros_(adapter[2].weight)
+        nn.init.zeros_(adapter[2].bias)
+        block.metric_adapter = adapter.to(_device(block))
+
+
+def _device(block: nn.Module) -> torch.device:
+    return next(block.parameters()).device

@@ -7,6 +7,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from g2tm import ATTENTION_MODES, BATCH_MODES, Reduction
 
 Place = Literal["attention", "block", "before"]
 PLACES: tuple[Place, ...] = ("attention", "block", "before")
-NEEDS = ("keys", "normed")
+NEEDS = ("input", "normed", "keys", "row", "means")
 
 
 @dataclass(frozen=True)
@@ -169,23 +170,27 @@ class Step:
 
     Attributes:
         tokens: (B, P + N, D), the residual stream at the place of the method, prefix tokens first.
-        normed: (B, P + N, D), the normalized input of this block's attention; None unless the method needs it.
-        keys: (B, P + N, head dim), keys of this block's attention averaged over the heads, float32; likewise.
+        input: (B, P + N, D), the input of this block; None unless the method needs it. So are the next four.
+        normed: (B, P + N, D), the normalized input of this block's attention.
+        keys: (B, P + N, head dim), keys of this block's attention averaged over the heads, float32.
+        row: (B, P + N), float32, attention of CLS to every token in this block, averaged over the heads.
+        means: (B, P + N), float32, attention that every token gets in this block, averaged over heads and queries.
         prefix: P, number of prefix tokens.
         grid: (gh, gw), patches of the padded image.
+        made_for: (gh, gw), patches of the images that the model was made for.
         sizes: (B, N), patches per patch token, 0 for padding; None before the first merge.
         padded: whether there is padding.
         layer, depth: this layer, 1-based, and how many there are.
         batch: "ragged" or "uniform".
         options: the options in force.
         block: the block itself, for its learned parts.
+        mask: (B, N), in the training of a method with masks, 1 for the tokens that count; None before its first step.
     """
 
     tokens: Tensor
-    normed: Tensor | None
-    keys: Tensor | None
     prefix: int
     grid: tuple[int, int]
+    made_for: tuple[int, int]
     sizes: Tensor | None
     padded: bool
     layer: int
@@ -193,6 +198,12 @@ class Step:
     batch: str
     options: Mapping[str, Any]
     block: nn.Module
+    mask: Tensor | None = None
+    input: Tensor | None = None
+    normed: Tensor | None = None
+    keys: Tensor | None = None
+    row: Tensor | None = None
+    means: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -200,11 +211,56 @@ class Step:
         return self.tokens[:, self.prefix :]
 
     @property
-    def sequence(self) -> dict[str, Any]:
-        """What a matching of the whole sequence is told: `prefix`, `padded`, and `sizes`, (B, P + N), prefix tokens
-        counting 1; None before the first merge."""
+    def whole(self) -> dict[str, Any]:
+        """What a function of the whole sequence is told: `prefix`, and `sizes`, (B, P + N), prefix tokens counting 1;
+        None before the first merge."""
         sizes = None if self.sizes is None else F.pad(self.sizes, (self.prefix, 0), value=1.0)
-        return {"sizes": sizes, "prefix": self.prefix, "padded": self.padded}
+        return {"sizes": sizes, "prefix": self.prefix}
+
+    @property
+    def sequence(self) -> dict[str, Any]:
+        """`whole`, and whether there is padding, as `padded`."""
+        return self.whole | {"padded": self.padded}
+
+    @property
+    def whole_mask(self) -> Tensor:
+        """(B, P + N), float32, `mask` with prefix tokens counting 1; all 1 before the first step."""
+        if self.mask is None:
+            return torch.ones_like(self.tokens[..., 0], dtype=torch.float32)
+        return F.pad(self.mask, (self.prefix, 0), value=1.0)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a mask enters the attention of a training step, see `g2tm.masked_softmax`.
+
+    Attributes:
+        epsilon, keeps_self: its arguments.
+    """
+
+    epsilon: float
+    keeps_self: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loss of a method is made of, after a pass in training.
+
+    Attributes:
+        steps: layer -> what its soft form returned there.
+        blocks: of the encoder.
+        width: D.
+        grid: (gh, gw), patches of the images.
+        prefix: number of prefix tokens.
+        options: the options in force.
+    """
+
+    steps: Mapping[int, Any]
+    blocks: Sequence[nn.Module]
+    width: int
+    grid: tuple[int, int]
+    prefix: int
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -221,8 +277,13 @@ class Method:
             before the first, for a method without needs; "before": in front of the layer.
         needs: what a `Step` has to hold besides the tokens, out of `NEEDS`; none for "before".
         modules: builds the learned parts under the published names; called with the encoder, its blocks and options.
-        soft: what takes the place of `merge` in training: keeps all tokens, and lets gradients reach the choice.
+        switch: the option that says whether the learned parts choose; None: they always do, if there are any.
+        soft: what takes the place of `merge` in training: gradients reach the choice.
+        masks: of a soft form whose reductions have a `mask`: how it enters attention. It is used only where the
+            learned parts choose.
+        loss: what the method adds to the loss of a training step in which it was soft.
         static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
+        traceable: whether a trace of a static form merges other images as they want it; not where it leaves PyTorch.
     """
 
     name: str
@@ -233,8 +294,12 @@ class Method:
     place: Place = "attention"
     needs: frozenset[str] = frozenset()
     modules: Callable[..., None] | None = None
+    switch: str | None = None
     soft: Callable[[Step], Reduction] | None = None
+    masks: Masking | None = None
+    loss: Callable[[Trained], Tensor] | None = None
     static: bool = False
+    traceable: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles look it up again."""
@@ -243,6 +308,14 @@ class Method:
     def is_static(self, options: Mapping[str, Any]) -> bool:
         """Whether the number of tokens that are left does not depend on the image."""
         return self.static or options.get("tokens") is not None
+
+    def learns(self, options: Mapping[str, Any]) -> bool:
+        """Whether its learned parts choose."""
+        return self.modules is not None and (self.switch is None or bool(options.get(self.switch)))
+
+    def softens(self, options: Mapping[str, Any]) -> bool:
+        """Whether training uses its soft form: a form with masks only where its learned parts choose."""
+        return self.soft is not None and (self.masks is None or self.learns(options))
 
     def takes(self, option: str) -> bool:
         """Whether it has an option of that name."""
@@ -284,14 +357,19 @@ def register(
     place: Place = "attention",
     needs: Iterable[str] = (),
     modules: Callable[..., None] | None = None,
+    switch: str | None = None,
     soft: Callable[[Step], Reduction] | None = None,
+    masks: Masking | None = None,
+    loss: Callable[[Trained], Tensor] | None = None,
     static: bool = False,
+    traceable: bool = True,
     **options: Any,
 ) -> Method:
     """Make a method available by name to `patch.apply` and to `--patch-type` of every command.
 
     Args:
-        name, merge, prepare, check, place, needs, modules, soft, static: see `Method`.
+        name, merge, prepare, check, place, needs, modules, switch, soft, masks, loss, static, traceable: see
+            `Method`.
         options: an `Option` each; for the options that every method has (`layers`, `attention`, `batch`) just the
             default. `layers` None: every layer. `batch` None: uniform in training, ragged otherwise.
 
@@ -318,7 +396,9 @@ def register(
             raise ValueError(f"{name}: give its option {option} as an Option, with a default and a help text")
     for option, entry in table.items():
         _check_alike(name, option, entry)
-    METHODS[name] = Method(name, merge, table, prepare, check, place, needs, modules, soft, static)
+    parts: dict[str, Any] = {"modules": modules, "switch": switch, "soft": soft, "masks": masks, "loss": loss}
+    parts |= {"static": static, "traceable": traceable}
+    METHODS[name] = Method(name, merge, table, prepare, check, place, needs, **parts)
     return METHODS[name]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 from g2tm import Reduction
 from patch.families import family_of
@@ -14,7 +14,7 @@ from patch.families.base import Patched, put_in_front, take_away
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_blocks
 from patch.learned import has_modules
-from patch.method import Step, Target, resolve
+from patch.method import Step, Target, Trained, resolve
 from patch.state import Merging, Watchers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,10 +53,12 @@ def apply(model: Model, method: str, **options: Any) -> Model:
     check_blocks(more_blocks, Block)
     target = Target(len(blocks), family.grid(encoder))
     entry, completed = resolve(method, target, options)
-    if entry.modules is not None and not has_modules(encoder, method):
+    if entry.learns(completed) and not has_modules(encoder, method):
         raise ValueError(
             f"{method} has learned parts, which this model lacks: call patch.add_modules(encoder, {method!r})"
         )
+    if "row" in entry.needs and not family.has_cls(encoder):
+        raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
     watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
     merging = Merging(entry, completed, target, family.prefix(encoder), watchers)
     places = _places(entry.place, completed["layers"])
@@ -129,6 +131,25 @@ def reduction(model: nn.Module) -> Reduction | None:
     """
     last = merging_of(model).last
     return None if last is None else last.reduction
+
+
+def loss(model: nn.Module, labels: Tensor | None = None) -> Tensor | float:
+    """What a learned method adds to the loss of this thread's last training pass; 0 for the others.
+
+    Args:
+        model: patched.
+        labels: (B, H, W), of the images.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    merging = merging_of(model)
+    last, own = merging.last, merging.method.loss
+    if own is None or last is None or not last.soft_steps:
+        return 0.0
+    encoder: Any = _parts(model)[0]
+    blocks = family_of(encoder, check=False).blocks(encoder)
+    return own(Trained(last.soft_steps, blocks, encoder.embed_dim, last.grid, merging.prefix, last.options))
 
 
 def method(model: nn.Module) -> str:

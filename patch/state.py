@@ -6,7 +6,7 @@ other threads and replicas do with the model in the meantime does not touch it.
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from g2tm import Grouping, Reduction, attention_bias
-from patch.attention import KeyBias, carries
+from g2tm import Grouping, Reduction, attention_bias, attention_means, attention_row
+from patch.attention import KeyBias, Masked, carries
 from patch.method import Method, Step, Target
 from patch.packing import Packing
 
@@ -99,7 +99,8 @@ class Merging:
     def _check_trace(self) -> None:
         """Raise a ValueError where a trace would hold the merges of one image for all."""
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        if traced and not self._thread.counting and not self.method.is_static(self.options):
+        free = self.method.is_static(self.options) and self.method.traceable
+        if traced and not self._thread.counting and not free:
             raise ValueError(
                 f"a trace would freeze how {self.method.name} merges this image: give a method or an option with a "
                 "fixed number of tokens (tokens=...), or patch.remove first"
@@ -133,6 +134,8 @@ class Pass:
         steps: layer -> the composed reduction after it.
         packing: how the tokens of all images are concatenated at the moment; None: each image has its row.
         key_bias: (B, 1, 1, M), what is added to the logits of the patch tokens as keys; None: nothing.
+        soft_steps: layer -> what the soft form of the method returned there, in training.
+        alive: (B, M), the mask of the last of them; None: it has none.
     """
 
     def __init__(self, merging: Merging) -> None:
@@ -146,21 +149,36 @@ class Pass:
         self.packing: Packing | None = None
         self._padding: Tensor | None = None
         self.key_bias: Tensor | None = None
+        self.soft_steps: dict[int, Reduction] = {}
+        self.alive: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
         self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-    def see(self, normed: Tensor | None, keys: Tensor | None) -> None:
-        """Keep what a method needs of the attention that has just run, None for the rest.
+    def see(self, **found: Tensor) -> None:
+        """Keep what a method needs of a block until its merge.
+
+        found: of `Step`, (B, L, D) or, packed, (1, T, D) each.
+        """
+        self._seen |= found if self.packing is None else {name: self.packing.unpack(x) for name, x in found.items()}
+
+    def see_map(
+        self, query: Tensor, key: Tensor, scale: float, needs: Collection[str], neighbors: tuple[int, int]
+    ) -> None:
+        """Keep what a method needs of an attention map, which is `row` or `means` of `Step`.
 
         Args:
-            normed: (B, L, D), its input.
-            keys: (B, H, L, d).
+            query, key: (B, H, L, d) or, packed, (1, H, T, d), as they are multiplied.
+            scale: of their products.
+            needs: which of the two; other words do not count.
+            neighbors: tokens in front of and behind the patch tokens.
         """
-        found = {} if normed is None else {"normed": normed}
-        if keys is not None:
-            found["keys"] = keys.detach().float().mean(1)
-        self._seen = found if self.packing is None else {name: self.packing.unpack(x) for name, x in found.items()}
+        if self.packing is not None:
+            query, key = (self.packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key))
+        bias = None if self.key_bias is None else F.pad(self.key_bias, neighbors)
+        for name, summary in (("row", attention_row), ("means", attention_means)):
+            if name in needs:
+                self._seen[name] = summary(query, key, bias=bias, scale=scale)
 
     def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:
         """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
@@ -169,8 +187,12 @@ class Pass:
             return x
         with self._range():
             step, method = self._step(x, block, layer, seen), self.merging.method
-            merged = (method.soft if block.training and method.soft is not None else method.merge)(step)
-            if self.bucket is not None and isinstance(merged, Grouping):
+            soft = block.training and method.softens(self.options)
+            merged = (method.soft if soft else method.merge)(step)
+            if soft:
+                self.soft_steps[layer] = merged
+                self.alive = getattr(merged, "mask", None)
+            if self.bucket is not None and not method.is_static(self.options) and isinstance(merged, Grouping):
                 width = self.bucket * math.ceil(merged.width / self.bucket)
                 merged = merged.widened(min(width, step.x.shape[1]))
             self._follow(merged, layer)
@@ -180,10 +202,9 @@ class Pass:
         sizes = None if self.reduction is None else self.reduction.sizes
         return Step(
             tokens=x,
-            normed=seen.get("normed"),
-            keys=seen.get("keys"),
             prefix=self.merging.prefix,
             grid=self.grid,
+            made_for=self.merging.target.grid,
             sizes=sizes,
             padded=self._padding is not None,
             layer=layer,
@@ -191,6 +212,8 @@ class Pass:
             batch=self.options["batch"] or ("uniform" if block.training else "ragged"),
             options=self.options,
             block=block,
+            mask=self.alive,
+            **seen,
         )
 
     def _follow(self, merged: Reduction, layer: int) -> None:
@@ -231,15 +254,26 @@ class Pass:
         """Stochastic depth, which leaves out whole images; x: (B, L, D) or, packed, (1, T, D)."""
         return drop_path(x) if self.packing is None else self.packing.drop(drop_path, x)
 
-    def mask(self, before: int, after: int, x: Tensor, fused: bool) -> Tensor | None:
-        """Mask of the next attention: an additive bias (B, 1, 1, before + M + after), the mask of packed tokens, or
-        None.
+    def mask(self, before: int, after: int, x: Tensor, fused: bool, training: bool) -> Tensor | None:
+        """Mask of the next attention: an additive bias (B, 1, 1, before + M + after), the mask of packed tokens, that
+        of a training step, or None.
 
         Args:
             before, after: tokens in front of and behind the patch tokens, which count as one patch each.
-            x: the tokens that attend.
+            x: the tokens that attend, (B, before + M + after, D).
             fused: whether attention hands it to `scaled_dot_product_attention`.
+            training: whether the block is in training mode.
+
+        Raises:
+            ValueError: a training step with masks, where attention is not fused.
         """
+        masks = self.merging.method.masks
+        if masks is not None and training and self.merging.method.softens(self.options):
+            if not fused:
+                raise ValueError(f"{self.merging.method.name} trains with fused attention only: set fused_attn = True")
+            alive = x.new_ones(x.shape[:2]) if self.alive is None else F.pad(self.alive, (before, after), value=1.0)
+            bias = None if self.key_bias is None else F.pad(self.key_bias, (before, after))
+            return Masked.of(mask=alive, bias=bias, masking=masks)
         if self.packing is not None:
             return self.packing.mask
         if self.key_bias is None:

@@ -222,19 +222,24 @@ def train_one_epoch(
         done.losses += torch.stack([current.double(), torch.ones_like(current, dtype=torch.float64)])
         if number % SHOW_EVERY == SHOW_EVERY - 1 or done.updates == len(loader):
             last = _read(unread, loader, done.updates)
-            bar.set_postfix(loss=f"{last:.3f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", refresh=False)
+            bar.set_postfix(loss=f"{last:.3f}", lr=f"{_learning_rate(optimizer):.2e}", refresh=False)
         if after_update is not None:
             after_update(done)
     loss_sum, n_batches = parallel.gather(done.losses).sum(0).tolist()  # waits for the device
     seconds = time.perf_counter() - begin
     return {
         "train_loss": loss_sum / n_batches,
-        "train_learning_rate": optimizer.param_groups[0]["lr"],
+        "train_learning_rate": _learning_rate(optimizer),
         "num_updates": before + done.updates,
         "images_per_second": n_left * batch_size * parallel.world_size() / seconds,
         "data_wait": 100 * sum(waits) / seconds,
         "memory_mb": _peak_memory(device),
     } | ({"skipped_images": n_skipped} if n_skipped else {})
+
+
+def _learning_rate(optimizer: Optimizer) -> float:
+    """The one that the schedule says, before any parameter's own factor."""
+    return max(group["lr"] / group.get("lr_scale", 1) for group in optimizer.param_groups)
 
 
 def _read(unread: list[Tensor], loader: DataLoader, n_done: int) -> float:

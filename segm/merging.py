@@ -283,7 +283,7 @@ def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmente
         ValueError: as `patch.apply`, and for a model without the method's learned parts.
     """
     if method != PURE:
-        if not patch.has_modules(model.encoder, method):
+        if patch.find(method).learns(options) and not patch.has_modules(model.encoder, method):
             raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
         patch.apply(model, method, **options)
     return model
@@ -299,10 +299,13 @@ def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | N
 
     None if the method has no learned parts.
     """
-    build = None if method == PURE else patch.find(method).modules
-    if build is None:
-        return None
-    own = {name: options[name] for name in signature(build).parameters if name in options}
+    return _shape(method, options) if method != PURE and patch.find(method).learns(options) else None
+
+
+def _shape(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's name, and those of the options that its learned parts are built by."""
+    build = patch.find(method).modules
+    own = {name: options[name] for name in signature(build).parameters if name in options} if build else {}
     return {"name": method} | {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
 
 
@@ -326,8 +329,8 @@ def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
     """
     if not isinstance(reduction, Mapping) or "name" not in reduction:
         raise ValueError(f"net_kwargs: reduction {reduction!r} is no mapping with the name of a method")
-    known = learned_parts(reduction["name"], reduction)
-    if known != reduction:
+    known = _shape(reduction["name"], reduction)
+    if known != reduction or patch.find(reduction["name"]).modules is None:
         raise ValueError(
             f"net_kwargs: reduction {dict(reduction)} does not fit the learned parts of {reduction['name']}"
         )

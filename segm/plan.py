@@ -8,7 +8,7 @@ from typing import Any
 import click
 import timm
 
-from patch import Curriculum, check
+from patch import Curriculum, check, find
 from segm.cli import POSITIVE, RATE
 from segm.config import config_dir, load_config
 from segm.data import DATASETS
@@ -21,6 +21,7 @@ from segm.optim import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
 from segm.yaml_files import read_yaml
 
 BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "the curriculum's"
+METHOD = "method"  # what may be trained alone
 COUNT, SHARE = click.IntRange(min=0), click.FloatRange(0, 1)
 
 
@@ -76,6 +77,30 @@ class Settings:
     learning_rate: float = setting(RATE, "optimizer.lr", of=DATA)
     minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Where the schedule ends.", 1e-5)
     weight_decay: float = setting(RATE, "optimizer.weight_decay", default=0.0, kept=True)
+    encoder_lr_mult: float = setting(
+        RATE, "optimizer.encoder_lr_mult", "Learning rate of the encoder, × learning rate.", 1.0, kept=True
+    )
+    layer_decay: float = setting(
+        SHARE,
+        "optimizer.layer_decay",
+        "Learning rate of each layer of the encoder, × that of the next.",
+        1.0,
+        kept=True,
+    )
+    freeze_encoder: bool = setting(
+        bool,
+        "optimizer.freeze_encoder",
+        "Train the decoder alone.",
+        False,
+        flag="--freeze-encoder/--no-freeze-encoder",
+        kept=True,
+    )
+    train_only: str | None = setting(
+        click.Choice([METHOD]),
+        "optimizer.train_only",
+        "Train the learned parts of the merging method alone.",
+        kept=True,
+    )
     warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs of linear warm-up.", 0)
     start_factor: float = setting(RATE, "optimizer.start_factor", "Where the warm-up starts, × learning rate.", 1.0)
     dropout: float = setting(SHARE, "net.dropout", "In the encoder.", 0.0)
@@ -132,6 +157,9 @@ class Settings:
             chosen = {k: v for k, v in chosen.items() if k not in ("window_size", "window_stride") or k in given}
         settings = {name: backbone[name] for name in names_of(BACKBONE)} | {name: data[name] for name in names_of(DATA)}
         settings |= chosen
+        freezes, frozen = ((one.get("freeze_encoder") or one.get("train_only")) for one in (given, saved))
+        if freezes and not frozen and "drop_path" not in given:
+            settings["drop_path"] = 0.0  # a frozen encoder learns nothing from its noise
         if "window_stride" not in given:
             settings["window_stride"] = min(settings["window_stride"], settings["window_size"])
         return cls(**settings)
@@ -279,6 +307,8 @@ class Plan:
         if resume:
             _check_resumable(given, before)
         method, options = choose(merging, data)
+        if (given | before).get("train_only") is not None:
+            options = _learning(method, options)
         if method == PURE or method != data.get("patch_type"):
             before = {name: value for name, value in before.items() if name not in names_of(CURRICULUM)}
         settings = Settings.complete(given, before)
@@ -313,6 +343,14 @@ class Plan:
         named = enumerate(zip(dataset.classes, dataset.palette.tolist(), strict=True))
         data["classes"] = [{"id": index, "name": name, "color": color} for index, (name, color) in named]
         return variant
+
+
+def _learning(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method whose learned parts alone are to be trained."""
+    entry = None if method == PURE else find(method)
+    if entry is None or entry.modules is None:
+        raise ValueError(f"--train-only method: {method} has nothing to learn; name another method with --patch-type")
+    return {**options} if entry.switch is None else {entry.switch: True, **options}
 
 
 def _check_resumable(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

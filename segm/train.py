@@ -15,18 +15,18 @@ from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import LAST, Progress, restore, training_state
 from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
-from segm.engine import Position, Precision, compile_blocks, create_loader, train_one_epoch
+from segm.engine import Position, Precision, compile_blocks, create_loader, segmentation_loss, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.interruption import Interruption, SignalError
 from segm.keeper import Keeper, only_writer, position_in
-from segm.merging import MergingCommand, add_parts, build_model, is_given
+from segm.merging import PURE, MergingCommand, add_parts, build_model, is_given
 from segm.merging import apply as apply_merging
 from segm.merging import of_model as merging_of
 from segm.metrics import segmentation_scores
 from segm.model.factory import copy_weights
 from segm.model.segmenter import Segmenter
-from segm.optim import create_optimizer, create_scheduler
+from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
 from segm.run import recorded_classes, require_classes
 from segm.runlog import RunLog
@@ -120,6 +120,7 @@ def main(
         torch.manual_seed(plan.settings.seed)
         model = create_model(variant["net_kwargs"], weights, finetune, train_set.classes)
         apply_merging(model, plan.method, plan.options)
+        freeze(model, plan)
         if compile:
             for stack in (model.encoder, model.decoder):
                 compile_blocks(stack.blocks)
@@ -206,6 +207,36 @@ def create_model(
     return model
 
 
+def freeze(model: Segmenter, plan: Plan) -> None:
+    """Let only those parts want gradients that the plan trains.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    learned = patch.learned_parameters(model.encoder, plan.method) if plan.method != PURE else []
+    if plan.settings.train_only is not None:
+        model.requires_grad_(False)
+    elif plan.settings.freeze_encoder:
+        model.encoder.requires_grad_(False)
+    for parameter in learned:
+        parameter.requires_grad_(True)
+
+
+def build_optimizer(model: Segmenter, plan: Plan) -> torch.optim.Optimizer:
+    """The optimizer of a plan, with the factors of encoder, layers and learned parts."""
+    settings = plan.settings
+    rates = {"depth": settings.n_layers, "encoder": settings.encoder_lr_mult, "decay": settings.layer_decay}
+    learned = set(patch.learned_parameters(model.encoder, plan.method)) if plan.method != PURE else set()
+
+    def scale(name: str, parameter: torch.nn.Parameter) -> float:
+        own = getattr(parameter, "learning_rate_scale", 1.0)
+        return own if parameter in learned else layer_scale(name, **rates)
+
+    optimizer = create_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay, scale)
+    optimizer.register_step_post_hook(lambda *_: patch.bound_parts(model.encoder))
+    return optimizer
+
+
 def train(
     model: Segmenter,
     train_set: SegmentationDataset,
@@ -235,7 +266,7 @@ def train(
     precision = Precision.choose(device, settings.amp)
     batch_size = settings.batch_size // parallel.world_size()
     loader = create_loader(train_set, batch_size, seed, workers, pin_memory=device.type == "cuda")
-    optimizer = create_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+    optimizer = build_optimizer(model, plan)
     scheduler = create_scheduler(
         optimizer,
         settings.scheduler,
@@ -267,6 +298,9 @@ def train(
         log = RunLog(log_dir, variant, begun.epoch) if main_process else None
         position = position_in(begun, len(loader), device)
 
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return segmentation_loss(logits, labels) + (patch.loss(model, labels) if plan.method != PURE else 0.0)
+
         for epoch in range(begun.epoch, epochs):
             if curriculum is not None:
                 patch.set_threshold(model, curriculum.threshold(epoch))
@@ -282,6 +316,7 @@ def train(
                 device=device,
                 seed=seed,
                 position=position,
+                loss=loss,
                 after_update=partial(keeper.after_update, epoch),
                 progress=main_process,
             )

@@ -6,6 +6,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import patch
+
 READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
 
@@ -18,8 +20,16 @@ METHOD_OPTIONS = {
     "dct": {"r": 2},
     "dtem": {"r": 2},
     "mpm": {"layers": [2, 3]},
+    "random": {},
+    "pitome": {"r": 2},
+    "mctf": {"r": 2},
+    "crossget": {"r": 2},
+    "atc": {"layers": [2, 3]},
+    "diffrate": {"prune_kept": [16, 14, 12], "merge_kept": [15, 12, 10]},
+    "ltmp": {"merge_threshold": 0.1, "prune_threshold": 0.03},
+    "fpet": {},
 }
-RAGGED = ("graph", "algm", "mpm")  # of these, the methods whose images keep different numbers of tokens
+RAGGED = ("graph", "algm", "mpm", "ltmp")  # of these, the methods whose images keep different numbers of tokens
 
 
 def different_images(n=3, side=32):
@@ -61,3 +71,8 @@ class Waits(TorchDispatchMode):
 def end_process(*_, **__):
     """Ends the process at once, as a fault in a compiled library does."""
     os.abort()
+
+
+def with_parts(encoder, method):
+    """An encoder with the learned parts that a method cannot do without."""
+    return encoder if patch.find(method).switch else patch.add_modules(encoder, method)

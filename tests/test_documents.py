@@ -74,10 +74,10 @@ def test_python_of_the_contributing_guide():
     plain = model.forward_features(images)
     run_python("CONTRIBUTING")
 
-    patch.apply(model, "share", keep=1)
+    patch.apply(model, "share", rest=1)
     torch.testing.assert_close(model.forward_features(images), plain, atol=1e-5, rtol=1e-5)
     patch.remove(model)
-    patch.apply(model, "share", **merging.choose(merging.parse(["--patch-type", "share", "--keep-rate", "0.5"]))[1])
+    patch.apply(model, "share", **merging.choose(merging.parse(["--patch-type", "share", "--rest", "0.5"]))[1])
     model.forward_features(images)
     assert patch.reduction(model).lengths == (2, 2)  # of 16, halved three times
 

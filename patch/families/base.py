@@ -1,15 +1,17 @@
 """What all families share: the class that is put in front of a module's own, and the flow through a block."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patch.attention import Seen, can_pack, sees_keys
+from patch.attention import Masked, Seen, can_look, can_pack
 from patch.state import Merging, Pass
+
+FROM_ATTENTION = frozenset({"keys", "row", "means"})  # needs that are made of queries and keys
 
 
 class Patched(nn.Module):
@@ -96,6 +98,10 @@ class Family(ABC):
         """Number of prefix tokens: CLS, distillation and register tokens."""
 
     @abstractmethod
+    def has_cls(self, model: nn.Module) -> bool:
+        """Whether the first prefix token is a CLS token."""
+
+    @abstractmethod
     def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """What comes before the blocks: images (B, 3, H, W) -> tokens (B, P + N, D), and the rotary table that each
         block gets, None for a family without."""
@@ -131,8 +137,12 @@ class PatchedBlock(Patched):
         """The half after the merge; x: (B, L, D)."""
         raise NotImplementedError
 
-    def keys(self, normed: Tensor) -> Tensor:
-        """Keys that the attention forms of its input, before any rotation: (B, L, D) -> (B, H, L, d)."""
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys that the attention forms of its input: (B, L, D) -> (B, H, L, d) each, before rotation."""
+        raise NotImplementedError
+
+    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Queries or keys, (B, H, L, d), rotated as the attention does."""
         raise NotImplementedError
 
     def flow(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
@@ -140,26 +150,57 @@ class PatchedBlock(Patched):
         images may be concatenated, (1, T, D)."""
         here = self.merging.current
         x = self._merge("before", x, here)
-        x = self.attend(self._arrange(x, here), here, rope)
+        x = self.begin(self._arrange(x, here), here, rope)
         if "attention" in self.places:
             x = self._arrange(self._merge("attention", x, here), here)
         x = self._merge("block", self.feed(x, here), here)
         return here.unpack(x) if self.last else x
 
-    def attention(self, normed: Tensor, here: Pass, **arguments: Any) -> Tensor:
+    def begin(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
+        """`attend`, after a look at the input of the block."""
+        if "input" in self.needs:
+            here.see(input=x)
+        return self.attend(x, here, rope)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method has to see of this block."""
+        return self.merging.method.needs if self.places else frozenset()
+
+    def attention(self, normed: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
-        needs = self.merging.method.needs if self.places else ()
-        mask = here.mask(*self.neighbors, normed, fused=self.attn.fused_attn)
-        if "keys" in needs and "rope" not in arguments and sees_keys(self.attn) and not self.merging.watched:
+        needs = self.needs
+        mask = here.mask(*self.neighbors, normed, self.attn.fused_attn, self.training)
+        looks = needs & FROM_ATTENTION and can_look(self.attn) and not self.merging.watched
+        if looks and not isinstance(mask, Masked):
             mask = Seen.of(mask=mask)
-        out = self.attn(normed, attn_mask=mask, **arguments)
-        keys = mask.keys if isinstance(mask, Seen) else None
-        if "keys" in needs and keys is None:
-            with torch.no_grad():
-                keys = self.keys(normed)
-        if needs:
-            here.see(normed if "normed" in needs else None, keys)
+        out = self.attn(normed, attn_mask=mask, **({} if rope is None else {"rope": rope}))
+        if "normed" in needs:
+            here.see(normed=normed)
+        if needs & FROM_ATTENTION:
+            soft = self.training and self.merging.method.softens(here.options)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and soft):
+                self._look(normed, here, rope, needs, mask)
         return out
+
+    def _look(
+        self, normed: Tensor, here: Pass, rope: Tensor | None, needs: Collection[str], mask: Tensor | None
+    ) -> None:
+        """Keep what the method needs of the attention that has run under a mask."""
+        pair = mask.pair if isinstance(mask, Seen | Masked) else None
+        plain = pair if rope is None else None  # rotated keys tell where a token stands, not what it shows
+        if plain is None and ("keys" in needs or pair is None):
+            plain = self.project(normed)
+        if "keys" in needs:
+            here.see(keys=plain[1].float().mean(1))
+        if isinstance(mask, Masked):
+            summaries = {"row": mask.map[:, :, 0].mean(1), "means": mask.map.mean((1, 2))}
+            here.see(**{name: value for name, value in summaries.items() if name in needs})
+            return
+        query, key = pair or plain
+        if pair is None and rope is not None:
+            query, key = self.rotate(query, rope), self.rotate(key, rope)
+        here.see_map(query, key, self.attn.scale, needs, self.neighbors)
 
     def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
         """One reduction step, if the method has one at this place."""

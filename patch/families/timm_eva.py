@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
@@ -28,23 +30,31 @@ class PatchedEvaBlock(PatchedBlock):
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
-        out = self.attention(self.norm1(x), here, rope=here.rotary(rope))
+        out = self.attention(self.norm1(x), here, here.rotary(rope))
         return x + here.drop(self.drop_path1, _scaled(self.gamma_1, out))
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:
         """The half after the merge; x: (B, L, D)."""
         return x + here.drop(self.drop_path2, _scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
-    def keys(self, normed: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, d), before the rotation, which would tell where a token stands, not what it shows."""
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> (B, H, L, d) each"""
         attn = self.attn
         if attn.qkv is None:
-            keys = attn.k_proj(normed)
+            query, key = attn.q_proj(normed), attn.k_proj(normed)
         else:
-            keys = attn.qkv(normed).chunk(3, dim=-1)[1]
-            bias = getattr(attn, "k_bias", None)  # all zeros, beside biases of queries and values
-            keys = keys if bias is None else keys + bias
-        return attn.k_norm(keys.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2))
+            query, key, _ = attn.qkv(normed).chunk(3, dim=-1)
+            if getattr(attn, "q_bias", None) is not None:  # beside the weight, as that of the keys, all zeros, is too
+                query, key = query + attn.q_bias, key + attn.k_bias
+        query, key = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (query, key))
+        shared = getattr(attn, "num_kv_groups", 1)  # heads that share their keys
+        return attn.q_norm(query), attn.k_norm(key).repeat_interleave(shared, dim=1)
+
+    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        """(B, H, L, d), but for the prefix tokens"""
+        front = self.attn.num_prefix_tokens
+        half = getattr(self.attn, "rotate_half", False)
+        return torch.cat([x[:, :, :front], apply_rot_embed_cat(x[:, :, front:], rope, half=half)], dim=2)
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ class PatchedTimmBlock(PatchedBlock):
         """The half after the merge; x: (B, L, D)."""
         return x + here.drop(self.drop_path2, self.ls2(self.mlp(self.norm2(x))))
 
-    def keys(self, normed: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, d)"""
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> (B, H, L, d) each"""
         attn = self.attn
-        return attn.k_norm(attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1))[:, :, 1].transpose(1, 2))
+        query, key, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attn.q_norm(query), attn.k_norm(key)
 
 
 class PatchedTimmEncoder(Patched):
@@ -87,6 +88,9 @@ class TimmFamily(Family):
 
     def prefix(self, model: nn.Module) -> int:
         return int(model.num_prefix_tokens)
+
+    def has_cls(self, model: nn.Module) -> bool:
+        return getattr(model, "cls_token", None) is not None
 
     def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
         embed: Any = model.patch_embed

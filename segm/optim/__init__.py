@@ -1,11 +1,11 @@
 """Optimizers and learning-rate schedules, all of them timm's."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -17,21 +17,58 @@ MOMENTUM = 0.9
 POWER = 0.9
 
 
-def create_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
+def create_optimizer(
+    model: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    scale: Callable[[str, nn.Parameter], float] = lambda name, parameter: 1.0,
+) -> Optimizer:
     """Optimizer over the parameters that want a gradient; biases and norms are not decayed.
 
     Args:
         model: the unwrapped model.
         name: "sgd" (momentum 0.9, not Nesterov) or "adamw".
+        scale: from a parameter's name and itself to what its learning rate is multiplied by.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a model without anything to train.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
-    if name == "sgd":  # timm calls SGD without Nesterov "momentum"
-        return create_optimizer_v2(model, "momentum", lr=learning_rate, weight_decay=weight_decay, momentum=MOMENTUM)
-    return create_optimizer_v2(model, "adamw", lr=learning_rate, weight_decay=weight_decay)
+    names = {parameter: text for text, parameter in model.named_parameters()}
+    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = []
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed):
+        scaled: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            scaled.setdefault(scale(names[parameter], parameter), []).append(parameter)
+        groups += [group | {"params": own, "lr_scale": factor} for factor, own in scaled.items()]
+    if not groups:
+        raise ValueError("the model has no parameter to train")
+    # timm calls SGD without Nesterov "momentum".
+    kind, more = ("momentum", {"momentum": MOMENTUM}) if name == "sgd" else ("adamw", {})
+    return create_optimizer_v2(groups, kind, lr=learning_rate, weight_decay=weight_decay, **more)
+
+
+def layer_scale(name: str, depth: int, encoder: float, decay: float) -> float:
+    """What a parameter's learning rate is multiplied by.
+
+    With layer-wise decay, the last block of the encoder learns `decay` times as fast as the decoder, the one before
+    decay² times, and so on down to the patch embedding, decay^(depth + 1).
+
+    Args:
+        name: of a parameter of a Segmenter.
+        depth: number of blocks of the encoder.
+        encoder: factor of all of the encoder.
+        decay: from 0 to 1; 1: none.
+    """
+    part, *rest = name.split(".")
+    if part != "encoder":
+        return 1.0
+    if rest[0] == "blocks":
+        return encoder * decay ** (depth - int(rest[1]))
+    return encoder if rest[0] in ("norm", "fc_norm", "head") else encoder * decay ** (depth + 1)
 
 
 def create_scheduler(

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import patch
 from patch.packing import Packing
 from segm.model.factory import create_segmenter
-from tests.helpers import Reads, Waits, different_images
+from tests.helpers import Reads, Waits, different_images, with_parts
 
 BUDGETS = [
     ("graph", {"tokens": 7}, [7]),
@@ -109,7 +109,7 @@ BY_THE_IMAGE = (
 
 def patched(model, method, options):
     if not patch.has_modules(getattr(model, "encoder", model), method):
-        patch.add_modules(getattr(model, "encoder", model), method)
+        with_parts(getattr(model, "encoder", model), method)
     return patch.apply(model, method, attention="proportional", **options)
 
 

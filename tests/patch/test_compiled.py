@@ -11,7 +11,7 @@ import patch
 from g2tm import Grouping
 from patch import state
 from segm.model.factory import create_segmenter
-from tests.helpers import RAGGED
+from tests.helpers import RAGGED, with_parts
 
 METHODS = {
     "pure": {},
@@ -43,7 +43,7 @@ def create(net, method, **options):
     model = create_segmenter(net).eval()
     if method == "pure":
         return model
-    patch.add_modules(model.encoder, method)
+    with_parts(model.encoder, method)
     return patch.apply(model, method, **METHODS[method] | options)
 
 
@@ -60,7 +60,7 @@ def check_equal(model, compiled, images, tolerance=1e-5):
     if hasattr(found, "assignment"):
         assert torch.equal(found.assignment, expected.assignment)
         assert found.sizes.shape[1] % 8 == 0 or found.sizes.shape[1] <= expected.assignment.shape[1]
-        assert torch.equal(found.padding, found.sizes == 0)
+        assert found.padding is None or torch.equal(found.padding, found.sizes == 0)
 
 
 def batches(sizes=SIZES, n_images=(1, 2), repeats=3):
@@ -152,12 +152,13 @@ def test_compilations_stay_bounded_over_sizes_and_batches(net):
 @torch.inference_mode()
 def test_buckets_bound_the_shapes_and_merges_can_be_profiled(net):
     """Every width is a multiple of the bucket, or what there was before the merge."""
-    model = patch.compile(create(net, "tome", r=5), bucket=24, backend="eager")
+    model = patch.compile(create(net, "algm", layers=[1, 2]), bucket=24, backend="eager")
     with torch.profiler.profile() as profile, patch.merge_ranges(model, "merging"):
         model(torch.randn(1, 3, 64, 64))
     steps = patch.reductions(model)
-    assert [step.counts.item() for step in steps.values()] == [59, 54]
-    assert [step.sizes.shape[1] for step in steps.values()] == [64, 64]
+    counts = [step.counts.item() for step in steps.values()]
+    assert 48 < counts[0] <= 64 and 24 < counts[1] < 48
+    assert [step.sizes.shape[1] for step in steps.values()] == [64, 48]
     assert sum(event.name == "merging" for event in profile.events()) == 3  # two layers, and the undoing
 
 

@@ -9,7 +9,7 @@ import torch
 import patch
 from segm.engine import segmentation_loss
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS
+from tests.helpers import METHOD_OPTIONS, with_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDE = 24  # pixels; patches of 8
@@ -22,6 +22,17 @@ EXTREMES = {
         {"layers": [1, 3], "tokens": [0.75, 0.7]},
     ),
     "mpm": ({"layers": [1, 2, 3]},),
+    "random": ({"layers": [1, 2, 3], "tokens": [0.9, 0.5, 1]},),
+    "atc": ({"layers": [1, 2, 3], "keep": 0.1, "linkage": "complete"}, {"keep": 1.0}),
+    "mctf": ({"r": 0}, {"r": 8, "variant": "paper"}, {"r": 5, "bidirectional": False}),
+    "pitome": ({"r": 0}, {"r": 8, "variant": "paper"}),
+    "diffrate": ({"r": 0}, {"r": 8}, {"prune_kept": [2, 2, 2]}),
+    "ltmp": (
+        {"merge_threshold": 1.0, "prune_threshold": 0.0},
+        {"merge_threshold": 0.0, "prune_threshold": 1.0},
+        {"tokens": 1},
+        {"tokens": 0.7},
+    ),
 }
 BY_R = ({"r": 0}, {"r": 8})
 
@@ -48,7 +59,7 @@ def models(net, zero_norm):
                     for parameter in (model.encoder.patch_embed.proj, model.encoder.pos_embed):
                         torch.nn.init.zeros_(getattr(parameter, "weight", parameter))
                     torch.nn.init.zeros_(model.encoder.patch_embed.proj.bias)
-                patch.add_modules(model.encoder, method)
+                with_parts(model.encoder, method)
                 more = {"attention": attention} if entry.takes("attention") else {}
                 yield method, chosen, patch.apply(model, method, **chosen, **more)
 

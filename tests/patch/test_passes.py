@@ -12,7 +12,7 @@ import torch
 
 import patch
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, different_images
+from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 
 VITS = {"vit": "vit_tiny_patch16_224", "eva": "vit_small_patch16_dinov3"}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -21,11 +21,12 @@ STATIC = {
     "tome": {"r": 2},
     "tofu": {"r": 2},
     "dct": {"r": 2},
-    "dtem": {"r": 2},
+    **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "diffrate", "fpet")},
+    "random": {},
     "graph": {"tokens": 7},
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
 }
-DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm")}
+DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm", "ltmp", "atc")}
 
 
 def test_every_method_is_tested_here():
@@ -42,7 +43,7 @@ def vit(kind, **options):
 
 
 def patched(model, method, **options):
-    patch.add_modules(getattr(model, "encoder", model), method)
+    with_parts(getattr(model, "encoder", model), method)
     return patch.apply(model, method, **METHOD_OPTIONS[method] | options)
 
 

@@ -8,7 +8,7 @@ import torch
 import g2tm
 import patch
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, RAGGED, different_images
+from tests.helpers import METHOD_OPTIONS, RAGGED, different_images, with_parts
 
 ATTENTION = {"none": "none", "prop": "proportional", "iprop": "inverse"}
 
@@ -34,7 +34,7 @@ def check_case(model, cases, case_settings, name):
 def create(net, method, **options):
     """A patched Segmenter in evaluation mode, with learned parts where the method has some."""
     model = create_segmenter(net).eval()
-    patch.add_modules(model.encoder, method)
+    with_parts(model.encoder, method)
     return patch.apply(model, method, **METHOD_OPTIONS[method] | options)
 
 
@@ -161,6 +161,9 @@ def test_gradients_of_the_merged_model_are_right(small_net):
     net = small_net | {"image_size": [16, 32], "d_model": 8}
     for method in METHOD_OPTIONS:
         options = {"threshold": -0.2} if "threshold" in METHOD_OPTIONS[method] else {}
+        options |= {"ltmp": {"tokens": 6}, "diffrate": {"prune_kept": [8, 7, 6], "merge_kept": [7, 6, 5]}}.get(
+            method, {}
+        )
         model = create(net, method, attention="proportional", **options).double()
         images, embedding = torch.randn(1, 3, 16, 32).double(), model.encoder.pos_embed.detach().clone()
 
@@ -371,7 +374,7 @@ def test_algm_is_uniform_in_training_and_ragged_at_inference(small_net):
 
 
 def test_schedules_of_tome():
-    from patch.methods import scheduled_r
+    from patch.methods.common import scheduled_r
 
     for r, inflection, removed in (
         (4, None, [4, 4, 4]),

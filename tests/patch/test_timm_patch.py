@@ -8,7 +8,7 @@ import patch
 from g2tm import Grouping, attention_bias
 from patch.families import family_of
 from patch.state import representatives
-from tests.helpers import different_images
+from tests.helpers import different_images, with_parts
 
 MODELS = {
     "vit_tiny_patch16_384": {},
@@ -88,7 +88,7 @@ def test_every_kind_of_plain_vit():
         for method, options in SETTINGS.items():
             if method == "dtem" and not fused:
                 continue
-            patch.add_modules(model, method)
+            with_parts(model, method)
             patch.apply(model, method, attention="proportional", **options)
             assert isinstance(model, cls) and model(images).shape == before.shape
             merged = model.forward_features(images)

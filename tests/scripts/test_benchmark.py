@@ -87,7 +87,7 @@ def test_wrong_values_are_refused(benchmark):
     for *options, allowed in (
         ("--models", "X", "T, S, B, L"),
         ("--sides", "a", "1,8"),
-        ("--methods", "none", "graph, algm, tome"),
+        ("--methods", "none", "graph, algm, mpm"),
     ):
         result = CliRunner().invoke(benchmark.main, options)
         assert result.exit_code != 0 and allowed in result.output

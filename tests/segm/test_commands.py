@@ -168,33 +168,33 @@ def toy():
     calls = []
 
     def merge(step):
-        calls.append((step.layer, step.options["keep"], step.block.weight.item()))
+        calls.append((step.layer, step.options["spare"], step.block.weight.item()))
         n_images, n_tokens = step.x.shape[:2]
-        groups = torch.arange(n_tokens).clamp(max=step.options["keep"] - 1).expand(n_images, -1)
-        return Grouping.of_counts(groups, torch.full((n_images,), step.options["keep"]), step.sizes)
+        groups = torch.arange(n_tokens).clamp(max=step.options["spare"] - 1).expand(n_images, -1)
+        return Grouping.of_counts(groups, torch.full((n_images,), step.options["spare"]), step.sizes)
 
     def modules(encoder, blocks):
         for block in blocks:
             block.weight = torch.nn.Parameter(torch.ones(1))
 
-    patch.register("toy", merge, layers=(2,), modules=modules, keep=patch.Option(3, "Tokens that are left."))
+    patch.register("toy", merge, layers=(2,), modules=modules, spare=patch.Option(3, "Tokens that are left."))
     yield calls
     del patch.METHODS["toy"]
 
 
 def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, tmp_path, call, refused):
     trained = tmp_path / "toy"
-    call(train, "--log-dir", trained, "--dataset", "folder", *TINY, "--patch-type", "toy", "--keep", "5")
+    call(train, "--log-dir", trained, "--dataset", "folder", *TINY, "--patch-type", "toy", "--spare", "5")
     data = read_variant(trained)["dataset_kwargs"]
-    assert (data["patch_type"], data["keep"]) == ("toy", 5) and {keep for _, keep, _ in toy} == {5}
+    assert (data["patch_type"], data["spare"]) == ("toy", 5) and {keep for _, keep, _ in toy} == {5}
     toy.clear()
     call(test, trained, *CPU)
     assert {(layer, keep) for layer, keep, _ in toy} == {(2, 5)}
     toy.clear()
-    keep = ["--keep", "4", "--selected-layer", "1", *CPU]
+    keep = ["--spare", "4", "--selected-layer", "1", *CPU]
     call(miou, trained, "folder", *keep)
-    assert "| toy --keep 4 --selected-layer 1 | 4.0 |" in call(
-        speedtest, trained, "folder", *CPU, "--compare", "pure,toy --keep 4 --selected-layer 1", "--warmup", "1"
+    assert "| toy --spare 4 --selected-layer 1 | 4.0 |" in call(
+        speedtest, trained, "folder", *CPU, "--compare", "pure,toy --spare 4 --selected-layer 1", "--warmup", "1"
     )
     assert "GFLOPs" in call(flops, trained, "folder", *keep)
     assert "4.0" in call(token_stats, trained, "folder", *keep, "--out", tmp_path / "stats")
@@ -205,9 +205,9 @@ def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, 
     assert {(layer, keep) for layer, keep, _ in toy} == {(1, 4)}
     assert "graph, algm" in refused(tune_threshold, trained, "folder", *keep)  # it has no threshold to tune
     page = ["--max-images", 1, "--cost-images", 1, "--pictures", 1, "--explore", 0, "--out", tmp_path / "page.html"]
-    call(report, trained, f"four={trained} --keep 4", *page, *CPU)
+    call(report, trained, f"four={trained} --spare 4", *page, *CPU)
     rows = json.loads((tmp_path / "page.json").read_text())["rows"]
-    assert [(row["tokens"], row["settings"]["keep"]) for row in rows] == [(5, 5), (4, 4)]
+    assert [(row["tokens"], row["settings"]["spare"]) for row in rows] == [(5, 5), (4, 4)]
     assert refused(test, run, *CPU, "--patch-type", "toy")  # its learned part is missing
 
 

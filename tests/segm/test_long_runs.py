@@ -15,7 +15,7 @@ from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
-from tests.helpers import METHOD_OPTIONS
+from tests.helpers import METHOD_OPTIONS, with_parts
 
 STATUS = Path("/proc/self/status")
 N, WARM_UP, SIDE = 2000, 500, 32
@@ -89,7 +89,7 @@ def train_on_noise(model, look):
 def test_memory_stays_flat(small_net, method, record_property):
     model = create_segmenter(small_net)
     if method != "pure":
-        patch.add_modules(model.encoder, method)
+        with_parts(model.encoder, method)
         patch.apply(model, method, **METHOD_OPTIONS[method])
     trained = watch(lambda look: train_on_noise(model, look))
     evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows(SIDE, SIDE), on_image=look))

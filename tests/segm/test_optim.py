@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segm.model.factory import create_segmenter
-from segm.optim import create_optimizer, create_scheduler
+from segm.optim import create_optimizer, create_scheduler, layer_scale
 
 
 def rates(name, epochs=10, per_epoch=7, lr=0.01, **settings):
@@ -72,3 +72,25 @@ def test_unknown_names_and_endless_warmups_are_refused(small_net):
         rates("step")
     with pytest.raises(ValueError, match="warm-up"):
         rates("cosine", warmup_epochs=10)
+
+
+def test_layers_and_parts_learn_at_their_own_rates(small_net):
+    model = create_segmenter(small_net)
+    depth = len(model.encoder.blocks)
+    optimizer = create_optimizer(
+        model, "adamw", 1.0, 0.05, lambda name, _: layer_scale(name, depth, encoder=0.1, decay=0.5)
+    )
+    scheduler = create_scheduler(optimizer, "polynomial", epochs=2, updates_per_epoch=4, learning_rate=1.0, min_lr=0.0)
+    scheduler.step_update(0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert found["decoder.cls_emb"] == 1.0 and found["encoder.norm.weight"] == pytest.approx(0.1)
+    assert found[f"encoder.blocks.{depth - 1}.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5)
+    assert found["encoder.blocks.0.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5**depth)
+    assert found["encoder.pos_embed"] == pytest.approx(0.1 * 0.5 ** (depth + 1))
+
+
+def test_a_model_with_nothing_to_train_is_refused(small_net):
+    model = create_segmenter(small_net).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter to train"):
+        create_optimizer(model, "sgd", 0.1)

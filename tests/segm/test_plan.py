@@ -19,6 +19,7 @@ EVERY = {
     "start_factor": 0.5, "batch_size": 4, "epochs": 30, "eval_freq": 2, "num_workers": 0, "seed": 3,
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
+    "encoder_lr_mult": 0.1, "layer_decay": 0.75,
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -30,13 +31,30 @@ def make(given=None, merging=None, saved=None, resume=False):
 
 def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back():
     flags = [text for name, value in EVERY.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    given = train.main.make_context("train", ["--log-dir", "unused", "--amp", *flags]).params
+    given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
     given = {name: given[name] for name in SETTINGS if name in given}
+    assert given.pop("train_only") is None
     variant = make(given, GRAPH).variant(IMAGES)
-    assert read_settings(variant) == given == EVERY | {"amp": True}
-    assert set(given) | {"distilled"} == set(SETTINGS)
+    assert read_settings(variant) == given == EVERY | {"amp": True, "freeze_encoder": True}
+    assert set(given) | {"distilled", "train_only"} == set(SETTINGS)
     again = Plan.make({}, {}, variant, resume=True)
     assert again.variant(IMAGES) == variant and again.curriculum == make(given, GRAPH).curriculum
+
+
+def test_training_learned_parts_alone_turns_them_on():
+    def learning(text):
+        return make({"train_only": "method"}, parse(["--patch-type", *text.split()]))
+
+    assert learning("ltmp").options["learned"] and learning("fpet").options["adapter"]
+    assert learning("dtem").reduction == {"name": "dtem"}
+    variant = learning("diffrate --granularity 2").variant(IMAGES)
+    assert variant["net_kwargs"]["reduction"] == {"name": "diffrate", "granularity": 2}
+    assert variant["dataset_kwargs"]["learned"] and variant["net_kwargs"]["drop_path_rate"] == 0
+    for text, allowed in (("tome", "tome has nothing to learn"), ("ltmp --merge-threshold 0.5", "--not-learned")):
+        with pytest.raises(ValueError, match=allowed):
+            learning(text)
+    with pytest.raises(ValueError, match="pure has nothing to learn"):
+        make({"train_only": "method"})
 
 
 def test_the_variant_has_the_published_layout():
