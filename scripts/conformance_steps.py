@@ -162,7 +162,7 @@ def _dtem_train(v: Vectors, case: str, _: str) -> None:
     n_tokens = v[f"{case}.x"].shape[1]
     source = f"n{n_tokens}"
     metric = _metric(v, source).detach().requires_grad_()
-    given = {"r": int(v[f"{case}.r"]), "inverse_temperature": float(v[f"{case}.inverse_temperature"])}
+    given: dict[str, Any] = {"r": int(v[f"{case}.r"]), "inverse_temperature": float(v[f"{case}.inverse_temperature"])}
     given |= {name: v[f"{case}.{name}"] for name in ("a_index", "b_index")}
     step = g2tm.soft_merge(metric, sizes=v.sizes(f"{source}.size"), **given)
     merged = step.merge(v[f"{source}.x"])
@@ -175,7 +175,7 @@ def _dtem_train(v: Vectors, case: str, _: str) -> None:
 
 
 def _ltmp(v: Vectors, case: str, source: str, _: str) -> None:
-    given = {name: float(v[f"{case}.{name}"]) for name in ("merge_threshold", "prune_threshold")}
+    given: dict[str, Any] = {name: float(v[f"{case}.{name}"]) for name in ("merge_threshold", "prune_threshold")}
     given |= {"importance": v[f"{source}.attn"].mean((1, 2)), "fewest": 0}
     step = g2tm.ltmp(v[f"{source}.x"], v[f"{source}.metric"], sizes=v.sizes(f"{source}.size"), **given)
     exactly("the number of tokens", step.counts, v[f"{case}.count"])
