@@ -1,7 +1,6 @@
 """What several test files share."""
 
 import gc
-import json
 import os
 import shutil
 import sys
@@ -53,12 +52,6 @@ def cases():
     """Conformance vectors by name, in float32 where they are floating point."""
     tensors = load_file(DATA / "cases.safetensors")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-@pytest.fixture(scope="session")
-def case_settings():
-    """Parameters and token counts of every patched case."""
-    return json.loads((DATA / "cases.json").read_text())
 
 
 @pytest.fixture

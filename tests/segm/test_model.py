@@ -7,33 +7,8 @@ import timm
 import torch
 
 from segm.config import load_config
-from segm.eval.sliding import Windows, view_logits
 from segm.model.encoder import create_encoder
 from segm.model.factory import create_segmenter
-
-TOLERANCE = {"atol": 1e-4, "rtol": 0}
-
-
-@torch.inference_mode()
-def test_logits_are_the_published_ones(golden_model, cases):
-    for name, images in (("pure.b2", "x2"), ("pure.rect", "xrect")):
-        torch.testing.assert_close(golden_model(cases[images])[..., ::8, ::8], cases[f"{name}.logits"], **TOLERANCE)
-
-
-@torch.inference_mode()
-def test_features_and_attention_are_the_published_ones(golden_model, cases):
-    x = cases["x1"]
-    torch.testing.assert_close(golden_model.encoder.forward_features(x), cases["pure.b1.features"], **TOLERANCE)
-    torch.testing.assert_close(golden_model.attention(x, 3), cases["pure.b1.enc_attn_l3"], **TOLERANCE)
-    torch.testing.assert_close(golden_model.attention(x, 1, "decoder"), cases["pure.b1.dec_attn_l1"], **TOLERANCE)
-
-
-@torch.inference_mode()
-def test_sliding_window_is_the_published_one(golden_model, cases):
-    for flipped in (False, True):
-        logits = view_logits(golden_model, cases["xslide"][0], flipped, Windows(192, 128), (300, 440))
-        expected = cases[f"pure.slide.flip{int(flipped)}"]
-        torch.testing.assert_close(logits.softmax(0)[..., ::8, ::8], expected, **TOLERANCE)
 
 
 @torch.inference_mode()
