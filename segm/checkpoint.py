@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
     probe = nn.Parameter(torch.zeros(1))
     probe.grad = torch.zeros(1)
-    fresh = type(optimizer)([probe], **optimizer.defaults)
+    accepted = signature(type(optimizer)).parameters  # AdamW has defaults that it does not take
+    fresh = type(optimizer)([probe], **{key: optimizer.defaults[key] for key in accepted if key in optimizer.defaults})
     fresh.step()
     for group in optimizer.param_groups:
         for parameter in group["params"]:

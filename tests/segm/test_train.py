@@ -18,7 +18,7 @@ from torch import nn
 import patch
 from g2tm import Grouping
 from patch import Number, Option
-from segm import auto_threshold, test, train
+from segm import auto_threshold, flops, test, train
 from segm.checkpoint import load_checkpoint
 from segm.run import Run
 from segm.variant import read_variant
@@ -174,6 +174,43 @@ def test_fine_tuning_adds_the_learned_part_to_weights_that_lack_it(toy, run, tmp
         shared = weights.keys() & own.keys()
         assert "encoder.blocks.1.mlp.fc1.weight" in shared
         assert all(torch.equal(own[key], weights[key]) for key in shared)
+
+
+LEARNING = {"ltmp": "masker", "diffrate": "_ddp", "dtem": "metric_layer", "fpet": "metric_adapter"}
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_learned_parts_train_alone(method, run, tmp_path, call, refused):
+    """From a trained pure run; all other weights stay, and every command goes by what was learned."""
+    folder, rates = tmp_path / method, ["--optimizer", "adamw", "--learning-rate", "0.1", "--num-workers", "0"]
+    options = ["--finetune", run, "--patch-type", method, "--train-only", "method", "--epochs", "3", *rates]
+    interrupt_after(2, lambda: call(train, "--log-dir", folder, *options, "--device", "cpu"))
+    call(train, "--log-dir", folder, "--resume", "--device", "cpu")
+    before, after = load_checkpoint(run)["model"], load_checkpoint(folder)["model"]
+    learned = {name for name in after if LEARNING[method] in name}
+    old = {name: after[name.replace(".qkv.", ".qkv.qkv_layer.") if name not in after else name] for name in before}
+    assert all(torch.equal(value, before[name]) for name, value in old.items())
+    first = [p for name, p in Run.load(run, device="cpu").model.named_parameters() if LEARNING[method] in name]
+    assert learned and not first and len(entries_of(folder)) == 3
+    if method == "ltmp":
+        assert any(after[name] != 0.9 for name in learned if "merge" in name)
+        assert all(0 <= after[name] <= 1 for name in learned)
+        assert "--not-learned" in refused(test, folder, "--merge-threshold", "0.5")
+        call(test, folder, "--not-learned", "--merge-threshold", "0.5", "--device", "cpu")
+    data = read_variant(folder)["dataset_kwargs"]
+    assert method == "dtem" or data["adapter" if method == "fpet" else "learned"] is True
+    score = f"mean_iou: {entries_of(folder)[-1]['val_mean_iou']:.2f}"
+    assert score in call(test, folder, "--device", "cpu")
+    assert "GFLOPs" in call(flops, folder, "folder", "--device", "cpu")
+
+
+def test_a_frozen_encoder_stays_as_it_is(run, tmp_path, call):
+    call(
+        train, "--log-dir", tmp_path / "new", "--finetune", run, "--freeze-encoder", "--epochs", "2", "--device", "cpu"
+    )
+    before, after = load_checkpoint(run)["model"], load_checkpoint(tmp_path / "new")["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call):
@@ -354,6 +391,7 @@ def test_several_processes_train_and_score_like_one(run, launch, tmp_path, call)
         (2, "algm --selected-layers 1 2 --threshold 0.5"),
         (2, "tome --r 2"),
         (2, "dtem --r 2 --selected-layers 2"),  # the learned part of the first layer gets no gradient
+        (2, "ltmp --learned"),
     ):
         method = words.split()[0]
         options = ["--dataset", "folder", *TINY, *still, "--patch-type", *words.split()]
