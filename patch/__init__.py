@@ -10,7 +10,7 @@ import patch.methods  # noqa: F401 - fills the registry
 from g2tm import Reduction, mean_and_std
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
-from patch.learned import add_modules, bound_parts, has_modules, learned_parameters
+from patch.learned import add_modules, bound_parts, has_modules, has_resting_parts, learned_parameters
 from patch.method import METHODS, Choice, Method, Number, Option, Step, Target, find, register
 from patch.observe import edges, merge_ranges, reductions, similarities
 from patch.patching import (
@@ -46,6 +46,7 @@ __all__ = [
     "edges",
     "find",
     "has_modules",
+    "has_resting_parts",
     "is_compiled",
     "is_patched",
     "learned_parameters",

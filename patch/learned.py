@@ -1,6 +1,6 @@
 """Learned parts of methods: built into an encoder under the published names, and only switched on by a patch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,19 @@ def learned_parameters(encoder: nn.Module, method: str) -> list[nn.Parameter]:
     """The parameters of a method's learned parts in an encoder; none where there are none."""
     names = getattr(encoder, "learned_parts", {}).get(method, ())
     return [encoder.get_parameter(name) for name in names]
+
+
+def has_resting_parts(encoder: nn.Module, method: str, layers: Collection[int]) -> bool:
+    """Whether some learned parts do nothing: those of other methods, and those of blocks that do not merge.
+
+    Args:
+        encoder: with or without learned parts.
+        method: that in force.
+        layers: in which it merges, 1-based.
+    """
+    acting = [f"blocks.{layer - 1}." for layer in layers]
+    parts = getattr(encoder, "learned_parts", {}).items()
+    return any(of != method or not name.startswith(tuple(acting)) for of, names in parts for name in names)
 
 
 def bound_parts(encoder: nn.Module) -> None:

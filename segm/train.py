@@ -291,8 +291,8 @@ def train(
         if parallel.world_size() > 1:
             for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
-            # Learned parts rest where their method does not merge.
-            wrapped = DistributedDataParallel(model, find_unused_parameters=plan.reduction is not None)
+            resting = patch.has_resting_parts(model.encoder, plan.method, plan.options.get("layers", ()))
+            wrapped = DistributedDataParallel(model, find_unused_parameters=resting)
         windows = Windows(settings.window_size, settings.window_stride)
         main_process = parallel.is_main()
         log = RunLog(log_dir, variant, begun.epoch) if main_process else None
