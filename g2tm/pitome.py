@@ -99,7 +99,7 @@ def energies(unit: Tensor, margin: float, paper: bool = False) -> Tensor:
     """
     energy = []
     for part in chunks(unit, unit.shape[1]):
-        beyond = torch.baddbmm(unit.new_tensor(-margin), part, unit.mT)
+        beyond = (part @ unit.mT).sub_(margin)
         counted = F.elu(beyond, inplace=not paper)
         energy.append((counted + margin * (beyond > 0) if paper else counted).mean(2))
     return torch.cat(energy, 1)

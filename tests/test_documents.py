@@ -115,7 +115,7 @@ def load(monkeypatch):
 def check_command(command, words):
     """Raises unless a command takes these words, and its methods the options among them."""
     for word in words:
-        if re.match(r"runs/\w+$", word):
+        if re.match(r"(runs|imagenet)/\w+$", word):
             Path(word).mkdir(parents=True, exist_ok=True)
     context = command.make_context("command", list(words))
     chosen = context.params.get("merging") or {}

@@ -1,7 +1,8 @@
 """What all families share: the class that is put in front of a module's own, and the flow through a block."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -66,6 +67,20 @@ def take_away(module: nn.Module) -> None:
     front, module.__class__ = bases
     for name in front.ATTRIBUTES:
         module.__dict__.pop(name, None)
+
+
+class PatchedModel(Patched):
+    """A model, or the encoder in it, that begins and ends passes."""
+
+    ATTRIBUTES = ("merging",)
+
+    merging: Merging
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """While open, this thread may trace the model to count its operations."""
+        with self.merging.counting():
+            yield
 
 
 class Family(ABC):

@@ -1,13 +1,10 @@
 """A Segmenter: a ViT of one of the families, and a decoder whose blocks see the same tokens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from patch.families.base import Patched
-from patch.state import Merging
+from patch.families.base import PatchedModel
 
 
 def is_segmenter(model: nn.Module) -> bool:
@@ -15,12 +12,8 @@ def is_segmenter(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("encoder", "decoder", "to_grid"))
 
 
-class PatchedSegmenter(Patched):
+class PatchedSegmenter(PatchedModel):
     """A Segmenter: a pass begins with the images and ends with the logits of all patches."""
-
-    ATTRIBUTES = ("merging",)
-
-    merging: Merging
 
     def grid_logits(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, C, gh, gw)"""
@@ -33,9 +26,3 @@ class PatchedSegmenter(Patched):
         own: Any = super()
         here = self.merging.current
         return own.to_grid(scores if here is None else here.unmerge(scores), grid)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """While open, this thread may trace the model to count its operations."""
-        with self.merging.counting():
-            yield

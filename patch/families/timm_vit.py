@@ -6,8 +6,8 @@ from typing import Any
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from patch.families.base import Family, Patched, PatchedBlock, check_plain, own_class
-from patch.state import Merging, Pass
+from patch.families.base import Family, PatchedBlock, PatchedModel, check_plain, own_class
+from patch.state import Pass
 
 
 class PatchedTimmBlock(PatchedBlock):
@@ -35,13 +35,9 @@ class PatchedTimmBlock(PatchedBlock):
         return attn.q_norm(query), attn.k_norm(key)
 
 
-class PatchedTimmEncoder(Patched):
+class PatchedTimmEncoder(PatchedModel):
     """A ViT of timm: `forward_features` begins and ends a pass, and gives every patch its token back, unless a model
     around it does."""
-
-    ATTRIBUTES = ("merging",)
-
-    merging: Merging
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **arguments: Any

@@ -5,6 +5,7 @@ from numbers import Real
 from typing import Any
 
 from g2tm import budget
+from g2tm.validation import check_r as check_count
 from patch.method import Choice, Number, Option, Step, Target
 
 CODE, PAPER = "code", "paper"
@@ -83,6 +84,28 @@ def scheduled_r(r: int | list[int], inflection: float | None, layer: int, depth:
     low = int(r * (1 - inflection))
     high = 2 * r - low
     return int(low + (high - low) * (layer - 1) / max(depth - 1, 1))
+
+
+def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
+    """Tokens that every layer removes so that all layers together remove a number (OpenToMe's schedules).
+
+    Each layer removes total / depth, inflected as in `scheduled_r`; what the whole numbers lack goes to the first layer
+    where the inflection is below 0, else to the last.
+
+    Args:
+        total: of all layers.
+        inflection: from -1 to 1.
+        depth: number of layers.
+
+    Raises:
+        ValueError: a total or an inflection that is not allowed.
+    """
+    check_count(total)
+    if not -1 <= inflection <= 1:
+        raise ValueError(f"inflection {inflection}: give a number from -1 to 1")
+    schedule = [max(scheduled_r(total // depth, inflection, layer, depth), 0) for layer in range(1, depth + 1)]
+    schedule[0 if inflection < 0 else -1] += total - sum(schedule)
+    return schedule
 
 
 def r_here(step: Step) -> int:

@@ -42,11 +42,11 @@ def count_operations(model: nn.Module, images: Tensor) -> Operations:
     outside PyTorch and do no arithmetic.
 
     Args:
-        model: a Segmenter, patched or not.
+        model: a Segmenter or a ViT, patched or not.
         images: (B, 3, H, W).
 
     Returns:
-        `Operations` per image, upsampling included.
+        `Operations` per image, upsampling included. A ViT without a decoder is all encoder.
     """
     # A patched model lets itself be traced only where it is told that nothing will run again.
     with torch.inference_mode(), getattr(model, "counting", nullcontext)():
@@ -54,8 +54,10 @@ def count_operations(model: nn.Module, images: Tensor) -> Operations:
         analysis.set_op_handle(**{f"aten::{name}": handle for name, handle in _HANDLES.items()})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         parts = analysis.by_module()
-        total, encoder, decoder = (parts[name] / len(images) / 1e9 for name in ("", "model.encoder", "model.decoder"))
+        total, own = parts[""], {part: parts.get(f"model.{part}", 0) for part in ("encoder", "decoder")}
+        own["encoder"] = own["encoder"] or total
         uncounted = {name.removeprefix("aten::"): n for name, n in sorted(analysis.unsupported_ops().items())}
+    total, encoder, decoder = (count / len(images) / 1e9 for count in (total, *own.values()))
     return Operations(total, encoder, decoder, uncounted)
 
 

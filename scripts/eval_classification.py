@@ -1,0 +1,243 @@
+"""Classification with merged tokens: accuracy, speed, operations and tokens of a plain ViT of timm.
+
+python scripts/eval_classification.py deit_small_patch16_224 imagenet/val --patch-type tome --merge-num 100
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import timm
+import torch
+from timm.data import ImageDataset, ImageNetInfo, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import patch
+from patch.methods.common import total_schedule
+from segm.cli import POSITIVE, device_option
+from segm.errors import one_line
+from segm.eval.environment import environment
+from segm.eval.operations import count_operations
+from segm.eval.timing import interleaved_turns
+from segm.files import write_text
+from segm.merging import PURE, MergingCommand, choose
+from segm.pictures import write_picture
+from segm.tables import markdown
+from vis.tokens import outline_tokens
+
+COLUMNS = {
+    "model": "{name}",
+    "top-1": "{top1:.2f}",
+    "top-5": "{top5:.2f}",
+    "images/s": "{images_per_second:.2f}",
+    "GFLOPs": "{gflops:.3f}",
+    "tokens": "{tokens:.1f}",
+}
+
+
+class Synthetic(Dataset):
+    """Noise, smooth at random, whose label is what a model says of it.
+
+    Args:
+        model: unpatched.
+        count: of images.
+        size: (C, H, W).
+        device: of the model.
+    """
+
+    def __init__(self, model: nn.Module, count: int, size: tuple[int, int, int], device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = []
+        for _ in range(count):
+            side = int(torch.randint(4, 33, (), generator=generator))
+            coarse = torch.randn(1, size[0], side, side, generator=generator)
+            self.images.append(nn.functional.interpolate(coarse, size[1:], mode="bilinear")[0])
+        with torch.inference_mode():
+            self.labels = [int(model(image[None].to(device)).argmax()) for image in self.images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def open_folder(folder: Path, model: nn.Module, transform: Any) -> Dataset:
+    """The images below a folder per class. The classes are ImageNet's where all folders are named so, else they count
+    in the order of their names.
+
+    Raises:
+        ValueError: there are none, or not as many as the model has classes.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    info, classes = ImageNetInfo(), int(getattr(model, "num_classes", 0))
+    known = {info.index_to_label_name(index): index for index in range(info.num_classes())}
+    if names and classes == len(known) and known.keys() >= set(names):
+        index = {name: known[name] for name in names}
+    elif names and len(names) == classes:
+        index = {name: number for number, name in enumerate(names)}
+    else:
+        raise ValueError(
+            f"{folder}: {len(names)} folders for {classes} classes: give one folder per class, or ImageNet's synsets"
+        )
+    try:
+        return ImageDataset(str(folder), class_map=index, transform=transform)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: no image below its folders") from error
+
+
+@torch.inference_mode()
+def score(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """Percent of the images whose label is the first, or among the first five, and mean number of patch tokens."""
+    hits, tokens, n_images = torch.zeros(2), 0, 0
+    for images, labels in tqdm(loader, "accuracy", unit="batch", leave=False):
+        best = model(images.to(device)).topk(5, dim=1).indices.cpu() == labels[:, None]
+        hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
+        tokens += sum(patch.reduction(model).lengths) if patch.is_patched(model) else 0
+        n_images += len(images)
+    top1, top5 = (100 * hits / n_images).tolist()
+    return {"top1": top1, "top5": top5, "tokens": tokens / n_images}
+
+
+def draw(model: nn.Module, dataset: Any, count: int, folder: Path, device: torch.device, config: dict) -> None:
+    """Write the merged tokens of some images, outlined; nothing for a model that does not merge."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    for number in range(min(count, len(dataset))):
+        image = dataset[number][0]
+        with torch.inference_mode():
+            model(image[None].to(device))
+        found, side = patch.reduction(model), model.patch_embed.patch_size
+        grid = (image.shape[1] // side[0], image.shape[2] // side[1])
+        if not hasattr(found, "assignment"):
+            raise ValueError(f"{patch.method(model)} mixes all tokens: there are no groups to draw")
+        pixels = ((image * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+        picture = outline_tokens(np.ascontiguousarray(pixels), found.assignment[0].cpu().numpy(), grid, side)
+        write_picture(folder / f"{number:05d}_{found.lengths[0]}_tokens.png", picture)
+
+
+def merging_options(model: nn.Module, given: dict[str, Any], total: int | None, inflect: float) -> tuple[str, dict]:
+    """Method and options; a total is spread over the layers."""
+    method, options = choose(given)
+    if total is not None:
+        if method == PURE or not patch.find(method).takes("r"):
+            raise ValueError(f"--merge-num: {method} removes no given number of tokens; name a method with --r")
+        if "r" in options:
+            raise ValueError("--merge-num spreads a total over the layers, --r gives each its own: choose one")
+        options = options | {"r": total_schedule(total, inflect, len(model.blocks))}
+    return method, options
+
+
+@click.command(cls=MergingCommand)
+@click.argument("name", metavar="MODEL")
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False), help="Weights of all of the model.")
+@click.option("--no-pretrained", is_flag=True, help="Random weights instead of timm's.")
+@click.option("--synthetic", type=POSITIVE, metavar="N", help="N images of noise, scored by what the plain model says.")
+@click.option("--merge-num", type=click.IntRange(min=0), help="Tokens that all layers together remove.")
+@click.option("--inflect", type=click.FloatRange(-1, 1), default=-0.5, show_default=True, help="Of --merge-num.")
+@click.option("--batch-size", type=POSITIVE, default=16, show_default=True)
+@click.option("--max-images", type=POSITIVE, help="Use so many images, spread over the data set.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Folder for pictures of the merged tokens.")
+@click.option("--n-pictures", type=POSITIVE, default=8, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file for the results.")
+@device_option
+def main(
+    name: str,
+    folder: Path | None,
+    checkpoint: str | None,
+    no_pretrained: bool,
+    synthetic: int | None,
+    merge_num: int | None,
+    inflect: float,
+    batch_size: int,
+    max_images: int | None,
+    num_workers: int,
+    pictures: Path | None,
+    n_pictures: int,
+    out: Path | None,
+    device: torch.device,
+    merging: dict[str, Any],
+) -> None:
+    """Accuracy and speed of MODEL, a plain ViT of timm, on FOLDER, which holds one folder of images per class.
+
+    The plain model and the merged one are timed interleaved.
+    """
+    if (folder is None) == (synthetic is None):
+        raise ValueError("give a FOLDER of images or --synthetic N")
+    plain = create(name, checkpoint, no_pretrained).eval().to(device)
+    config = resolve_data_config(model=plain)
+    if synthetic is not None:
+        dataset: Any = Synthetic(plain, synthetic, config["input_size"], device)
+    else:
+        dataset = open_folder(folder, plain, create_transform(**config, is_training=False))
+    if max_images is not None and max_images < len(dataset):
+        dataset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, max_images).round().astype(int))
+    loader = DataLoader(dataset, batch_size, num_workers=0 if synthetic else num_workers)
+    models = {PURE: plain}
+    method, options = merging_options(plain, merging, merge_num, inflect)
+    if method != PURE:
+        models[method] = patch.apply(copy.deepcopy(plain), method, **options)
+    rows = measure(models, loader, device)
+    write(rows, name, {"method": method, **options}, out, device)
+    if pictures is not None and method != PURE:
+        draw(models[method], dataset, n_pictures, pictures, device, config)
+        click.echo(f"pictures in {pictures}")
+
+
+def create(name: str, checkpoint: str | None, random: bool) -> Any:
+    """A model of timm with its weights.
+
+    Raises:
+        ValueError: an unknown name or unfitting weights.
+        ConnectionError: timm's weights cannot be fetched.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"{name}: unknown model, give a plain ViT of timm")
+    if checkpoint is None and random:
+        return timm.create_model(name)
+    if checkpoint is not None:
+        try:
+            return timm.create_model(name, checkpoint_path=checkpoint)
+        except Exception as error:  # of many kinds: a damaged file, another model's names or shapes
+            raise ValueError(f"{checkpoint}: no weights of {name} ({one_line(error)})") from error
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise ConnectionError(f"cannot fetch timm's weights of {name}: give --checkpoint or --no-pretrained") from error
+
+
+def measure(models: dict[str, nn.Module], loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:
+    """A row per model: scores, then speed of all of them on the first batch, interleaved, and operations."""
+    batch = next(iter(loader))[0].to(device)
+    turns = interleaved_turns(models, [batch], device, repeats=5)
+    rows = []
+    for name, model in models.items():
+        row = {"name": name, **score(model, loader, device)}
+        if not patch.is_patched(model):
+            row["tokens"] = float(np.prod(model.patch_embed.grid_size))
+        rates = turns[name].flatten()
+        row |= {"images_per_second": rates.median().item(), "gflops": count_operations(model, batch[:4]).total}
+        rows.append(row)
+    return rows
+
+
+def write(
+    rows: Sequence[dict[str, Any]], name: str, merging: dict[str, Any], out: Path | None, device: torch.device
+) -> None:
+    """Print the table, and write all of it as JSON."""
+    click.echo(markdown(COLUMNS, rows))
+    if out is not None:
+        content = {"model": name, "merging": merging, "rows": rows, "environment": environment(device)}
+        write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
