@@ -193,6 +193,9 @@ def default_device() -> str:
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
 images_argument = click.argument("images", metavar="DATASET|FOLDER", type=Images())
+im_size_option = click.option(
+    "--im-size", type=POSITIVE, help="Shorter side of the images, pixels; windows scale with it.  [default: the run's]"
+)
 amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
 device_option = click.option(
     "--device", type=Device(), default=default_device, show_default="cuda if there, else cpu", help="Where to compute."

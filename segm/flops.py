@@ -9,7 +9,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument, max_images_option
+from segm.cli import (
+    batch_size_option,
+    checkpoint_argument,
+    device_option,
+    im_size_option,
+    images_argument,
+    max_images_option,
+)
 from segm.eval.operations import count_operations
 from segm.merging import MergingCommand
 from segm.run import Run
@@ -20,6 +27,7 @@ from segm.run import Run
 @images_argument
 @batch_size_option
 @click.option("--enc-dec", is_flag=True, help="Also print what encoder and decoder take, and the rest.")
+@im_size_option
 @device_option
 @max_images_option
 def main(
@@ -27,6 +35,7 @@ def main(
     images: str | Path,
     batch_size: int,
     enc_dec: bool,
+    im_size: int | None,
     device: torch.device,
     max_images: int | None,
     merging: dict[str, Any],
@@ -37,7 +46,7 @@ def main(
     pixels; upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
     leaves out (element-wise work, sorting, indexing) are listed.
     """
-    run = Run.load(checkpoint, device=device, merging=merging)
+    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
     views = run.views(images, max_images, batch_size=batch_size)
     found = [count_operations(run.model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
     click.echo(f"{len(views) * views.batch_size} images of {views.side} x {views.side} pixels")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from segm.cli import checkpoint_argument, device_option
+from segm.cli import checkpoint_argument, device_option, im_size_option
 from segm.data.images import SUFFIXES, is_image, read_image
 from segm.merging import MergingCommand
 from segm.pictures import write_picture
@@ -21,9 +21,16 @@ from vis import blend, colorize
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of labels in the blends.")
+@im_size_option
 @device_option
 def main(
-    checkpoint: Path, source: Path, target: Path, opacity: float, device: torch.device, merging: dict[str, Any]
+    checkpoint: Path,
+    source: Path,
+    target: Path,
+    opacity: float,
+    im_size: int | None,
+    device: torch.device,
+    merging: dict[str, Any],
 ) -> None:
     """Segment every photograph in a folder with CHECKPOINT, a file or a run directory.
 
@@ -34,7 +41,7 @@ def main(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
     photographs = _find_photographs(source)
-    run = Run.load(checkpoint, device=device, merging=merging)
+    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
     damaged: list[str] = []
     for file in tqdm(photographs, desc="inference", unit="image", leave=False):
         try:

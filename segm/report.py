@@ -126,12 +126,29 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
     except ValueError as error:  # nothing after NAME=, or quotes that do not close
         raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
-        given = parse(options)
+        given = parse_with_size(options)
     except ValueError as error:
         raise click.UsageError(f"{text}: {error}") from error
     if not name:
         raise click.UsageError(f"{text}: give it a name, NAME=PATH")
     return name, Path(path), given
+
+
+def parse_with_size(options: Sequence[str]) -> dict[str, Any]:
+    """Merging options, and `im_size` from --im-size.
+
+    Raises:
+        ValueError: one that is not known or allowed.
+    """
+    left, own = [*options], dict[str, Any]()
+    if "--im-size" in left:
+        place = left.index("--im-size")
+        number = "".join(left[place + 1 : place + 2])
+        if not number.isdigit() or int(number) == 0:
+            raise ValueError(f"--im-size {number}: give the shorter side of the images in pixels")
+        own = {"im_size": int(number)}
+        del left[place : place + 2]
+    return parse(left) | own
 
 
 def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.device) -> list[Run]:
@@ -148,7 +165,8 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
     for text in tqdm(texts, desc="loading", unit="run", leave=False):
         name, path, given = read_run(text)
         try:
-            run = Run.load(path, name=name, device=device, merging=given)
+            size = given.pop("im_size", None)
+            run = Run.load(path, name=name, device=device, merging=given, im_size=size)
         except ValueError as error:
             raise ValueError(f"{name or path}: {error}") from error
         if any(run.name == other.name for other in runs):
@@ -183,7 +201,8 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
     )
     rows = []
     for run in tqdm(runs, desc="mIoU", unit="run", leave=False):
-        row = {"name": run.name, "path": str(run.path), "method": run.method, "settings": run.options}
+        settings = run.options | ({} if run.im_size is None else {"im_size": run.im_size})
+        row = {"name": run.name, "path": str(run.path), "method": run.method, "settings": settings}
         row |= run.evaluate(dataset=dataset_name, n_images=max_images, progress=True)
         rows.append(row | costs[run.name])
     return rows

@@ -45,6 +45,8 @@ class Run:
         variant: content of `variant.yml`.
         device: where it computes.
         precision: with which it predicts.
+        im_size: shorter side that images are resized to, pixels; crops and windows are scaled with it. None: as in
+            training. Scores stay at the size of the labels.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Run:
     variant: Mapping[str, Any]
     device: torch.device
     precision: Precision
+    im_size: int | None = None
 
     @classmethod
     def load(
@@ -63,6 +66,7 @@ class Run:
         device: torch.device | str | None = None,
         merging: Mapping[str, Any] | None = None,
         amp: bool | None = None,
+        im_size: int | None = None,
         **options: Any,
     ) -> "Run":
         """Load a trained model. What is not given is as it was in training.
@@ -73,6 +77,7 @@ class Run:
             device: None: CUDA if it is there, else the CPU.
             merging: `patch_type` and options of the method, from a command (`segm.merging`).
             amp: whether to predict in mixed precision.
+            im_size: shorter side that images are resized to, pixels, in place of the training's.
             options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
 
         Raises:
@@ -84,7 +89,7 @@ class Run:
         merges.apply(model, *merges.choose({**(merging or {}), **options}, variant.get("dataset_kwargs")))
         precision = Precision.choose(device, bool(variant.get("amp")) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name
-        return cls(name, Path(path), model.to(device), variant, device, precision)
+        return cls(name, Path(path), model.to(device), variant, device, precision, im_size)
 
     def unpatched(self, name: str | None = None) -> "Run":
         """The same run without merging."""
@@ -163,8 +168,16 @@ class Run:
 
     @property
     def crop_size(self) -> int:
-        """Side of the training crops, pixels."""
-        return self._read("dataset_kwargs", "crop_size")
+        """Side of the training crops, pixels; of the squares that are measured."""
+        return self._scaled(self._read("dataset_kwargs", "crop_size"))
+
+    @property
+    def ratio(self) -> float:
+        """Of the size of images to that of the training's evaluation."""
+        return 1.0 if self.im_size is None else self.im_size / self.image_size
+
+    def _scaled(self, pixels: int) -> int:
+        return max(round(pixels * self.ratio), 1)
 
     @property
     def windows(self) -> Windows:
@@ -173,8 +186,8 @@ class Run:
 
     def choose_windows(self, size: int | None = None, stride: int | None = None, batch_size: int = 4) -> Windows:
         """Sliding windows; pixels that are None come from the run, or else from the data set's defaults."""
-        size = size or self._number("window_size")
-        return Windows(size, stride or min(self._number("window_stride"), size), batch_size)
+        size = size or self._scaled(self._number("window_size"))
+        return Windows(size, stride or min(self._scaled(self._number("window_stride")), size), batch_size)
 
     def _number(self, key: str) -> int:
         """A number of the evaluation: the run's, or else the data set's default."""
@@ -202,8 +215,8 @@ class Run:
             FileNotFoundError, ValueError: no such file, or no image.
         """
         factor = dataset_defaults(self.dataset)["resize_factor"] if self.dataset in DATASETS else RESIZE_FACTOR
-        long = factor * self.image_size
-        resized = resize_keep_ratio(_pixels(photo), long, self.image_size)
+        short = self._scaled(self.image_size)
+        resized = resize_keep_ratio(_pixels(photo), factor * short, short)
         return normalize(resized, self.normalization).unsqueeze(0).to(self.device)
 
     def square(self, photo: Photo, side: int | None = None) -> Tensor:
@@ -299,7 +312,7 @@ class Run:
                 self.model,
                 dataset,
                 windows or self.windows,
-                ratios=MULTISCALE if multiscale else (1.0,),
+                ratios=[ratio * self.ratio for ratio in (MULTISCALE if multiscale else (1.0,))],
                 flip=multiscale,
                 device=self.device,
                 n_images=n_images,

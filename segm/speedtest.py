@@ -16,6 +16,7 @@ from segm.cli import (
     batch_size_option,
     checkpoint_argument,
     device_option,
+    im_size_option,
     images_argument,
     max_images_option,
 )
@@ -62,6 +63,7 @@ COLUMNS = {
 )
 @click.option("--compile", "compiled", is_flag=True, help="Compile every method, before anything is timed.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@im_size_option
 @device_option
 @max_images_option
 def main(
@@ -76,6 +78,7 @@ def main(
     compare: str | None,
     compiled: bool,
     out: Path | None,
+    im_size: int | None,
     device: torch.device,
     max_images: int | None,
     merging: dict[str, Any],
@@ -89,7 +92,7 @@ def main(
     """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    run, precision = Run.load(checkpoint, device=device, patch_type=PURE), DTYPES[dtype]
+    run, precision = Run.load(checkpoint, device=device, patch_type=PURE, im_size=im_size), DTYPES[dtype]
     methods = read_methods(compare, merging, run)
     model = run.model.to(precision)
     models = {name: apply(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}

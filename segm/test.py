@@ -6,7 +6,7 @@ from typing import Any
 import click
 import torch
 
-from segm.cli import amp_option, checkpoint_argument, device_option, max_images_option, show_scores
+from segm.cli import amp_option, checkpoint_argument, device_option, im_size_option, max_images_option, show_scores
 from segm.merging import MergingCommand
 from segm.parallel import is_main, process_group
 from segm.run import Run
@@ -15,17 +15,23 @@ from segm.run import Run
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @amp_option
+@im_size_option
 @device_option
 @max_images_option
 def main(
-    checkpoint: Path, amp: bool | None, device: torch.device, max_images: int | None, merging: dict[str, Any]
+    checkpoint: Path,
+    amp: bool | None,
+    im_size: int | None,
+    device: torch.device,
+    max_images: int | None,
+    merging: dict[str, Any],
 ) -> None:
     """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file or a run directory.
 
     Data set, window, precision and merging are those of the training; --patch-type pure turns merging off.
     """
     with process_group(device) as device:
-        run = Run.load(checkpoint, device=device, merging=merging, amp=amp)
+        run = Run.load(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
         scores = run.evaluate(n_images=max_images, progress=is_main())
         if is_main():
             show_scores(scores)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import checkpoint_argument, device_option, images_argument, max_images_option
+from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
 from segm.eval.comparison import patch_grid
 from segm.files import write_text
 from segm.merging import MergingCommand
@@ -35,6 +35,7 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of tokens.json and tokens.png.  [default: token_stats_<method> beside CHECKPOINT]",
 )
+@im_size_option
 @device_option
 @max_images_option
 def main(
@@ -42,6 +43,7 @@ def main(
     images: str | Path,
     layer_id: int | None,
     out: Path | None,
+    im_size: int | None,
     device: torch.device,
     max_images: int | None,
     merging: dict[str, Any],
@@ -51,7 +53,7 @@ def main(
     Over the validation images at crop x crop pixels: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
     """
-    run = Run.load(checkpoint, device=device, merging=merging)
+    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
     if not patch.is_patched(run.model):
         raise click.UsageError("nothing merges in this model: name a method with --patch-type")
     check_layer(run, layer_id)

@@ -15,6 +15,7 @@ from segm.cli import (
     checkpoint_argument,
     dataset_argument,
     device_option,
+    im_size_option,
     max_images_option,
     show_scores,
 )
@@ -39,6 +40,7 @@ from vis import blend, colorize
 @click.option("--blend/--no-blend", "blended", default=True, show_default=True, help="And blends with the images.")
 @click.option("--frac-dataset", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="First part.")
 @amp_option
+@im_size_option
 @device_option
 @max_images_option
 def main(
@@ -53,6 +55,7 @@ def main(
     blended: bool,
     frac_dataset: float,
     amp: bool | None,
+    im_size: int | None,
     device: torch.device,
     max_images: int | None,
     merging: dict[str, Any],
@@ -64,7 +67,7 @@ def main(
     another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
-        run = Run.load(checkpoint, device=device, merging=merging, amp=amp)
+        run = Run.load(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
         dataset, _ = run.open(split, dataset_name)
         suffix = "ss" if singlescale else "ms"
         if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are

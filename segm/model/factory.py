@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_patch_embed
 from torch import nn
 
 from segm.checkpoint import checkpoint_file, load_checkpoint
@@ -90,7 +91,8 @@ def _check_shapes(net_kwargs: dict[str, Any], weights: dict[str, Any], parts: Pa
 def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) -> None:
     """Copy the weights of another run into a model, to fine-tune it.
 
-    The position embedding is resized to the model's grid. What belongs to the classes keeps its initial values if the
+    The position embedding is resized to the model's grid, and the patch embedding to its patches, as timm does it.
+    What belongs to the classes keeps its initial values if the
     classes differ.
 
     Args:
@@ -106,12 +108,15 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
     if not same_classes or any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
         logger.warning("%s has other classes: what belongs to the classes is learned anew", path)
         weights |= {k: own[k] for k in of_classes}
-    encoder, name = model.encoder, "encoder.pos_embed"
+    encoder, name, kernel = model.encoder, "encoder.pos_embed", "encoder.patch_embed.proj.weight"
+    sides = weights[kernel].shape[2:] if kernel in weights else ()
+    if sides and weights[kernel].shape[:2] == own[kernel].shape[:2]:
+        weights[kernel] = resample_patch_embed(weights[kernel], [*encoder.patch_embed.patch_size])
     if name in weights and name in own and weights[name].shape != own[name].shape:
         size = read_variant(path)["net_kwargs"]["image_size"]
-        sides = (size, size) if isinstance(size, int) else size
-        grid = [side // patch for side, patch in zip(sides, encoder.patch_embed.patch_size, strict=True)]
-        if grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
+        pixels = (size, size) if isinstance(size, int) else size
+        grid = [whole // side for whole, side in zip(pixels, sides, strict=False)]  # no sides: no such weights
+        if len(grid) == 2 and grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
             weights[name] = resize_position_embedding(
                 weights[name].float(), grid, encoder.patch_embed.grid_size, position_prefix(encoder)
             )

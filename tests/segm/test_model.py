@@ -8,7 +8,8 @@ import torch
 
 from segm.config import load_config
 from segm.model.encoder import create_encoder
-from segm.model.factory import create_segmenter
+from segm.model.factory import copy_weights, create_segmenter
+from segm.variant import write_variant
 
 
 @torch.inference_mode()
@@ -148,3 +149,17 @@ class TestPretrained:
 
 
 real = timm.create_model
+
+
+def test_a_run_is_fine_tuned_with_coarser_patches(small_net, tmp_path):
+    """The patch embedding is resampled: on images of one color, every patch says the same as before."""
+    torch.manual_seed(0)
+    fine, coarse = create_segmenter(small_net), create_segmenter(small_net | {"patch_size": 16})
+    torch.save({"model": fine.state_dict()}, tmp_path / "checkpoint.pth")
+    write_variant({"net_kwargs": small_net}, tmp_path)
+    copy_weights(coarse, tmp_path)
+    images = torch.ones(1, 3, 32, 32) * torch.tensor([0.3, -1.0, 2.0]).view(1, 3, 1, 1)
+    expected, found = (model.encoder.patch_embed(images)[0, 0, 0] for model in (fine, coarse))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    assert coarse.encoder.pos_embed.shape[1] == 1 + 4
+    assert torch.equal(coarse.decoder.cls_emb, fine.decoder.cls_emb)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from segm import test
 from segm.data import class_info, create_dataset
 from segm.data.images import read_image, resize_keep_ratio
 from segm.run import Run
@@ -73,6 +74,21 @@ def test_a_photograph_goes_to_labels_of_its_size(shapes_run, tmp_path, photo):
             run.predict(wrong)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run.predict("nowhere.jpg")
+
+
+def test_smaller_images_are_scored_at_the_size_of_their_labels(shapes_run, photo, call, refused):
+    run, small = Run.load(shapes_run, device="cpu"), Run.load(shapes_run, device="cpu", im_size=16)
+    assert (small.crop_size, small.windows.size, small.windows.stride) == (16, 16, 16)
+    assert small.view(photo).shape == (1, 3, 16, 28) and small.predict(photo).shape == photo.shape[:2]
+    assert small.views()[0].shape == (1, 3, 16, 16) and not small.is_like(run)
+    seen = []
+    scores = small.evaluate(n_images=2, on_image=lambda sample, labels: seen.append((sample.image.shape, labels.shape)))
+    assert seen == [((32, 32, 3), (32, 32))] * 2
+    assert Run.load(shapes_run, device="cpu", im_size=32).evaluate(n_images=2) == run.evaluate(n_images=2)
+    assert f"mean_iou: {scores['mean_iou']:.2f}" in call(
+        test, shapes_run, "--im-size", "16", "--max-images", "2", "--device", "cpu"
+    )
+    assert "--im-size" in refused(test, shapes_run, "--im-size", "0")
 
 
 def test_predictions_are_those_that_are_scored(shapes_run):
