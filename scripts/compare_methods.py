@@ -1,0 +1,239 @@
+"""All methods at the same operations: applied to a plain run as it is, and after a short training.
+
+python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --epochs 2 --work runs/compared \
+    --out results/methods_shapes
+"""
+
+import copy
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+import patch
+from segm.checkpoint import LAST
+from segm.cli import POSITIVE, Command, dataset_argument, device_option
+from segm.eval.comparison import compare, mean_tokens
+from segm.eval.environment import environment
+from segm.eval.operations import count_operations
+from segm.files import write_text
+from segm.merging import PURE, apply
+from segm.run import Run
+from segm.tables import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALLER = "smaller image"
+BISECTIONS = 12
+# What a method's cost is set by: the option and its range. r is a whole number up to what the image has.
+KNOBS: dict[str, tuple[str, float, float]] = {
+    "graph": ("threshold", -1.0, 1.0),
+    "algm": ("threshold", -1.0, 1.0),
+    **dict.fromkeys(("tome", "tofu", "dct", "pitome", "mctf", "crossget", "dtem", "diffrate"), ("r", 0, 0)),
+    "atc": ("keep", 0.05, 1.0),
+    "ltmp": ("merge_threshold", 0.0, 1.0),
+    "random": ("tokens", 0.02, 1.0),
+}
+FLAGS = {name: "--" + name.replace("_", "-") for name, *_ in KNOBS.values()} | {"keep": "--keep-rate"}
+NEEDS_TRAINING = ("dtem",)
+COLUMNS = {
+    "method": "{method}",
+    "setting": "{setting}",
+    "GFLOPs": "{gflops:.3f}",
+    "images/s": "{images_per_second:.1f}",
+    "applied": "{applied}",
+    "trained": "{trained}",
+}
+
+
+@click.command(cls=Command)
+@click.argument("plain", type=click.Path(exists=True, path_type=Path))
+@dataset_argument
+@click.option("--share", "shares", type=click.FloatRange(0, 1), multiple=True, default=(0.75, 0.6), show_default=True)
+@click.option("--methods", help="Comma-separated.  [default: all, random merging and smaller images]")
+@click.option("--epochs", type=click.IntRange(min=0), default=1, show_default=True, help="Of training; 0: none.")
+@click.option("--train-options", default="", help="Further options of train.py, quoted.")
+@click.option("--cost-images", type=POSITIVE, default=8, show_default=True, help="Images for operations and speed.")
+@click.option("--max-images", type=POSITIVE, help="Images for the mIoU.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of trainings.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Results: OUT.json and OUT.md.")
+@device_option
+def main(
+    plain: Path,
+    dataset_name: str,
+    shares: tuple[float, ...],
+    methods: str | None,
+    epochs: int,
+    train_options: str,
+    cost_images: int,
+    max_images: int | None,
+    work: Path,
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Compare all methods at the same share of the operations of PLAIN, a run without merging, on DATASET.
+
+    Every method is set so that a pass takes that share of the plain one's GFLOPs, is scored as it is and after a
+    training that starts from PLAIN, and is timed, all interleaved. What was measured before is not measured again.
+    """
+    run = Run.load(plain, device=device, patch_type=PURE)
+    known = json.loads(out.with_suffix(".json").read_text())["rows"] if out.with_suffix(".json").exists() else []
+    done = {(row["method"], row["share"]): row for row in known}
+    names = methods.split(",") if methods else [*KNOBS, "fpet", "mpm", SMALLER]
+    if unknown := set(names) - {*KNOBS, "fpet", "mpm", SMALLER}:
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(KNOBS)}, fpet, mpm, {SMALLER}")
+    views = [*run.views(dataset_name, cost_images)]
+    whole = gflops(run.model, views)
+    pure = run.evaluate(dataset=dataset_name, n_images=max_images)["mean_iou"]
+    rows = [done.get((PURE, 1.0)) or {"method": PURE, "share": 1.0, "options": {}, "gflops": whole, "applied": pure}]
+    for share in shares:
+        for name in tqdm(names, f"{share:g} of the operations", unit="method"):
+            if name in ("fpet", "mpm") and share != shares[0]:  # nothing to set
+                continue
+            row = done.get((name, share)) or {"method": name, "share": share}
+            rows.append(fill(row, run, views, whole, dataset_name, max_images))
+            if epochs and name != SMALLER and "trained" not in row:
+                folder = work / f"{name}_{share:g}"
+                train(folder, plain, name, row["options"], epochs, train_options, dataset_name, device)
+                row["trained"] = Run.load(folder, device=device).evaluate(dataset=dataset_name, n_images=max_images)[
+                    "mean_iou"
+                ]
+            save(out, rows, run, dataset_name, plain, epochs)
+    time_all(rows, run, views, dataset_name, cost_images)
+    save(out, rows, run, dataset_name, plain, epochs)
+    table = markdown(COLUMNS, [shown(row) for row in rows])
+    write_text(out.with_suffix(".md"), table + "\n")
+    click.echo(table)
+
+
+def fill(
+    row: dict[str, Any], run: Run, views: list, whole: float, dataset: str, max_images: int | None
+) -> dict[str, Any]:
+    """Set a method to its share of the operations, and score it as it is."""
+    if "gflops" in row:
+        return row
+    if row["method"] == SMALLER:
+        return row | fill_smaller(run, row["share"] * whole, dataset, max_images, len(views))
+    model = with_parts(run.model, row["method"])
+    options = setting(model, row["method"], views, row["share"] * whole)
+    merged = apply(model, row["method"], options)
+    row |= {"options": options, "gflops": gflops(merged, views), "tokens": mean_tokens(merged, views)}
+    if row["method"] not in NEEDS_TRAINING:
+        own = Run(row["method"], run.path, merged, run.variant, run.device, run.precision)
+        row["applied"] = own.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]
+    return row
+
+
+def with_parts(model: Any, method: str) -> Any:
+    """A copy of a model, with the learned parts that a method cannot do without."""
+    model, entry = copy.deepcopy(model), patch.find(method)
+    if entry.modules is not None and entry.switch is None:
+        patch.add_modules(model.encoder, method)
+    return model
+
+
+def gflops(model: Any, views: list) -> float:
+    """10⁹ operations of a pass, mean over the images."""
+    return sum(count_operations(model, view).total for view in views) / len(views)
+
+
+def setting(model: Any, method: str, views: list, wanted: float) -> dict[str, Any]:
+    """Options with which a pass costs so much; those of the method where nothing can be set."""
+    if method not in KNOBS:
+        return {}
+    name, low, high = KNOBS[method]
+    whole = name == "r"
+    if whole:
+        high = 2 * patch_count(model) // len(model.encoder.blocks)
+    best: tuple[float, dict[str, Any]] | None = None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        options = {name: round(middle) if whole else middle}
+        merged = apply(copy.deepcopy(model), method, options)
+        cost = gflops(merged, views)
+        if best is None or abs(cost - wanted) < best[0]:
+            best = abs(cost - wanted), options
+        raises = (cost > wanted) == whole  # r takes tokens away, all others leave more
+        low, high = (middle, high) if raises else (low, middle)
+        if whole and round(low) == round(high):
+            break
+    assert best is not None
+    return best[1]
+
+
+def patch_count(model: Any) -> int:
+    """Patches of an image."""
+    grid = model.encoder.patch_embed.grid_size
+    return int(grid[0] * grid[1])
+
+
+def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, n_views: int) -> dict[str, Any]:
+    """The plain model at the image size whose crops cost the next most."""
+    side, own = run.model.patch_size[0], []
+    for crop in range(side, run.crop_size + 1, side):
+        size = round(run.image_size * crop / run.crop_size)
+        small = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
+        own.append((abs(gflops(run.model, [*small.views(dataset, 1)]) - wanted), size, small))
+    _, size, small = min(own, key=lambda one: one[0])
+    views = [*small.views(dataset, n_views)]
+    found = {"options": {"im_size": size}, "gflops": gflops(run.model, views), "tokens": mean_tokens(run.model, views)}
+    return found | {"applied": small.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]}
+
+
+def train(
+    folder: Path,
+    plain: Path,
+    method: str,
+    options: Mapping[str, Any],
+    epochs: int,
+    more: str,
+    dataset: str,
+    device: torch.device,
+) -> None:
+    """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
+    own = ["--resume"] if (folder / LAST).exists() else ["--finetune", str(plain), "--dataset", dataset]
+    if "--finetune" in own:
+        own += ["--patch-type", method, "--epochs", str(epochs), "--eval-freq", str(epochs), *shlex.split(more)]
+        own += [word for name, value in options.items() for word in (FLAGS[name], str(value))]
+    command = ["segm/train.py", "--log-dir", str(folder), "--device", str(device), *own]
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise ValueError(f"python {shlex.join(command)}: {ended.stderr.strip().splitlines()[-1]}")
+
+
+def time_all(rows: list[dict[str, Any]], run: Run, views: list, dataset: str, n_images: int) -> None:
+    """Images/s of every row, all interleaved."""
+    models, batches = {}, {}
+    for index, row in enumerate(rows):
+        smaller = row["method"] == SMALLER
+        model = run.model if smaller or row["method"] == PURE else with_parts(run.model, row["method"])
+        models[str(index)] = model if model is run.model else apply(model, row["method"], row["options"])
+        size = row["options"].get("im_size") if smaller else None
+        own = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
+        batches[str(index)] = [*own.views(dataset, n_images)]
+    found = compare(models, dict.fromkeys(models, "0"), batches, run.device)
+    for index, row in enumerate(rows):
+        row["images_per_second"] = found[str(index)]["images_per_second_scores"]
+
+
+def save(out: Path, rows: list[dict[str, Any]], run: Run, dataset: str, plain: Path, epochs: int) -> None:
+    """Write all that was measured so far."""
+    record = {"plain": str(plain), "dataset": dataset, "epochs": epochs, **environment(run.device), "rows": rows}
+    write_text(out.with_suffix(".json"), json.dumps(record, indent=2, default=str) + "\n")
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the table shows it."""
+    options = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row["options"].items()}
+    texts = {key: f"{row[key]:.2f}" if key in row else "-" for key in ("applied", "trained")}
+    return {**row, **texts, "setting": ", ".join(f"{key} {value}" for key, value in options.items())}
+
+
+if __name__ == "__main__":
+    main()
