@@ -100,6 +100,9 @@ def energies(unit: Tensor, margin: float, paper: bool = False) -> Tensor:
     energy = []
     for part in chunks(unit, unit.shape[1]):
         beyond = (part @ unit.mT).sub_(margin)
-        counted = F.elu(beyond, inplace=not paper)
-        energy.append((counted + margin * (beyond > 0) if paper else counted).mean(2))
+        above = beyond.clamp(min=0)
+        if paper:
+            above += margin * (beyond > 0)
+        below = beyond.clamp_(max=0).exp_().sub_(1)  # `elu`, which takes 20 times as long on the CPU
+        energy.append(above.add_(below).mean(2))
     return torch.cat(energy, 1)
