@@ -58,7 +58,7 @@ def diffrate(
     step = Grouping.of_targets(target, order[:, :merged], _floored(sizes, target), (~pruned).float())
     if kept == length:
         return step
-    assignment = tie_pruned(x, step.merge(x), step.assignment, pruned, prefix, None)
+    assignment = tie_pruned(x, step.merge(x), step.assignment, pruned, length - kept, prefix, None)
     return Grouping(assignment, step.counts, step.lengths, step.old_sizes, (~pruned).float())
 
 
@@ -187,7 +187,8 @@ def _carried(x: Tensor, group: Tensor, kept: int, merged: int, alive: int, prefi
     position = torch.arange(x.shape[1], device=x.device)
     result = Grouping.of_length(group, x.shape[1]).merge(x)
     pruned = ((position >= kept) & (position < alive)).expand_as(group)
-    return tie_pruned(x, result, group, pruned, prefix, (position >= merged).expand_as(group))
+    gone = (position >= merged).expand_as(group)
+    return tie_pruned(x, result, group, pruned, alive - kept, prefix, gone)
 
 
 def gigaflops(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from g2tm.masked import straight_through
 from g2tm.reduction import Chain, Grouping, Reduction
 from g2tm.selection import most_similar, precise, selection
 from g2tm.validation import check_grid
@@ -83,7 +84,7 @@ class StraightThrough:
         self._hard, self._sources, self._stay = hard, sources, stay
         self._first = hard.width - len(stay)
         one_hot = F.one_hot(hard.assignment[:, sources] - self._first, len(stay)).to(soft.dtype)
-        self._matching = one_hot + (soft - soft.detach())
+        self._matching = straight_through(one_hot, soft)
 
     assignment = property(lambda self: self._hard.assignment)
     counts = property(lambda self: self._hard.counts)

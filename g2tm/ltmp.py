@@ -75,8 +75,11 @@ def ltmp(
     count = torch.minimum(count.clamp(min=prefix + fewest), merge.counts)
     if batch == "uniform":
         count = count.max().expand_as(count)
-    lengths = count.tolist() if tokens is None else [prefix + tokens] * n_images
-    return merge.then(_prune(merge.merge(x), importance, count, lengths, merge.sizes, prefix))
+    if tokens is None:
+        lengths, pruned = torch.stack([count, merge.counts - count]).tolist()
+    else:
+        lengths, pruned = [prefix + tokens] * n_images, [length - prefix - tokens]
+    return merge.then(_prune(merge.merge(x), importance, count, lengths, max(pruned), merge.sizes, prefix))
 
 
 def _merge(
@@ -112,13 +115,16 @@ def _of_groups(importance: Tensor, merge: Grouping, prefix: int, present: Tensor
     return largest
 
 
-def _prune(x: Tensor, importance: Tensor, count: Tensor, lengths: list[int], sizes: Tensor, prefix: int) -> Grouping:
-    """Keep the `count` most important tokens of every image in their order; the others are tied to one of them."""
+def _prune(
+    x: Tensor, importance: Tensor, count: Tensor, lengths: list[int], most: int, sizes: Tensor, prefix: int
+) -> Grouping:
+    """Keep the `count` most important tokens of every image in their order; the others, `most` in an image, are tied
+    to one of them."""
     keep = ranks(importance) < count[:, None]
     is_token = importance > LOWEST
     assignment = (keep.cumsum(1) - 1).clamp_(min=0) * keep
     step = Grouping(assignment, count, lengths, sizes * keep, keep.float())
-    assignment = tie_pruned(x, step.merge(x), assignment, is_token & ~keep, prefix, step.padding)
+    assignment = tie_pruned(x, step.merge(x), assignment, is_token & ~keep, most, prefix, step.padding)
     return Grouping(assignment, count, lengths, sizes * keep, keep.float())
 
 
@@ -166,7 +172,8 @@ def ltmp_training(
         sizes_after = sizes.scatter_add(1, target, sizes * moves)
         result = Grouping.of_length(group, length, sizes).merge(x)
         pruned = (left > 0.5) & (after < 0.5)
-        tied = tie_pruned(result, result, position.expand_as(group), pruned, prefix, after < 0.5)
+        most = int(pruned.sum(1).max())
+        tied = tie_pruned(result, result, position.expand_as(group), pruned, most, prefix, after < 0.5)
         carried = place[tied.gather(1, group)]
     order = order.expand(n_images, -1)
     new_sizes, new_mask = sizes_after.gather(1, order), after.gather(1, order)
