@@ -121,14 +121,14 @@ def cases(size: str) -> list[tuple[str, dict[str, Any], int]]:
     import torch
 
     from segm.data import create_dataset
-    from segm.data.images import square_view
     from segm.eval.comparison import settings_for
     from segm.model.factory import create_segmenter
 
     torch.manual_seed(0)
     net = {"backbone": f"vit_{BACKBONES[size]}_patch16_384", "image_size": SIDE, "n_cls": N_CLS}
     model = create_segmenter(net | {"decoder": {"name": "mask_transformer"}}).eval()
-    images = square_view(create_dataset("shapes", "val")[0].image, SIDE, "vit")
+    scenes = create_dataset("shapes", "val", image_size=SIDE)
+    images = scenes.view(scenes[0].image).unsqueeze(0)
     with torch.inference_mode():
         options = {method: settings_for(model, method, [images], 690) for method in ("graph", "algm", "tome")}
         fewer = settings_for(model, "graph", [images], 410)

@@ -25,11 +25,13 @@ from segm.eval.environment import environment
 from segm.eval.operations import count_operations
 from segm.files import write_text
 from segm.merging import PURE, apply
+from segm.model.factory import copy_weights, create_segmenter
 from segm.run import Run
 from segm.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALLER = "smaller image"
+SMALLER, COARSER = "smaller image", "coarser patch"
+BASELINES = (SMALLER, COARSER)  # what does without merging
 BISECTIONS = 12
 # What a method's cost is set by: the option and its range. r is a whole number up to what the image has.
 KNOBS: dict[str, tuple[str, float, float]] = {
@@ -40,7 +42,9 @@ KNOBS: dict[str, tuple[str, float, float]] = {
     "ltmp": ("merge_threshold", 0.0, 1.0),
     "random": ("tokens", 0.02, 1.0),
 }
-FLAGS = {name: "--" + name.replace("_", "-") for name, *_ in KNOBS.values()} | {"keep": "--keep-rate"}
+FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
+FLAGS["keep"] = "--keep-rate"
+FIXED = ("fpet", "mpm")  # nothing sets what they cost
 NEEDS_TRAINING = ("dtem",)
 COLUMNS = {
     "method": "{method}",
@@ -56,7 +60,7 @@ COLUMNS = {
 @click.argument("plain", type=click.Path(exists=True, path_type=Path))
 @dataset_argument
 @click.option("--share", "shares", type=click.FloatRange(0, 1), multiple=True, default=(0.75, 0.6), show_default=True)
-@click.option("--methods", help="Comma-separated.  [default: all, random merging and smaller images]")
+@click.option("--methods", help="Comma-separated.  [default: all, random merging and the baselines]")
 @click.option("--epochs", type=click.IntRange(min=0), default=1, show_default=True, help="Of training; 0: none.")
 @click.option("--train-options", default="", help="Further options of train.py, quoted.")
 @click.option("--cost-images", type=POSITIVE, default=8, show_default=True, help="Images for operations and speed.")
@@ -85,19 +89,21 @@ def main(
     run = Run.load(plain, device=device, patch_type=PURE)
     known = json.loads(out.with_suffix(".json").read_text())["rows"] if out.with_suffix(".json").exists() else []
     done = {(row["method"], row["share"]): row for row in known}
-    names = methods.split(",") if methods else [*KNOBS, "fpet", "mpm", SMALLER]
-    if unknown := set(names) - {*KNOBS, "fpet", "mpm", SMALLER}:
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(KNOBS)}, fpet, mpm, {SMALLER}")
+    every = (*KNOBS, *FIXED, *BASELINES)
+    names = methods.split(",") if methods else every
+    if unknown := set(names) - {*every}:
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(every)}")
     views = [*run.views(dataset_name, cost_images)]
     whole = gflops(run.model, views)
     pure = run.evaluate(dataset=dataset_name, n_images=max_images)["mean_iou"]
     rows = [done.get((PURE, 1.0)) or {"method": PURE, "share": 1.0, "options": {}, "gflops": whole, "applied": pure}]
     for share in shares:
         for name in tqdm(names, f"{share:g} of the operations", unit="method"):
-            if name in ("fpet", "mpm") and share != shares[0]:  # nothing to set
+            if name in FIXED and share != shares[0]:
                 continue
             row = done.get((name, share)) or {"method": name, "share": share}
-            rows.append(fill(row, run, views, whole, dataset_name, max_images))
+            row = fill(row, run, views, whole, dataset_name, max_images)
+            rows.append(row)
             if epochs and name != SMALLER and "trained" not in row:
                 folder = work / f"{name}_{share:g}"
                 train(folder, plain, name, row["options"], epochs, train_options, dataset_name, device)
@@ -120,6 +126,8 @@ def fill(
         return row
     if row["method"] == SMALLER:
         return row | fill_smaller(run, row["share"] * whole, dataset, max_images, len(views))
+    if row["method"] == COARSER:
+        return row | fill_coarser(run, row["share"] * whole, dataset, max_images, views)
     model = with_parts(run.model, row["method"])
     options = setting(model, row["method"], views, row["share"] * whole)
     merged = apply(model, row["method"], options)
@@ -175,15 +183,33 @@ def patch_count(model: Any) -> int:
 
 def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, n_views: int) -> dict[str, Any]:
     """The plain model at the image size whose crops cost the next most."""
-    side, own = run.model.patch_size[0], []
-    for crop in range(side, run.crop_size + 1, side):
-        size = round(run.image_size * crop / run.crop_size)
+    side, whole, own = run.model.patch_size[0], run.crop_size[0], []
+    for crop in range(side, whole + 1, side):
+        size = round(run.image_size * crop / whole)
         small = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
         own.append((abs(gflops(run.model, [*small.views(dataset, 1)]) - wanted), size, small))
     _, size, small = min(own, key=lambda one: one[0])
     views = [*small.views(dataset, n_views)]
     found = {"options": {"im_size": size}, "gflops": gflops(run.model, views), "tokens": mean_tokens(run.model, views)}
     return found | {"applied": small.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]}
+
+
+def fill_coarser(run: Run, wanted: float, dataset: str, max_images: int | None, views: list) -> dict[str, Any]:
+    """The plain model with the patch size that costs the next most, its patch embedding resampled."""
+    own = run.model.patch_size[0]
+    costs = {size: gflops(coarser(run, size), views[:1]) for size in range(own + 1, 2 * own + 1)}
+    size = min(costs, key=lambda one: abs(costs[one] - wanted))
+    model = coarser(run, size)
+    found = {"options": {"patch_size": size}, "gflops": costs[size], "tokens": mean_tokens(model, views)}
+    one = Run(COARSER, run.path, model, run.variant, run.device, run.precision)
+    return found | {"applied": one.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]}
+
+
+def coarser(run: Run, patch_size: int) -> Any:
+    """The model of a run with larger patches."""
+    model = create_segmenter(run.variant["net_kwargs"] | {"patch_size": patch_size})
+    copy_weights(model, run.path)
+    return model.eval().to(run.device)
 
 
 def train(
@@ -199,7 +225,15 @@ def train(
     """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
     own = ["--resume"] if (folder / LAST).exists() else ["--finetune", str(plain), "--dataset", dataset]
     if "--finetune" in own:
-        own += ["--patch-type", method, "--epochs", str(epochs), "--eval-freq", str(epochs), *shlex.split(more)]
+        own += [
+            "--patch-type",
+            PURE if method == COARSER else method,
+            "--epochs",
+            str(epochs),
+            "--eval-freq",
+            str(epochs),
+            *shlex.split(more),
+        ]
         own += [word for name, value in options.items() for word in (FLAGS[name], str(value))]
     command = ["segm/train.py", "--log-dir", str(folder), "--device", str(device), *own]
     ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
@@ -211,15 +245,22 @@ def time_all(rows: list[dict[str, Any]], run: Run, views: list, dataset: str, n_
     """Images/s of every row, all interleaved."""
     models, batches = {}, {}
     for index, row in enumerate(rows):
-        smaller = row["method"] == SMALLER
-        model = run.model if smaller or row["method"] == PURE else with_parts(run.model, row["method"])
-        models[str(index)] = model if model is run.model else apply(model, row["method"], row["options"])
-        size = row["options"].get("im_size") if smaller else None
+        models[str(index)] = model_of(row, run)
+        size = row["options"].get("im_size")
         own = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
         batches[str(index)] = [*own.views(dataset, n_images)]
     found = compare(models, dict.fromkeys(models, "0"), batches, run.device)
     for index, row in enumerate(rows):
         row["images_per_second"] = found[str(index)]["images_per_second_scores"]
+
+
+def model_of(row: dict[str, Any], run: Run) -> Any:
+    """The model of a row, as it is applied."""
+    if row["method"] in (PURE, SMALLER):
+        return run.model
+    if row["method"] == COARSER:
+        return coarser(run, row["options"]["patch_size"])
+    return apply(with_parts(run.model, row["method"]), row["method"], row["options"])
 
 
 def save(out: Path, rows: list[dict[str, Any]], run: Run, dataset: str, plain: Path, epochs: int) -> None:

@@ -57,7 +57,7 @@ def _attention(v: Vectors, model: Segmenter, name: str, layer: int, part: str) -
 
 
 def _sliding(v: Vectors, model: Segmenter, name: str, flipped: bool) -> None:
-    found = view_logits(model, v["xslide"][0].float(), flipped, Windows(192, 128), (300, 440))
+    found = view_logits(model, v["xslide"][0].float(), flipped, Windows.of(192, 128), (300, 440))
     same("probabilities", found.softmax(0)[:, ::STRIDE, ::STRIDE], v[name], MODEL)
 
 

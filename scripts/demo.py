@@ -22,7 +22,6 @@ from segm import report
 from segm.checkpoint import LAST
 from segm.cli import Command, default_device
 from segm.data import Sample, create_dataset
-from segm.eval.comparison import patch_grid
 from segm.pictures import write_picture
 from segm.run import Run
 from vis import colorize, fill_tokens, legend, picture_sheet
@@ -97,7 +96,7 @@ def token_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
         for run in merging:
             view = run.view(sample.image)
             run.model.grid_logits(view)
-            reduction, grid = patch.reduction(run.model), patch_grid(run.model, view)
+            reduction, grid = patch.reduction(run.model), run.model.grid(view.shape[-2:])
             assignment = reduction.assignment[0].cpu().numpy()
             row.append(fill_tokens(sample.image, assignment, grid, run.model.patch_size))
             caption.append(f"{reduction.counts.item()} of {grid[0] * grid[1]} tokens")

@@ -15,6 +15,7 @@ from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, de
 from segm.data import create_dataset
 from segm.eval.evaluate import as_is
 from segm.run import Run
+from segm.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def main(
     """Print mean, standard deviation and their sum, the threshold, of the similarities of the tokens of CHECKPOINT.
 
     Similarities are those of all pairs of patch tokens after the attention of a layer, over the training images of
-    DATASET at crop x crop pixels; merging is off.
+    DATASET at the crop size; merging is off.
     """
     with parallel.process_group(device) as device:
         found = automatic_thresholds(checkpoint, dataset_name, list(selected_layers) or None, device, max_images)
@@ -63,7 +64,7 @@ def automatic_thresholds(
     layers: Sequence[int] | None,
     device: torch.device,
     max_images: int | None = None,
-    side: int | None = None,
+    size: Size | None = None,
 ) -> dict[int, Similarity]:
     """Similarities of the tokens of an unpatched model over the training images, of all processes together.
 
@@ -73,7 +74,7 @@ def automatic_thresholds(
         layers: 1-based, ascending; None: all.
         device: where to compute.
         max_images: only the first so many images.
-        side: pixels to which the images are resized; None: the crop of the run.
+        size: to which the images are resized, pixels; None: the crop of the run.
 
     Returns:
         layer -> `Similarity`.
@@ -90,7 +91,7 @@ def automatic_thresholds(
         mine = range(parallel.rank(), n_images, parallel.world_size())
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
-            encoder.forward_features(run.square(sample.image, side))
+            encoder.forward_features(run.resized(sample.image, size))
         sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
         total = parallel.sum_over_processes(torch.stack(sums))
     return {layer: Similarity(*patch.mean_and_std(one)) for layer, one in zip(layers, total, strict=True)}

@@ -12,6 +12,7 @@ import torch
 from segm import parallel
 from segm.data import DATASETS
 from segm.errors import one_line
+from segm.sizes import short
 
 LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE = click.IntRange(min=1)
@@ -29,6 +30,19 @@ class Numbers(click.Option):
     def takes(self, text: str) -> bool:
         """Whether a word of the command line is one of its values."""
         return text in self.words or _is_number(text)
+
+
+class Sides(Numbers):
+    """A size in pixels: one number, or height and width; (height, width) unless it is a square."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"type": POSITIVE, "metavar": "SIDE|HEIGHT WIDTH"})
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        sides = super().type_cast_value(ctx, [value] if isinstance(value, int | str) else value)
+        if len(sides) > 2:
+            raise click.BadParameter(f"{len(sides)} numbers: give one, or height and width", ctx, self)
+        return short(sides[0] if len(sides) == 1 else sides) if sides else None
 
 
 class Command(click.Command):

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from segm import parallel
@@ -71,10 +71,10 @@ class EpochSampler(Sampler):
 
 
 def create_loader(
-    dataset: SegmentationDataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
+    dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Training batches of this process: dicts of `image` (B, 3, h, w) and `label` (B, h, w)."""
-    sampler = EpochSampler(len(dataset), batch_size, seed)
+    sampler = EpochSampler(len(cast(Sized, dataset)), batch_size, seed)
     return DataLoader(
         dataset,
         batch_size=sampler.batch_size,

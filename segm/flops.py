@@ -42,14 +42,14 @@ def main(
 ) -> None:
     """Print the GFLOPs per image of CHECKPOINT on DATASET: mean and standard deviation over the images.
 
-    Counted as fvcore does, one per multiply-add, in one forward pass over every validation image at crop x crop
-    pixels; upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
+    Counted as fvcore does, one per multiply-add, in one forward pass over every validation image at the crop size;
+    upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
     leaves out (element-wise work, sorting, indexing) are listed.
     """
     run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
     views = run.views(images, max_images, batch_size=batch_size)
     found = [count_operations(run.model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
-    click.echo(f"{len(views) * views.batch_size} images of {views.side} x {views.side} pixels")
+    click.echo(f"{len(views) * views.batch_size} images of {views.size[0]} x {views.size[1]} pixels")
     _show("GFLOPs", [operations.total for operations in found])
     if enc_dec:
         _show("encoder", [operations.encoder for operations in found])

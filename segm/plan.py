@@ -9,7 +9,7 @@ import click
 import timm
 
 from patch import Curriculum, check, find
-from segm.cli import POSITIVE, RATE
+from segm.cli import POSITIVE, RATE, Sides
 from segm.config import config_dir, load_config
 from segm.data import DATASETS
 from segm.data.defaults import dataset_defaults
@@ -18,6 +18,7 @@ from segm.merging import PURE, choose, learned_parts, to_variant
 from segm.model.decoder import DECODERS
 from segm.model.encoder import ALIASES
 from segm.optim import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
+from segm.sizes import pair, short, smaller
 from segm.yaml_files import read_yaml
 
 BACKBONE, DATA, CURRICULUM = "the backbone's", "the data set's", "the curriculum's"
@@ -37,7 +38,8 @@ def setting(type: Any, places: str, help: str = "", default: Any = None, **more:
         more: `of`: whose default it has, or whose part it is: `BACKBONE`, `DATA`, `CURRICULUM`;
             `shown`: the default in --help, where it is not the default itself;
             `kept`: whether a resumed run has to keep it: its weights and the optimizer's state belong to it;
-            `flag`: other than its name.
+            `flag`: other than its name;
+            `cls`: of click's option.
     """
     paths = [place.replace(".", "_kwargs.", 1).split(".") for place in places.split()]
     return field(default=default, metadata={"type": type, "help": help, "places": paths, **more})
@@ -62,11 +64,15 @@ class Settings:
     im_size: int = setting(
         POSITIVE, "dataset.image_size inference.im_size", "Shorter side of the images, pixels.", of=DATA
     )
-    crop_size: int = setting(POSITIVE, "dataset.crop_size", "Side of the training crops, pixels.", of=DATA, kept=True)
-    window_size: int = setting(
-        POSITIVE, "inference.window_size", "Sliding window, pixels.", of=DATA, shown=f"{DATA}, or crop size"
+    crop_size: int | tuple[int, int] = setting(
+        POSITIVE, "dataset.crop_size", "Training crop, pixels.", of=DATA, kept=True, cls=Sides
     )
-    window_stride: int = setting(POSITIVE, "inference.window_stride", "Its stride, pixels.", of=DATA)
+    window_size: int | tuple[int, int] = setting(
+        POSITIVE, "inference.window_size", "Sliding window, pixels.", of=DATA, shown=f"{DATA}, or crop size", cls=Sides
+    )
+    window_stride: int | tuple[int, int] = setting(
+        POSITIVE, "inference.window_stride", "Its stride, pixels.", of=DATA, cls=Sides
+    )
     normalization: str = setting(
         click.Choice(["vit", "deit"]), "dataset.normalization net.normalization", "Pixel mean and std.", of=BACKBONE
     )
@@ -93,6 +99,13 @@ class Settings:
         "Train the decoder alone.",
         False,
         flag="--freeze-encoder/--no-freeze-encoder",
+        kept=True,
+    )
+    cache_features: int = setting(
+        COUNT,
+        "algorithm.cache_features",
+        "With --freeze-encoder: versions of each image whose features are computed once; 0: none.",
+        0,
         kept=True,
     )
     train_only: str | None = setting(
@@ -161,13 +174,14 @@ class Settings:
         if freezes and not frozen and "drop_path" not in given:
             settings["drop_path"] = 0.0  # a frozen encoder learns nothing from its noise
         if "window_stride" not in given:
-            settings["window_stride"] = min(settings["window_stride"], settings["window_size"])
+            settings["window_stride"] = short(smaller(settings["window_stride"], settings["window_size"]))
         return cls(**settings)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches of a training crop."""
-        return (self.crop_size // self.patch_size,) * 2
+        height, width = (side // self.patch_size for side in pair(self.crop_size))
+        return height, width
 
 
 SETTINGS: dict[str, Field] = {entry.name: entry for entry in fields(Settings)}
@@ -183,7 +197,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, entry in reversed(SETTINGS.items()):
         type, flag = entry.metadata["type"], entry.metadata.get("flag", _flag(name))
         if type is not None:
-            command = click.option(flag, type=type, default=None, help=_help(entry))(command)
+            kind = entry.metadata.get("cls", click.Option)
+            command = click.option(flag, type=type, default=None, help=_help(entry), cls=kind)(command)
     return command
 
 
@@ -231,7 +246,7 @@ def read_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         for key in entry.metadata["places"][0]:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None and entry.metadata["type"] is not None:
-            settings[name] = value
+            settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 
 
@@ -312,6 +327,8 @@ class Plan:
         if method == PURE or method != data.get("patch_type"):
             before = {name: value for name, value in before.items() if name not in names_of(CURRICULUM)}
         settings = Settings.complete(given, before)
+        if settings.cache_features:
+            _check_cacheable(settings, method)
         if method != PURE:
             options = check(method, settings.n_layers, settings.grid, **options)
         decoder, curriculum = _decoder(settings, net.get("decoder")), _curriculum(settings, options.get("threshold"))
@@ -331,9 +348,9 @@ class Plan:
                 section = variant
                 for part in sections:
                     section = section.setdefault(part, {})
-                section[key] = value
+                section[key] = [*value] if isinstance(value, tuple) else value
         net, data = variant["net_kwargs"], variant["dataset_kwargs"]
-        net |= {"image_size": [self.settings.crop_size] * 2, "n_cls": dataset.n_cls}
+        net |= {"image_size": [*pair(self.settings.crop_size)], "n_cls": dataset.n_cls}
         net["decoder"] = self.decoder | {"n_cls": dataset.n_cls}
         if self.reduction is not None:
             net["reduction"] = self.reduction
@@ -351,6 +368,14 @@ def _learning(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if entry is None or entry.modules is None:
         raise ValueError(f"--train-only method: {method} has nothing to learn; name another method with --patch-type")
     return {**options} if entry.switch is None else {entry.switch: True, **options}
+
+
+def _check_cacheable(settings: Settings, method: str) -> None:
+    """Raise a ValueError unless the features of an image are the same in every epoch, and a tensor."""
+    if not settings.freeze_encoder or settings.train_only is not None or settings.dropout or settings.drop_path:
+        raise ValueError("--cache-features: the encoder has to stay as it is: give --freeze-encoder, without dropout")
+    if method != PURE:
+        raise ValueError(f"--cache-features: merging with {method} is not kept: train without merging, then --finetune")
 
 
 def _check_resumable(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Print the operators of CHECKPOINT by time and the share of merging, and write a Chrome trace.
 
-    One forward pass of the model over images of DATASET at crop x crop pixels, after one that is not profiled.
+    One forward pass of the model over images of DATASET at the crop size, after one that is not profiled.
     """
     run = Run.load(checkpoint, device=device, merging=merging)
     trace = out or run.folder / f"trace_{run.method}.json"

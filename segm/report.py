@@ -19,8 +19,8 @@ from tqdm import tqdm
 import patch
 from segm.cli import Command, device_option, max_images_option
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
-from segm.data.images import resize_square
-from segm.eval.comparison import compare, patch_grid
+from segm.data.images import resize_to
+from segm.eval.comparison import compare
 from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import parse
@@ -80,7 +80,7 @@ def main(
     """Compare each RUN, a checkpoint, a run directory or "NAME=PATH [merging options]", on one web page.
 
     mIoU comes from sliding windows at full size (--max-images: of the first images). Everything else comes from images
-    resized to crop x crop, one at a time: tokens, GFLOPs and images/s are measured interleaved. The page needs no
+    resized to the crop size, one at a time: tokens, GFLOPs and images/s are measured interleaved. The page needs no
     network. On it a threshold explorer shows what graph merging would do at any threshold.
     """
     check_out(out)
@@ -190,7 +190,7 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
-    views: dict[tuple[int, str], list[Tensor]] = {}
+    views: dict[tuple[tuple[int, int], str], list[Tensor]] = {}
     for run in models.values():
         views.setdefault((run.crop_size, run.normalization), [*run.views(dataset_name, cost_images)])
     costs = compare(
@@ -240,9 +240,9 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
     with patch.edges(model.encoder, layer) as edges:
         for index in range(min(n_images, len(dataset))):
             sample = dataset[index]
-            model.grid_logits(run.square(sample.image))
+            model.grid_logits(run.resized(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
-            photo = resize_square(sample.image, run.crop_size)
+            photo = resize_to(sample.image, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
     threshold = run.options.get("threshold")
     threshold = float(threshold) if isinstance(threshold, int | float) else THRESHOLD
@@ -280,13 +280,13 @@ def picture_blocks(
     seen: set[int] = set()
     for index in tqdm(range(min(n_images, len(dataset))), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
-        photo = resize_square(sample.image, runs[0].crop_size)
+        photo = resize_to(sample.image, runs[0].crop_size)
         truth = np.full(sample.image.shape[:2], IGNORE_LABEL, np.uint8) if sample.label is None else sample.label
         truth = cv2.resize(truth, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         pairs = [(page.picture(photo, "input"), page.label_picture(truth, dataset.palette, "truth"))]
         seen.update(np.unique(truth))
         for run in runs:
-            labels = run.model.predict(run.square(sample.image))[0].cpu().numpy()
+            labels = run.model.predict(run.resized(sample.image))[0].cpu().numpy()
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.image), predicted))
@@ -297,8 +297,8 @@ def picture_blocks(
 
 def token_picture(run: Run, image: np.ndarray) -> str:
     """HTML of the tokens of the last pass, which was over this image, with their number."""
-    photo = resize_square(image, run.crop_size)
-    grid = patch_grid(run.model, run.square(image))
+    photo = resize_to(image, run.crop_size)
+    grid = run.model.grid(run.crop_size)
     n_all = math.prod(grid)
     reduction = patch.reduction(run.model) if patch.is_patched(run.model) else None
     count = n_all if reduction is None else reduction.counts.item()

@@ -19,15 +19,17 @@ import patch
 from segm import merging as merges
 from segm.checkpoint import checkpoint_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
-from segm.data.images import read_image, resize_keep_ratio, square_view
+from segm.data.images import read_image, resize_keep_ratio, resized_view
 from segm.data.unlabelled import Photographs
 from segm.engine import Precision
+from segm.eval.boundary import BoundaryCount
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.sliding import Windows, predict_labels
-from segm.eval.views import Samples, SquareViews
+from segm.eval.views import Samples, Views
 from segm.metrics import segmentation_scores
 from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
+from segm.sizes import Size, pair, scaled, smaller
 from segm.variant import variant_file
 
 Photo = np.ndarray | str | Path
@@ -93,7 +95,20 @@ class Run:
 
     def unpatched(self, name: str | None = None) -> "Run":
         """The same run without merging."""
-        return replace(self, name=name or self.name, model=patch.remove(copy.deepcopy(self.model)))
+        return replace(self.variation(merges.PURE, {}), name=name or self.name)
+
+    def variation(self, method: str, options: Mapping[str, Any], im_size: int | None = None) -> "Run":
+        """This run with other merging, on images of another size; it shares the weights.
+
+        Args:
+            method, options: as `segm.merging.apply` takes them.
+            im_size: shorter side of the images, pixels; None: as here.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        if patch.is_patched(model):
+            patch.remove(model)
+        return replace(self, model=merges.apply(model, method, options), im_size=im_size or self.im_size)
 
     def choose(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """(method, options) that `merging` means for this run: what is given, then what it was trained with."""
@@ -167,30 +182,28 @@ class Run:
         return own or self._read("dataset_kwargs", "image_size")
 
     @property
-    def crop_size(self) -> int:
-        """Side of the training crops, pixels; of the squares that are measured."""
-        return self._scaled(self._read("dataset_kwargs", "crop_size"))
+    def crop_size(self) -> tuple[int, int]:
+        """(height, width) of the training crops, pixels; also of the images that are measured."""
+        return scaled(self._read("dataset_kwargs", "crop_size"), self.ratio)
 
     @property
     def ratio(self) -> float:
         """Of the size of images to that of the training's evaluation."""
         return 1.0 if self.im_size is None else self.im_size / self.image_size
 
-    def _scaled(self, pixels: int) -> int:
-        return max(round(pixels * self.ratio), 1)
-
     @property
     def windows(self) -> Windows:
         """Sliding windows of the evaluation."""
         return self.choose_windows()
 
-    def choose_windows(self, size: int | None = None, stride: int | None = None, batch_size: int = 4) -> Windows:
+    def choose_windows(self, size: Size | None = None, stride: Size | None = None, batch_size: int = 4) -> Windows:
         """Sliding windows; pixels that are None come from the run, or else from the data set's defaults."""
-        size = size or self._scaled(self._number("window_size"))
-        return Windows(size, stride or min(self._scaled(self._number("window_stride")), size), batch_size)
+        size = pair(size or scaled(self._pixels_of("window_size"), self.ratio))
+        stride = stride or smaller(scaled(self._pixels_of("window_stride"), self.ratio), size)
+        return Windows(size, pair(stride), batch_size)
 
-    def _number(self, key: str) -> int:
-        """A number of the evaluation: the run's, or else the data set's default."""
+    def _pixels_of(self, key: str) -> Size:
+        """A size of the evaluation: the run's, or else the data set's default."""
         value = self.variant.get("inference_kwargs", {}).get(key)
         if value is None and self.dataset in DATASETS:
             value = dataset_defaults(self.dataset)[key]
@@ -215,13 +228,13 @@ class Run:
             FileNotFoundError, ValueError: no such file, or no image.
         """
         factor = dataset_defaults(self.dataset)["resize_factor"] if self.dataset in DATASETS else RESIZE_FACTOR
-        short = self._scaled(self.image_size)
+        (short, _) = scaled(self.image_size, self.ratio)
         resized = resize_keep_ratio(_pixels(photo), factor * short, short)
         return normalize(resized, self.normalization).unsqueeze(0).to(self.device)
 
-    def square(self, photo: Photo, side: int | None = None) -> Tensor:
-        """A photograph as the measuring commands feed it: (1, 3, side, side), ratio not kept; None: the crop size."""
-        return square_view(_pixels(photo), side or self.crop_size, self.normalization).to(self.device)
+    def resized(self, photo: Photo, size: Size | None = None) -> Tensor:
+        """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
+        return resized_view(_pixels(photo), size or self.crop_size, self.normalization).to(self.device)
 
     @overload
     def predict(self, photo: Photo) -> np.ndarray: ...
@@ -269,18 +282,18 @@ class Run:
         size = self.image_size if name == self.dataset else None
         return create_dataset(name, split, image_size=size, normalization=self.normalization)
 
-    def views(self, source: str | Path | None = None, n_images: int | None = None, **options: Any) -> SquareViews:
-        """Images to measure the model on, resized to crop × crop; their classes do not matter.
+    def views(self, source: str | Path | None = None, n_images: int | None = None, **options: Any) -> Views:
+        """Images to measure the model on, resized to the crop size; their classes do not matter.
 
         Args:
             source: a data set, whose validation images are taken; a folder of photographs (a `Path`); None: the data
                 set of the training.
-            n_images, options: see `SquareViews`.
+            n_images, options: see `Views`.
         """
         samples: Samples = (
             Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, "val")
         )
-        return SquareViews(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
+        return Views(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
 
     def evaluate(
         self,
@@ -290,6 +303,7 @@ class Run:
         windows: Windows | None = None,
         multiscale: bool = False,
         n_images: int | None = None,
+        boundary: bool = False,
         on_image: Callable[[Any, Tensor], None] | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
@@ -300,6 +314,7 @@ class Run:
             windows: None: the run's.
             multiscale: six scales, each mirrored as well.
             n_images: only the first so many images.
+            boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.eval.boundary`).
             on_image, progress: see `segm.eval.evaluate.evaluate`.
 
         Returns:
@@ -307,6 +322,14 @@ class Run:
         """
         if not isinstance(dataset, SegmentationDataset):
             dataset, _ = self.open(split, dataset)
+        count = BoundaryCount(self.n_cls)
+
+        def look(sample: Any, labels: Tensor) -> None:
+            if boundary and sample.label is not None:
+                count.add(labels.cpu().numpy(), sample.label)
+            if on_image is not None:
+                on_image(sample, labels)
+
         with self.precision.autocast():
             confusion = evaluate(
                 self.model,
@@ -316,10 +339,10 @@ class Run:
                 flip=multiscale,
                 device=self.device,
                 n_images=n_images,
-                on_image=on_image,
+                on_image=look,
                 progress=progress,
             )
-        return segmentation_scores(confusion)
+        return segmentation_scores(confusion) | (count.scores(self.device) if boundary else {})
 
 
 def recorded_classes(variant: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 import patch
 from segm.cli import checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
-from segm.data.images import resize_square
-from segm.eval.comparison import patch_grid
+from segm.data.images import resize_to
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.pictures import write_picture
 from segm.run import Run
+from segm.sizes import pair
 from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
 
 LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose classes are known without a file
@@ -93,9 +93,9 @@ def main(
     from segm.data.photograph import read_sample  # imports mmseg
 
     sample = read_sample(image, ground_truth, cmap if cmap in LISTS else run.dataset, names, palette)
-    side = image_size or run.crop_size
-    photo, view = resize_square(sample.image, side), run.square(sample.image, side)
-    grid = patch_grid(model, view)
+    size = pair(image_size or run.crop_size)
+    photo, view = resize_to(sample.image, size), run.resized(sample.image, size)
+    grid = model.grid(size)
 
     part = "encoder" if enc else "decoder"
     layer_id = chosen_layer(model, part, layer_id)
@@ -103,7 +103,7 @@ def main(
     weights, before, final = look(model, view, layer_id, part, grid)
     label_maps = {"pred": model.predict(view)[0].cpu().numpy()}
     if sample.label is not None:
-        label_maps["gt"] = cv2.resize(sample.label, (side, side), interpolation=cv2.INTER_NEAREST)
+        label_maps["gt"] = cv2.resize(sample.label, size[::-1], interpolation=cv2.INTER_NEAREST)
     first = model.encoder.num_prefix_tokens if enc else 0
     n_tokens = weights.shape[-1] - (first if enc else model.n_cls)  # that carry patches
     if before is None:

@@ -83,7 +83,7 @@ def main(
     max_images: int | None,
     merging: dict[str, Any],
 ) -> None:
-    """Print images/s of CHECKPOINT on DATASET, at crop x crop pixels.
+    """Print images/s of CHECKPOINT on DATASET, at the crop size.
 
     Every validation image is timed --repeats times, its median counts; printed are median and quartiles over the
     images, without the reading of files. With --compare the methods are interleaved, image by image, and the ratio
@@ -106,8 +106,9 @@ def main(
     tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
     rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]
     conditions = environment(device) | {"dtype": dtype, "batch_size": views.batch_size, "duplicate": duplicate}
-    conditions |= {"compiled": compiled}
-    conditions |= {"output": output, "side": views.side, "batches": len(views), "repeats": repeats, "warmup": warmup}
+    height, width = views.size
+    conditions |= {"compiled": compiled, "height": height, "width": width}
+    conditions |= {"output": output, "batches": len(views), "repeats": repeats, "warmup": warmup}
     click.echo(describe(conditions))
     click.echo(markdown(COLUMNS, rows))
     if out is not None:
@@ -161,7 +162,7 @@ def speed_row(name: str, rates: Tensor, reference: Tensor, tokens: float) -> dic
 def describe(conditions: dict[str, Any]) -> str:
     """One line that says what was measured with."""
     c = conditions
-    images = f"{c['batches']} x {c['batch_size']} images of {c['side']} x {c['side']}"
+    images = f"{c['batches']} x {c['batch_size']} images of {c['height']} x {c['width']}"
     compiled = ", compiled" if c["compiled"] else ""
     return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}{compiled}"
 

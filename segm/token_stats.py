@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
-from segm.eval.comparison import patch_grid
 from segm.files import write_text
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
@@ -50,7 +49,7 @@ def main(
 ) -> None:
     """Print how many patch tokens CHECKPOINT keeps on DATASET after every layer that merges, and how large they are.
 
-    Over the validation images at crop x crop pixels: mean, median, 5 % and 95 % quantile of the number of tokens per
+    Over the validation images at the crop size: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
     """
     run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
@@ -90,7 +89,7 @@ def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, An
     counts, sizes, n_patches = defaultdict(list), defaultdict(list), 0
     for images in views:
         model.grid_logits(images)
-        n_patches = math.prod(patch_grid(model, images))
+        n_patches = math.prod(model.grid(images.shape[-2:]))
         for layer, step in patch.reductions(model).items():
             counts[layer].append(step.counts.cpu().numpy())
             kept = step.sizes.flatten() if step.padding is None else step.sizes[~step.padding]

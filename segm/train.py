@@ -18,6 +18,7 @@ from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Position, Precision, compile_blocks, create_loader, segmentation_loss, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
+from segm.features import FOLDER, CachedFeatures, Head
 from segm.interruption import Interruption, SignalError
 from segm.keeper import Keeper, only_writer, position_in
 from segm.merging import PURE, MergingCommand, add_parts, build_model, is_given
@@ -118,6 +119,8 @@ def main(
         if inventories:
             variant["dataset_kwargs"]["inventory"] = inventories
         torch.manual_seed(plan.settings.seed)
+        if plan.settings.cache_features and skip_bad_images:
+            raise ValueError("--cache-features: leave out --skip-bad-images; scripts/check_dataset.py names bad images")
         model = create_model(variant["net_kwargs"], weights, finetune, train_set.classes)
         apply_merging(model, plan.method, plan.options)
         freeze(model, plan)
@@ -159,8 +162,8 @@ def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device
         raise ValueError("--threshold auto: name an unpatched run with --from")
     if "threshold" not in plan.options:
         raise ValueError(f"--threshold auto: {plan.method} has no threshold, name a method that has with --patch-type")
-    layer, side = plan.options["layers"][0], plan.settings.crop_size
-    found = automatic_thresholds(unpatched, plan.settings.dataset, [layer], device, side=side)
+    layer, size = plan.options["layers"][0], plan.settings.crop_size
+    found = automatic_thresholds(unpatched, plan.settings.dataset, [layer], device, size=size)
     threshold = round(found[layer].threshold, 4)
     say(f"threshold {threshold}, from layer {layer} of {unpatched}")
     return threshold
@@ -265,7 +268,10 @@ def train(
     workers, seed, epochs = settings.num_workers, settings.seed, settings.epochs
     precision = Precision.choose(device, settings.amp)
     batch_size = settings.batch_size // parallel.world_size()
-    loader = create_loader(train_set, batch_size, seed, workers, pin_memory=device.type == "cuda")
+    cached = None
+    if settings.cache_features:
+        cached = CachedFeatures(train_set, log_dir / FOLDER, min(settings.cache_features, epochs))
+    loader = create_loader(cached or train_set, batch_size, seed, workers, pin_memory=device.type == "cuda")
     optimizer = build_optimizer(model, plan)
     scheduler = create_scheduler(
         optimizer,
@@ -288,12 +294,15 @@ def train(
         state = partial(training_state, model, optimizer, scheduler, precision.scaler)
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
         wrapped: torch.nn.Module = model
+        if cached is not None:
+            wrapped = Head(model, train_set.crop_size)
+            cached.fill(model, device, precision.autocast, interruption)
         if parallel.world_size() > 1:
             for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
             resting = patch.has_resting_parts(model.encoder, plan.method, plan.options.get("layers", ()))
-            wrapped = DistributedDataParallel(model, find_unused_parameters=resting)
-        windows = Windows(settings.window_size, settings.window_stride)
+            wrapped = DistributedDataParallel(wrapped, find_unused_parameters=resting)
+        windows = Windows.of(settings.window_size, settings.window_stride)
         main_process = parallel.is_main()
         log = RunLog(log_dir, variant, begun.epoch) if main_process else None
         position = position_in(begun, len(loader), device)
@@ -342,6 +351,8 @@ def train(
             position = None
         if log is not None:
             log.close()
+        if cached is not None:
+            cached.remove()
 
 
 def show(entry: dict[str, Any], epochs: int) -> None:

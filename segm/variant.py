@@ -116,18 +116,19 @@ KINDS: dict[str, dict[str, Kind]] = {
     "net_kwargs.decoder": DECODER,
     "dataset_kwargs": {
         **dict.fromkeys(("dataset", "normalization", "patch_type"), TEXT),
-        **dict.fromkeys(("image_size", "crop_size", "batch_size"), SIZE),
+        **dict.fromkeys(("image_size", "batch_size"), SIZE),
+        "crop_size": SIDES,
         "num_workers": COUNT,
         "classes": CLASSES,
         "inventory": INVENTORY,
     },
-    "inference_kwargs": dict.fromkeys(("im_size", "window_size", "window_stride"), SIZE),
+    "inference_kwargs": {"im_size": SIZE, **dict.fromkeys(("window_size", "window_stride"), SIDES)},
     "optimizer_kwargs": {
         **dict.fromkeys(("opt", "sched"), TEXT),
         **dict.fromkeys(("lr", "min_lr", "weight_decay", "start_factor"), RATE),
         "warmup_epochs": COUNT,
     },
-    "algorithm_kwargs": dict.fromkeys(("num_epochs", "eval_freq", "batch_size"), SIZE),
+    "algorithm_kwargs": {**dict.fromkeys(("num_epochs", "eval_freq", "batch_size"), SIZE), "cache_features": COUNT},
 }
 
 

@@ -2,7 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
-from vis.curves import scale_curves, threshold_curves
+from vis.curves import scale_curves, threshold_curves, tradeoff_plot
 from vis.histograms import token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
@@ -27,4 +27,5 @@ __all__ = [
     "threshold_curves",
     "token_histograms",
     "token_pictures",
+    "tradeoff_plot",
 ]

@@ -16,6 +16,46 @@ LINES = [
 ]
 
 
+MARKERS = "osD^vP*X<>hp"
+PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")  # after Okabe and Ito
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def tradeoff_plot(
+    rows: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    hull: Sequence[int] = (),
+    score: str = "mean_iou",
+    name: str = "mIoU, %",
+) -> np.ndarray:
+    """A score over the time per image: one line per label, and the hull of the best.
+
+    Args:
+        rows: `images_per_second` and the score.
+        labels: one per row; rows of one label are joined, in order of their time.
+        hull: indices of rows to mark, the fastest first.
+        score: key; name: of its axis.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+        canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+        points = [(1000 / row["images_per_second"], row[score]) for row in rows]
+        axis.plot(*zip(*(points[i] for i in hull), strict=True) if hull else ((), ()), color="0.75", linewidth=6,
+                  solid_capstyle="round", label="hull", zorder=0)  # fmt: skip
+        for number, label in enumerate(dict.fromkeys(labels)):
+            own = sorted(point for point, other in zip(points, labels, strict=True) if other == label)
+            color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+            axis.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=5, linewidth=1, label=label)
+        axis.set(xlabel="ms per image", ylabel=name)
+        axis.grid(color="0.9")
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def threshold_curves(
     pure: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], best: float | None = None
 ) -> np.ndarray:
@@ -30,7 +70,7 @@ def threshold_curves(
         (H, W, 3), uint8.
     """
     panels = {"mean_iou": "mIoU, %", "tokens": "tokens per image", "images_per_second": "images/s"}
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         for axis, (key, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -56,7 +96,7 @@ def scale_curves(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """
     panels = {"microseconds_per_patch": "microseconds per patch", "kib_per_patch": "peak KiB per patch"}
     methods = dict.fromkeys(row["method"] for row in rows)
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):

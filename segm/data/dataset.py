@@ -14,6 +14,7 @@ from segm.data.normalization import get_normalization, normalize
 from segm.data.sample import IGNORE_LABEL, Sample
 from segm.data.seeding import mix_seeds, seeded
 from segm.errors import one_line
+from segm.sizes import Size, pair
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ class SegmentationDataset(Dataset):
     which depends on (seed, epoch, index) alone.
 
     classes: names, by label; palette: uint8 RGB (C, 3); image_size: pixels of the shorter side, or the
-    (height, width) of `shapes`; crop_size: pixels; resize_factor: longer side at most this times the shorter.
+    (height, width) of `shapes`; crop_size: of the training, pixels; resize_factor: longer side at most this
+    times the shorter.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class SegmentationDataset(Dataset):
         palette: np.ndarray,
         *,
         image_size: int | tuple[int, int],
-        crop_size: int,
+        crop_size: Size,
         resize_factor: int,
         normalization: str,
         seed: int,
@@ -45,7 +47,7 @@ class SegmentationDataset(Dataset):
         self.skip_bad = False  # True: an image that cannot be read is left out with a word, not refused
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
-        self.image_size, self.crop_size, self.resize_factor = image_size, crop_size, resize_factor
+        self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
         self.normalization, self.seed = normalization, seed
 
     @property
@@ -74,7 +76,7 @@ class SegmentationDataset(Dataset):
         return self.eval_item(self._checked(item))
 
     def train_item(self, index: int, seed: int) -> dict[str, torch.Tensor]:
-        """Augmented item: image float32 (3, crop, crop), label int64 (crop, crop), 255 = ignore.
+        """Augmented item: image float32 (3, h, w) of the crop size, label int64 (h, w), 255 = ignore.
 
         With `skip_bad` also `skipped`, a bool; nothing is labelled in an image that is skipped.
 
@@ -88,8 +90,7 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise
             logger.warning("skipped: %s", one_line(error))
-            size = (self.crop_size, self.crop_size)
-            nothing = {"image": torch.zeros(3, *size), "label": torch.full(size, IGNORE_LABEL)}
+            nothing = {"image": torch.zeros(3, *self.crop_size), "label": torch.full(self.crop_size, IGNORE_LABEL)}
             return nothing | {"skipped": torch.tensor(True)}
 
     def eval_item(self, index: int) -> Sample:
@@ -100,7 +101,7 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise
             logger.warning("left out of the scores: %s", one_line(error))
-            return Sample(self.name_of(index), np.zeros((self.crop_size, self.crop_size, 3), np.uint8), None)
+            return Sample(self.name_of(index), np.zeros((*self.crop_size, 3), np.uint8), None)
 
     def _augmented(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         sample = self.load(index)

@@ -8,6 +8,7 @@ import numpy as np
 from segm.data.dataset import SegmentationDataset
 from segm.data.defaults import dataset_defaults
 from segm.data.layouts import dataset_root
+from segm.sizes import Size
 
 
 def create_dataset(
@@ -15,7 +16,7 @@ def create_dataset(
     split: str,
     *,
     image_size: int | tuple[int, int] | None = None,
-    crop_size: int | None = None,
+    crop_size: Size | None = None,
     normalization: str = "vit",
     root: str | Path | None = None,
     seed: int = 0,
@@ -24,11 +25,11 @@ def create_dataset(
 ) -> SegmentationDataset:
     """The split `split` of the data set `name`.
 
-    image_size: pixels of the shorter side; for `shapes` also (height, width) of its scenes. crop_size: pixels
-    of the training crop. Both default to `configs/datasets.yml`; the crop of `shapes` to the shorter side of
-    its scenes. root: the data set's folder or the one that holds it, default $DATASET. seed: of the
-    augmentation, and of the scenes of `shapes`. length: number of scenes (`shapes`). classes: path of the
-    class list (`folder`).
+    image_size: pixels of the shorter side; for `shapes` also (height, width) of its scenes. crop_size: one
+    number or (height, width) of the training crop. Both default to `configs/datasets.yml`; the crop of `shapes`
+    to the shorter side of its scenes. root: the data set's folder or the one that holds it, default $DATASET.
+    seed: of the augmentation, and of the scenes of `shapes`. length: number of scenes (`shapes`). classes: path
+    of the class list (`folder`).
 
     Raises:
         ValueError: an unknown name, split or normalization, or an option that the data set does not have.

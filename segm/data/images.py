@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from segm.data.normalization import normalize
+from segm.sizes import Size, pair
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 # The decoders' ways to say that a file is damaged; cv2 also gives None.
@@ -135,14 +136,14 @@ def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
-def resize_square(image: np.ndarray, side: int) -> np.ndarray:
-    """A uint8 image (H, W, 3) at side × side pixels, ratio not kept."""
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+def resize_to(image: np.ndarray, size: Size) -> np.ndarray:
+    """A uint8 image (H, W, 3) at exactly this size, ratio not kept."""
+    return cv2.resize(image, pair(size)[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def square_view(image: np.ndarray, side: int, normalization: str) -> torch.Tensor:
-    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, side, side), normalized."""
-    return normalize(resize_square(image, side), normalization).unsqueeze(0)
+def resized_view(image: np.ndarray, size: Size, normalization: str) -> torch.Tensor:
+    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, height, width), normalized."""
+    return normalize(resize_to(image, size), normalization).unsqueeze(0)
 
 
 def require_file(path: Path, kind: str) -> None:

@@ -20,6 +20,7 @@ from segm.data.openmmlab import (
     Resize,
 )
 from segm.data.sample import IGNORE_LABEL
+from segm.sizes import Size, pair
 
 
 class TrainTransform:
@@ -29,20 +30,21 @@ class TrainTransform:
     normalization, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
     """
 
-    def __init__(self, scale: tuple[int, int], crop_size: int, normalization: str) -> None:
+    def __init__(self, scale: tuple[int, int], crop_size: Size, normalization: str) -> None:
         """scale: (long, short) side in pixels at ratio 1; crop_size: pixels."""
+        height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
         self.steps = (
             RandomResize(scale, ratio_range=(0.5, 2.0), resize_type=Resize, keep_ratio=True),
-            RandomCrop(crop_size, cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
+            RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
             RandomFlip(prob=0.5),
             PhotoMetricDistortion(),
             Normalize(mean, std, to_rgb=True),
-            Pad(size=(crop_size, crop_size), pad_val={"img": 0, "seg": IGNORE_LABEL}),
+            Pad(size=(width, height), pad_val={"img": 0, "seg": IGNORE_LABEL}),
         )
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:
-        """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, crop, crop), label int64."""
+        """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, h, w), label int64 (h, w)."""
         # The transforms expect OpenCV's BGR, as mmcv's loader gives it; Normalize turns it back to RGB.
         results: dict[str, Any] = {
             "img": cv2.cvtColor(image, cv2.COLOR_RGB2BGR),

@@ -58,12 +58,6 @@ def mean_tokens(model: Segmenter, batches: Sequence[Tensor]) -> float:
     return torch.cat([count_tokens(model, batch) for batch in batches]).double().mean().item()
 
 
-def patch_grid(model: Segmenter, images: Tensor) -> tuple[int, int]:
-    """(gh, gw), patches of images (B, 3, H, W)."""
-    gh, gw = (-(-side // size) for side, size in zip(images.shape[-2:], model.patch_size, strict=True))
-    return gh, gw
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a model computes, mean over batches; operations are 10⁹ per image, one per multiply-add.

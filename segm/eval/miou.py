@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from segm.cli import (
+    Sides,
     amp_option,
     checkpoint_argument,
     dataset_argument,
@@ -25,7 +26,10 @@ from segm.merging import MergingCommand
 from segm.parallel import is_main, process_group
 from segm.pictures import write_picture
 from segm.run import Run
+from segm.sizes import Size
 from vis import blend, colorize
+
+PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 
 
 @click.command(cls=MergingCommand)
@@ -33,9 +37,10 @@ from vis import blend, colorize
 @dataset_argument
 @click.option("--singlescale/--multiscale", default=True, show_default=True, help="Multi-scale: 0.5 to 1.75, mirrored.")
 @click.option("--split", default="val", show_default=True, help="Which images.")
-@click.option("--window-size", type=click.IntRange(min=1), help="Sliding window, pixels.  [default: the run's]")
-@click.option("--window-stride", type=click.IntRange(min=1), help="Its stride, pixels.  [default: the run's]")
+@click.option("--window-size", cls=Sides, help="Sliding window, pixels.  [default: the run's]")
+@click.option("--window-stride", cls=Sides, help="Its stride, pixels.  [default: the run's]")
 @click.option("--window-batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once.")
+@click.option("--boundary", is_flag=True, help="Also the boundary IoU: of pixels near the edges of a class.")
 @click.option("--save-images", is_flag=True, help="Write label maps beside the checkpoint.")
 @click.option("--blend/--no-blend", "blended", default=True, show_default=True, help="And blends with the images.")
 @click.option("--frac-dataset", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="First part.")
@@ -48,9 +53,10 @@ def main(
     dataset_name: str,
     singlescale: bool,
     split: str,
-    window_size: int | None,
-    window_stride: int | None,
+    window_size: Size | None,
+    window_stride: Size | None,
     window_batch_size: int,
+    boundary: bool,
     save_images: bool,
     blended: bool,
     frac_dataset: float,
@@ -79,12 +85,14 @@ def main(
             windows=run.choose_windows(window_size, window_stride, window_batch_size),
             multiscale=not singlescale,
             n_images=n_images,
+            boundary=boundary,
             on_image=_image_writer(run.folder / f"images_{suffix}", dataset.palette, blended) if save_images else None,
             progress=is_main(),
         )
         if is_main():
             scores |= {"checkpoint": str(checkpoint), "split": split, "n_images": n_images, **run.merging}
-            scores["per_class_iou"] = dict(zip(dataset.classes, scores["per_class_iou"], strict=True))
+            for key in filter(scores.__contains__, PER_CLASS):
+                scores[key] = dict(zip(dataset.classes, scores[key], strict=True))
             _report(scores, run.folder / f"scores_{suffix}.yml")
 
 
@@ -102,8 +110,12 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
 
 def _report(scores: dict[str, Any], file: Path) -> None:
     show_scores(scores)
-    for name, iou in scores["per_class_iou"].items():
-        click.echo(f"  {name}: {'-' if iou is None else f'{iou:.2f}'}")
+    if "boundary_iou" in scores:
+        click.echo(f"boundary_iou: {scores['boundary_iou']:.2f}")
+    for key in filter(scores.__contains__, PER_CLASS):
+        click.echo(f"{key}:")
+        for name, iou in scores[key].items():
+            click.echo(f"  {name}: {'-' if iou is None else f'{iou:.2f}'}")
     write_text(file, yaml.safe_dump(scores, sort_keys=False))
     click.echo(f"written to {file}")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segm.model.upsample import bilinear_places, resized_label_map, upsample
+from segm.sizes import Size, pair
 
 Model = Callable[[Tensor], Tensor]
 Region = tuple[int, int, int, int]  # first and behind the last row, first and behind the last column
@@ -22,20 +23,25 @@ class Windows:
     """How an image is cut into windows.
 
     Attributes:
-        size: pixels per side.
-        stride: pixels between windows.
+        size: (height, width), pixels.
+        stride: pixels between windows, down and across.
         batch_size: windows per forward pass.
     """
 
-    size: int
-    stride: int
+    size: tuple[int, int]
+    stride: tuple[int, int]
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 1 <= self.stride <= self.size:
+        if not all(1 <= stride <= side for side, stride in zip(self.size, self.stride, strict=True)):
             raise ValueError(f"window {self.size} with stride {self.stride}: give 1 ≤ stride ≤ window")
         if self.batch_size < 1:
             raise ValueError(f"window batch size {self.batch_size}: give at least 1")
+
+    @classmethod
+    def of(cls, size: Size, stride: Size, batch_size: int = 4) -> "Windows":
+        """Windows whose size and stride may be one number."""
+        return cls(pair(size), pair(stride), batch_size)
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
@@ -54,18 +60,19 @@ def sliding_logits(model: Model, image: Tensor, windows: Windows, region: Region
         region: the pixels that are asked for, of the scaled image; None: all.
 
     Returns:
-        (C, H', W'), or the region of it; an image whose shorter side is below the window is scaled up to it first.
+        (C, H', W'), or the region of it; an image that does not cover a window is scaled up first.
     """
     image = _at_least(image.unsqueeze(0), windows.size)
     height, width = image.shape[-2:]
+    high, wide = windows.size
     top, bottom, left, right = region or (0, height, 0, width)
-    rows = [t for t in window_starts(height, windows.size, windows.stride) if t < bottom and t + windows.size > top]
-    columns = [c for c in window_starts(width, windows.size, windows.stride) if c < right and c + windows.size > left]
+    rows = [t for t in window_starts(height, high, windows.stride[0]) if t < bottom and t + high > top]
+    columns = [c for c in window_starts(width, wide, windows.stride[1]) if c < right and c + wide > left]
     corners = [(t, c) for t in rows for c in columns]
     total, count = image.new_empty(0), image.new_zeros(bottom - top, right - left)
     for first in range(0, len(corners), windows.batch_size):
         some = corners[first : first + windows.batch_size]
-        crops = torch.cat([image[..., t : t + windows.size, c : c + windows.size] for t, c in some])
+        crops = torch.cat([image[..., t : t + high, c : c + wide] for t, c in some])
         logits = model(crops).float()
         if not total.numel():
             if len(corners) == 1 and region is None:
@@ -73,8 +80,8 @@ def sliding_logits(model: Model, image: Tensor, windows: Windows, region: Region
             total = logits.new_zeros(logits.shape[1], *count.shape)
         for (t, c), own in zip(some, logits, strict=True):
             inside = (
-                slice(max(t - top, 0), max(t + windows.size - top, 0)),
-                slice(max(c - left, 0), c + windows.size - left),
+                slice(max(t - top, 0), max(t + high - top, 0)),
+                slice(max(c - left, 0), c + wide - left),
             )
             part = own[:, max(top - t, 0) : bottom - t, max(left - c, 0) : right - c]
             total[:, *inside] += part
@@ -82,19 +89,21 @@ def sliding_logits(model: Model, image: Tensor, windows: Windows, region: Region
     return total.div_(count)
 
 
-def _at_least(image: Tensor, side: int) -> Tensor:
-    """Scale (1, 3, H, W) up until its shorter side has `side` pixels."""
-    size = _at_least_size(image.shape[-2:], side)
+def _at_least(image: Tensor, window: tuple[int, int]) -> Tensor:
+    """Scale (1, 3, H, W) up until it covers a window."""
+    size = _at_least_size(image.shape[-2:], window)
     if size == tuple(image.shape[-2:]):
         return image
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
-def _at_least_size(size: Sequence[int], side: int) -> tuple[int, int]:
-    height, width = size
-    if min(height, width) >= side:
+def _at_least_size(size: Sequence[int], window: tuple[int, int]) -> tuple[int, int]:
+    (height, width), (high, wide) = size, window
+    if height >= high and width >= wide:
         return height, width
-    return (side, int(width / height * side)) if height < width else (int(height / width * side), side)
+    if high / height >= wide / width:
+        return high, max(int(width / height * high), wide)
+    return max(int(height / width * wide), high), wide
 
 
 def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> Tensor:

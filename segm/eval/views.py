@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from segm.data.images import square_view
+from segm.data.images import resized_view
 from segm.data.sample import Sample
+from segm.sizes import Size, pair
 
 
 class Samples(Protocol):
@@ -17,12 +18,12 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-class SquareViews(Sequence[Tensor]):
-    """Images resized to a square (ratio not kept) and normalized, in batches (B, 3, side, side), read on demand.
+class Views(Sequence[Tensor]):
+    """Images resized to one size (ratio not kept) and normalized, in batches (B, 3, H, W), read on demand.
 
     Args:
         samples: the images.
-        side: pixels.
+        size: of the images, pixels.
         normalization: name.
         n_images: only the first so many images; None: all.
         batch_size: images per batch; what does not fill the last one is left out, unless nothing else is there.
@@ -33,7 +34,7 @@ class SquareViews(Sequence[Tensor]):
     def __init__(
         self,
         samples: Samples,
-        side: int,
+        size: Size,
         normalization: str,
         n_images: int | None = None,
         *,
@@ -43,7 +44,7 @@ class SquareViews(Sequence[Tensor]):
         dtype: torch.dtype | None = None,
     ) -> None:
         n_images = min(n_images or len(samples), len(samples))
-        self.samples, self.side, self.normalization = samples, side, normalization
+        self.samples, self.size, self.normalization = samples, pair(size), normalization
         self.batch_size, self.duplicate = batch_size if duplicate else min(batch_size, n_images), duplicate
         self.n_batches = n_images if duplicate else n_images // self.batch_size
         self.device, self.dtype = device, dtype
@@ -60,5 +61,5 @@ class SquareViews(Sequence[Tensor]):
         return torch.cat([self._view(i) for i in range(start, start + self.batch_size)])
 
     def _view(self, index: int) -> Tensor:
-        view = square_view(self.samples[index].image, self.side, self.normalization)
+        view = resized_view(self.samples[index].image, self.size, self.normalization)
         return view.to(device=self.device, dtype=self.dtype)

@@ -1,5 +1,6 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -45,10 +46,16 @@ class Segmenter(nn.Module):
         Returns:
             (B, n_cls, ceil(H / ph), ceil(W / pw)).
         """
-        images = self._pad(images)
-        grid = (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1])
-        tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
-        return self.to_grid(self.decoder(tokens), grid)
+        return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized, any size -> patch tokens (B, M, D), M = gh·gw unless they are merged."""
+        return self.encoder.forward_features(self._pad(images))[:, self.encoder.num_prefix_tokens :]
+
+    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Patches (gh, gw) of images of (height, width) pixels."""
+        gh, gw = (-(-side // patch) for side, patch in zip(size, self.patch_size, strict=True))
+        return gh, gw
 
     def to_grid(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
         """Put tokens on the patch grid.
@@ -64,8 +71,22 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized, any size -> logits (B, n_cls, H, W)."""
-        height, width = images.shape[-2:]
-        logits = self.grid_logits(images)
+        return self._to_pixels(self.grid_logits(images), images.shape[-2:])
+
+    def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits of images from what their encoder gave.
+
+        Args:
+            tokens: (B, M, D), from `encode`.
+            size: (height, width) of the images, pixels.
+
+        Returns:
+            (B, n_cls, height, width).
+        """
+        return self._to_pixels(self.to_grid(self.decoder(tokens), self.grid(size)), size)
+
+    def _to_pixels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        height, width = size
         padded = (logits.shape[2] * self.patch_size[0], logits.shape[3] * self.patch_size[1])
         return upsample(logits, padded)[..., :height, :width]
 

@@ -30,9 +30,11 @@ def row_of(**changed):
 
 CASES = [
     ({}, "cpu", 0),
-    ({"share_scores": 0.89}, "cpu", 1),
-    ({"share_scores": 0.89, "tokens": 300}, "cpu", 0),  # away from the reference point
-    ({"share_scores": 0.91, "model": "S", "batch_size": 8}, "cpu", 1),
+    ({"share_scores": 0.94}, "cpu", 1),
+    ({"share_scores": 0.94, "tokens": 410}, "cpu", 1),
+    ({"share_scores": 0.94, "tokens": 300}, "cpu", 0),  # away from the reference points
+    ({"share_scores": 0.94, "model": "S", "batch_size": 8}, "cpu", 1),
+    ({"share_scores": 0.94, "model": "L"}, "cpu", 0),
     ({"overhead": {2: 0.02}}, "cpu", 1),
     ({"overhead": {1: 0.005, 5: 0.02}, "method": "algm"}, "cpu", 0),  # the target is CLAP's
     ({"overhead": dict.fromkeys(range(1, 13), 0.006), "method": "tome", "share_scores": 0.5}, "cpu", 1),

@@ -62,6 +62,29 @@ def dataset_variable(monkeypatch, folder_data):
     monkeypatch.setenv("DATASET", str(folder_data))
 
 
+def test_every_command_takes_a_run_whose_crops_are_no_squares(folder_data, tmp_path, call):
+    folder, place = tmp_path / "wide", TINY.index("--crop-size")
+    sides = [*TINY[:place], *TINY[place + 2 :], "--crop-size", 24, 40, "--window-stride", 24, 16]
+    merging = ["--patch-type", "graph", "--selected-layer", 1, "--threshold", 0.5]
+    call(train, "--log-dir", folder, "--dataset", "folder", *sides, *merging)
+    variant = read_variant(folder)
+    assert variant["inference_kwargs"]["window_size"] == [24, 40] == variant["net_kwargs"]["image_size"]
+    assert variant["inference_kwargs"]["window_stride"] == [24, 16]
+    call(train, "--log-dir", folder, "--resume", "--epochs", 2, *CPU)
+    assert Run.load(folder, device="cpu").views("folder")[0].shape == (1, 3, 24, 40)
+    assert "mean_iou" in call(miou, folder, "folder", "--window-size", 24, 32, *CPU)
+    assert "of 24 x 40 pixels" in call(flops, folder, "folder", *CPU)
+    call(speedtest, folder, "folder", "--repeats", 1, "--warmup", 1, *CPU)
+    assert "15" in call(token_stats, folder, "folder", *CPU)
+    photo = folder_data / "images/val/0.jpg"
+    call(show_attn_map, folder, photo, tmp_path / "pictures", "--dec", *CPU)
+    labels = cv2.imread(str(next((tmp_path / "pictures/0").glob("0_*.png"))))
+    assert labels.shape[1] * 24 == labels.shape[0] * 40
+    call(report, folder, "--out", tmp_path / "page.html", "--cost-images", 1, "--pictures", 1, "--explore", 1, *CPU)
+    call(inference, folder, "-i", folder_data / "images/val", "-o", tmp_path / "labels", *CPU)
+    assert cv2.imread(str(tmp_path / "labels/0.png")).shape == cv2.imread(str(photo)).shape
+
+
 def test_scores_agree_between_training_test_and_miou(runs, call):
     """Also after training in mixed precision, in which the run is then scored."""
     for name, folder in runs.items():

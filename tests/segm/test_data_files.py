@@ -86,7 +86,7 @@ def test_large_sets_use_the_same_files(tmp_path):
     for name in ("ade20k", "cityscapes"):
         build(tmp_path / name, name)
         ds = create_dataset(f"{name}_large", "train", root=tmp_path / name)
-        assert len(ds) == 2 and ds.crop_size == dataset_defaults(f"{name}_large")["crop_size"]
+        assert len(ds) == 2 and ds.crop_size == (dataset_defaults(f"{name}_large")["crop_size"],) * 2
 
 
 def test_ade20k_folders(tmp_path):

@@ -92,6 +92,6 @@ def test_memory_stays_flat(small_net, method, record_property):
         with_parts(model.encoder, method)
         patch.apply(model, method, **METHOD_OPTIONS[method])
     trained = watch(lambda look: train_on_noise(model, look))
-    evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows(SIDE, SIDE), on_image=look))
+    evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows.of(SIDE, SIDE), on_image=look))
     record_property("grown_mib", [round(trained, 2), round(evaluated, 2)])
     assert max(trained, evaluated) < FLAT

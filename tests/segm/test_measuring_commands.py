@@ -27,7 +27,7 @@ class TestSpeed:
         assert rows["pure"]["ratio"] == 1 and rows["pure"]["tokens"] == 16
         assert rows["graph"]["tokens"] == 1 and rows["tome"]["tokens"] == 10  # 3 layers, 2 tokens each
         assert all(row["q25"] <= row["images_per_second"] <= row["q75"] for row in saved["rows"])
-        assert (saved["batches"], saved["batch_size"], saved["side"]) == (3, 1, 32)
+        assert (saved["batches"], saved["batch_size"], saved["height"], saved["width"]) == (3, 1, 32, 32)
         assert "| pure | 16.0 |" in printed and "float32" in printed
 
     def test_half_precision_batches_of_one_image(self, shapes_run, call):

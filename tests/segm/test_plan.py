@@ -10,6 +10,7 @@ from segm.data import DATASETS
 from segm.data.defaults import dataset_defaults
 from segm.merging import parse
 from segm.plan import SETTINGS, Plan, Settings, backbone_settings, finetuning_defaults, names_of, read_settings
+from segm.variant import read_variant, write_variant
 
 BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
 IMAGES = SimpleNamespace(n_cls=2, name="shapes", classes=("a", "b"), palette=torch.zeros(2, 3, dtype=torch.uint8))
@@ -19,7 +20,7 @@ EVERY = {
     "start_factor": 0.5, "batch_size": 4, "epochs": 30, "eval_freq": 2, "num_workers": 0, "seed": 3,
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
-    "encoder_lr_mult": 0.1, "layer_decay": 0.75,
+    "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0,
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -96,9 +97,22 @@ def test_what_was_given_beats_what_was_saved_and_this_the_defaults():
         ({"crop_size": 320}, {"window_size": 320, "window_stride": 320}),
         ({"crop_size": 320, "window_size": 400, "window_stride": 200}, {"window_size": 400, "window_stride": 200}),
         ({"window_size": 64}, {"window_size": 64, "window_stride": 64, "crop_size": 640}),
+        ({"crop_size": (320, 640)}, {"window_size": (320, 640), "window_stride": (320, 512)}),
+        ({"window_size": (64, 640)}, {"window_stride": (64, 100), "crop_size": 640}),
     ):
         settings = Settings.complete(given, saved)
         assert {name: getattr(settings, name) for name in expected} == expected, given
+
+
+def test_a_crop_may_be_higher_or_wider(tmp_path):
+    plan = make({"crop_size": (32, 64), "window_size": (32, 64), "window_stride": (16, 64)})
+    assert plan.settings.grid == (32 // plan.settings.patch_size, 64 // plan.settings.patch_size)
+    variant = plan.variant(IMAGES)
+    assert variant["net_kwargs"]["image_size"] == [32, 64] == variant["dataset_kwargs"]["crop_size"]
+    write_variant(variant, tmp_path)
+    found = read_settings(read_variant(tmp_path))
+    assert (found["crop_size"], found["window_stride"]) == ((32, 64), (16, 64))
+    Plan.make({"crop_size": (32, 64)}, {}, variant, resume=True)
 
 
 def test_a_resumed_run_keeps_what_its_weights_belong_to():

@@ -37,8 +37,8 @@ def test_a_run_knows_what_it_was_trained_with(shapes_run):
     run = Run.load(shapes_run, device="cpu")
     assert (run.name, run.path, run.folder) == ("run", shapes_run, shapes_run)
     assert (run.method, run.options, run.dataset, run.n_cls) == ("pure", {}, "shapes", 11)
-    assert (run.normalization, run.image_size, run.crop_size) == ("vit", 32, 32)
-    assert (run.windows.size, run.windows.stride) == (32, 32)
+    assert (run.normalization, run.image_size, run.crop_size) == ("vit", 32, (32, 32))
+    assert (run.windows.size, run.windows.stride) == ((32, 32), (32, 32))
     names, palette = class_info("shapes")
     assert run.classes == names and run.palette.dtype == np.uint8 and (run.palette == palette).all()
     assert not run.model.training
@@ -68,7 +68,7 @@ def test_a_photograph_goes_to_labels_of_its_size(shapes_run, tmp_path, photo):
     several = run.predict([file, str(file), photo])
     assert isinstance(several, list) and all((one == labels).all() for one in several)
     assert run.predict([]) == []
-    assert run.view(photo).shape == (1, 3, 32, 56) and run.square(photo).shape == (1, 3, 32, 32)
+    assert run.view(photo).shape == (1, 3, 32, 56) and run.resized(photo).shape == (1, 3, 32, 32)
     for wrong in (photo[..., 0], photo.astype(np.float32), None):
         with pytest.raises(ValueError, match="uint8"):
             run.predict(wrong)
@@ -78,7 +78,7 @@ def test_a_photograph_goes_to_labels_of_its_size(shapes_run, tmp_path, photo):
 
 def test_smaller_images_are_scored_at_the_size_of_their_labels(shapes_run, photo, call, refused):
     run, small = Run.load(shapes_run, device="cpu"), Run.load(shapes_run, device="cpu", im_size=16)
-    assert (small.crop_size, small.windows.size, small.windows.stride) == (16, 16, 16)
+    assert (small.crop_size, small.windows.size, small.windows.stride) == ((16, 16),) * 3
     assert small.view(photo).shape == (1, 3, 16, 28) and small.predict(photo).shape == photo.shape[:2]
     assert small.views()[0].shape == (1, 3, 16, 16) and not small.is_like(run)
     seen = []
@@ -164,11 +164,11 @@ def test_a_folder_of_photographs_is_fed_like_a_data_set(shapes_run, tmp_path, ph
         cv2.imwrite(str(tmp_path / name), photo[..., ::-1])
     (tmp_path / "notes.txt").write_text("")
     views = run.views(tmp_path / "", batch_size=2)
-    assert len(views) >= 1 and torch.equal(views[0][0], run.square(photo)[0])
+    assert len(views) >= 1 and torch.equal(views[0][0], run.resized(photo)[0])
     with pytest.raises(FileNotFoundError, match="no photograph"):
         run.views(tmp_path / "nowhere")
     sample = create_dataset("shapes", "val", image_size=32)[1].image
-    assert torch.equal(run.views()[1], run.square(sample))
+    assert torch.equal(run.views()[1], run.resized(sample))
 
 
 def test_numbers_that_are_missing_or_texts_are_named_with_their_file(shapes_run):

@@ -8,7 +8,7 @@ import torch
 from segm import auto_threshold, tune_threshold
 from segm.checkpoint import save_checkpoint
 from segm.data import create_dataset
-from segm.data.images import square_view
+from segm.data.images import resized_view
 from segm.model.factory import create_segmenter, load_model
 from segm.run import Run
 from segm.tune_threshold import lowest_without_loss
@@ -31,7 +31,7 @@ def test_automatic_thresholds_are_mean_plus_std_over_all_pairs(run):
     handle = model.encoder.blocks[2].norm2.register_forward_pre_hook(lambda m, i: seen.append(i[0][0, 1:]))
     with torch.inference_mode():
         for index in range(3):
-            model(square_view(dataset[index].image, SIZE, "vit"))
+            model(resized_view(dataset[index].image, SIZE, "vit"))
     handle.remove()
     i, j = torch.triu_indices(16, 16, 1)
     units = [torch.nn.functional.normalize(tokens.double(), dim=-1) for tokens in seen]
@@ -50,7 +50,6 @@ def test_auto_threshold_prints_a_line_per_layer(run, call, refused):
 
 
 def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkeypatch, call, refused):
-    monkeypatch.setattr(tune_threshold, "COST_IMAGES", 1)
     scored, real = [], Run.evaluate
 
     def evaluate(run, *rest, **options):
@@ -69,7 +68,7 @@ def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkey
         call(tune_threshold, *options)
         assert scored == [None, 1.0, 0.9, 0.9, 0.8]
         rows = json.loads((out / "results.json").read_text())["rows"]
-        assert [row["threshold"] for row in rows] == [None, 1.0, 0.9, 0.8]
+        assert [row["options"].get("threshold") for row in rows] == [None, 1.0, 0.9, 0.8]
         assert rows[0]["tokens"] == 16 and rows[0]["mean_iou"] == pytest.approx(rows[1]["mean_iou"], abs=0.02)
         assert rows[1]["tokens"] >= rows[2]["tokens"] >= rows[3]["tokens"]
         assert all(row["images_per_second"] > 0 for row in rows)
@@ -80,6 +79,22 @@ def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkey
     assert "another checkpoint" in refused(tune_threshold, *options)
     (out / "results.json").write_text("{}")
     assert "holds no measurements" in refused(tune_threshold, *options)
+
+
+def test_tuning_over_image_sizes_names_the_best_setting_at_a_speed(run, tmp_path, call):
+    options = [run, "shapes", "--patch-type", "graph", "--selected-layers", 1, "--max-images", 2, *CPU]
+    options += ["--im-size", 32, 16, "--highest", 0.9, "--lowest", 0.8, "--step", 0.1, "--out", tmp_path]
+    text = call(tune_threshold, *options, "--images-per-second", 1)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["im_size"], row["options"].get("threshold")) for row in rows] == [
+        (size, threshold) for size in (32, 16) for threshold in (None, 0.9, 0.8)
+    ]
+    assert [row["n_patches"] for row in rows] == [16] * 3 + [4] * 3
+    best = max(rows, key=lambda row: (row["mean_iou"], row["images_per_second"]))
+    assert f"at least 1 images/s: --im-size {best['im_size']} --patch-type {best['method']}" in text
+    assert ("on the hull" in text and "without loss at 16 pixels" in text) or "unpatched model at 16 pixels" in text
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "nothing reaches 1e+07" in call(tune_threshold, *options, "--images-per-second", 1e7)
 
 
 def test_tuning_wants_a_threshold_to_tune(run, refused):
@@ -102,5 +117,5 @@ def test_thresholds_end_at_the_lowest():
 def test_lowest_threshold_without_loss():
     thresholds = [None, 0.9, 0.8, 0.7, 0.6]
     for scores, lowest in (([60, 59, 58], None), ([60, 61, 60, 59, 62], 0.8), ([60, 60, 61], 0.8)):
-        rows = [{"threshold": t, "mean_iou": s} for t, s in zip(thresholds, scores, strict=False)]
+        rows = [{"options": {"threshold": t}, "mean_iou": s} for t, s in zip(thresholds, scores, strict=False)]
         assert lowest_without_loss(rows) == lowest

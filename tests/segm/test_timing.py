@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from segm.data import create_dataset
-from segm.data.images import square_view
+from segm.data.images import resized_view
 from segm.eval.environment import environment
 from segm.eval.timing import interleaved_rates, interleaved_turns
-from segm.eval.views import SquareViews
+from segm.eval.views import Views
 
 CPU = torch.device("cpu")
 
@@ -40,14 +40,14 @@ def test_ratios_over_turns_stand_a_machine_that_slows_down(monkeypatch):
 
 def test_views_are_the_images_resized_to_a_square():
     dataset = create_dataset("shapes", "val")
-    views = SquareViews(dataset, 32, "vit", 5, batch_size=2)
+    views = Views(dataset, 32, "vit", 5, batch_size=2)
     assert len(views) == 2  # the fifth image fills no batch
-    expected = torch.cat([square_view(dataset[i].image, 32, "vit") for i in (2, 3)])
+    expected = torch.cat([resized_view(dataset[i].image, 32, "vit") for i in (2, 3)])
     assert torch.equal(views[1], expected) and len([*views]) == 2
-    copies = SquareViews(dataset, 32, "vit", 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
+    copies = Views(dataset, 32, "vit", 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
     assert len(copies) == 5 and copies[4].shape == (3, 3, 32, 32) and copies[4].dtype == torch.bfloat16
     assert torch.equal(copies[4][0], copies[4][2])
-    assert len(SquareViews(dataset, 32, "vit", 2, batch_size=8)) == 1
+    assert len(Views(dataset, 32, "vit", 2, batch_size=8)) == 1
 
 
 def test_the_environment_names_the_device():

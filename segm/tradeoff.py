@@ -1,0 +1,152 @@
+"""What a run scores and costs under many settings: measured once, kept in a file, all speeds from one go."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from segm.eval.comparison import compare
+from segm.files import write_text
+from segm.merging import PURE
+from segm.run import Run
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to use a run.
+
+    Attributes:
+        method, options: of merging, as `segm.merging.apply` takes them.
+        im_size: shorter side of the images, pixels; None: the run's.
+    """
+
+    method: str = PURE
+    options: Mapping[str, Any] = field(default_factory=dict)
+    im_size: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Tells settings apart, also across files."""
+        return json.dumps([self.method, dict(self.options), self.im_size], sort_keys=True, default=list)
+
+    def of(self, run: Run) -> Run:
+        """The run used in this way; it shares its weights."""
+        return run.variation(self.method, self.options, self.im_size)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Measures settings of a run on a data set.
+
+    Attributes:
+        run: without merging.
+        dataset_name: data set.
+        file: JSON that keeps what was measured.
+        conditions: what the rows depend on; they stand in the file.
+        cost_images: images for tokens, operations and speed.
+        max_images: images for the scores; None: all.
+        boundary: score the boundary IoU as well.
+    """
+
+    run: Run
+    dataset_name: str
+    file: Path
+    conditions: Mapping[str, Any]
+    cost_images: int = 10
+    max_images: int | None = None
+    boundary: bool = False
+
+    def measure(self, settings: Iterable[Setting]) -> list[Row]:
+        """Score the settings that the file does not hold yet, and time all of them if a speed is missing.
+
+        Returns:
+            One dict per setting, in their order: `method`, `options`, `im_size`; scores in percent
+            (`Run.evaluate`); and what `segm.eval.comparison.compare` says.
+
+        Raises:
+            ValueError: the file holds measurements under other conditions, or something else.
+        """
+        wanted = {setting.key: setting for setting in settings}
+        known = self._read()
+        dataset, _ = self.run.open(name=self.dataset_name)
+        for key in tqdm([key for key in wanted if key not in known], desc="settings", leave=False):
+            setting = wanted[key]
+            scores = setting.of(self.run).evaluate(
+                dataset=dataset, n_images=self.max_images, boundary=self.boundary, progress=True
+            )
+            own = {"method": setting.method, "options": dict(setting.options), "im_size": setting.im_size}
+            known[key] = own | scores
+            self._write(known)
+        if any("images_per_second" not in known[key] for key in wanted):
+            for key, cost in self._costs(wanted).items():  # all together, or they would not compare
+                known[key] |= cost
+            self._write(known)
+        return [known[key] for key in wanted]
+
+    def _costs(self, settings: Mapping[str, Setting]) -> dict[str, Row]:
+        """key -> what a setting costs, against the unpatched model at the same image size."""
+        pure = {setting.im_size: Setting(im_size=setting.im_size) for setting in settings.values()}
+        every = {one.key: one for one in pure.values()} | dict(settings)
+        runs = {key: setting.of(self.run) for key, setting in every.items()}
+        views = {size: [*one.of(self.run).views(self.dataset_name, self.cost_images)] for size, one in pure.items()}
+        return compare(
+            {key: run.model for key, run in runs.items()},
+            {key: pure[setting.im_size].key for key, setting in settings.items()},
+            {key: views[setting.im_size] for key, setting in every.items()},
+            self.run.device,
+        )
+
+    def _read(self) -> dict[str, Row]:
+        if not self.file.exists():
+            return {}
+        try:
+            saved = json.loads(self.file.read_text())
+            known = {Setting(row["method"], row["options"], row["im_size"]).key: row for row in saved["rows"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} holds no measurements: remove it, or choose another --out") from error
+        if saved.get("settings") != json.loads(json.dumps(self.conditions, default=list)):
+            raise ValueError(
+                f"{self.file} was measured with another checkpoint or other settings: choose another --out"
+            )
+        return known
+
+    def _write(self, known: Mapping[str, Row]) -> None:
+        content = {"settings": self.conditions, "rows": [*known.values()]}
+        write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
+
+
+def hull(rows: Sequence[Row], score: str = "mean_iou", speed: str = "images_per_second") -> list[int]:
+    """The rows that nothing between two others beats: the upper convex hull of the score over the time per image.
+
+    A mixture of two settings, used in turns, reaches every point of the line between them.
+
+    Returns:
+        Indices of the rows, the fastest first.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i][speed], -rows[i][score]))
+    points = {i: (1 / rows[i][speed], rows[i][score]) for i in order}
+    found: list[int] = []
+    for index in order:
+        if found and points[index][1] <= max(points[i][1] for i in found):
+            continue
+        while len(found) > 1 and _rises(points[found[-2]], points[found[-1]], points[index]):
+            found.pop()
+        found.append(index)
+    return found
+
+
+def _rises(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
+    """Whether the middle point is not above the line between the other two."""
+    (x0, y0), (x1, y1), (x2, y2) = first, middle, last
+    return (y1 - y0) * (x2 - x0) <= (y2 - y0) * (x1 - x0)
+
+
+def best_at(rows: Sequence[Row], images_per_second: float, score: str = "mean_iou") -> Row | None:
+    """The row with the highest score of those that are fast enough; the fastest of several; None: none is."""
+    fast = [row for row in rows if row["images_per_second"] >= images_per_second]
+    return max(fast, key=lambda row: (row[score], row["images_per_second"]), default=None)
