@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from textwrap import dedent
@@ -19,7 +20,7 @@ from timm.models.vision_transformer import ResPostBlock
 import patch
 from patch import families
 from patch.method import COMMON
-from segm import merging
+from segm import merging, train
 from segm.variant import read_variant, write_variant
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,10 @@ def check_command(command, words):
     chosen = context.params.get("merging") or {}
     if "patch_type" in chosen and chosen.get("threshold") != "auto":
         merging.choose(chosen)
+    for option, word in pairwise(words):
+        if option == "--train-options":
+            train.main.make_context("train", ["--log-dir", "runs/new", *shlex.split(word)])
+            words = [other for other in words if other != word]
     for part in (part for word in words if " --" in word for part in word.split(",")):  # methods to compare
         merging.parse(shlex.split(part)[1:])
 
