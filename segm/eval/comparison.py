@@ -220,7 +220,7 @@ def compare(
     calls = {(name, "labels"): on_batch(models[name].predict, name) for name in references}
     calls |= {(name, "scores"): on_batch(model.grid_logits, name) for name, model in models.items()}
     n_batches = min(len(batches[name]) for name in models)
-    turns = interleaved_turns(calls, [[index] for index in range(n_batches)], device, progress=True)
+    turns = interleaved_turns(calls, [[index] for index in range(n_batches)], device, settled=True, progress=True)
     costs = {
         name: Cost.of(model, batches[name])
         for name, model in tqdm(models.items(), desc="operations", unit="run", leave=False)
@@ -357,8 +357,8 @@ def measure(
     for name in ("compiled_pure", "compiled") if compiled else ():
         beside[f"ratio_{name}"] = ratio(turns[f"scores_{name}"], turns["scores_pure"])
     # The two that the targets are about once more, next to each other and more often.
-    turns |= interleaved_turns(pair, batches, device, repeats=PAIR_REPEATS * repeats)
-    turns |= interleaved_turns(labels, batches, device, repeats=repeats)
+    turns |= interleaved_turns(pair, batches, device, repeats=PAIR_REPEATS * repeats, settled=True)
+    turns |= interleaved_turns(labels, batches, device, repeats=repeats, settled=True)
     pure, own = Cost.of(model, batches), Cost.of(merged, batches)
     row = {"tokens": own.tokens, "n_patches": pure.counts[0], "settings": patch.options(merged)}
     row |= {"gflops_pure": pure.network, "gflops": own.network}

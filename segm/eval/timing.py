@@ -35,6 +35,7 @@ def interleaved_turns(
     *,
     repeats: int = 3,
     warmup: int = 2,
+    settled: bool = False,
     progress: bool = False,
 ) -> dict[Any, Tensor]:
     """Speed of several functions in every turn, interleaved call by call so that they meet the same conditions; each in
@@ -49,6 +50,8 @@ def interleaved_turns(
         device: torch.device, waited for before and after every call.
         repeats: timed calls of each function per batch.
         warmup: untimed calls of each function, with the first batch.
+        settled: an untimed call before every timed one, as in a stream of images through one model: weights and memory
+            that another model has pushed out of the caches would count against the faster one.
         progress: show a bar.
 
     Returns:
@@ -63,6 +66,8 @@ def interleaved_turns(
         seconds = {name: list[float]() for name in calls}
         for turn in range(repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if settled:
+                    calls[name](batch)
                 start = _now(device)
                 calls[name](batch)
                 seconds[name].append(_now(device) - start)
