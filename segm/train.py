@@ -67,6 +67,11 @@ N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a 
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that cannot be read, and count them, instead of ending."
 )
+@click.option(
+    "--feature-folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where --cache-features keeps them, for other trainings too.  [default: the run directory, until the end]",
+)
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
 @device_option
 @click.option(
@@ -85,6 +90,7 @@ def main(
     save_every: float,
     finetune: Path | None,
     skip_bad_images: bool,
+    feature_folder: Path | None,
     compile: bool,
     device: torch.device,
     unpatched: Path | None,
@@ -128,7 +134,18 @@ def main(
             for stack in (model.encoder, model.decoder):
                 compile_blocks(stack.blocks)
         try:
-            train(model.to(device), train_set, val_set, plan, variant, log_dir, device, resume, save_every or None)
+            train(
+                model.to(device),
+                train_set,
+                val_set,
+                plan,
+                variant,
+                log_dir,
+                device,
+                resume,
+                save_every or None,
+                feature_folder,
+            )
         except SignalError as interrupted:
             say(str(interrupted))
             ctx.exit(interrupted.status)
@@ -170,10 +187,12 @@ def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device
 
 
 def open_datasets(settings: Settings) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split; the validation images never depend on the seed of the training."""
+    """Training and validation split; the validation images never depend on the seed of the training, nor do the
+    augmented versions whose features are cached: trainings with other seeds share them."""
     sizes: dict[str, Any] = {"image_size": settings.im_size, "normalization": settings.normalization}
+    seed = 0 if settings.cache_features else settings.seed
     return (
-        create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=settings.seed, **sizes),
+        create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=seed, **sizes),
         create_dataset(settings.dataset, "val", **sizes),
     )
 
@@ -250,6 +269,7 @@ def train(
     device: torch.device,
     resume: bool = False,
     save_every: float | None = None,
+    feature_folder: Path | None = None,
 ) -> None:
     """Train for all epochs of the plan that are left.
 
@@ -260,6 +280,7 @@ def train(
         variant: its content of `variant.yml`, which is written to `log_dir`.
         resume: continue from the last checkpoint in `log_dir`.
         save_every: minutes between checkpoints inside an epoch; None: only after epochs.
+        feature_folder: where cached features are kept; None: in `log_dir`, until the training ends.
 
     Raises:
         SignalError: a signal asked for the end; all that was done is saved.
@@ -270,7 +291,7 @@ def train(
     batch_size = settings.batch_size // parallel.world_size()
     cached = None
     if settings.cache_features:
-        cached = CachedFeatures(train_set, log_dir / FOLDER, min(settings.cache_features, epochs))
+        cached = CachedFeatures(train_set, feature_folder or log_dir / FOLDER, min(settings.cache_features, epochs))
     loader = create_loader(cached or train_set, batch_size, seed, workers, pin_memory=device.type == "cuda")
     optimizer = build_optimizer(model, plan)
     scheduler = create_scheduler(
@@ -351,7 +372,7 @@ def train(
             position = None
         if log is not None:
             log.close()
-        if cached is not None:
+        if cached is not None and feature_folder is None:
             cached.remove()
 
 

@@ -92,6 +92,17 @@ def test_a_decoder_learns_from_cached_features(shapes_run, tmp_path, call):
     assert np.isfinite(found["cached"][-1]["val_mean_iou"])
 
 
+def test_trainings_share_a_folder_of_features(shapes_run, tmp_path, call, monkeypatch):
+    calls, fill = [], CachedFeatures._fill_version
+    monkeypatch.setattr(CachedFeatures, "_fill_version", lambda self, *rest: calls.append(1) or fill(self, *rest))
+    kept = ("--cache-features", 1, "--feature-folder", tmp_path / "kept", "--epochs", 1)
+    for seed in (0, 1):
+        call(train, "--log-dir", tmp_path / str(seed), "--finetune", shapes_run, *FROZEN, *kept, "--seed", seed)
+    assert len(calls) == 1 and [*(tmp_path / "kept").rglob("*.npy")]
+    first, second = (load_checkpoint(tmp_path / name)["model"]["decoder.cls_emb"] for name in ("0", "1"))
+    assert not torch.equal(first, second)
+
+
 def test_features_are_kept_of_nothing_that_changes(shapes_run, tmp_path, refused):
     common = ("--log-dir", tmp_path / "new", "--finetune", shapes_run, "--cache-features", 1)
     for options in ((), ("--freeze-encoder", "--drop-path", 0.1), ("--freeze-encoder", "--dropout", 0.1)):
