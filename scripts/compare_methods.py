@@ -9,7 +9,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from segm.eval.environment import environment
 from segm.eval.operations import count_operations
 from segm.files import write_text
 from segm.merging import PURE, apply
-from segm.model.factory import copy_weights, create_segmenter
 from segm.run import Run
 from segm.tables import markdown
 
@@ -151,8 +150,15 @@ def gflops(model: Any, views: list) -> float:
     return sum(count_operations(model, view).total for view in views) / len(views)
 
 
-def setting(model: Any, method: str, views: list, wanted: float) -> dict[str, Any]:
-    """Options with which a pass costs so much; those of the method where nothing can be set."""
+def setting(
+    model: Any, method: str, views: list, wanted: float, cost_of: Callable[[Any, list], float] | None = None
+) -> dict[str, Any]:
+    """Options with which a pass costs so much; those of the method where nothing can be set.
+
+    Args:
+        cost_of: from a patched model and images to what is wanted; None: GFLOPs.
+    """
+    cost_of = cost_of or gflops
     if method not in KNOBS:
         return {}
     name, low, high = KNOBS[method]
@@ -164,7 +170,7 @@ def setting(model: Any, method: str, views: list, wanted: float) -> dict[str, An
         middle = (low + high) / 2
         options = {name: round(middle) if whole else middle}
         merged = apply(copy.deepcopy(model), method, options)
-        cost = gflops(merged, views)
+        cost = cost_of(merged, views)
         if best is None or abs(cost - wanted) < best[0]:
             best = abs(cost - wanted), options
         raises = (cost > wanted) == whole  # r takes tokens away, all others leave more
@@ -197,19 +203,11 @@ def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, 
 def fill_coarser(run: Run, wanted: float, dataset: str, max_images: int | None, views: list) -> dict[str, Any]:
     """The plain model with the patch size that costs the next most, its patch embedding resampled."""
     own = run.model.patch_size[0]
-    costs = {size: gflops(coarser(run, size), views[:1]) for size in range(own + 1, 2 * own + 1)}
+    costs = {size: gflops(run.variation(PURE, {}, None, size).model, views[:1]) for size in range(own + 1, 2 * own + 1)}
     size = min(costs, key=lambda one: abs(costs[one] - wanted))
-    model = coarser(run, size)
-    found = {"options": {"patch_size": size}, "gflops": costs[size], "tokens": mean_tokens(model, views)}
-    one = Run(COARSER, run.path, model, run.variant, run.device, run.precision)
+    one = run.variation(PURE, {}, None, size)
+    found = {"options": {"patch_size": size}, "gflops": costs[size], "tokens": mean_tokens(one.model, views)}
     return found | {"applied": one.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]}
-
-
-def coarser(run: Run, patch_size: int) -> Any:
-    """The model of a run with larger patches."""
-    model = create_segmenter(run.variant["net_kwargs"] | {"patch_size": patch_size})
-    copy_weights(model, run.path)
-    return model.eval().to(run.device)
 
 
 def train(
@@ -259,7 +257,7 @@ def model_of(row: dict[str, Any], run: Run) -> Any:
     if row["method"] in (PURE, SMALLER):
         return run.model
     if row["method"] == COARSER:
-        return coarser(run, row["options"]["patch_size"])
+        return run.variation(PURE, {}, None, row["options"]["patch_size"]).model
     return apply(with_parts(run.model, row["method"]), row["method"], row["options"])
 
 

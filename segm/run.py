@@ -27,7 +27,7 @@ from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.sliding import Windows, predict_labels
 from segm.eval.views import Samples, Views
 from segm.metrics import segmentation_scores
-from segm.model.factory import load_model
+from segm.model.factory import copy_weights, load_model
 from segm.model.segmenter import Segmenter
 from segm.sizes import Size, pair, scaled, smaller
 from segm.variant import variant_file
@@ -97,15 +97,23 @@ class Run:
         """The same run without merging."""
         return replace(self.variation(merges.PURE, {}), name=name or self.name)
 
-    def variation(self, method: str, options: Mapping[str, Any], im_size: int | None = None) -> "Run":
-        """This run with other merging, on images of another size; it shares the weights.
+    def variation(
+        self, method: str, options: Mapping[str, Any], im_size: int | None = None, patch_size: int | None = None
+    ) -> "Run":
+        """This run with other merging, on images or patches of another size; it shares the weights.
 
         Args:
             method, options: as `segm.merging.apply` takes them.
             im_size: shorter side of the images, pixels; None: as here.
+            patch_size: pixels; the patch embedding is resampled; None: as here.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        if patch_size is None:
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        else:
+            model = merges.build_model({**self.variant["net_kwargs"], "patch_size": patch_size})
+            copy_weights(model, self.path)
+            model = model.eval().to(self.device)
         if patch.is_patched(model):
             patch.remove(model)
         return replace(self, model=merges.apply(model, method, options), im_size=im_size or self.im_size)

@@ -23,20 +23,31 @@ class Setting:
     Attributes:
         method, options: of merging, as `segm.merging.apply` takes them.
         im_size: shorter side of the images, pixels; None: the run's.
+        patch_size: pixels; None: the run's.
     """
 
     method: str = PURE
     options: Mapping[str, Any] = field(default_factory=dict)
     im_size: int | None = None
+    patch_size: int | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def key(self) -> str:
         """Tells settings apart, also across files."""
-        return json.dumps([self.method, dict(self.options), self.im_size], sort_keys=True, default=list)
+        return json.dumps(self.record, sort_keys=True, default=list)
+
+    @property
+    def record(self) -> Row:
+        """As a row of results keeps it."""
+        sizes = {"im_size": self.im_size, "patch_size": self.patch_size}
+        return {"method": self.method, "options": dict(self.options), **sizes}
 
     def of(self, run: Run) -> Run:
         """The run used in this way; it shares its weights."""
-        return run.variation(self.method, self.options, self.im_size)
+        return run.variation(self.method, self.options, self.im_size, self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Tradeoff:
         """Score the settings that the file does not hold yet, and time all of them if a speed is missing.
 
         Returns:
-            One dict per setting, in their order: `method`, `options`, `im_size`; scores in percent
+            One dict per setting, in their order: `method`, `options`, `im_size`, `patch_size`; scores in percent
             (`Run.evaluate`); and what `segm.eval.comparison.compare` says.
 
         Raises:
@@ -79,8 +90,7 @@ class Tradeoff:
             scores = setting.of(self.run).evaluate(
                 dataset=dataset, n_images=self.max_images, boundary=self.boundary, progress=True
             )
-            own = {"method": setting.method, "options": dict(setting.options), "im_size": setting.im_size}
-            known[key] = own | scores
+            known[key] = setting.record | scores
             self._write(known)
         if any("images_per_second" not in known[key] for key in wanted):
             for key, cost in self._costs(wanted).items():  # all together, or they would not compare
@@ -106,7 +116,7 @@ class Tradeoff:
             return {}
         try:
             saved = json.loads(self.file.read_text())
-            known = {Setting(row["method"], row["options"], row["im_size"]).key: row for row in saved["rows"]}
+            known = {Setting(*(row[name] for name in Setting().record)).key: row for row in saved["rows"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} holds no measurements: remove it, or choose another --out") from error
         if saved.get("settings") != json.loads(json.dumps(self.conditions, default=list)):

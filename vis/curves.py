@@ -27,14 +27,16 @@ def tradeoff_plot(
     hull: Sequence[int] = (),
     score: str = "mean_iou",
     name: str = "mIoU, %",
+    tokens: bool = False,
 ) -> np.ndarray:
-    """A score over the time per image: one line per label, and the hull of the best.
+    """A score over the time per image, or over the tokens: one line per label, and the hull of the best.
 
     Args:
-        rows: `images_per_second` and the score.
+        rows: `images_per_second` (or `tokens`) and the score.
         labels: one per row; rows of one label are joined, in order of their time.
         hull: indices of rows to mark, the fastest first.
         score: key; name: of its axis.
+        tokens: over the tokens per image instead of the time.
 
     Returns:
         (H, W, 3), uint8.
@@ -42,14 +44,14 @@ def tradeoff_plot(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
         canvas, axis = FigureCanvasAgg(figure), figure.subplots()
-        points = [(1000 / row["images_per_second"], row[score]) for row in rows]
+        points = [(row["tokens"] if tokens else 1000 / row["images_per_second"], row[score]) for row in rows]
         axis.plot(*zip(*(points[i] for i in hull), strict=True) if hull else ((), ()), color="0.75", linewidth=6,
                   solid_capstyle="round", label="hull", zorder=0)  # fmt: skip
         for number, label in enumerate(dict.fromkeys(labels)):
             own = sorted(point for point, other in zip(points, labels, strict=True) if other == label)
             color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
             axis.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=5, linewidth=1, label=label)
-        axis.set(xlabel="ms per image", ylabel=name)
+        axis.set(xlabel="tokens per image" if tokens else "ms per image", ylabel=name)
         axis.grid(color="0.9")
         axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.draw()

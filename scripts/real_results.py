@@ -1,0 +1,279 @@
+"""What merging costs and gains on a real model: DINOv2 ViT-S/14 on CamVid; makes the tables and pictures of RESULTS.md.
+
+DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real --out results/real
+"""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from compare_methods import FIXED, KNOBS, setting
+from tqdm import tqdm
+
+from segm.checkpoint import LAST, load_checkpoint
+from segm.cli import Command, Listed, device_option
+from segm.eval.comparison import mean_tokens
+from segm.eval.environment import environment
+from segm.files import write_text
+from segm.merging import PURE
+from segm.pictures import write_picture
+from segm.run import Run
+from segm.tables import markdown
+from segm.tradeoff import Row, Setting, Tradeoff, hull
+from vis import tradeoff_plot
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASET = "camvid"
+SMALL = ("pole", "sign-symbol", "pedestrian", "bicyclist")  # thin or small on the images
+SPLITS = ("val", "test")
+SEEDS = (0, 1, 2)
+FROZEN = ["--config", "dinov2_camvid_frozen"]
+TRAININGS = {
+    **{f"frozen_{seed}": [*FROZEN, "--seed", str(seed)] for seed in SEEDS},
+    "linear": [*FROZEN, "--decoder", "linear"],
+    "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
+}
+BEST = "tuned"  # on which merging is measured
+SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of the tokens that are left at the end
+NO_TRAINING = tuple(name for name in KNOBS if name != "dtem")
+SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
+FRONTIER = {"graph": (0.9, 0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.75, 0.5, 0.3)}
+VIEWS = 4  # images that settings are found with
+COST_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Real:
+    """What all steps share.
+
+    Attributes:
+        work: folder of trainings and features.
+        out: folder of results.
+        weights: of the backbone, or None: timm's.
+        device: where to compute.
+        max_images: images for the scores; None: all.
+    """
+
+    work: Path
+    out: Path
+    weights: Path | None
+    device: torch.device
+    max_images: int | None = None
+
+    def run(self, name: str) -> Run:
+        """A finished training."""
+        return Run.load(self.work / name / "checkpoint_best.pth", device=self.device, name=name)
+
+    def tradeoff(self, name: str, run: Run) -> Tradeoff:
+        """Where the settings of a table are measured and kept."""
+        conditions = {"run": run.name, "images": self.max_images, "classes": list(SMALL)} | environment(self.device)
+        file = self.out / f"{name}.json"
+        return Tradeoff(run, DATASET, file, conditions, COST_IMAGES, self.max_images, boundary=True)
+
+
+# ---------------------------------------------------------------------------------------------- the models
+
+
+def models(real: Real) -> str:
+    """Train the plain models, and score them on the images that they were chosen by and on the others."""
+    rows = []
+    for name, options in tqdm(TRAININGS.items(), desc="models", unit="run", leave=False):
+        train(real, name, options)
+        run = real.run(name)
+        scores = {split: small_and_all(run, run.evaluate(split, n_images=real.max_images)) for split in SPLITS}
+        log = [json.loads(line) for line in (real.work / name / "log.txt").read_text().splitlines()]
+        rows.append({"name": name, "epochs": len(log), "options": options, **scores})
+    write_text(real.out / "models.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    columns = {
+        "model": "{name}",
+        "epochs": "{epochs}",
+        **{f"mIoU, {split}": f"{{{split}[mean_iou]:.2f}}" for split in SPLITS},
+        "small classes, val": "{val[small_iou]:.2f}",
+    }
+    return markdown(columns, rows)
+
+
+def train(real: Real, name: str, options: Sequence[str]) -> None:
+    """Train with the real command, unless it is done; an interrupted training goes on."""
+    folder = real.work / name
+    if is_finished(folder):
+        return
+    own = ["--resume"] if (folder / LAST).exists() else [option.format(work=real.work) for option in options]
+    if "--config" in own and "--finetune" not in own and real.weights is not None:
+        own += ["--pretrained", str(real.weights)]
+    command = ["segm/train.py", "--log-dir", str(folder), "--device", str(real.device), *own]
+    command += ["--feature-folder", str(real.work / "features")]
+    click.echo(f"{name}: python {shlex.join(command)}")
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise ValueError(f"the training of {name} failed, see above")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run directory holds all epochs."""
+    if not (folder / LAST).exists():
+        return False
+    epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]
+    return load_checkpoint(folder)["epoch"] + 1 >= epochs
+
+
+def small_and_all(run: Run, scores: Row) -> Row:
+    """Scores with the mean IoU of the small classes."""
+    known = dict(zip(run.classes, scores["per_class_iou"], strict=True))
+    own = [known[name] for name in SMALL if known[name] is not None]
+    return scores | {"small_iou": round(sum(own) / len(own), 2) if own else math.nan}
+
+
+# ---------------------------------------------------------------------------------------------- every method
+
+
+def methods(real: Real) -> str:
+    """Every method at five numbers of tokens, without training, beside smaller images and coarser patches."""
+    run = real.run(BEST)
+    views = [*run.views(DATASET, VIEWS)]
+    settings = {Setting(): (PURE, 1.0)}
+    for name in tqdm(NO_TRAINING, desc="settings", unit="method", leave=False):
+        for share in SHARES:
+            settings[at_share(run, name, share, views)] = name, share
+    settings |= {Setting(name): (name, 0.0) for name in FIXED}
+    settings |= smaller_and_coarser(run)
+    rows = measured(real, "methods", run, settings)
+    for name, over_tokens in (("methods_time", False), ("methods_tokens", True)):
+        best = [] if over_tokens else hull(rows)
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], best, tokens=over_tokens)
+        write_picture(real.out / f"{name}.png", picture)
+    return "\n\n".join(by_share(rows, text, title) for title, text in CELLS.items())
+
+
+def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None) -> Setting:
+    """The setting of a method that leaves a share of the tokens at the end."""
+    whole = mean_tokens(run.model, views)
+    return Setting(method, setting(run.model, method, views, share * whole, mean_tokens), im_size)
+
+
+def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:
+    """Smaller images and coarser patches with about as many patches as the methods leave."""
+    (height, width), side = run.crop_size, run.model.patch_size[0]
+    found: dict[Setting, tuple[str, float]] = {}
+    for share in SHARES:
+        rows = round((height / side) * share**0.5)
+        found[Setting(im_size=run.image_size * rows * side // height)] = "smaller image", share
+        size = min(
+            range(side + 1, 4 * side),
+            key=lambda one: abs(-(-height // one) * -(-width // one) - share * (height // side) * (width // side)),
+        )
+        found[Setting(patch_size=size)] = "coarser patch", share
+    return found
+
+
+def measured(real: Real, name: str, run: Run, settings: dict[Setting, tuple[str, float]]) -> list[Row]:
+    """Rows of a table, with label and share of the tokens."""
+    rows = real.tradeoff(name, run).measure(settings)
+    labels = [{"label": label, "share": share} for label, share in settings.values()]
+    return [small_and_all(run, row) | label for row, label in zip(rows, labels, strict=True)]
+
+
+CELLS = {
+    "mIoU": "{mean_iou:.1f}",
+    "IoU of the small classes": "{small_iou:.1f}",
+    "boundary IoU": "{boundary_iou:.1f}",
+    "images/s, token scores": "{images_per_second_scores:.2f}",
+    "images/s, label maps": "{images_per_second:.2f}",
+    "GFLOPs": "{gflops:.1f}",
+    "realised share": "{realised_share:.2f}",
+}
+
+
+def by_share(rows: Sequence[Row], text: str, title: str) -> str:
+    """A table: a line per method, a column per share of the tokens; a method without a setting has all in its name."""
+    names = {share: f"share_{round(100 * share)}" for share in SHARES}
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = {row["share"]: text.format(**row) for row in rows if row["label"] == label}
+        fixed = own.get(1.0) or own.get(0.0)
+        cells = {name: own.get(share, "") for share, name in names.items()}
+        lines.append(cells | {"label": label if fixed is None else f"{label}: {fixed}"})
+    return markdown({title: "{label}"} | {f"{100 * share:g} %": f"{{{name}}}" for share, name in names.items()}, lines)
+
+
+# ---------------------------------------------------------------------------------------------- size and merging
+
+
+def frontier(real: Real) -> str:
+    """Image size and merging together: the settings that no others beat."""
+    run = real.run(BEST)
+    settings: dict[Setting, tuple[str, float]] = {}
+    for size in tqdm(SIZES, desc="sizes", leave=False):
+        at_size = run.variation(PURE, {}, size)
+        views = [*at_size.views(DATASET, VIEWS)]
+        settings[Setting(im_size=size)] = PURE, 1.0
+        for name, shares in FRONTIER.items():
+            for share in shares:
+                settings[at_share(at_size, name, share, views, size)] = f"{name}, {100 * share:g} %", share
+    rows = measured(real, "frontier", run, settings)
+    for score, name in (
+        ("mean_iou", "mIoU, %"),
+        ("small_iou", "IoU of small classes, %"),
+        ("boundary_iou", "boundary IoU, %"),
+    ):
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], hull(rows, score), score, name)
+        write_picture(real.out / f"frontier_{score}.png", picture)
+    columns = {
+        "shorter side": "{im_size}",
+        "method, tokens left": "{label}",
+        "images/s": "{images_per_second:.2f}",
+        "mIoU": "{mean_iou:.2f}",
+        "small classes": "{small_iou:.2f}",
+        "boundary IoU": "{boundary_iou:.2f}",
+    }
+    return markdown(columns, [rows[index] for index in hull(rows)])
+
+
+STEPS: dict[str, Callable[[Real], str]] = {"models": models, "methods": methods, "frontier": frontier}
+
+
+@click.command(cls=Command)
+@click.option("--weights", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: timm's]")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="runs/real",
+    show_default=True,
+    help="Folder of trainings.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="results/real",
+    show_default=True,
+    help="Folder of tables and pictures.",
+)
+@click.option(
+    "--steps", type=Listed(str, lambda: STEPS), default=",".join(STEPS), show_default=True, help="What to make."
+)
+@click.option("--max-images", type=click.IntRange(min=1), help="Images for the scores.  [default: all]")
+@device_option
+def main(
+    weights: Path | None, work: Path, out: Path, steps: tuple[str, ...], max_images: int | None, device: torch.device
+) -> None:
+    """Train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains.
+
+    What was trained or measured is not done again, so the command may be interrupted. Every step writes OUT/STEP.json
+    and OUT/STEP.md.
+    """
+    real = Real(work, out, weights, device, max_images)
+    for step in steps:
+        table = STEPS[step](real)
+        write_text(out / f"{step}.md", table + "\n")
+        click.echo(f"\n{step}\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
