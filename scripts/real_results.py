@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 import yaml
 from compare_methods import FIXED, KNOBS, setting
+from real_tokens import kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
 
 from segm.checkpoint import LAST, load_checkpoint
@@ -28,7 +30,7 @@ from segm.pictures import write_picture
 from segm.run import Run
 from segm.tables import markdown
 from segm.tradeoff import Row, Setting, Tradeoff, hull
-from vis import tradeoff_plot
+from vis import similarity_histograms, tradeoff_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "camvid"
@@ -48,6 +50,9 @@ SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
 FRONTIER = {"graph": (0.9, 0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.75, 0.5, 0.3)}
 VIEWS = 4  # images that settings are found with
 COST_IMAGES = 6
+N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
+THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
+PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,50 @@ def frontier(real: Real) -> str:
     return markdown(columns, [rows[index] for index in hull(rows)])
 
 
-STEPS: dict[str, Callable[[Real], str]] = {"models": models, "methods": methods, "frontier": frontier}
+# ---------------------------------------------------------------------------------------------- what merges
+
+
+def tokens(real: Real) -> str:
+    """What thresholds mean on these features: similarities, tokens that are left, labels in a group."""
+    run = real.run(BEST)
+    dataset, _ = run.open()
+    step = max(1, len(dataset) // N_SIMILAR)
+    samples = [dataset[index] for index in range(0, len(dataset), step)][:N_SIMILAR]
+    layers = range(1, len(run.model.encoder.blocks) + 1)
+    found = similarities(run, samples, layers)
+    values = {layer: np.concatenate([x.ravel() for pair in pairs for x in pair]) for layer, pairs in found.items()}
+    write_picture(real.out / "similarities.png", similarity_histograms(values))
+    kept = {
+        layer: {t: float(np.mean([kept_share(*pair, t) for pair in pairs])) for t in THRESHOLDS}
+        for layer, pairs in found.items()
+    }
+    views = [*run.views(DATASET, VIEWS)]
+    chosen = {name: at_share(run, name, PURE_AT, views).of(run) for name in PURE_OF}
+    pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
+    write_picture(real.out / "regions.png", region_sheet(chosen, samples[:N_PICTURES]))
+    record = environment(real.device) | {"kept": kept, "purity": pure, "images": [sample.name for sample in samples]}
+    record["similarity"] = {layer: [float(v.mean()), float(v.std())] for layer, v in values.items()}
+    write_text(real.out / "tokens.json", json.dumps(record, indent=2) + "\n")
+    shown = [
+        {"layer": layer} | {f"t{index}": f"{100 * share:.0f}" for index, share in enumerate(shares.values())}
+        for layer, shares in kept.items()
+    ]
+    first = markdown({"layer": "{layer}"} | {f"τ {t:g}": f"{{t{index}}}" for index, t in enumerate(THRESHOLDS)}, shown)
+    columns = {"method": "{method}", "tokens": "{tokens:.0f}", "labels per merged group": "{labels_per_group:.2f}"}
+    columns |= {"mIoU of the best label per group": "{best_iou:.1f}", "small classes that it gets right": "{small:.1f}"}
+    rows = []
+    for name, one in pure.items():
+        small = [one["pure"][label] for label in SMALL if label in one["pure"]]
+        rows.append({"method": name, **one, "small": float(np.mean(small)) if small else math.nan})
+    return first + "\n\n" + markdown(columns, rows)
+
+
+STEPS: dict[str, Callable[[Real], str]] = {
+    "models": models,
+    "methods": methods,
+    "frontier": frontier,
+    "tokens": tokens,
+}
 
 
 @click.command(cls=Command)

@@ -3,7 +3,7 @@ file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
 from vis.curves import scale_curves, threshold_curves, tradeoff_plot
-from vis.histograms import token_histograms
+from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
 from vis.tokens import fill_tokens, outline_tokens, token_pictures
@@ -23,6 +23,7 @@ __all__ = [
     "overlay_attention",
     "picture_sheet",
     "scale_curves",
+    "similarity_histograms",
     "spread_weights",
     "threshold_curves",
     "token_histograms",

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vis.curves import BLUE, ORANGE
+from vis.curves import BLUE, ORANGE, STYLE
 
 N_BINS = 30
 
@@ -25,12 +25,37 @@ def token_histograms(layers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
     Returns:
         (H, W, 3), uint8.
     """
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.8 * len(layers)), dpi=100, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         for axes, (layer, found) in zip(figure.subplots(len(layers), 2, squeeze=False), layers.items(), strict=True):
             _draw_counts(axes[0], layer, found["counts"], found["n_patches"])
             _draw_sizes(axes[1], layer, found["sizes"])
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def similarity_histograms(layers: Mapping[int, np.ndarray]) -> np.ndarray:
+    """How similar neighboring patches are, one curve per layer.
+
+    Args:
+        layers: 1-based layer -> cosine similarities, any shape.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    bins = np.linspace(min(0.0, *(values.min() for values in layers.values())), 1, 81)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.2), dpi=100, layout="constrained")
+        canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
+        for color, (layer, values) in zip(colors, layers.items(), strict=True):
+            share, _ = np.histogram(values.ravel(), bins)
+            axis.plot((bins[1:] + bins[:-1]) / 2, 100 * share / values.size, color=color, label=f"layer {layer}")
+        axis.set(xlabel="cosine similarity of neighboring patches after attention", ylabel="pairs, %")
+        axis.set_ylim(0, None)
+        axis.grid(color="0.9")
+        axis.legend(frameon=False, fontsize=9, ncols=2)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -4,9 +4,15 @@ import importlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import patch
+from segm.eval.comparison import mean_tokens
+from segm.run import Run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FROM_RUN = ["--finetune", "{work}/start", "--batch-size", "250", "--num-workers", "0", "--epochs", "1"]
@@ -28,13 +34,16 @@ def script(monkeypatch, shapes_run, tmp_path):
         "FRONTIER": {"tome": (0.5,)},
         "VIEWS": 1,
         "COST_IMAGES": 1,
+        "N_SIMILAR": 2,
+        "N_PICTURES": 1,
+        "PURE_OF": ("graph", "tome"),
     }
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     (tmp_path / "work").mkdir()
     shutil.copytree(shapes_run, tmp_path / "work/start")
     yield module
-    for name in ("real_results", "compare_methods"):
+    for name in ("real_results", "real_tokens", "compare_methods"):
         sys.modules.pop(name, None)
 
 
@@ -50,7 +59,18 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     assert all(row["boundary_iou"] >= 0 and row["images_per_second"] > 0 for row in rows)
     sizes = {(row["im_size"], row["method"]) for row in json.loads((out / "frontier.json").read_text())["rows"]}
     assert sizes == {(size, method) for size in (24, 32) for method in ("pure", "tome")}
-    for name in ("models.md", "methods.md", "frontier.md", "methods_time.png", "frontier_boundary_iou.png"):
+    tokens = json.loads((out / "tokens.json").read_text())
+    assert set(tokens["kept"]) == {"1", "2", "3"} and set(tokens["purity"]) == {"graph", "tome"}
+    for name in (
+        "models.md",
+        "tokens.md",
+        "regions.png",
+        "similarities.png",
+        "methods.md",
+        "frontier.md",
+        "methods_time.png",
+        "frontier_boundary_iou.png",
+    ):
         assert (out / name).stat().st_size > 50
     assert "| tome | " in text and "| smaller image | " in text
 
@@ -58,3 +78,37 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     monkeypatch.setattr(script.subprocess, "run", None)  # would fail: nothing is trained again
     monkeypatch.setattr("segm.tradeoff.compare", None)  # nor measured
     assert call(script, *options, "--steps", "methods,frontier")
+
+
+def test_shares_over_thresholds_are_those_of_graph_merging(script, shapes_run):
+    run = Run.load(shapes_run, device="cpu")
+    dataset, _ = run.open()
+    samples = [dataset[0], dataset[1]]
+    pairs = script.similarities(run, samples, [1, 2])
+    for layer in (1, 2):
+        for threshold in (0.5, 0.9, 0.97):
+            merged = run.variation("graph", {"layers": [layer], "threshold": threshold})
+            for sample, pair in zip(samples, pairs[layer], strict=True):
+                kept = mean_tokens(merged.model, [merged.resized(sample.image)]) / 16
+                assert script.kept_share(*pair, threshold) == kept
+
+
+def test_groups_are_as_pure_as_their_pixels_say(script, shapes_run):
+    """By counting, pixel by pixel, what a map with one label per group gets right."""
+    run = Run.load(shapes_run, device="cpu", patch_type="graph", layers=[1], threshold=0.9)
+    dataset, _ = run.open()
+    sample = dataset[0]
+    found = script.purity(run, [sample])
+    run.model.grid_logits(run.resized(sample.image))
+    groups = patch.reduction(run.model).assignment[0].view(4, 4).numpy().repeat(8, 0).repeat(8, 1)
+    right, total, held = Counter(), Counter(), []
+    for group in np.unique(groups):
+        labels = Counter(sample.label[groups == group].tolist())
+        best, _ = min(labels.items(), key=lambda one: (-one[1], one[0]))
+        right[best] += labels[best]
+        total += labels
+        if (groups == group).sum() > 64:
+            held.append(len(labels))
+    assert found["tokens"] == len(np.unique(groups))
+    assert found["pure"] == {run.classes[c]: pytest.approx(100 * right[c] / total[c]) for c in sorted(total)}
+    assert found["labels_per_group"] == pytest.approx(np.mean(held) if held else 1)
