@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 from compare_methods import FIXED, KNOBS, setting
+from real_speed import PHOTOS, measure_speed
 from real_tokens import kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ VIEWS = 4  # images that settings are found with
 COST_IMAGES = 6
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
+FASTER = {"graph": 0.6, "tome": 0.5}  # method -> share of the tokens, for the whole way
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
@@ -279,11 +281,31 @@ def tokens(real: Real) -> str:
     return first + "\n\n" + markdown(columns, rows)
 
 
+# ---------------------------------------------------------------------------------------------- the whole way
+
+
+def speed(real: Real) -> str:
+    """From a photograph to its labels: plain PyTorch against ours, in all precisions, with the mIoU beside."""
+    run = real.run(BEST)
+    views = [*run.views(DATASET, VIEWS)]
+    runs = {"ours, not merged": run}
+    for method, share in FASTER.items():
+        runs[f"ours, {method}, {100 * share:g} % of the tokens"] = at_share(run, method, share, views).of(run)
+    dataset, _ = run.open()
+    rows = measure_speed(runs, dataset[0].image, real.max_images)
+    write_text(real.out / "speed.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    shown = [row | {f"ratio_{name}": row[name] / rows[0][name] for name in PHOTOS} for row in rows]
+    columns = {"model": "{name}", "precision": "{dtype}"}
+    columns |= {f"{name}, photographs/s": f"{{{name}:.2f}} ({{ratio_{name}:.1f}} ×)" for name in PHOTOS}
+    return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
+
+
 STEPS: dict[str, Callable[[Real], str]] = {
     "models": models,
     "methods": methods,
     "frontier": frontier,
     "tokens": tokens,
+    "speed": speed,
 }
 
 

@@ -7,8 +7,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
 import patch
 from segm.eval.comparison import mean_tokens
@@ -43,7 +45,7 @@ def script(monkeypatch, shapes_run, tmp_path):
     (tmp_path / "work").mkdir()
     shutil.copytree(shapes_run, tmp_path / "work/start")
     yield module
-    for name in ("real_results", "real_tokens", "compare_methods"):
+    for name in ("real_results", "real_tokens", "real_speed", "compare_methods"):
         sys.modules.pop(name, None)
 
 
@@ -112,3 +114,24 @@ def test_groups_are_as_pure_as_their_pixels_say(script, shapes_run):
     assert found["tokens"] == len(np.unique(groups))
     assert found["pure"] == {run.classes[c]: pytest.approx(100 * right[c] / total[c]) for c in sorted(total)}
     assert found["labels_per_group"] == pytest.approx(np.mean(held) if held else 1)
+
+
+def test_plain_pytorch_gives_the_labels_of_the_run(script, shapes_run):
+    speed, run = sys.modules["real_speed"], Run.load(shapes_run, device="cpu")
+    rng = np.random.default_rng(0)
+    for size in ((60, 90), (24, 100), (80, 40)):
+        photo = cv2.resize(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), size[::-1])
+        with torch.inference_mode():
+            found = speed.plain_predict(run, photo).numpy()
+        assert found.shape == size and (found == run.predict(photo)).mean() > 0.99
+
+
+def test_all_precisions_are_measured(script, shapes_run, monkeypatch):
+    speed, run = sys.modules["real_speed"], Run.load(shapes_run, device="cpu")
+    monkeypatch.setattr(speed, "PHOTOS", {"small": (32, 40)})
+    monkeypatch.setattr(speed, "usable_dtypes", lambda: speed.DTYPES)
+    merged = run.variation("graph", {"layers": [1], "threshold": 0.9})
+    rows = speed.measure_speed({"ours": run, "merged": merged}, np.zeros((20, 30, 3), np.uint8), 2)
+    names = [("plain PyTorch", "float32"), *((name, dtype) for dtype in speed.DTYPES for name in ("ours", "merged"))]
+    assert [(row["name"], row["dtype"]) for row in rows] == names
+    assert all(row["small"] > 0 for row in rows) and rows[1]["mean_iou"] == rows[0]["mean_iou"]
