@@ -17,10 +17,12 @@ import numpy as np
 import torch
 import yaml
 from compare_methods import FIXED, KNOBS, setting
+from real_classification import classify
 from real_speed import PHOTOS, measure_speed
 from real_tokens import kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
 
+import patch
 from segm.checkpoint import LAST, load_checkpoint
 from segm.cli import Command, Listed, device_option
 from segm.eval.comparison import mean_tokens
@@ -44,6 +46,7 @@ TRAININGS = {
     "linear": [*FROZEN, "--decoder", "linear"],
     "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
 }
+FROZEN_RUN = "frozen_0"
 BEST = "tuned"  # on which merging is measured
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of the tokens that are left at the end
 NO_TRAINING = tuple(name for name in KNOBS if name != "dtem")
@@ -54,6 +57,7 @@ COST_IMAGES = 6
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
 FASTER = {"graph": 0.6, "tome": 0.5}  # method -> share of the tokens, for the whole way
+CLASSIFIED = (0.75, 0.5)  # shares of the tokens that are left
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
@@ -300,12 +304,26 @@ def speed(real: Real) -> str:
     return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
 
 
+# ---------------------------------------------------------------------------------------------- classification
+
+
+def classification(real: Real) -> str:
+    """Accuracy of the frozen backbone on a small labeled set."""
+    run = real.run(FROZEN_RUN)
+    names = [name for name in NO_TRAINING if patch.find(name).takes("r")]
+    rows = classify(run.model.encoder, run.normalization, names, CLASSIFIED, real.device, real.max_images)
+    write_text(real.out / "classification.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    columns = {"method": "{method}", "tokens left": "{share:.0%}", "r": "{r}", "accuracy, %": "{accuracy:.2f}"}
+    return markdown(columns | {"images/s": "{images_per_second:.1f}"}, rows)
+
+
 STEPS: dict[str, Callable[[Real], str]] = {
     "models": models,
     "methods": methods,
     "frontier": frontier,
     "tokens": tokens,
     "speed": speed,
+    "classification": classification,
 }
 
 

@@ -33,6 +33,7 @@ def script(monkeypatch, shapes_run, tmp_path):
         "NO_TRAINING": ("graph", "tome"),
         "SHARES": (0.75, 0.5),
         "SIZES": (24, 32),
+        "FROZEN_RUN": "tuned",
         "FRONTIER": {"tome": (0.5,)},
         "VIEWS": 1,
         "COST_IMAGES": 1,
@@ -45,8 +46,9 @@ def script(monkeypatch, shapes_run, tmp_path):
     (tmp_path / "work").mkdir()
     shutil.copytree(shapes_run, tmp_path / "work/start")
     yield module
-    for name in ("real_results", "real_tokens", "real_speed", "compare_methods"):
-        sys.modules.pop(name, None)
+    for name in ("results", "tokens", "speed", "classification"):
+        sys.modules.pop(f"real_{name}", None)
+    sys.modules.pop("compare_methods", None)
 
 
 def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
@@ -135,3 +137,13 @@ def test_all_precisions_are_measured(script, shapes_run, monkeypatch):
     names = [("plain PyTorch", "float32"), *((name, dtype) for dtype in speed.DTYPES for name in ("ours", "merged"))]
     assert [(row["name"], row["dtype"]) for row in rows] == names
     assert all(row["small"] > 0 for row in rows) and rows[1]["mean_iou"] == rows[0]["mean_iou"]
+
+
+def test_neighbors_vote_by_their_similarity(script):
+    classification = sys.modules["real_classification"]
+    angles = torch.tensor([0.0, 0.1, 0.2, 3.0, 3.1])
+    known = torch.stack([angles.cos(), angles.sin()], 1)
+    asked = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    assert classification.knn_accuracy(known, labels, asked, torch.tensor([0, 2])) == 100
+    assert classification.knn_accuracy(known, labels, asked, torch.tensor([1, 2])) == 50
