@@ -1,15 +1,19 @@
 # make demo: install, train a small Segmenter with and without merging, show a table and pictures
 # make test: install, run the whole test suite on all cores; make quick: the fast tests alone
+# make real DATASET=… WEIGHTS=…: train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains (hours)
 PYTHON ?= python3
 BIN := .venv/bin
 
 # One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test quick lint system clean
+.PHONY: demo real test quick lint system clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+real: .venv/installed
+	DATASET=$(DATASET) $(BIN)/python scripts/real_results.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: .venv/installed
 	$(PYTEST)

@@ -151,16 +151,22 @@ def gflops(model: Any, views: list) -> float:
 
 
 def setting(
-    model: Any, method: str, views: list, wanted: float, cost_of: Callable[[Any, list], float] | None = None
+    model: Any,
+    method: str,
+    views: list,
+    wanted: float,
+    cost_of: Callable[[Any, list], float] | None = None,
+    **fixed: Any,
 ) -> dict[str, Any]:
     """Options with which a pass costs so much; those of the method where nothing can be set.
 
     Args:
         cost_of: from a patched model and images to what is wanted; None: GFLOPs.
+        fixed: other options of the method.
     """
     cost_of = cost_of or gflops
     if method not in KNOBS:
-        return {}
+        return fixed
     name, low, high = KNOBS[method]
     whole = name == "r"
     if whole:
@@ -168,7 +174,7 @@ def setting(
     best: tuple[float, dict[str, Any]] | None = None
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        options = {name: round(middle) if whole else middle}
+        options = {name: round(middle) if whole else middle, **fixed}
         merged = apply(copy.deepcopy(model), method, options)
         cost = cost_of(merged, views)
         if best is None or abs(cost - wanted) < best[0]:

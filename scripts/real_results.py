@@ -11,18 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 import yaml
-from compare_methods import FIXED, KNOBS, setting
+from compare_methods import FIXED, FLAGS, KNOBS, setting
 from real_classification import classify
 from real_speed import PHOTOS, measure_speed
 from real_tokens import kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
 
 import patch
+from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import LAST, load_checkpoint
 from segm.cli import Command, Listed, device_option
 from segm.eval.comparison import mean_tokens
@@ -57,6 +59,28 @@ COST_IMAGES = 6
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
 FASTER = {"graph": 0.6, "tome": 0.5}  # method -> share of the tokens, for the whole way
+ABLATED_AT = 0.6  # share of the tokens
+ABLATIONS: dict[str, list[dict[str, Any]]] = {
+    "graph": [
+        *({"layers": [layer]} for layer in (1, 2, 3, 4, 6, 8)),
+        *({"attention": mode} for mode in ("proportional", "inverse")),
+    ],
+    "algm": [
+        *({"layers": [1, layer]} for layer in (3, 4, 5, 6, 7, 8)),
+        *({"layers": layers} for layers in ([2, 6], [3, 7], [4, 8])),
+        *({"attention": mode} for mode in ("proportional", "inverse")),
+    ],
+    "tome": [{"attention": mode} for mode in ("proportional", "none", "inverse")],
+}
+AUTO_LAYERS = [1, 2, 3, 4]
+TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
+LONGER = ["--config", "dinov2_camvid_tuned", "--epochs", "4", "--eval-freq", "4"]
+DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
+STAGES = {
+    "applied": "applied: mIoU (small classes)",
+    "decoder": "decoder trained",
+    "everything": "everything trained",
+}
 CLASSIFIED = (0.75, 0.5)  # shares of the tokens that are left
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
@@ -163,10 +187,10 @@ def methods(real: Real) -> str:
     return "\n\n".join(by_share(rows, text, title) for title, text in CELLS.items())
 
 
-def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None) -> Setting:
-    """The setting of a method that leaves a share of the tokens at the end."""
+def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None, **fixed: Any) -> Setting:
+    """The setting of a method that leaves a share of the tokens at the end; fixed: its other options."""
     whole = mean_tokens(run.model, views)
-    return Setting(method, setting(run.model, method, views, share * whole, mean_tokens), im_size)
+    return Setting(method, setting(run.model, method, views, share * whole, mean_tokens, **fixed), im_size)
 
 
 def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:
@@ -247,6 +271,66 @@ def frontier(real: Real) -> str:
     return markdown(columns, [rows[index] for index in hull(rows)])
 
 
+# ---------------------------------------------------------------------------------------------- ablations
+
+
+def ablations(real: Real) -> str:
+    """Where to merge and how merged tokens count in attention, at the same number of tokens, without training."""
+    run = real.run(BEST)
+    views = [*run.views(DATASET, VIEWS)]
+    tried: dict[Setting, tuple[str, float]] = {Setting(): (PURE, 1.0)}
+    for name, fixed in tqdm(
+        [(n, f) for n, several in ABLATIONS.items() for f in several], desc="settings", leave=False
+    ):
+        words = ", ".join(f"{key} {' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in fixed.items())
+        tried[at_share(run, name, ABLATED_AT, views, **fixed)] = f"{name}, {words}", ABLATED_AT
+    layers = AUTO_LAYERS
+    found = automatic_thresholds(run.path, DATASET, layers, real.device, real.max_images)
+    for layer in layers:
+        options = {"layers": [layer], "threshold": found[layer].threshold}
+        tried[Setting("graph", options)] = f"graph, layers {layer}, auto: τ {found[layer].threshold:.3f}", 0.0
+    rows = measured(real, "ablations", run, tried)
+    columns = {
+        "method": "{label}",
+        "tokens": "{tokens:.0f}",
+        "mIoU": "{mean_iou:.2f}",
+        "small classes": "{small_iou:.2f}",
+        "images/s": "{images_per_second_scores:.2f}",
+    }
+    return markdown(columns, rows)
+
+
+# ---------------------------------------------------------------------------------------------- training with merging
+
+
+def trained(real: Real) -> str:
+    """What training with merging recovers: the decoder alone, then everything; beside as much training without."""
+    run = real.run(BEST)
+    views = [*run.views(DATASET, VIEWS)]
+    chosen = {name: at_share(run, name, share, views) for name, share in TRAINED.items()}
+    train(real, "pure_longer", [*LONGER, "--finetune", f"{{work}}/{BEST}"])
+    rows = []
+    for name, one in {PURE: Setting(), **chosen}.items():
+        flags = ["--patch-type", name, *(w for key, value in one.options.items() for w in (FLAGS[key], str(value)))]
+        runs = {"applied": one.of(run)}
+        if name != PURE:
+            train(real, f"{name}_decoder", [*DECODER_ALONE, "--finetune", f"{{work}}/{BEST}", *flags])
+            train(real, f"{name}_longer", [*LONGER, "--finetune", f"{{work}}/{BEST}", *flags])
+            runs["decoder"] = real.run(f"{name}_decoder")
+        runs["everything"] = real.run(f"{name}_longer")
+        scores = {key: small_and_all(own, own.evaluate(n_images=real.max_images)) for key, own in runs.items()}
+        rows.append({"method": name, "tokens": mean_tokens(runs["applied"].model, views), **scores})
+    write_text(real.out / "trained.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    shown = [
+        {"method": row["method"], "tokens": row["tokens"]}
+        | {key: f"{row[key]['mean_iou']:.2f} ({row[key]['small_iou']:.2f})" if key in row else "" for key in STAGES}
+        for row in rows
+    ]
+    return markdown(
+        {"method": "{method}", "tokens": "{tokens:.0f}"} | {v: f"{{{k}}}" for k, v in STAGES.items()}, shown
+    )
+
+
 # ---------------------------------------------------------------------------------------------- what merges
 
 
@@ -321,6 +405,8 @@ STEPS: dict[str, Callable[[Real], str]] = {
     "models": models,
     "methods": methods,
     "frontier": frontier,
+    "ablations": ablations,
+    "trained": trained,
     "tokens": tokens,
     "speed": speed,
     "classification": classification,

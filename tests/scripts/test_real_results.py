@@ -17,7 +17,8 @@ from segm.eval.comparison import mean_tokens
 from segm.run import Run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-FROM_RUN = ["--finetune", "{work}/start", "--batch-size", "250", "--num-workers", "0", "--epochs", "1"]
+SHORT = ["--batch-size", "1000", "--num-workers", "0", "--epochs", "1"]
+FROM_RUN = ["--finetune", "{work}/start", *SHORT]
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def script(monkeypatch, shapes_run, tmp_path):
         "N_SIMILAR": 2,
         "N_PICTURES": 1,
         "PURE_OF": ("graph", "tome"),
+        "ABLATIONS": {"graph": [{"layers": [2]}, {"attention": "inverse"}]},
+        "AUTO_LAYERS": [1],
+        "TRAINED": {"tome": 0.5},
+        "LONGER": SHORT,
+        "DECODER_ALONE": [*SHORT, "--freeze-encoder"],
     }
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
