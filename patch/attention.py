@@ -33,10 +33,8 @@ ALIGNMENT = 8  # channels: what the kernels ask of a head dimension
 
 
 def can_look(attn: nn.Module) -> bool:
-    """Whether the queries and keys of an attention module can be seen while it runs; not where it forms its weights
-    itself, nor in compiled code."""
-    compiled = torch.compiler.is_compiling() or attn._compiled_call_impl is not None
-    return getattr(attn, "fused_attn", False) and not compiled
+    """Whether the queries and keys of an attention module can be seen while it runs: not in compiled code."""
+    return not torch.compiler.is_compiling() and attn._compiled_call_impl is None
 
 
 class AttentionMask(Tensor):

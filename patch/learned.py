@@ -31,10 +31,13 @@ def add_modules(encoder: nn.Module, method: str, **options: Any) -> nn.Module:
     entry = find(method)
     if entry.modules is None:
         return encoder
+    family = family_of(encoder)
+    if not family.learns:
+        raise ValueError(f"{method} has learned parts, which ViTs of timm alone can take, not {family.name}")
     if has_modules(encoder, method):
         raise ValueError(f"the encoder has the learned parts of {method} already")
     before = set(encoder.parameters())
-    entry.modules(encoder, family_of(encoder).blocks(encoder), **options)
+    entry.modules(encoder, family.blocks(encoder), **options)
     own = tuple(name for name, parameter in encoder.named_parameters() if parameter not in before)
     encoder.__dict__["learned_parts"] = getattr(encoder, "learned_parts", {}) | {method: own}
     return encoder

@@ -13,6 +13,7 @@ from patch.families import family_of
 from patch.families.base import Patched, put_in_front, take_away
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_blocks
+from patch.families.transformers_vit import vit_within
 from patch.learned import has_modules
 from patch.method import Step, Target, Trained, resolve
 from patch.state import Merging, Watchers
@@ -63,14 +64,17 @@ def apply(model: Model, method: str, **options: Any) -> Model:
     merging = Merging(entry, completed, target, family.prefix(encoder), watchers)
     places = _places(entry.place, completed["layers"])
     for index, block in enumerate(blocks, start=1):
-        own = {"neighbors": (merging.prefix, 0), "places": places.get(index, {}), "last": index == len(blocks)}
+        front, last = family.in_front(encoder, index)
+        own = {"neighbors": (front, 0), "places": places.get(index, {}), "last": last}
         put_in_front(block, family.block_front, merging=merging, **own)
     for block in more_blocks:
         own = {"neighbors": (0, model.n_cls), "places": {}, "last": block is more_blocks[-1]}
         put_in_front(block, PatchedTimmBlock, merging=merging, **own)
-    put_in_front(encoder, family.encoder_front, merging=merging)
-    if encoder is not model:
+    family.attach(encoder, merging)
+    if is_segmenter(model):
         put_in_front(model, PatchedSegmenter, merging=merging)
+    elif encoder is not model:
+        model.__dict__["merging"] = merging
     return model
 
 
@@ -79,7 +83,9 @@ segmenter = timm = apply  # names of the first form
 
 def _parts(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     """The ViT of a model, and further blocks that see its tokens."""
-    return (model.encoder, list(model.decoder.blocks)) if is_segmenter(model) else (model, [])
+    if is_segmenter(model):
+        return model.encoder, list(model.decoder.blocks)
+    return vit_within(model) or model, []
 
 
 def _places(place: str, layers: tuple[int, ...]) -> dict[int, dict[str, int]]:
@@ -113,6 +119,7 @@ def remove(model: Model) -> Model:
     for module in model.modules():
         while isinstance(module, Patched):
             take_away(module)
+        module.__dict__.pop("merging", None)  # of models that no class was put in front of
     return model
 
 

@@ -69,6 +69,21 @@ class Merging:
         finally:
             self._thread.passes.pop()
 
+    def begin(self, grid: tuple[int, int]) -> None:
+        """Begin a pass of an encoder that no function is around; one that an error has left open is forgotten.
+
+        Args:
+            grid: (gh, gw), patches of the images.
+        """
+        self._check_trace()
+        new = Pass(self)
+        new.grid, new.alone = grid, True
+        self._thread.passes[:] = [new]
+
+    def end(self) -> None:
+        """End the pass that `begin` began."""
+        self._thread.last = self._thread.passes.pop()
+
     @contextmanager
     def encode(self, grid: tuple[int, int], bucket: int | None = None) -> Iterator["Pass"]:
         """The pass of an encoder: that which the model around it has begun, or one of its own.
@@ -154,6 +169,18 @@ class Pass:
         self._seen: dict[str, Tensor] = {}
         self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._shown: tuple[Tensor, Tensor] | None = None
+
+    def show(self, x: Tensor, prefix: int) -> Tensor:
+        """What a hook on a block gets to see of merged tokens: one for every patch, (B, P + N, D)."""
+        whole = self.unmerge(x if self.packing is None else self.packing.unpack(x), prefix)
+        self._shown = whole, x
+        return whole
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The tokens with which the next block goes on: those that were shown as `x`."""
+        shown, self._shown = self._shown, None
+        return x if shown is None or shown[0] is not x else shown[1]
 
     def see(self, **found: Tensor) -> None:
         """Keep what a method needs of a block until its merge.
@@ -202,7 +229,7 @@ class Pass:
         sizes = None if self.reduction is None else self.reduction.sizes
         return Step(
             tokens=x,
-            prefix=self.merging.prefix,
+            prefix=block.neighbors[0],
             grid=self.grid,
             made_for=self.merging.target.grid,
             sizes=sizes,

@@ -5,8 +5,9 @@ from torch import nn
 from patch.families.base import Family
 from patch.families.timm_eva import TimmEva
 from patch.families.timm_vit import TimmViT
+from patch.families.transformers_vit import TransformersViT
 
-FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva())
+FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT())
 
 
 def family_of(model: nn.Module, check: bool = True) -> Family:

@@ -88,13 +88,19 @@ class Family(ABC):
 
     Attributes:
         name: for messages.
+        learns: whether the learned parts of methods can be built into it.
         block_front: `PatchedBlock` of this kind.
         encoder_front: `Patched` of the model itself: begins and ends a pass.
     """
 
     name: str
+    learns = True
     block_front: type["PatchedBlock"]
     encoder_front: type[Patched]
+
+    def attach(self, model: nn.Module, merging: Merging) -> None:
+        """Let a model begin and end passes; `take_away` undoes it."""
+        put_in_front(model, self.encoder_front, merging=merging)
 
     @abstractmethod
     def knows(self, model: nn.Module) -> bool:
@@ -111,6 +117,15 @@ class Family(ABC):
     @abstractmethod
     def prefix(self, model: nn.Module) -> int:
         """Number of prefix tokens: CLS, distillation and register tokens."""
+
+    def in_front(self, model: nn.Module, index: int) -> tuple[int, bool]:
+        """How many tokens are in front of the patches in a block, and whether every image has its row again after it:
+        at the end, and where tokens join.
+
+        Args:
+            index: of the block, counted from 1.
+        """
+        return self.prefix(model), index == len(self.blocks(model))
 
     @abstractmethod
     def has_cls(self, model: nn.Module) -> bool:
@@ -145,7 +160,7 @@ class PatchedBlock(Patched):
     last: bool
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """The half before the merge, by way of `attention`; x: (B, L, D)."""
+        """The half before the merge, by way of `attention_of`; x: (B, L, D)."""
         raise NotImplementedError
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:
@@ -178,18 +193,37 @@ class PatchedBlock(Patched):
         return self.attend(x, here, rope)
 
     @property
+    def attention_is_fused(self) -> bool:
+        """Whether its attention hands masks to `scaled_dot_product_attention`."""
+        return self.attn.fused_attn
+
+    @property
+    def attention_scale(self) -> float:
+        """Of the products of queries and keys."""
+        return self.attn.scale
+
+    @property
+    def attention_dropout(self) -> float:
+        """Probability with which attention weights are dropped in training."""
+        return self.attn.attn_drop.p
+
+    def run_attention(self, normed: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        """The block's own attention module: (B, L, D) -> (B, L, D)."""
+        return self.attn(normed, attn_mask=mask, **({} if rope is None else {"rope": rope}))
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the method has to see of this block."""
         return self.merging.method.needs if self.places else frozenset()
 
-    def attention(self, normed: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
+    def attention_of(self, normed: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
         needs = self.needs
-        mask = here.mask(*self.neighbors, normed, self.attn.fused_attn, self.training)
-        looks = needs & FROM_ATTENTION and can_look(self.attn) and not self.merging.watched
+        mask = here.mask(*self.neighbors, normed, self.attention_is_fused, self.training)
+        looks = needs & FROM_ATTENTION and self.attention_is_fused and can_look(self.attn) and not self.merging.watched
         if looks and not isinstance(mask, Masked):
             mask = Seen.of(mask=mask)
-        out = self.attn(normed, attn_mask=mask, **({} if rope is None else {"rope": rope}))
+        out = self.run_attention(normed, mask, rope)
         if "normed" in needs:
             here.see(normed=normed)
         if needs & FROM_ATTENTION:
@@ -215,7 +249,7 @@ class PatchedBlock(Patched):
         query, key = pair or plain
         if pair is None and rope is not None:
             query, key = self.rotate(query, rope), self.rotate(key, rope)
-        here.see_map(query, key, self.attn.scale, needs, self.neighbors)
+        here.see_map(query, key, self.attention_scale, needs, self.neighbors)
 
     def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
         """One reduction step, if the method has one at this place."""
@@ -223,8 +257,7 @@ class PatchedBlock(Patched):
 
     def _arrange(self, x: Tensor, here: Pass) -> Tensor:
         """Tokens packed where this block can work on them so, else padded."""
-        dropout = self.attn.attn_drop.p if self.training else 0
-        if self.attn.fused_attn and can_pack(x, dropout):
+        if self.attention_is_fused and can_pack(x, self.attention_dropout if self.training else 0):
             return here.pack(x, *self.neighbors)
         return here.unpack(x)
 
