@@ -9,11 +9,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from g2tm import Reduction
-from patch.families import family_of
+from patch.families import family_of, vit_within
 from patch.families.base import Patched, put_in_front, take_away
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_blocks
-from patch.families.transformers_vit import vit_within
 from patch.learned import has_modules
 from patch.method import Step, Target, Trained, resolve
 from patch.state import Merging, Watchers

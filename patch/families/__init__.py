@@ -3,11 +3,17 @@
 from torch import nn
 
 from patch.families.base import Family
+from patch.families.mmseg_vit import MMSegViT
 from patch.families.timm_eva import TimmEva
 from patch.families.timm_vit import TimmViT
 from patch.families.transformers_vit import TransformersViT
 
-FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT())
+FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT(), MMSegViT())
+
+
+def vit_within(model: nn.Module) -> nn.Module | None:
+    """The first ViT that a model is or holds; None: none that is known."""
+    return next((one for one in model.modules() if any(family.knows(one) for family in FAMILIES)), None)
 
 
 def family_of(model: nn.Module, check: bool = True) -> Family:

@@ -262,6 +262,55 @@ class PatchedBlock(Patched):
         return here.unpack(x)
 
 
+class OpenBlock(PatchedBlock):
+    """A block of a model whose own class has to stay: a pass begins before the first block, see `OpenFamily`. The last
+    one gives every patch its token back, so that what follows sees all of them; so does one whose output is looked at.
+
+    Attributes:
+        ends: whether it is the last one.
+        shown: whether the model itself looks at its output.
+    """
+
+    ATTRIBUTES = (*PatchedBlock.ATTRIBUTES, "ends", "shown")
+
+    ends: bool
+    shown: bool
+
+    def go(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """(B, P + N, D), or tokens that are merged already, to the same."""
+        here = self.merging.current
+        x = self.flow(here.hidden(x), rope)
+        if self.ends:
+            self.merging.end()
+            return here.unmerge(x, self.neighbors[0])
+        return here.show(x, self.neighbors[0]) if self.shown or self._forward_hooks else x
+
+
+class OpenFamily(Family):
+    """A kind of ViT whose own class has to stay: a module in front of its blocks begins a pass, the last block ends
+    it."""
+
+    learns = False  # learned parts are named after timm's modules
+
+    def begin(self, model: nn.Module, merging: Merging) -> None:
+        """Put a class that begins passes in front of the module that comes before the blocks."""
+        raise NotImplementedError
+
+    def shown(self, model: nn.Module, index: int) -> bool:
+        """Whether the model looks at the output of a block, counted from 1."""
+        return False
+
+    def attach(self, model: nn.Module, merging: Merging) -> None:
+        model.__dict__["merging"] = merging
+        blocks = self.blocks(model)
+        for index, block in enumerate(blocks, start=1):
+            block.__dict__.update(ends=index == len(blocks), shown=self.shown(model, index))
+        self.begin(model, merging)
+
+    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        raise ValueError(f"patch.compile knows Segmenters alone, not {self.name}: use torch.compile")
+
+
 def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raise a ValueError for a mask of the caller's: its rows are patches, and merged tokens are not."""
     if attn_mask is not None or is_causal:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patch.families.base import Family, Patched, PatchedBlock, check_plain, own_class, put_in_front
+from patch.families.base import OpenBlock, OpenFamily, Patched, check_plain, own_class, put_in_front
 from patch.state import Merging, Pass
 
 LIBRARY = "transformers.models."
@@ -40,17 +40,8 @@ BLOCKS = {
 }
 
 
-class PatchedLayer(PatchedBlock):
-    """A block of transformers. The last one gives every patch its token back, so that what follows sees all of them.
-    Where a hook looks at the output of a block, as for `output_hidden_states`, that has all patches, too.
-
-    Attributes:
-        ends: whether it is the last one.
-    """
-
-    ATTRIBUTES = (*PatchedBlock.ATTRIBUTES, "ends")
-
-    ends: bool
+class PatchedLayer(OpenBlock):
+    """A block of transformers, which looks at outputs of blocks through hooks, for `output_hidden_states`."""
 
     def forward(
         self,
@@ -70,11 +61,7 @@ class PatchedLayer(PatchedBlock):
                 "a patched model cannot run with gradient checkpointing, it would merge twice: turn that off"
             )
         rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], dim=-1)
-        x = self.flow(here.hidden(hidden_states), rope)
-        if self.ends:
-            self.merging.end()
-            return here.unmerge(x, self.neighbors[0])
-        return here.show(x, self.neighbors[0]) if self._forward_hooks else x
+        return self.go(hidden_states, rope)
 
     @property
     def names(self) -> Names:
@@ -150,10 +137,9 @@ class PatchedEmbeddings(Patched):
         return super().forward(pixel_values, *args, **kwargs)
 
 
-class TransformersViT(Family):
+class TransformersViT(OpenFamily):
     """The plain ViTs of transformers."""
 
-    learns = False  # they are named after timm's modules
     name = "transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP and EoMT"
     block_front = PatchedLayer
 
@@ -187,19 +173,12 @@ class TransformersViT(Family):
         # Behind EoMT's queries the CLS token is not the first one.
         return getattr(model.embeddings, "cls_token", None) is not None and not n_queries(model)
 
-    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        raise ValueError("patch.compile knows Segmenters alone, not models of transformers: use torch.compile")
-
     def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
         config: Any = model.config
         whole, patch = (_pair(value) for value in (size or config.image_size, config.patch_size))
         return whole[0] // patch[0], whole[1] // patch[1]
 
-    def attach(self, model: nn.Module, merging: Merging) -> None:
-        model.__dict__["merging"] = merging
-        blocks = self.blocks(model)
-        for block in blocks:
-            block.__dict__["ends"] = block is blocks[-1]
+    def begin(self, model: nn.Module, merging: Merging) -> None:
         embeddings: Any = model.embeddings
         put_in_front(embeddings, PatchedEmbeddings, merging=merging, patch_sides=_pair(model.config.patch_size))
 
@@ -220,11 +199,6 @@ def stack_of(model: nn.Module) -> nn.ModuleList | None:
         if isinstance(found, nn.ModuleList) and len(found) and own_class(found[0]).__name__ in BLOCKS:
             return found
     return None
-
-
-def vit_within(model: nn.Module) -> nn.Module | None:
-    """The ViT that a model of transformers is or holds; None: it has none that is known."""
-    return next((module for module in model.modules() if TransformersViT().knows(module)), None)
 
 
 def _pair(value: Any) -> tuple[int, int]:

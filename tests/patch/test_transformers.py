@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import patch
-from patch.families.transformers_vit import BLOCKS, stack_of, vit_within
+from patch.families import vit_within
+from patch.families.transformers_vit import BLOCKS, stack_of
 from tests.helpers import METHOD_OPTIONS
 
 transformers = pytest.importorskip("transformers")
