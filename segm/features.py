@@ -120,7 +120,7 @@ class CachedFeatures(Dataset):
 
     def _fingerprint(self, model: Segmenter) -> str:
         """Of all that features depend on, so that those of another training are not taken for these."""
-        names = ("name", "image_size", "crop_size", "resize_factor", "normalization", "seed")
+        names = ("name", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios")
         seen = [len(self), *(getattr(self.dataset, name) for name in names)]
         digest = hashlib.sha256(repr(seen).encode())
         for name, values in model.encoder.state_dict().items():

@@ -39,7 +39,7 @@ def setting(type: Any, places: str, help: str = "", default: Any = None, **more:
             `shown`: the default in --help, where it is not the default itself;
             `kept`: whether a resumed run has to keep it: its weights and the optimizer's state belong to it;
             `flag`: other than its name;
-            `cls`: of click's option.
+            `cls`, `nargs`: of click's option.
     """
     paths = [place.replace(".", "_kwargs.", 1).split(".") for place in places.split()]
     return field(default=default, metadata={"type": type, "help": help, "places": paths, **more})
@@ -66,6 +66,14 @@ class Settings:
     )
     crop_size: int | tuple[int, int] = setting(
         POSITIVE, "dataset.crop_size", "Training crop, pixels.", of=DATA, kept=True, cls=Sides
+    )
+    scale_range: tuple[float, float] = setting(
+        click.FloatRange(min=0, min_open=True),
+        "dataset.scale_range",
+        "Training images are resized at random by a factor in this range.",
+        (0.5, 2.0),
+        shown="0.5 2.0",
+        nargs=2,
     )
     window_size: int | tuple[int, int] = setting(
         POSITIVE, "inference.window_size", "Sliding window, pixels.", of=DATA, shown=f"{DATA}, or crop size", cls=Sides
@@ -175,6 +183,9 @@ class Settings:
             settings["drop_path"] = 0.0  # a frozen encoder learns nothing from its noise
         if "window_stride" not in given:
             settings["window_stride"] = short(smaller(settings["window_stride"], settings["window_size"]))
+        low, high = settings.get("scale_range", (1.0, 1.0))
+        if low > high:
+            raise ValueError(f"--scale-range {low:g} {high:g}: give the lower factor first")
         return cls(**settings)
 
     @property
@@ -198,7 +209,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type, flag = entry.metadata["type"], entry.metadata.get("flag", _flag(name))
         if type is not None:
             kind = entry.metadata.get("cls", click.Option)
-            command = click.option(flag, type=type, default=None, help=_help(entry), cls=kind)(command)
+            more = {"nargs": 2} if "nargs" in entry.metadata else {}
+            command = click.option(flag, type=type, default=None, help=_help(entry), cls=kind, **more)(command)
     return command
 
 

@@ -192,7 +192,9 @@ def open_datasets(settings: Settings) -> tuple[SegmentationDataset, Segmentation
     sizes: dict[str, Any] = {"image_size": settings.im_size, "normalization": settings.normalization}
     seed = 0 if settings.cache_features else settings.seed
     return (
-        create_dataset(settings.dataset, "train", crop_size=settings.crop_size, seed=seed, **sizes),
+        create_dataset(
+            settings.dataset, "train", crop_size=settings.crop_size, seed=seed, ratios=settings.scale_range, **sizes
+        ),
         create_dataset(settings.dataset, "val", **sizes),
     )
 

@@ -44,8 +44,12 @@ def _number(low: float, high: float = math.inf) -> Kind:
 
 
 def _sides(value: Any) -> bool:
-    sides = value if isinstance(value, list | tuple) else [value]
-    return 1 <= len(sides) <= 2 and all(SIZE.fits(side) for side in sides)
+    sides = value if isinstance(value, list | tuple) else [value, value]
+    return len(sides) == 2 and all(SIZE.fits(side) for side in sides)
+
+
+def _range(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(RATE.fits(one) and one > 0 for one in value)
 
 
 def _classes(value: Any) -> bool:
@@ -88,6 +92,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SIDES = Kind("a whole number from 1, or two of them", _sides)
 CLASSES = Kind("a list of {name, color: [r, g, b]}", _classes)
+RANGE = Kind("two numbers above 0", _range)
 INVENTORY = Kind("what a training records of its data", _inventory)
 
 # Section -> key -> kind; "" is the file itself. Null stands for a default everywhere. Options of a merging method are
@@ -118,6 +123,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         **dict.fromkeys(("dataset", "normalization", "patch_type"), TEXT),
         **dict.fromkeys(("image_size", "batch_size"), SIZE),
         "crop_size": SIDES,
+        "scale_range": RANGE,
         "num_workers": COUNT,
         "classes": CLASSES,
         "inventory": INVENTORY,

@@ -27,7 +27,7 @@ class SegmentationDataset(Dataset):
 
     classes: names, by label; palette: uint8 RGB (C, 3); image_size: pixels of the shorter side, or the
     (height, width) of `shapes`; crop_size: of the training, pixels; resize_factor: longer side at most this
-    times the shorter.
+    times the shorter; ratios: of the random resize in training, lowest and highest.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class SegmentationDataset(Dataset):
         resize_factor: int,
         normalization: str,
         seed: int,
+        ratios: tuple[float, float] = (0.5, 2.0),
     ) -> None:
         get_normalization(normalization)
         self.skip_bad = False  # True: an image that cannot be read is left out with a word, not refused
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
-        self.normalization, self.seed = normalization, seed
+        self.normalization, self.seed, self.ratios = normalization, seed, ratios
 
     @property
     def n_cls(self) -> int:
@@ -130,7 +131,7 @@ class SegmentationDataset(Dataset):
     def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
         from segm.data.transforms import TrainTransform
 
-        return TrainTransform(self._scale, self.crop_size, self.normalization)
+        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios)
 
     def _checked(self, index: int) -> int:
         """`index` as a plain int, negative ones counted from the end."""

@@ -22,6 +22,7 @@ def create_dataset(
     seed: int = 0,
     length: int | None = None,
     classes: str | Path | None = None,
+    ratios: tuple[float, float] = (0.5, 2.0),
 ) -> SegmentationDataset:
     """The split `split` of the data set `name`.
 
@@ -29,7 +30,7 @@ def create_dataset(
     number or (height, width) of the training crop. Both default to `configs/datasets.yml`; the crop of `shapes`
     to the shorter side of its scenes. root: the data set's folder or the one that holds it, default $DATASET.
     seed: of the augmentation, and of the scenes of `shapes`. length: number of scenes (`shapes`). classes: path
-    of the class list (`folder`).
+    of the class list (`folder`). ratios: of the random resize in training.
 
     Raises:
         ValueError: an unknown name, split or normalization, or an option that the data set does not have.
@@ -49,6 +50,7 @@ def create_dataset(
         "resize_factor": defaults["resize_factor"],
         "normalization": normalization,
         "seed": seed,
+        "ratios": ratios,
     }
     if name == "shapes":
         from segm.data.shapes import ShapesDataset

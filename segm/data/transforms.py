@@ -26,16 +26,19 @@ from segm.sizes import Size, pair
 class TrainTransform:
     """The published training pipeline (Segmenter, after mmsegmentation).
 
-    Random resize 0.5-2.0, random crop in which no class covers more than 75 %, flip, photometric distortion,
-    normalization, padding to the crop size. Draws from numpy's global generator: see `seeding.seeded`.
+    Random resize, by 0.5 to 2.0 in the publication, random crop in which no class covers more than 75 %, flip,
+    photometric distortion, normalization, padding to the crop size. Draws from numpy's global generator: see
+    `seeding.seeded`.
     """
 
-    def __init__(self, scale: tuple[int, int], crop_size: Size, normalization: str) -> None:
-        """scale: (long, short) side in pixels at ratio 1; crop_size: pixels."""
+    def __init__(
+        self, scale: tuple[int, int], crop_size: Size, normalization: str, ratios: tuple[float, float] = (0.5, 2.0)
+    ) -> None:
+        """scale: (long, short) side in pixels at ratio 1; crop_size: pixels; ratios: of the random resize."""
         height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
         self.steps = (
-            RandomResize(scale, ratio_range=(0.5, 2.0), resize_type=Resize, keep_ratio=True),
+            RandomResize(scale, ratio_range=ratios, resize_type=Resize, keep_ratio=True),
             RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
             RandomFlip(prob=0.5),
             PhotoMetricDistortion(),

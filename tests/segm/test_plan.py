@@ -20,7 +20,7 @@ EVERY = {
     "start_factor": 0.5, "batch_size": 4, "epochs": 30, "eval_freq": 2, "num_workers": 0, "seed": 3,
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
-    "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0,
+    "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "scale_range": (0.75, 1.5),
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -31,7 +31,8 @@ def make(given=None, merging=None, saved=None, resume=False):
 
 
 def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back():
-    flags = [text for name, value in EVERY.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    words = {name: map(str, value) if isinstance(value, tuple) else [str(value)] for name, value in EVERY.items()}
+    flags = [text for name, values in words.items() for text in ("--" + name.replace("_", "-"), *values)]
     given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
     given = {name: given[name] for name in SETTINGS if name in given}
     assert given.pop("train_only") is None
