@@ -4,6 +4,7 @@ from g2tm.atc import LINKAGES, atc
 from g2tm.attention import ATTENTION_MODES, attention_bias, attention_means, attention_row
 from g2tm.chance import random_merge
 from g2tm.clap import clap
+from g2tm.clustvit import Clusters, cluster_labels, clustering_loss
 from g2tm.crossget import crossget
 from g2tm.dct import dct
 from g2tm.diffrate import diffrate, diffrate_training, gigaflops, kept_tokens, rate_mask
@@ -27,6 +28,7 @@ __all__ = [
     "BATCH_MODES",
     "LINKAGES",
     "Chain",
+    "Clusters",
     "Grouping",
     "Reduction",
     "above",
@@ -39,6 +41,8 @@ __all__ = [
     "check_threshold",
     "check_window",
     "clap",
+    "cluster_labels",
+    "clustering_loss",
     "crossget",
     "dct",
     "diffrate",

@@ -54,6 +54,8 @@ def compile(
     if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
         raise ValueError(f"bucket {bucket!r}: give a number of tokens from 1")
     _check_inference(model)
+    if hasattr(model, "merging") and model.merging.method.undo == "encoder":
+        raise ValueError(f"{model.merging.method.name} cannot be compiled: it undoes its merge inside of the encoder")
     options = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
     watchers = Watchers([*model.encoder.modules(), *model.decoder.modules()])
     compilation = Compilation(bucket, options, watchers, merges=hasattr(model, "merging"))

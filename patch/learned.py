@@ -175,5 +175,35 @@ def add_adapters(encoder: nn.Module, blocks: Sequence[nn.Module], layers: Sequen
         block.metric_adapter = adapter.to(_device(block))
 
 
+class Clusterer(nn.Module):
+    """Logits of the clusters of every token by itself (ClustViT, section 3.1).
+
+    Args:
+        width: D.
+        hidden: H.
+        clusters: k; logit 0 stands for a token that stays.
+    """
+
+    def __init__(self, width: int, hidden: int, clusters: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, clusters + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, k + 1)"""
+        return self.net(x)
+
+
+def add_clusters(
+    encoder: nn.Module, blocks: Sequence[nn.Module], clusters: int = 3, cluster_width: int | None = None
+) -> None:
+    """Give an encoder ClustViT's cluster module and Regenerator."""
+    model: Any = encoder
+    width = model.embed_dim
+    hidden = cluster_width or width * 129 // 32
+    model.clusterer = Clusterer(width, hidden, clusters).to(_device(blocks[0]))
+    expand = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
+    model.expand_mlp = expand.to(_device(blocks[0]))
+
+
 def _device(block: nn.Module) -> torch.device:
     return next(block.parameters()).device

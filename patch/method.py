@@ -184,6 +184,7 @@ class Step:
         batch: "ragged" or "uniform".
         options: the options in force.
         block: the block itself, for its learned parts.
+        encoder: the ViT, for its learned parts.
         mask: (B, N), in the training of a method with masks, 1 for the tokens that count; None before its first step.
     """
 
@@ -198,6 +199,7 @@ class Step:
     batch: str
     options: Mapping[str, Any]
     block: nn.Module
+    encoder: Any = None
     mask: Tensor | None = None
     input: Tensor | None = None
     normed: Tensor | None = None
@@ -253,6 +255,8 @@ class Trained:
         grid: (gh, gw), patches of the images.
         prefix: number of prefix tokens.
         options: the options in force.
+        labels: (B, H, W), of the images; None: they have none.
+        patch_size: pixels, (height, width).
     """
 
     steps: Mapping[int, Any]
@@ -261,6 +265,8 @@ class Trained:
     grid: tuple[int, int]
     prefix: int
     options: Mapping[str, Any]
+    labels: Tensor | None
+    patch_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,7 @@ class Method:
         soft: what takes the place of `merge` in training: gradients reach the choice.
         masks: of a soft form whose reductions have a `mask`: how it enters attention. It is used only where the
             learned parts choose.
+        undo: where patches get their tokens back: "decoder": behind it; "encoder": before its last norm.
         loss: what the method adds to the loss of a training step in which it was soft.
         static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
         traceable: whether a trace of a static form merges other images as they want it; not where it leaves PyTorch.
@@ -297,6 +304,7 @@ class Method:
     switch: str | None = None
     soft: Callable[[Step], Reduction] | None = None
     masks: Masking | None = None
+    undo: Literal["decoder", "encoder"] = "decoder"
     loss: Callable[[Trained], Tensor] | None = None
     static: bool = False
     traceable: bool = True
@@ -360,6 +368,7 @@ def register(
     switch: str | None = None,
     soft: Callable[[Step], Reduction] | None = None,
     masks: Masking | None = None,
+    undo: Literal["decoder", "encoder"] = "decoder",
     loss: Callable[[Trained], Tensor] | None = None,
     static: bool = False,
     traceable: bool = True,
@@ -368,8 +377,8 @@ def register(
     """Make a method available by name to `patch.apply` and to `--patch-type` of every command.
 
     Args:
-        name, merge, prepare, check, place, needs, modules, switch, soft, masks, loss, static, traceable: see
-            `Method`.
+        name, merge, prepare, check, place, needs, modules, switch, soft, masks, undo, loss, static,
+            traceable: see `Method`.
         options: an `Option` each; for the options that every method has (`layers`, `attention`, `batch`) just the
             default. `layers` None: every layer. `batch` None: uniform in training, ragged otherwise.
 
@@ -397,7 +406,7 @@ def register(
     for option, entry in table.items():
         _check_alike(name, option, entry)
     parts: dict[str, Any] = {"modules": modules, "switch": switch, "soft": soft, "masks": masks, "loss": loss}
-    parts |= {"static": static, "traceable": traceable}
+    parts |= {"undo": undo, "static": static, "traceable": traceable}
     METHODS[name] = Method(name, merge, table, prepare, check, place, needs, **parts)
     return METHODS[name]
 

@@ -155,7 +155,9 @@ def loss(model: nn.Module, labels: Tensor | None = None) -> Tensor | float:
         return 0.0
     encoder: Any = _parts(model)[0]
     blocks = family_of(encoder, check=False).blocks(encoder)
-    return own(Trained(last.soft_steps, blocks, encoder.embed_dim, last.grid, merging.prefix, last.options))
+    sides = encoder.patch_embed.patch_size
+    known = (last.grid, merging.prefix, last.options, labels, (int(sides[0]), int(sides[1])))
+    return own(Trained(last.soft_steps, blocks, encoder.embed_dim, *known))
 
 
 def method(model: nn.Module) -> str:

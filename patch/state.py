@@ -142,7 +142,9 @@ class Pass:
         merging: what the patch put into the model.
         options: those in force.
         grid: (gh, gw), patches of the images; None until the encoder begins.
+        encoder: the ViT, where it has learned parts of its own; else None.
         alone: whether the encoder runs by itself, without a model around it.
+        finished: whether every patch has its token back.
         bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
             shapes repeat; None: they are not.
         reduction: from all patches to the current tokens; None while nothing was merged.
@@ -157,7 +159,9 @@ class Pass:
         self.merging = merging
         self.options = merging.options
         self.grid: tuple[int, int] | None = None
+        self.encoder: nn.Module | None = None
         self.alone = False
+        self.finished = False
         self.bucket: int | None = None
         self.reduction: Reduction | None = None
         self.steps: dict[int, Reduction] = {}
@@ -239,6 +243,7 @@ class Pass:
             batch=self.options["batch"] or ("uniform" if block.training else "ragged"),
             options=self.options,
             block=block,
+            encoder=self.encoder,
             mask=self.alive,
             **seen,
         )
@@ -253,11 +258,18 @@ class Pass:
 
     def unmerge(self, x: Tensor, prefix: int = 0) -> Tensor:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), behind `prefix` tokens that stay."""
-        if self.reduction is None:
+        if self.reduction is None or self.finished:
             return x
         with self._range():
             unmerged = self.reduction.unmerge(x[:, prefix:], scores=True)
             return torch.cat([x[:, :prefix], unmerged], dim=1) if prefix else unmerged
+
+    def finish(self, x: Tensor, prefix: int) -> Tensor:
+        """Behind the last block of the encoder, before its last norm: undo the merge here, if the method says so."""
+        if self.merging.method.undo == "encoder" and not self.finished:
+            x = self.unmerge(x, prefix)
+            self.finished, self._padding, self.key_bias = True, None, None
+        return x
 
     def pack(self, x: Tensor, before: int, after: int) -> Tensor:
         """Concatenate the tokens of all images, (B, before + M + after, D) -> (1, T, D), if they differ in number and

@@ -43,8 +43,8 @@ KNOBS: dict[str, tuple[str, float, float]] = {
 }
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
 FLAGS["keep"] = "--keep-rate"
-FIXED = ("fpet", "mpm")  # nothing sets what they cost
-NEEDS_TRAINING = ("dtem",)
+FIXED = ("fpet", "mpm", "clustvit")  # nothing sets what they cost
+NEEDS_TRAINING = ("dtem", "clustvit")
 COLUMNS = {
     "method": "{method}",
     "setting": "{setting}",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import conformance_chain
+import conformance_clustvit
 import conformance_segmenter
 import conformance_steps
 from conformance_common import Case, DoesNotHoldError, Vectors
@@ -18,9 +19,9 @@ from tqdm import tqdm
 from segm.cli import Command
 
 KNOWN = re.compile(  # first parts of names: inputs, and what is held against them
-    r"n\d+|x\d+|xrect|xslide|pure|graph|algm|tome|tofu|pitome|mctf|crossget|fpet|diffrate|dct|atc|dtem|ltmp|chain"
+    r"n\d+|x\d+|xrect|xslide|pure|graph|algm|tome|tofu|pitome|mctf|crossget|fpet|diffrate|dct|atc|dtem|ltmp|chain|seq|vit|labels|loss"
 )
-KINDS = (conformance_segmenter, conformance_steps, conformance_chain)
+KINDS = (conformance_segmenter, conformance_steps, conformance_chain, conformance_clustvit)
 
 
 def find_cases(file: Path) -> list[Case]:

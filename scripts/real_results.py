@@ -17,7 +17,7 @@ import click
 import numpy as np
 import torch
 import yaml
-from compare_methods import FIXED, FLAGS, KNOBS, setting
+from compare_methods import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, setting
 from real_classification import classify
 from real_speed import PHOTOS, measure_speed
 from real_tokens import kept_share, purity, region_sheet, similarities
@@ -51,7 +51,7 @@ TRAININGS = {
 FROZEN_RUN = "frozen_0"
 BEST = "tuned"  # on which merging is measured
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of the tokens that are left at the end
-NO_TRAINING = tuple(name for name in KNOBS if name != "dtem")
+NO_TRAINING = tuple(name for name in KNOBS if name not in NEEDS_TRAINING)
 SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
 FRONTIER = {"graph": (0.9, 0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.75, 0.5, 0.3)}
 VIEWS = 4  # images that settings are found with
@@ -177,7 +177,7 @@ def methods(real: Real) -> str:
     for name in tqdm(NO_TRAINING, desc="settings", unit="method", leave=False):
         for share in SHARES:
             settings[at_share(run, name, share, views)] = name, share
-    settings |= {Setting(name): (name, 0.0) for name in FIXED}
+    settings |= {Setting(name): (name, 0.0) for name in FIXED if name not in NEEDS_TRAINING}
     settings |= smaller_and_coarser(run)
     rows = measured(real, "methods", run, settings)
     for name, over_tokens in (("methods_time", False), ("methods_tokens", True)):

@@ -330,8 +330,13 @@ def train(
         log = RunLog(log_dir, variant, begun.epoch) if main_process else None
         position = position_in(begun, len(loader), device)
 
+        of_method: list[torch.Tensor] = []  # what the method adds to the loss of every update
+
         def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return segmentation_loss(logits, labels) + (patch.loss(model, labels) if plan.method != PURE else 0.0)
+            own = patch.loss(model, labels) if plan.method != PURE else 0.0
+            if isinstance(own, torch.Tensor):
+                of_method.append(own.detach())
+            return segmentation_loss(logits, labels) + own
 
         for epoch in range(begun.epoch, epochs):
             if curriculum is not None:
@@ -352,6 +357,9 @@ def train(
                 after_update=partial(keeper.after_update, epoch),
                 progress=main_process,
             )
+            if of_method:
+                entry["train_method_loss"] = torch.stack(of_method).mean().item()
+                of_method.clear()
             if (epoch + 1) % settings.eval_freq == 0 or epoch + 1 == epochs:
                 keeper.save(epoch, position)
                 with precision.autocast():
@@ -382,6 +390,7 @@ def show(entry: dict[str, Any], epochs: int) -> None:
     """Print one line about an epoch."""
     score = f"  mIoU {entry['val_mean_iou']:.2f}" if "val_mean_iou" in entry else ""
     speed = f"{entry['images_per_second']:.1f} images/s, {entry['data_wait']:.0f} % of the time waiting for data"
+    speed += f", loss of the method {entry['train_method_loss']:.4f}" if "train_method_loss" in entry else ""
     speed += f", {entry['skipped_images']} images skipped" if "skipped_images" in entry else ""
     click.echo(f"epoch {entry['epoch'] + 1}/{epochs}  loss {entry['train_loss']:.4f}  {speed}{score}")
 

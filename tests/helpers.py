@@ -28,8 +28,22 @@ METHOD_OPTIONS = {
     "diffrate": {"prune_kept": [16, 14, 12], "merge_kept": [15, 12, 10]},
     "ltmp": {"merge_threshold": 0.1, "prune_threshold": 0.03},
     "fpet": {},
+    "clustvit": {"layers": [2]},
 }
-RAGGED = ("graph", "algm", "mpm", "ltmp")  # of these, the methods whose images keep different numbers of tokens
+RAGGED = (
+    "graph",
+    "algm",
+    "mpm",
+    "ltmp",
+    "clustvit",
+)  # of these, the methods whose images keep different numbers of tokens
+
+
+def options_for(method, **options):
+    """Its options, and more: a method that counts every token as one takes no attention mode."""
+    if method == "clustvit":
+        options.pop("attention", None)
+    return METHOD_OPTIONS[method] | options
 
 
 def different_images(n=3, side=32):

@@ -47,6 +47,7 @@ class PatchedTimmEncoder(PatchedModel):
         check_checkpointing(self)
         own: Any = super()
         with self.merging.encode(TimmViT().grid(self, x.shape[-2:])) as here:
+            here.encoder = self
             x = own.forward_features(x, **arguments)
             return here.unmerge(x, self.merging.prefix) if here.alone else x
 

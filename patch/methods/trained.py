@@ -9,8 +9,8 @@ from torch import Tensor
 
 import g2tm
 from g2tm import Reduction
-from patch.learned import MERGE_THRESHOLD, add_adapters, add_embeddings, add_rates, add_thresholds
-from patch.method import Masking, Number, Option, Step, Target, Trained, register
+from patch.learned import MERGE_THRESHOLD, add_adapters, add_clusters, add_embeddings, add_rates, add_thresholds
+from patch.method import Choice, Masking, Number, Option, Step, Target, Trained, register
 from patch.methods.common import (
     DEFAULT_R,
     PAPER,
@@ -290,3 +290,64 @@ register(
     ),
     static=True,
 )
+
+
+def _merge_clusters(step: Step) -> Reduction:
+    """ClustViT: tokens of one learned cluster become one; an image that has one cluster alone keeps all."""
+    logits = step.encoder.clusterer(step.x)
+    ids = logits.argmax(-1)
+    skipped = None
+    if step.options["cluster_rule"] == BATCH:
+        skipped = (ids == ids[:1, :1]).all().expand(len(ids))
+    return g2tm.Clusters(step.x, ids, step.options["clusters"], step.encoder.expand_mlp, skipped, logits)
+
+
+def _clustering_loss(trained: Trained) -> Tensor:
+    """Cross-entropy of the clusters against the labels that cover most patches."""
+    if trained.labels is None:
+        raise ValueError("clustvit learns its clusters from the label maps: give them to patch.loss")
+    (step,), options = trained.steps.values(), trained.options
+    ids = g2tm.cluster_labels(trained.labels, trained.patch_size, options["clusters"])
+    return options["cluster_weight"] * g2tm.clustering_loss(step.logits, ids)
+
+
+def _place_clusters(options: dict[str, Any]) -> dict[str, Any]:
+    """The published name of the layer: injection point, behind so many blocks."""
+    point = options.pop("injection_point", None)
+    return options if point is None else options | {"layers": [point]}
+
+
+def _check_clusters(options: Mapping[str, Any], target: Target) -> None:
+    layers = options["layers"]
+    if len(layers) != 1 or layers[0] >= target.depth:
+        raise ValueError(f"layers {list(layers)}: clustvit has one injection point, from 0 to {target.depth - 1}")
+    if options["attention"] != "none":
+        raise ValueError(f"attention {options['attention']}: clustvit counts every token as one, give none")
+
+
+BATCH = "batch"
+register(
+    "clustvit",
+    _merge_clusters,
+    prepare=_place_clusters,
+    check=_check_clusters,
+    place="block",
+    undo="encoder",
+    modules=add_clusters,
+    soft=_merge_clusters,
+    loss=_clustering_loss,
+    layers=(3,),
+    injection_point=Option(
+        None, "Blocks before the merge: the same as the layer.", type=Number(0, integer=True), flag="--injection-point"
+    ),
+    clusters=Option(3, "Number of clusters.", type=Number(1, integer=True), flag="--clusters"),
+    cluster_width=Option(
+        None, "Width of the cluster module; by default 129/32 of the model's.", type=Number(1, integer=True),
+        flag="--cluster-width",
+    ),
+    cluster_rule=Option(
+        "image", "What is left alone: an image whose tokens all have one id, or a batch of them.",
+        type=Choice(("image", BATCH)), flag="--cluster-rule",
+    ),
+    cluster_weight=Option(0.1, "Weight of the clustering loss.", type=Number(0), flag="--cluster-weight"),
+)  # fmt: skip

@@ -166,7 +166,7 @@ def test_common_options_may_have_other_defaults():
 
 def test_what_is_static():
     found = {name for name, method in METHODS.items() if method.is_static(patch.check(name, 12, (4, 4)))}
-    assert found == METHODS.keys() - {"graph", "algm", "mpm", "ltmp"}
+    assert found == METHODS.keys() - {"graph", "algm", "mpm", "ltmp", "clustvit"}
     assert patch.find("graph").is_static(patch.check("graph", 12, (4, 4), tokens=3))
 
 

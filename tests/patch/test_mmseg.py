@@ -13,7 +13,9 @@ from tests.helpers import METHOD_OPTIONS
 from tests.patch.test_transformers import both
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 48, 8, 32, 4, 2
-OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name != "dtem"} | {"diffrate": {"r": 4}}
+OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name not in ("dtem", "clustvit")} | {
+    "diffrate": {"r": 4}
+}
 
 
 @pytest.fixture(scope="module")

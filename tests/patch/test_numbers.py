@@ -53,15 +53,14 @@ def models(net, zero_norm):
         entry = patch.find(method)
         extremes = EXTREMES.get(method, BY_R if entry.takes("r") else ())
         for chosen in (options, *extremes):
-            for attention in ("none", "proportional") if entry.takes("attention") else ("none",):
+            for attention in ("none",) if method == "clustvit" else ("none", "proportional"):
                 model = create_segmenter(net)
                 if zero_norm:
                     for parameter in (model.encoder.patch_embed.proj, model.encoder.pos_embed):
                         torch.nn.init.zeros_(getattr(parameter, "weight", parameter))
                     torch.nn.init.zeros_(model.encoder.patch_embed.proj.bias)
                 with_parts(model.encoder, method)
-                more = {"attention": attention} if entry.takes("attention") else {}
-                yield method, chosen, patch.apply(model, method, **chosen, **more)
+                yield method, chosen, patch.apply(model, method, **chosen, attention=attention)
 
 
 def gradients_are_finite(model, pictures):

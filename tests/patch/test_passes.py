@@ -12,7 +12,7 @@ import torch
 
 import patch
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, different_images, with_parts
+from tests.helpers import METHOD_OPTIONS, different_images, options_for, with_parts
 
 VITS = {"vit": "vit_tiny_patch16_224", "eva": "vit_small_patch16_dinov3"}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -26,7 +26,7 @@ STATIC = {
     "graph": {"tokens": 7},
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
 }
-DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm", "ltmp", "atc")}
+DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm", "ltmp", "atc", "clustvit")}
 
 
 def test_every_method_is_tested_here():
@@ -44,7 +44,7 @@ def vit(kind, **options):
 
 def patched(model, method, **options):
     with_parts(getattr(model, "encoder", model), method)
-    return patch.apply(model, method, **METHOD_OPTIONS[method] | options)
+    return patch.apply(model, method, **options_for(method, **options))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import g2tm
 import patch
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, RAGGED, different_images, with_parts
+from tests.helpers import METHOD_OPTIONS, RAGGED, different_images, options_for, with_parts
 
 ATTENTION = {"none": "none", "prop": "proportional", "iprop": "inverse"}
 
@@ -23,7 +23,7 @@ def create(net, method, **options):
     """A patched Segmenter in evaluation mode, with learned parts where the method has some."""
     model = create_segmenter(net).eval()
     with_parts(model.encoder, method)
-    return patch.apply(model, method, **METHOD_OPTIONS[method] | options)
+    return patch.apply(model, method, **options_for(method, **options))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_remove_restores_the_model_exactly(model):
     images, keys = torch.randn(2, 3, 32, 48), list(model.state_dict())
     before, parameters = model(images), [id(p) for p in model.parameters()]
     attributes, classes = [set(vars(m)) for m in model.modules()], [type(m) for m in model.modules()]
-    for method in METHOD_OPTIONS.keys() - {"dtem"}:
+    for method in METHOD_OPTIONS.keys() - {"dtem", "clustvit"}:
         patch.apply(model, method, **METHOD_OPTIONS[method])
         assert patch.is_patched(model) and patch.method(model) == method
         assert not torch.equal(model(images), before), method
@@ -80,7 +80,8 @@ def test_rectangular_and_padded_images(small_net):
             assert model.predict(images).shape == (2, *size)
             n_patches = -(-size[0] // 8) * -(-size[1] // 8)
             reduction = patch.reduction(model)
-            assert reduction.unmerge(reduction.sizes.unsqueeze(-1)).shape[1] == n_patches
+            width = small_net["d_model"]
+            assert reduction.unmerge(torch.ones(*reduction.sizes.shape, width)).shape == (2, n_patches, width)
             assert max(reduction.lengths) < n_patches, method
 
 
@@ -97,7 +98,7 @@ def test_a_ragged_batch_equals_its_images(small_net):
 
 @torch.inference_mode()
 def test_a_uniform_batch_keeps_as_many_tokens_in_every_image(small_net):
-    for method in RAGGED:
+    for method in set(RAGGED) - {"clustvit"}:  # it learns who stays
         model = create(small_net, method, batch="uniform")
         model(different_images())
         assert len(set(patch.reduction(model).lengths)) == 1 and patch.reduction(model).padding is None
@@ -107,7 +108,7 @@ def test_gradients_pass_the_merge(small_net):
     for method in METHOD_OPTIONS:
         model = create(small_net, method, attention="proportional").train()
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-        wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+        wanted = {name for name, p in model.named_parameters() if p.requires_grad and "clusterer" not in name}
         reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         # A bias before a LayerNorm or of the keys may get an exact 0; whole blocks may not.
         assert {name for name in wanted - reached if not name.endswith("bias")} == set(), method
@@ -129,7 +130,7 @@ def test_gradients_of_the_merged_model_are_right(small_net):
             return torch.func.functional_call(model, parameters, (images,))[..., ::8, ::8]
 
         assert torch.autograd.gradcheck(logits, embedding.requires_grad_(), fast_mode=True), method
-        assert patch.reduction(model).counts.item() < 8
+        assert patch.reduction(model).counts.item() < 8 or method == "clustvit"  # clusters without tokens count
         (gradient,) = torch.autograd.grad(logits(embedding).square().sum(), embedding)
         assert method == "tofu" or (gradient.abs().sum(-1) > 0).all(), method  # it drops tokens for good
 

@@ -117,7 +117,9 @@ def blocky(n):
     return coarse + 0.3 * torch.randn(n, 3, SIDE, SIDE)
 
 
-OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name != "dtem"} | {"diffrate": {"r": 4}}
+OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name not in ("dtem", "clustvit")} | {
+    "diffrate": {"r": 4}
+}
 
 
 @torch.inference_mode()

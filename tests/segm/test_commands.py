@@ -78,7 +78,7 @@ def test_every_command_takes_a_run_whose_crops_are_no_squares(folder_data, tmp_p
     assert "15" in call(token_stats, folder, "folder", *CPU)
     photo = folder_data / "images/val/0.jpg"
     call(show_attn_map, folder, photo, tmp_path / "pictures", "--dec", *CPU)
-    labels = cv2.imread(str(next((tmp_path / "pictures/0").glob("0_*.png"))))
+    labels = cv2.imread(str(next((tmp_path / "pictures/0").glob("0_*tokens.png"))))
     assert labels.shape[1] * 24 == labels.shape[0] * 40
     call(report, folder, "--out", tmp_path / "page.html", "--cost-images", 1, "--pictures", 1, "--explore", 1, *CPU)
     call(inference, folder, "-i", folder_data / "images/val", "-o", tmp_path / "labels", *CPU)

@@ -204,6 +204,24 @@ def test_learned_parts_train_alone(method, run, tmp_path, call, refused):
     assert "GFLOPs" in call(flops, folder, "folder", "--device", "cpu")
 
 
+def test_clusters_learn_from_labels(folder_data, tmp_path, call, refused):
+    folder, merging = tmp_path / "clusters", ["--patch-type", "clustvit", "--clusters", 2, "--injection-point", 1]
+    printed = call(train, "--log-dir", folder, "--dataset", "folder", *TINY, *merging, "--cluster-width", 24)
+    assert "loss of the method" in printed
+    assert all(0 < entry["train_method_loss"] < entry["train_loss"] for entry in entries_of(folder))
+    variant = read_variant(folder)
+    assert variant["net_kwargs"]["reduction"] == {"name": "clustvit", "clusters": 2, "cluster_width": 24}
+    assert variant["dataset_kwargs"]["selected_layer"] == 1
+    assert load_checkpoint(folder)["model"]["encoder.clusterer.net.0.weight"].shape == (24, 32)
+    call(train, "--log-dir", folder, "--resume", "--epochs", 3, "--device", "cpu")
+    for options in ((), ("--patch-type", "pure"), ("--patch-type", "graph", "--selected-layer", 1)):
+        assert "mean_iou" in call(test, folder, "--device", "cpu", *options)
+    last = ("--patch-type", "clustvit", "--injection-point", 2)
+    assert "one injection point, from 0 to 1" in refused(
+        train, "--log-dir", tmp_path / "b", "--dataset", "folder", *TINY, *last
+    )
+
+
 def test_a_frozen_encoder_stays_as_it_is(run, tmp_path, call):
     call(
         train, "--log-dir", tmp_path / "new", "--finetune", run, "--freeze-encoder", "--epochs", "2", "--device", "cpu"
@@ -286,8 +304,8 @@ def test_a_curriculum_lowers_the_threshold(tmp_path, call, monkeypatch):
 def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refused):
     asked = []
 
-    def thresholds(checkpoint, name, layers, device, side):
-        asked.append((checkpoint, name, layers, side))
+    def thresholds(checkpoint, name, layers, device, size):
+        asked.append((checkpoint, name, layers, size))
         return {layers[0]: auto_threshold.Similarity(0.5, 0.25)}
 
     monkeypatch.setattr(train, "automatic_thresholds", thresholds)
