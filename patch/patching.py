@@ -64,10 +64,10 @@ def apply(model: Model, method: str, **options: Any) -> Model:
     places = _places(entry.place, completed["layers"])
     for index, block in enumerate(blocks, start=1):
         front, last = family.in_front(encoder, index)
-        own = {"neighbors": (front, 0), "places": places.get(index, {}), "last": last}
+        own = {"neighbors": (front, 0), "places": places.get(index, {}), "last": last, "index": index - 1}
         put_in_front(block, family.block_front, merging=merging, **own)
     for block in more_blocks:
-        own = {"neighbors": (0, model.n_cls), "places": {}, "last": block is more_blocks[-1]}
+        own = {"neighbors": (0, model.n_cls), "places": {}, "last": block is more_blocks[-1], "index": -1}
         put_in_front(block, PatchedTimmBlock, merging=merging, **own)
     family.attach(encoder, merging)
     if is_segmenter(model):

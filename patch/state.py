@@ -144,6 +144,7 @@ class Pass:
         grid: (gh, gw), patches of the images; None until the encoder begins.
         encoder: the ViT, where it has learned parts of its own; else None.
         alone: whether the encoder runs by itself, without a model around it.
+        reads: indices of the blocks whose outputs have all patches.
         finished: whether every patch has its token back.
         bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
             shapes repeat; None: they are not.
@@ -161,6 +162,7 @@ class Pass:
         self.grid: tuple[int, int] | None = None
         self.encoder: nn.Module | None = None
         self.alone = False
+        self.reads: set[int] = set()
         self.finished = False
         self.bucket: int | None = None
         self.reduction: Reduction | None = None

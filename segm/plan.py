@@ -126,6 +126,9 @@ class Settings:
     start_factor: float = setting(RATE, "optimizer.start_factor", "Where the warm-up starts, × learning rate.", 1.0)
     dropout: float = setting(SHARE, "net.dropout", "In the encoder.", 0.0)
     decoder_dropout: float | None = setting(SHARE, "net.decoder.dropout", "In the decoder.", shown="0.1")
+    decoder_blocks: int | None = setting(
+        POSITIVE, "net.decoder.n_blocks", "Blocks of the encoder that linear_bn reads, the last ones.", shown="1"
+    )
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder.", 0.1)
     batch_size: int = setting(
         POSITIVE,
@@ -386,6 +389,8 @@ def _check_cacheable(settings: Settings, method: str) -> None:
     """Raise a ValueError unless the features of an image are the same in every epoch, and a tensor."""
     if not settings.freeze_encoder or settings.train_only is not None or settings.dropout or settings.drop_path:
         raise ValueError("--cache-features: the encoder has to stay as it is: give --freeze-encoder, without dropout")
+    if settings.decoder not in ("linear", "mask_transformer"):
+        raise ValueError(f"--cache-features: the decoder {settings.decoder} reads other features than are kept")
     if method != PURE:
         raise ValueError(f"--cache-features: merging with {method} is not kept: train without merging, then --finetune")
 
@@ -408,6 +413,10 @@ def _decoder(settings: Settings, saved: Mapping[str, Any] | None) -> dict[str, A
         decoder |= saved
     if "dropout" in decoder and settings.decoder_dropout is not None:
         decoder["dropout"] = settings.decoder_dropout
+    if settings.decoder_blocks is not None:
+        if "n_blocks" not in decoder:
+            raise ValueError(f"--decoder-blocks: the decoder {name} reads the end of the encoder alone")
+        decoder["n_blocks"] = settings.decoder_blocks
     return decoder
 
 

@@ -97,7 +97,14 @@ INVENTORY = Kind("what a training records of its data", _inventory)
 
 # Section -> key -> kind; "" is the file itself. Null stands for a default everywhere. Options of a merging method are
 # checked by its own table, keys that are not listed mean nothing to us.
-DECODER = {"name": TEXT, "n_cls": N_CLASSES, "n_layers": N_LAYERS, "dropout": SHARE, "drop_path_rate": SHARE}
+DECODER = {
+    "name": TEXT,
+    "n_cls": N_CLASSES,
+    "n_layers": N_LAYERS,
+    "n_blocks": N_LAYERS,
+    "dropout": SHARE,
+    "drop_path_rate": SHARE,
+}
 KINDS: dict[str, dict[str, Kind]] = {
     "": {
         **dict.fromkeys(("net_kwargs", "dataset_kwargs", "inference_kwargs"), MAPPING),

@@ -150,14 +150,22 @@ class PatchedBlock(Patched):
         neighbors: number of tokens in front of and behind the patch tokens.
         places: place of a merge in this block -> the layer that the method calls it.
         last: whether it is the last of its stack, behind which every image has its row again.
+        index: counted from 0; -1 behind the encoder.
     """
 
-    ATTRIBUTES = ("merging", "neighbors", "places", "last")
+    ATTRIBUTES = ("merging", "neighbors", "places", "last", "index")
 
     merging: Merging
     neighbors: tuple[int, int]
     places: dict[str, int]
     last: bool
+    index: int
+
+    def go(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """`flow`, and all patches where the output of this block is read."""
+        here = self.merging.current
+        x = self.flow(here.hidden(x), rope)
+        return here.show(x, self.neighbors[0]) if self.index in here.reads else x
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge, by way of `attention_of`; x: (B, L, D)."""

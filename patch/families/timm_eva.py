@@ -26,7 +26,7 @@ class PatchedEvaBlock(PatchedBlock):
         if self.merging.current is None:
             return super().forward(x, rope, attn_mask, is_causal)
         check_plain(attn_mask, is_causal)
-        return self.flow(x, rope)
+        return self.go(x, rope)
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""

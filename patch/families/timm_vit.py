@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ class PatchedTimmBlock(PatchedBlock):
         if self.merging.current is None:
             return super().forward(x, attn_mask, is_causal)
         check_plain(attn_mask, is_causal)
-        return self.flow(x)
+        return self.go(x)
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
@@ -51,13 +52,23 @@ class PatchedTimmEncoder(PatchedModel):
             x = own.forward_features(x, **arguments)
             return here.unmerge(x, self.merging.prefix) if here.alone else x
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm would put the merged tokens on the grid as if they were all patches."""
-        raise ValueError(
-            "a patched ViT cannot give intermediate features on the grid: use forward_features, or patch.remove first"
-        )
-
-    get_intermediate_layers = forward_intermediates
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *args: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """timm's own, of blocks whose outputs have all patches: each the features of the token that carries it."""
+        check_plain(attn_mask, is_causal)
+        check_checkpointing(self)
+        own: Any = super()
+        with self.merging.encode(TimmViT().grid(self, x.shape[-2:])) as here:
+            here.encoder = self
+            here.reads = {*feature_take_indices(len(self.blocks), indices)[0], len(self.blocks) - 1}
+            return own.forward_intermediates(x, indices, *args, **arguments)
 
 
 class TimmFamily(Family):

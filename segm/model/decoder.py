@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from segm.model.heads import LinearBN
+
 
 class LinearDecoder(nn.Module):
     """One linear layer per token (Segmenter, section 3.2)."""
@@ -92,16 +94,20 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DECODERS = ("linear", "mask_transformer")
+DECODERS = ("linear", "mask_transformer", "linear_bn")
 
 
-def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any]) -> LinearDecoder | MaskTransformer:
+def create_decoder(
+    dim: int, n_cls: int, settings: Mapping[str, Any], depth: int
+) -> LinearDecoder | MaskTransformer | LinearBN:
     """Build a decoder.
 
     Args:
         dim: width of the encoder.
         n_cls: number of classes.
-        settings: `name` and, for `mask_transformer`, optionally `n_layers`, `dropout`, `drop_path_rate`.
+        settings: `name` and, for `mask_transformer`, optionally `n_layers`, `dropout`, `drop_path_rate`; for
+            `linear_bn` `n_blocks`.
+        depth: blocks of the encoder.
 
     Raises:
         ValueError: unknown name.
@@ -112,4 +118,6 @@ def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any]) -> LinearD
     if name == "mask_transformer":
         names = ("n_layers", "dropout", "drop_path_rate")
         return MaskTransformer(dim, n_cls, **{k: settings[k] for k in names if settings.get(k) is not None})
+    if name == "linear_bn":
+        return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1)
     raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(DECODERS)}")

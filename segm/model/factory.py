@@ -51,7 +51,9 @@ def create_segmenter(
             raise ValueError(f"the model has learned parts of {reduction.get('name')}: load it with segm.run.Run")
         parts(encoder, reduction)
     n_cls = net_kwargs["n_cls"]
-    return Segmenter(encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"]), n_cls)
+    return Segmenter(
+        encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks)), n_cls
+    )
 
 
 def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:

@@ -33,6 +33,17 @@ class Segmenter(nn.Module):
         height, width = self.encoder.patch_embed.patch_size
         return height, width
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether the decoder reads maps (`segm.model.heads`), not tokens."""
+        return hasattr(self.decoder, "reads")
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels per logit, (height, width)."""
+        scale = self.decoder.scale if self.on_grid else 1
+        return self.patch_size[0] // scale, self.patch_size[1] // scale
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb"}
@@ -44,13 +55,22 @@ class Segmenter(nn.Module):
             images: (B, 3, H, W), normalized.
 
         Returns:
-            (B, n_cls, ceil(H / ph), ceil(W / pw)).
+            (B, n_cls, ceil(H / ph), ceil(W / pw)); of a decoder on the grid so many times that in both directions as
+            its `scale` says.
         """
+        if self.on_grid:
+            return self.decoder(self.maps(images))
         return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized, any size -> patch tokens (B, M, D), M = gh·gw unless they are merged."""
         return self.encoder.forward_features(self._pad(images))[:, self.encoder.num_prefix_tokens :]
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W), normalized, any size -> (B, D, gh, gw) of every block that the decoder reads."""
+        return self.encoder.forward_intermediates(
+            self._pad(images), indices=[*self.decoder.reads], intermediates_only=True
+        )
 
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Patches (gh, gw) of images of (height, width) pixels."""
@@ -87,7 +107,7 @@ class Segmenter(nn.Module):
 
     def _to_pixels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         height, width = size
-        padded = (logits.shape[2] * self.patch_size[0], logits.shape[3] * self.patch_size[1])
+        padded = (logits.shape[2] * self.stride[0], logits.shape[3] * self.stride[1])
         return upsample(logits, padded)[..., :height, :width]
 
     def predict(self, images: Tensor) -> Tensor:
@@ -96,7 +116,7 @@ class Segmenter(nn.Module):
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
         height, width = images.shape[-2:]
-        return label_map(self.grid_logits(images), self.patch_size)[:, :height, :width]
+        return label_map(self.grid_logits(images), self.stride)[:, :height, :width]
 
     def attention(self, images: Tensor, layer_id: int, part: Literal["encoder", "decoder"] = "encoder") -> Tensor:
         """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.

@@ -129,15 +129,37 @@ def test_images_of_any_size_where_the_model_takes_them():
 
 
 @torch.inference_mode()
-def test_features_of_single_layers_are_refused():
-    """timm would put the merged tokens on the grid as if they were patches."""
-    for name in ("vit_tiny_patch16_384", "vit_small_patch16_dinov3"):
-        model, images = create(name), torch.randn(1, 3, 64, 64)
+def test_features_of_single_layers_have_all_patches():
+    """timm's own methods, with and without a pass of their own, prefix tokens and the last norm."""
+    for name in ("vit_tiny_patch16_384", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"):
+        model, images = create(name), torch.randn(2, 3, 64, 64)
+        asks = [
+            lambda m, x: m.forward_intermediates(x, indices=[0, 1], intermediates_only=True),
+            lambda m, x: m.forward_intermediates(x, 2, norm=True, output_fmt="NLC")[1],
+            lambda m, x: [m.forward_intermediates(x, [0])[0]],
+        ]
+        if hasattr(model, "get_intermediate_layers"):  # timm's Eva lacks it
+            asks.append(lambda m, x: m.get_intermediate_layers(x, n=2, reshape=True))
+        for ask in asks:
+            plain = ask(model, images)
+            patch.apply(model, "graph", layers=[2], threshold=1.0)
+            for found, expected in zip(ask(model, images), plain, strict=True):
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            patch.remove(model)
+            patch.apply(model, "tome", r=3)
+            merged = ask(model, images)
+            assert [one.shape for one in merged] == [one.shape for one in plain]
+            alone = [ask(model, image[None]) for image in images]
+            for index, found in enumerate(merged):
+                expected = torch.cat([one[index] for one in alone])
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            patch.remove(model)
         patch.apply(model, "tome", r=3)
-        for ask in (model.forward_intermediates, model.get_intermediate_layers):
-            with pytest.raises(ValueError, match="forward_features"):
-                ask(images)
-        assert patch.remove(model).forward_intermediates(images, intermediates_only=True)[0].shape == (1, 32, 4, 4)
+        first, last = model.forward_intermediates(images, indices=[0, 2], intermediates_only=True)
+        for out, layer in ((first, 1), (last, 3)):
+            groups = patch.reductions(model)[layer].assignment[0]
+            rows = out[0].flatten(1).T
+            assert all((rows[groups == group] == rows[groups == group][0]).all() for group in groups.unique())
 
 
 @torch.inference_mode()

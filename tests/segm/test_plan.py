@@ -35,10 +35,10 @@ def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back():
     flags = [text for name, values in words.items() for text in ("--" + name.replace("_", "-"), *values)]
     given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
     given = {name: given[name] for name in SETTINGS if name in given}
-    assert given.pop("train_only") is None
+    assert given.pop("train_only") is None and given.pop("decoder_blocks") is None
     variant = make(given, GRAPH).variant(IMAGES)
     assert read_settings(variant) == given == EVERY | {"amp": True, "freeze_encoder": True}
-    assert set(given) | {"distilled", "train_only"} == set(SETTINGS)
+    assert set(given) | {"distilled", "train_only", "decoder_blocks"} == set(SETTINGS)
     again = Plan.make({}, {}, variant, resume=True)
     assert again.variant(IMAGES) == variant and again.curriculum == make(given, GRAPH).curriculum
 

@@ -1,0 +1,108 @@
+"""Decoders that read blocks of the encoder as maps: alone, with every method, and in the commands."""
+
+import json
+
+import pytest
+import torch
+
+import patch
+from segm import flops, report, speedtest, test, train
+from segm.model.factory import create_segmenter
+from segm.model.heads import LinearBN
+from segm.run import Run
+from tests.helpers import METHOD_OPTIONS, different_images, with_parts
+
+HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(params=HEADS)
+def model(request, small_net):
+    net = create_segmenter(small_net | {"decoder": HEADS[request.param]}).eval()
+    torch.nn.init.normal_(net.decoder.head.weight)
+    net.decoder.bn.running_mean.normal_()
+    return net
+
+
+def test_batch_norm_and_one_layer_on_the_last_blocks():
+    head = LinearBN(4, 3, depth=6, n_blocks=2).eval()
+    assert head.reads == [4, 5]
+    head.bn.running_mean.normal_()
+    head.bn.running_var.uniform_(0.5, 2)
+    maps = [torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6)]
+    both = torch.cat(maps, 1).permute(0, 2, 3, 1)
+    expected = (both - head.bn.running_mean) / (head.bn.running_var + 1e-5).sqrt() @ head.head.weight[:, :, 0, 0].T
+    torch.testing.assert_close(head(maps).permute(0, 2, 3, 1), expected, atol=1e-5, rtol=1e-5)
+    for n_blocks in (0, 7):
+        with pytest.raises(ValueError, match="encoder has 6"):
+            LinearBN(4, 3, depth=6, n_blocks=n_blocks)
+
+
+@torch.inference_mode()
+def test_it_reads_blocks_before_the_last_norm(model):
+    images, seen = torch.randn(2, 3, 32, 32), []
+    handles = [block.register_forward_hook(lambda m, x, y: seen.append(y)) for block in model.encoder.blocks]
+    maps = model.maps(images)
+    for handle in handles:
+        handle.remove()
+    for found, index in zip(maps, model.decoder.reads, strict=True):
+        assert torch.equal(found.flatten(2).mT, seen[index][:, 1:])
+    for size in ((33, 45), (40, 24)):
+        images = torch.randn(2, 3, *size)
+        assert model(images).shape == (2, 5, *size) and torch.equal(model.predict(images), model(images).argmax(1))
+
+
+@torch.inference_mode()
+def test_every_method_gives_the_head_all_patches(model):
+    images = different_images()
+    plain = model(images)
+    patch.apply(model, "graph", layers=[2], threshold=1.0)
+    torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
+    patch.remove(model)
+    for method, options in METHOD_OPTIONS.items():
+        with_parts(model.encoder, method)
+        patch.apply(model, method, **options)
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4, msg=lambda text, m=method: f"{m}: {text}")
+        assert together.shape == plain.shape and patch.reduction(model).counts.max() < 16
+        patch.remove(model)
+        if method == "dtem":  # its parts lie in front of the projections
+            torch.testing.assert_close(model(images), plain)
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        patch.compile(model)
+
+
+def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refused):
+    folder = tmp_path / "bn"
+    common = ("--epochs", 1, "--batch-size", 250, "--num-workers", 0, *CPU)
+    start = ("--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", 8)
+    start += ("--d-model", 32, "--n-heads", 2, "--n-layers", 3, "--crop-size", 32, "--im-size", 32)
+    call(train, "--log-dir", folder, *start, "--decoder", "linear_bn", "--decoder-blocks", 2, *common)
+    run = Run.load(folder, device="cpu")
+    assert run.model.decoder.reads == [1, 2] and run.model.decoder.bn.num_batches_tracked > 0
+    merging = ("--patch-type", "graph", "--selected-layer", 2, "--threshold", 0.5)
+    call(train, "--log-dir", tmp_path / "merged", "--finetune", folder, *merging, *common)
+    for options in ((), merging):
+        assert "mean_iou" in call(test, folder, "--max-images", 2, *CPU, *options)
+        assert "encoder" in call(flops, folder, "shapes", "--enc-dec", "--max-images", 1, *CPU, *options)
+        call(speedtest, folder, "shapes", "--repeats", 1, "--warmup", 1, "--max-images", 2, *CPU, *options)
+    call(
+        report,
+        folder,
+        tmp_path / "merged",
+        "--out",
+        tmp_path / "page.html",
+        "--cost-images",
+        1,
+        "--max-images",
+        1,
+        *CPU,
+    )
+    assert len(json.loads((tmp_path / "page.json").read_text())["rows"]) == 2
+    assert "reads other features" in refused(
+        train, "--log-dir", tmp_path / "c", "--finetune", folder, "--freeze-encoder", "--cache-features", 1, *common
+    )
+    assert "--decoder-blocks" in refused(
+        train, "--log-dir", tmp_path / "d", *start, "--decoder", "linear", "--decoder-blocks", 2, *common
+    )
