@@ -130,6 +130,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+AUXILIARY_WEIGHT = 0.4  # of an auxiliary head in the loss (PSPNet, section 4; SETR)
 
 
 @dataclass
@@ -171,7 +172,8 @@ def train_one_epoch(
     interruption changes nothing.
 
     Args:
-        model: images -> logits; may be wrapped in DistributedDataParallel.
+        model: images -> logits, or a list of them, those of auxiliary heads last; may be wrapped in
+            DistributedDataParallel.
         loader: from `create_loader`.
         scheduler: from `segm.optim.create_scheduler`.
         precision: `Precision`.
@@ -279,7 +281,11 @@ def _update(
     images = batch["image"].to(device, non_blocking=True)
     labels = batch["label"].to(device, non_blocking=True)
     with precision.autocast():
-        loss = criterion(model(images), labels)
+        outputs = model(images)
+        first, *others = outputs if isinstance(outputs, list) else [outputs]
+        loss = criterion(first, labels)
+        for logits in others:
+            loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels)
     optimizer.zero_grad(set_to_none=True)
     precision.scaler.scale(loss).backward()
     precision.scaler.step(optimizer)

@@ -26,7 +26,7 @@ from segm.merging import apply as apply_merging
 from segm.merging import of_model as merging_of
 from segm.metrics import segmentation_scores
 from segm.model.factory import copy_weights
-from segm.model.segmenter import Segmenter
+from segm.model.segmenter import Segmenter, WithAuxiliary
 from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
 from segm.run import recorded_classes, require_classes
@@ -316,7 +316,7 @@ def train(
             parallel.when_orphaned(interruption.request)
         state = partial(training_state, model, optimizer, scheduler, precision.scaler)
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
-        wrapped: torch.nn.Module = model
+        wrapped: torch.nn.Module = WithAuxiliary(model) if len(model.aux_heads) else model
         if cached is not None:
             wrapped = Head(model, train_set.crop_size)
             cached.fill(model, device, precision.autocast, interruption)

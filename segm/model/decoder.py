@@ -94,13 +94,11 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DECODERS = ("linear", "mask_transformer", "linear_bn")
+DECODERS = ("linear", "mask_transformer", "linear_bn", "setr_naive", "setr_pup", "setr_mla", "upernet")
 
 
-def create_decoder(
-    dim: int, n_cls: int, settings: Mapping[str, Any], depth: int
-) -> LinearDecoder | MaskTransformer | LinearBN:
-    """Build a decoder.
+def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any], depth: int) -> tuple[nn.Module, list[nn.Module]]:
+    """Build a decoder, and the auxiliary heads that are trained beside it.
 
     Args:
         dim: width of the encoder.
@@ -114,10 +112,14 @@ def create_decoder(
     """
     name = settings.get("name")
     if name == "linear":
-        return LinearDecoder(dim, n_cls)
+        return LinearDecoder(dim, n_cls), []
     if name == "mask_transformer":
         names = ("n_layers", "dropout", "drop_path_rate")
-        return MaskTransformer(dim, n_cls, **{k: settings[k] for k in names if settings.get(k) is not None})
+        return MaskTransformer(dim, n_cls, **{k: settings[k] for k in names if settings.get(k) is not None}), []
     if name == "linear_bn":
-        return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1)
+        return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1), []
+    if name in DECODERS:
+        from segm.model.openmmlab_heads import BUILDERS  # imports mmseg, which the others do without
+
+        return BUILDERS[name](dim, n_cls, depth)
     raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(DECODERS)}")

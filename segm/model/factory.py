@@ -51,9 +51,11 @@ def create_segmenter(
             raise ValueError(f"the model has learned parts of {reduction.get('name')}: load it with segm.run.Run")
         parts(encoder, reduction)
     n_cls = net_kwargs["n_cls"]
-    return Segmenter(
-        encoder, create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks)), n_cls
-    )
+    decoder, aux_heads = create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks))
+    model = Segmenter(encoder, decoder, n_cls, aux_heads)
+    if model.on_grid:
+        encoder.norm.requires_grad_(False)  # blocks are read before it
+    return model
 
 
 def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:
@@ -106,7 +108,8 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
         ValueError: the architectures differ.
     """
     weights, own = dict(load_checkpoint(path)["model"]), model.state_dict()
-    of_classes = {k for k in own if k.startswith(("decoder.cls_emb", "decoder.mask_norm", "decoder.head"))}
+    last_layers = ("decoder.cls_emb", "decoder.mask_norm", "decoder.head")
+    of_classes = {name for name in own if name.startswith(last_layers) or ".conv_seg." in name}
     if not same_classes or any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
         logger.warning("%s has other classes: what belongs to the classes is learned anew", path)
         weights |= {k: own[k] for k in of_classes}

@@ -13,10 +13,12 @@ class GridDecoder(Protocol):
     Attributes:
         reads: 0-based indices of the blocks whose outputs it is given, before the encoder's last norm.
         scale: rows and columns of its logits per patch.
+        neck: from the maps of these blocks to what it takes, and its auxiliary heads.
     """
 
     reads: Sequence[int]
     scale: int
+    neck: nn.Module
 
     def __call__(self, maps: Sequence[Tensor]) -> Tensor: ...
 
@@ -39,6 +41,7 @@ class LinearBN(nn.Module):
         if not 1 <= n_blocks <= depth:
             raise ValueError(f"linear_bn reads the last {n_blocks} blocks, the encoder has {depth}")
         self.reads = list(range(depth - n_blocks, depth))
+        self.neck = nn.Identity()
         self.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
         self.bn = nn.BatchNorm2d(n_blocks * dim)
         self.head = nn.Conv2d(n_blocks * dim, n_cls, 1)

@@ -1,6 +1,6 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -19,13 +19,17 @@ class Segmenter(nn.Module):
         encoder: from `segm.model.encoder.create_encoder`.
         decoder: from `segm.model.decoder.create_decoder`.
         n_cls: number of classes.
+        aux_heads: decoders that are trained beside a decoder on the grid, and take the same.
     """
 
-    def __init__(self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int) -> None:
+    def __init__(
+        self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int, aux_heads: Iterable[nn.Module] = ()
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.n_cls = n_cls
+        self.aux_heads = nn.ModuleList(aux_heads)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -39,10 +43,9 @@ class Segmenter(nn.Module):
         return hasattr(self.decoder, "reads")
 
     @property
-    def stride(self) -> tuple[int, int]:
-        """Pixels per logit, (height, width)."""
-        scale = self.decoder.scale if self.on_grid else 1
-        return self.patch_size[0] // scale, self.patch_size[1] // scale
+    def scale(self) -> int:
+        """Rows and columns of logits per patch."""
+        return self.decoder.scale if self.on_grid else 1
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
@@ -59,7 +62,7 @@ class Segmenter(nn.Module):
             its `scale` says.
         """
         if self.on_grid:
-            return self.decoder(self.maps(images))
+            return self.decoder(self.decoder.neck(self.maps(images)))
         return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -68,9 +71,10 @@ class Segmenter(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """images: (B, 3, H, W), normalized, any size -> (B, D, gh, gw) of every block that the decoder reads."""
-        return self.encoder.forward_intermediates(
-            self._pad(images), indices=[*self.decoder.reads], intermediates_only=True
-        )
+        blocks = sorted({*self.decoder.reads})  # of few blocks, the same one may be read twice
+        maps = self.encoder.forward_intermediates(self._pad(images), indices=blocks, intermediates_only=True)
+        found = dict(zip(blocks, maps, strict=True))
+        return [found[index] for index in self.decoder.reads]
 
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Patches (gh, gw) of images of (height, width) pixels."""
@@ -93,6 +97,14 @@ class Segmenter(nn.Module):
         """images: (B, 3, H, W), normalized, any size -> logits (B, n_cls, H, W)."""
         return self._to_pixels(self.grid_logits(images), images.shape[-2:])
 
+    def all_logits(self, images: Tensor) -> list[Tensor]:
+        """Logits for a training step: those of `forward`, then those of the auxiliary heads, (B, n_cls, H, W) each."""
+        size = images.shape[-2:]
+        if not len(self.aux_heads):
+            return [self(images)]
+        found = self.decoder.neck(self.maps(images))
+        return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
+
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits of images from what their encoder gave.
 
@@ -107,7 +119,8 @@ class Segmenter(nn.Module):
 
     def _to_pixels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         height, width = size
-        padded = (logits.shape[2] * self.stride[0], logits.shape[3] * self.stride[1])
+        gh, gw = self.grid(size)
+        padded = (gh * self.patch_size[0], gw * self.patch_size[1])
         return upsample(logits, padded)[..., :height, :width]
 
     def predict(self, images: Tensor) -> Tensor:
@@ -116,7 +129,11 @@ class Segmenter(nn.Module):
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
         height, width = images.shape[-2:]
-        return label_map(self.grid_logits(images), self.stride)[:, :height, :width]
+        logits = self.grid_logits(images)
+        if any(side % self.scale for side in self.patch_size):  # no whole pixels per logit
+            return self._to_pixels(logits, (height, width)).argmax(1)
+        stride = (self.patch_size[0] // self.scale, self.patch_size[1] // self.scale)
+        return label_map(logits, stride)[:, :height, :width]
 
     def attention(self, images: Tensor, layer_id: int, part: Literal["encoder", "decoder"] = "encoder") -> Tensor:
         """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.
@@ -149,3 +166,15 @@ class Segmenter(nn.Module):
         """Zeros at the right and bottom up to whole patches."""
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
+
+
+class WithAuxiliary(nn.Module):
+    """A Segmenter as it trains with its auxiliary heads; it shares the parameters."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W) -> `Segmenter.all_logits`."""
+        return self.model.all_logits(images)

@@ -7,20 +7,28 @@ import torch
 
 import patch
 from segm import flops, report, speedtest, test, train
+from segm.engine import Precision, _update, segmentation_loss
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
+from segm.model.segmenter import WithAuxiliary
 from segm.run import Run
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
-CPU = ("--device", "cpu")
+HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet")}
+AUXILIARY = {"setr_naive": 3, "setr_pup": 3, "setr_mla": 4, "upernet": 1}
+DEVICE = ("--device", "cpu")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=HEADS)
 def model(request, small_net):
     net = create_segmenter(small_net | {"decoder": HEADS[request.param]}).eval()
-    torch.nn.init.normal_(net.decoder.head.weight)
-    net.decoder.bn.running_mean.normal_()
+    last = net.decoder.head if hasattr(net.decoder, "head") else net.decoder.conv_seg
+    torch.nn.init.normal_(last.weight)
+    for module in net.decoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
     return net
 
 
@@ -49,7 +57,8 @@ def test_it_reads_blocks_before_the_last_norm(model):
         assert torch.equal(found.flatten(2).mT, seen[index][:, 1:])
     for size in ((33, 45), (40, 24)):
         images = torch.randn(2, 3, *size)
-        assert model(images).shape == (2, 5, *size) and torch.equal(model.predict(images), model(images).argmax(1))
+        logits, labels = model(images), model.predict(images)
+        assert logits.shape == (2, 5, *size) and (labels == logits.argmax(1)).float().mean() > 0.999
 
 
 @torch.inference_mode()
@@ -73,9 +82,34 @@ def test_every_method_gives_the_head_all_patches(model):
         patch.compile(model)
 
 
+def fail(*_):
+    raise AssertionError("an auxiliary head was called")
+
+
+def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_net):
+    images, labels = torch.randn(3, 3, 32, 32), torch.randint(0, 5, (3, 32, 32))
+    for name, count in AUXILIARY.items():
+        model = create_segmenter(small_net | {"decoder": {"name": name}})
+        assert len(model.aux_heads) == count and len(model.all_logits(images)) == 1 + count
+        for one in model.all_logits(images):
+            assert one.shape == (3, 5, 32, 32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
+        loss = _update(WithAuxiliary(model), batch, optimizer, precision, CPU, segmentation_loss)
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert loss > 0 and without == [], name
+        model.eval()
+        for head in model.aux_heads:
+            head.register_forward_hook(fail)
+        model(images), model.predict(images)
+    assert {"decoder.norm.weight", "decoder.up_convs.0.0.conv.weight", "decoder.conv_seg.weight"} <= set(
+        create_segmenter(small_net | {"decoder": {"name": "setr_pup"}}).state_dict()
+    )
+
+
 def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refused):
     folder = tmp_path / "bn"
-    common = ("--epochs", 1, "--batch-size", 250, "--num-workers", 0, *CPU)
+    common = ("--epochs", 1, "--batch-size", 250, "--num-workers", 0, *DEVICE)
     start = ("--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", 8)
     start += ("--d-model", 32, "--n-heads", 2, "--n-layers", 3, "--crop-size", 32, "--im-size", 32)
     call(train, "--log-dir", folder, *start, "--decoder", "linear_bn", "--decoder-blocks", 2, *common)
@@ -84,9 +118,9 @@ def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refuse
     merging = ("--patch-type", "graph", "--selected-layer", 2, "--threshold", 0.5)
     call(train, "--log-dir", tmp_path / "merged", "--finetune", folder, *merging, *common)
     for options in ((), merging):
-        assert "mean_iou" in call(test, folder, "--max-images", 2, *CPU, *options)
-        assert "encoder" in call(flops, folder, "shapes", "--enc-dec", "--max-images", 1, *CPU, *options)
-        call(speedtest, folder, "shapes", "--repeats", 1, "--warmup", 1, "--max-images", 2, *CPU, *options)
+        assert "mean_iou" in call(test, folder, "--max-images", 2, *DEVICE, *options)
+        assert "encoder" in call(flops, folder, "shapes", "--enc-dec", "--max-images", 1, *DEVICE, *options)
+        call(speedtest, folder, "shapes", "--repeats", 1, "--warmup", 1, "--max-images", 2, *DEVICE, *options)
     call(
         report,
         folder,
@@ -97,9 +131,11 @@ def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refuse
         1,
         "--max-images",
         1,
-        *CPU,
+        *DEVICE,
     )
     assert len(json.loads((tmp_path / "page.json").read_text())["rows"]) == 2
+    call(train, "--log-dir", tmp_path / "setr", *start, "--decoder", "setr_naive", *merging, *common)
+    assert "mean_iou" in call(test, tmp_path / "setr", "--max-images", 2, *DEVICE)
     assert "reads other features" in refused(
         train, "--log-dir", tmp_path / "c", "--finetune", folder, "--freeze-encoder", "--cache-features", 1, *common
     )
