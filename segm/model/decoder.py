@@ -119,7 +119,7 @@ def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any], depth: int
     if name == "linear_bn":
         return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1), []
     if name in DECODERS:
-        from segm.model.openmmlab_heads import BUILDERS  # imports mmseg, which the others do without
+        from segm.model.openmmlab_heads import build  # imports mmseg, which the others do without
 
-        return BUILDERS[name](dim, n_cls, depth)
+        return build(name, dim, n_cls, depth)
     raise ValueError(f"unknown decoder {name!r}: choose one of {', '.join(DECODERS)}")

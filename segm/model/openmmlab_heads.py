@@ -85,4 +85,18 @@ def upernet(dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module
     return main, [_fcn(dim, n_cls, 2, 1, 3)]
 
 
+def build(name: str, dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module]]:
+    """A decoder and its auxiliary heads.
+
+    Args:
+        name: of `BUILDERS`.
+        dim: width of the encoder.
+        n_cls: number of classes.
+        depth: blocks of the encoder.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mmsegmentation's losses, which nothing here uses
+        return BUILDERS[name](dim, n_cls, depth)
+
+
 BUILDERS = {"setr_naive": setr_naive, "setr_pup": setr_pup, "setr_mla": setr_mla, "upernet": upernet}

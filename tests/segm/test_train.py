@@ -458,6 +458,7 @@ def test_training_with_every_method_converges(tmp_path, call, monkeypatch):
         "graph": ["--threshold", "0.95"],
         "algm": ["--selected-layers", "1", "2", "--threshold", "0.95"],
         "mpm": ["--selected-layers", "2"],
+        "clustvit": ["--injection-point", "1"],
     }
     for method, entry in {"pure": None, **patch.METHODS}.items():
         folder = tmp_path / method
