@@ -17,7 +17,7 @@ from torch import Tensor
 from segm.checkpoint import LAST, load_checkpoint, save_checkpoint
 from segm.cli import POSITIVE, Command
 from segm.data import DATASETS, class_info, dataset_defaults
-from segm.model.factory import create_segmenter
+from segm.merging import build_model
 from segm.variant import read_variant, variant_file, write_variant
 
 BACKBONE = "vit_base_patch16_224"  # of timm; its norms have mmsegmentation's epsilon, its sizes are all given
@@ -36,6 +36,8 @@ PARTS = {
     "encoder.pos_embed": "backbone.pos_embed",
     "encoder.norm": "backbone.ln1",
     "encoder.blocks": "backbone.layers",
+    "encoder.clusterer": "backbone.clusterer",  # of ClustViT, as the next
+    "encoder.expand_mlp": "backbone.expand_mlp",
     "decoder.proj_dec": "decode_head.dec_proj",
     "decoder.proj_patch": "decode_head.patch_proj.weight",
     "decoder.proj_classes": "decode_head.classes_proj.weight",
@@ -52,10 +54,25 @@ TRANSPOSED = ("proj_patch", "proj_classes")  # ours multiply from the right
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dataset", "dataset_name", type=click.Choice(DATASETS), help="Of a model from mmsegmentation.")
 @click.option("--n-heads", type=POSITIVE, help="Attention heads, which no weight tells.  [default: width / 64]")
+@click.option(
+    "--injection-point",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Of a ClustViT: no weight tells.",
+)
 @click.option("--normalization", type=click.Choice(["vit", "deit"]), default="vit", show_default=True, help="Pixels.")
-def main(source: Path, target: Path, dataset_name: str | None, n_heads: int | None, normalization: str) -> None:
+def main(
+    source: Path,
+    target: Path,
+    dataset_name: str | None,
+    n_heads: int | None,
+    injection_point: int,
+    normalization: str,
+) -> None:
     """Convert SOURCE, a checkpoint of mmsegmentation's Segmenter with a mask transformer, to the run directory TARGET;
     or SOURCE, a run of ours, to the checkpoint TARGET. Both give the same logits for images of the size of training.
+    Released checkpoints of ClustViT are of the first kind.
     """
     if target.exists():
         raise ValueError(f"{target} is there already: choose another name")
@@ -68,7 +85,7 @@ def main(source: Path, target: Path, dataset_name: str | None, n_heads: int | No
         if dataset_name is None:
             raise ValueError("name the data set that the model was trained on with --dataset")
         found = load_theirs(source)
-        write_run(found.get("state_dict", found), target, dataset_name, n_heads, normalization)
+        write_run(found.get("state_dict", found), target, dataset_name, n_heads, normalization, injection_point)
     click.echo(f"written to {target}")
 
 
@@ -132,7 +149,12 @@ def turned(name: str, values: Tensor) -> Tensor:
 
 
 def write_run(
-    weights: Mapping[str, Tensor], target: Path, dataset_name: str, n_heads: int | None, normalization: str
+    weights: Mapping[str, Tensor],
+    target: Path,
+    dataset_name: str,
+    n_heads: int | None,
+    normalization: str,
+    injection_point: int,
 ) -> None:
     """Write a run directory with the weights of mmsegmentation's Segmenter.
 
@@ -143,8 +165,11 @@ def write_run(
         net = net_kwargs(weights, n_heads, normalization)
     except KeyError as error:
         raise ValueError(f"no Segmenter with a mask transformer of mmsegmentation: {error} is missing") from error
-    model = create_segmenter(net)
+    model = build_model(net)
     own = model.state_dict()
+    bias = names_of("encoder.patch_embed.proj.bias")
+    if bias is not None and bias not in weights:  # mmsegmentation's has none by default
+        weights = {**weights, bias: torch.zeros(net["d_model"])}
     missing = [theirs for name in own if (theirs := names_of(name)) is not None and theirs not in weights]
     if missing:
         raise ValueError(f"no Segmenter with a mask transformer of mmsegmentation: {missing[0]} is missing")
@@ -156,7 +181,12 @@ def write_run(
     names, palette = class_info(dataset_name) if dataset_name != "folder" else ((), ())
     defaults, side = dataset_defaults(dataset_name), net["image_size"][0]
     data: dict[str, Any] = {"dataset": dataset_name, "image_size": defaults["im_size"], "crop_size": side}
-    data |= {"normalization": normalization, "patch_type": "pure"}
+    clusters = {
+        "patch_type": "clustvit",
+        "selected_layer": injection_point,
+        "clusters": net.get("reduction", {}).get("clusters"),
+    }
+    data |= {"normalization": normalization} | (clusters if "reduction" in net else {"patch_type": "pure"})
     if len(names) == net["n_cls"]:
         named = enumerate(zip(names, palette, strict=True))
         data["classes"] = [{"id": i, "name": name, "color": [int(c) for c in color]} for i, (name, color) in named]
@@ -182,7 +212,14 @@ def net_kwargs(weights: Mapping[str, Tensor], n_heads: int | None, normalization
     decoder = {"name": "mask_transformer", "n_cls": n_cls, "n_layers": depth["decode_head"], "dropout": 0.0}
     sizes = {"image_size": [side, side], "patch_size": patch, "d_model": width, "n_layers": depth["backbone"]}
     sizes |= {"n_heads": n_heads or max(1, width // 64), "n_cls": n_cls, "normalization": normalization}
-    return {"backbone": BACKBONE, "decoder": decoder, "distilled": False, **sizes}
+    found = {"backbone": BACKBONE, "decoder": decoder, "distilled": False, **sizes}
+    if "backbone.clusterer.net.0.weight" in weights:
+        clusters, hidden = (
+            len(weights["backbone.clusterer.net.2.bias"]) - 1,
+            len(weights["backbone.clusterer.net.0.bias"]),
+        )
+        found["reduction"] = {"name": "clustvit", "clusters": clusters, "cluster_width": hidden}
+    return found
 
 
 if __name__ == "__main__":

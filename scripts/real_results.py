@@ -45,7 +45,7 @@ SEEDS = (0, 1, 2)
 FROZEN = ["--config", "dinov2_camvid_frozen"]
 TRAININGS = {
     **{f"frozen_{seed}": [*FROZEN, "--seed", str(seed)] for seed in SEEDS},
-    "linear": [*FROZEN, "--decoder", "linear"],
+    "linear": [*FROZEN, "--decoder", "linear", "--learning-rate", "0.01"],
     "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
 }
 FROZEN_RUN = "frozen_0"

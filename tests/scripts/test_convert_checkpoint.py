@@ -85,3 +85,29 @@ def test_what_cannot_be_converted_is_refused(script, segmentor, shapes_run, tmp_
     saved = torch.load(tmp_path / "ours.pth", weights_only=True)["state_dict"]
     own = load_checkpoint(shapes_run)["model"]
     assert len(saved) == len([name for name in own if not name.startswith("encoder.head")])
+
+
+@torch.inference_mode()
+def test_a_clustvit_keeps_its_modules(script, segmentor, tmp_path, call):
+    weights = dict(segmentor.state_dict())
+    del weights["backbone.patch_embed.projection.bias"]
+    shapes = {
+        "clusterer.net.0": (40, 128),
+        "clusterer.net.2": (3, 40),
+        "expand_mlp.0": (128, 256),
+        "expand_mlp.2": (128, 128),
+    }
+    for name, shape in shapes.items():
+        weights[f"backbone.{name}.weight"] = torch.randn(shape)
+        weights[f"backbone.{name}.bias"] = torch.randn(shape[0])
+    torch.save({"state_dict": weights}, tmp_path / "clustvit.pth")
+    call(script, tmp_path / "clustvit.pth", tmp_path / "run", "--dataset", "shapes", "--injection-point", 1)
+    run = Run.load(tmp_path / "run", device="cpu")
+    assert run.method == "clustvit" and run.options["layers"] == (1,) and run.options["clusters"] == 2
+    for name in shapes:
+        assert torch.equal(run.model.encoder.get_parameter(f"{name}.weight"), weights[f"backbone.{name}.weight"])
+    assert not run.model.encoder.patch_embed.proj.bias.any()
+    assert run.model(torch.randn(2, 3, SIDE, SIDE)).isfinite().all()
+    call(script, tmp_path / "run", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(values, back[name]) for name, values in weights.items())

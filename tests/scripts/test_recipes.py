@@ -22,6 +22,10 @@ ALLOWED = ALWAYS | {
         "start_thresh",
         "curric_warmup",
         "curric_period",
+        "clusters",
+        "cluster_width",
+        "decoder_dropout",
+        "minlearning_rate",
     ),
 }
 CURRICULUM = {"start_thresh", "curric_warmup", "curric_period"}
@@ -44,6 +48,7 @@ def test_one_recipe_per_published_row():
     algm = "ade20k_512_tiny ade20k_512_small ade20k_512_base ade20k_640_large cityscapes_768_small cityscapes_768_large"
     algm += " coco_512_small coco_512_base pascal_480_small pascal_480_large"
     wanted |= {f"{row}_{kind}" for row in algm.split() for kind in ("pure", "algm")}
+    wanted |= {f"ade20k_{size}_clustvit" for size in ("512_tiny", "512_small", "512_base", "640_large")}
     assert wanted == {path.stem for path in RECIPES}
 
 
@@ -74,7 +79,7 @@ def test_recipes_say_only_what_differs_from_the_defaults():
 
 
 def test_names_say_what_the_recipes_do():
-    schedules = {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial"}
+    schedules = {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial", "clustvit": "polynomial"}
     for path in RECIPES:
         recipe = load(path)
         dataset, size, model, kind = path.stem.split("_")
