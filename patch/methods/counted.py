@@ -42,6 +42,14 @@ def _merge_dct(step: Step) -> Reduction:
 register("dct", _merge_dct, place="block", **SCHEDULE)
 
 
+KEEP = Option(0.5, "Share of the patch tokens that each merging layer keeps.", type=Number(0, 1), flag="--keep-rate")
+
+
+def _kept(step: Step) -> int:
+    """The patch tokens that a share leaves."""
+    return max(int(step.options["keep"] * step.x.shape[1]), 1)
+
+
 def _prepare_pitome(given: dict[str, Any]) -> dict[str, Any]:
     """The paper's form counts sizes in attention, the published code does not."""
     attention = {"attention": "proportional"} if given.get("variant") == PAPER else {}
@@ -53,7 +61,8 @@ def _merge_pitome(step: Step) -> Reduction:
     paper = step.options["variant"] == PAPER
     rule = "bsm" if not paper and g2tm.matches_all(step.layer, step.depth) else "energy"
     given = {"margin": g2tm.energy_margin(step.layer, step.depth, paper), "variant": rule, "paper": paper}
-    return g2tm.pitome(step.keys, r=r_here(step), **given, **step.whole).without_prefix(step.prefix)
+    r = r_here(step) if step.options["keep"] is None else step.x.shape[1] - _kept(step)
+    return g2tm.pitome(step.keys, r=r, **given, **step.whole).without_prefix(step.prefix)
 
 
 register(
@@ -65,6 +74,7 @@ register(
         help="code: margin 0.75, half of the layers match all tokens; paper: margin 0.9, its energy everywhere, sizes "
         "count in attention.",
     ),
+    keep=replace(KEEP, default=None, help="Share of the patch tokens that each layer keeps, as in the paper; not r."),
     **SCHEDULE | {"prepare": _prepare_pitome},
 )
 
@@ -109,7 +119,7 @@ register("crossget", _merge_crossget, needs=["keys"], attention="proportional", 
 
 def _merge_atc(step: Step) -> Reduction:
     """ATC: agglomerative clusters of a share of the tokens."""
-    left = max(int(step.options["keep"] * step.x.shape[1]), 1)
+    left = _kept(step)
     keys = step.keys[:, step.prefix :]
     return g2tm.atc(keys, clusters=left, linkage=step.options["linkage"], sizes=step.sizes)
 
@@ -125,7 +135,7 @@ register(
     needs=["keys"],
     layers=_atc_layers,
     attention="proportional",
-    keep=Option(0.5, "Share of the patch tokens that each merging layer keeps.", type=Number(0, 1), flag="--keep-rate"),
+    keep=KEEP,
     linkage=Option("average", "Distance of two clusters.", type=Choice(g2tm.LINKAGES)),
     static=True,
     traceable=False,

@@ -164,6 +164,14 @@ def test_common_options_may_have_other_defaults():
     assert not patch.find("new").takes("threshold") and patch.find("new").takes("layers")
 
 
+@torch.inference_mode()
+def test_pitome_keeps_a_share_of_the_tokens(small_net):
+    model = create_segmenter(small_net).eval()
+    patch.apply(model, "pitome", keep=0.75, variant="paper")
+    model(torch.randn(2, 3, 32, 32))
+    assert [steps.lengths for steps in patch.reductions(model).values()] == [(12, 12), (9, 9), (6, 6)]
+
+
 def test_what_is_static():
     found = {name for name, method in METHODS.items() if method.is_static(patch.check(name, 12, (4, 4)))}
     assert found == METHODS.keys() - {"graph", "algm", "mpm", "ltmp", "clustvit"}
