@@ -300,9 +300,9 @@ class OpenFamily(Family):
 
     learns = False  # learned parts are named after timm's modules
 
+    @abstractmethod
     def begin(self, model: nn.Module, merging: Merging) -> None:
         """Put a class that begins passes in front of the module that comes before the blocks."""
-        raise NotImplementedError
 
     def shown(self, model: nn.Module, index: int) -> bool:
         """Whether the model looks at the output of a block, counted from 1."""

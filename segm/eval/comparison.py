@@ -6,6 +6,7 @@ turns) in images/s.
 
 import copy
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import patch
 from segm.eval.operations import count_operations
 from segm.eval.timing import interleaved_turns
 from segm.model.segmenter import Segmenter
-from segm.model.upsample import label_map, upsample
+from segm.model.upsample import upsample
 
 BISECTIONS = 25
 PAIR_REPEATS = 4
@@ -46,11 +47,11 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
     Returns:
         (B,), int64, on the CPU.
     """
-    scores = model.grid_logits(images)
+    model.grid_logits(images)
     reduction = patch.reduction(model) if patch.is_patched(model) else None
     if reduction is not None:
         return reduction.counts.cpu()
-    return torch.full((len(images),), scores.shape[-2] * scores.shape[-1])
+    return torch.full((len(images),), math.prod(model.grid(images.shape[-2:])))
 
 
 def mean_tokens(model: Segmenter, batches: Sequence[Tensor]) -> float:
@@ -378,13 +379,13 @@ def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tenso
 
 def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str, Call]:
     """The merge of every layer by itself, and undoing all of them, as functions of a batch."""
-    merge = patch.find(patch.method(merged)).merge
+    method = patch.find(patch.method(merged))
+    merge, width = method.merge, merged.n_cls if method.undo == "decoder" else merged.encoder.embed_dim
     layers = next(iter(recorded.values())).steps
     calls: dict[str, Call] = {f"merge_{layer}": _repeated(recorded, merge, layer) for layer in layers}
     totals = {address: merges.total for address, merges in recorded.items()}
     scores = {
-        address: torch.randn(*total.sizes.shape, merged.n_cls, device=total.sizes.device)
-        for address, total in totals.items()
+        address: torch.randn(*total.sizes.shape, width, device=total.sizes.device) for address, total in totals.items()
     }
     calls["undo"] = lambda batch: totals[batch.data_ptr()].unmerge(scores[batch.data_ptr()])
     return calls
@@ -398,7 +399,7 @@ def _repeated(recorded: Mapping[int, Merges], merge: Callable[[patch.Step], patc
 def _upsampling_call(model: Segmenter, batches: Sequence[Tensor]) -> Call:
     """From the scores of the patches to the label map, the last part of `predict`, as a function of a batch."""
     scores = {batch.data_ptr(): model.grid_logits(batch) for batch in batches}
-    return lambda batch: label_map(scores[batch.data_ptr()], model.patch_size)
+    return lambda batch: model.to_labels(scores[batch.data_ptr()], batch.shape[-2:])
 
 
 def _ratios(turns: Mapping[str, Tensor], pure: Cost, own: Cost) -> dict[str, float]:

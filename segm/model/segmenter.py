@@ -128,10 +128,13 @@ class Segmenter(nn.Module):
 
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
-        height, width = images.shape[-2:]
-        logits = self.grid_logits(images)
+        return self.to_labels(self.grid_logits(images), images.shape[-2:])
+
+    def to_labels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Label map (B, height, width), int64, of images of this size from their `grid_logits`."""
+        height, width = size
         if any(side % self.scale for side in self.patch_size):  # no whole pixels per logit
-            return self._to_pixels(logits, (height, width)).argmax(1)
+            return self._to_pixels(logits, size).argmax(1)
         stride = (self.patch_size[0] // self.scale, self.patch_size[1] // self.scale)
         return label_map(logits, stride)[:, :height, :width]
 

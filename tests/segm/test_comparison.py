@@ -160,3 +160,17 @@ def test_the_profile_tells_where_merging_spends_its_time(model, batches):
 @torch.inference_mode()
 def test_the_eager_label_map_is_the_models_own(model, batches):
     assert torch.equal(eager_label_map(model)(batches[0]), model.predict(batches[0]))
+
+
+@torch.inference_mode()
+def test_a_method_that_is_undone_in_the_encoder_is_measured_too(net, batches):
+    model = build_model(net | {"reduction": {"name": "clustvit", "clusters": 2}}).eval()
+    row = measure(model, "clustvit", {"layers": [1], "clusters": 2}, batches, CPU, repeats=1)
+    assert 2 <= row["tokens"] < 64 and row["overhead"].keys() == {1} and row["overhead_undo"] > 0
+    assert row["gflops_pure"] > row["gflops"] > 0
+    merged = patch.apply(model, "clustvit", layers=[1], clusters=2)
+    merged.grid_logits(batches[0])
+    kept = patch.reductions(merged)[1].kept.sum().item()
+    own = 32 * 129 // 32  # hidden width of the cluster module
+    least = (64 * own * (32 + 3) + 3 * 32**2 * (64 - kept / 2)) / 1e9  # the modules' own work, per image
+    assert Cost.of(merged, batches[:1]).encoder > least

@@ -8,6 +8,7 @@ import torch
 import patch
 from segm import flops, report, speedtest, test, train
 from segm.engine import Precision, _update, segmentation_loss
+from segm.eval.comparison import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
 from segm.model.segmenter import WithAuxiliary
@@ -55,6 +56,7 @@ def test_it_reads_blocks_before_the_last_norm(model):
         handle.remove()
     for found, index in zip(maps, model.decoder.reads, strict=True):
         assert torch.equal(found.flatten(2).mT, seen[index][:, 1:])
+    assert count_tokens(model, images).tolist() == [16, 16]  # patches, however fine the logits are
     for size in ((33, 45), (40, 24)):
         images = torch.randn(2, 3, *size)
         logits, labels = model(images), model.predict(images)
