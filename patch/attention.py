@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from g2tm import masked_softmax
+from g2tm import Reduction, masked_softmax
 
 if TYPE_CHECKING:
     from patch.method import Masking
@@ -135,6 +135,40 @@ class Masked(AttentionMask):
             attn_mask.map = masked_softmax(logits, attn_mask.mask, masking.epsilon, masking.keeps_self)
         attn_mask.pair = query, key
         return F.dropout(attn_mask.map, dropout_p).to(value.dtype) @ value
+
+
+class Ahead(AttentionMask):
+    """Lets merged tokens reuse the attention of the tokens that they were made of (MCTF, section 3.3).
+
+    That map, merged along both sides, never has to be there: a merged key counts with all its members, and a merged
+    query takes the mean of its own.
+
+    Attributes:
+        pair: queries and keys of the tokens before the merge, (B, H, L, d) each, as they are multiplied.
+        mask: of them, or None.
+        step: the merge of the tokens behind the first ones.
+        prefix: number of those.
+    """
+
+    pair: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    step: Reduction
+    prefix: int
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: "Ahead", **options: Any) -> Tensor:
+        """value: (B, H, L', d) -> (B, H, L', d); query and key, those of merged tokens, do not count."""
+        step, front, mask = attn_mask.step, attn_mask.prefix, attn_mask.mask
+
+        def on_patches(change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            flat = x.transpose(1, 2).flatten(2)
+            flat = torch.cat([flat[:, :front], change(flat[:, front:])], dim=1)
+            return flat.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+        attend = type(mask).attend if isinstance(mask, AttentionMask) else F.scaled_dot_product_attention
+        query, key = (x.to(value.dtype) for x in attn_mask.pair)
+        out = attend(query, key, on_patches(step.unmerge, value), attn_mask=mask, **options)
+        return on_patches(step.merge, out)
 
 
 class Within(AttentionMask):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from g2tm import ATTENTION_MODES, BATCH_MODES, Reduction
 
-Place = Literal["attention", "block", "before"]
-PLACES: tuple[Place, ...] = ("attention", "block", "before")
+Place = Literal["attention", "block", "before", "ahead"]
+PLACES: tuple[Place, ...] = ("attention", "block", "before", "ahead")
+Placing = Place | Callable[[Mapping[str, Any]], Place]
 NEEDS = ("input", "normed", "keys", "row", "means")
 
 
@@ -280,7 +281,9 @@ class Method:
         prepare: rewrites given options before they are checked one by one.
         check: raises a ValueError if options do not fit each other or the `Target`.
         place: where it acts: "attention": between attention and MLP of a layer; "block": after the layer, 0 being
-            before the first, for a method without needs; "before": in front of the layer.
+            before the first, for a method without needs; "before": in front of the layer; "ahead": after the layer,
+            going by the attention that all tokens would have in the next one, which merged tokens reuse there; none
+            after the last. A function of the options may say which.
         needs: what a `Step` has to hold besides the tokens, out of `NEEDS`; none for "before".
         modules: builds the learned parts under the published names; called with the encoder, its blocks and options.
         switch: the option that says whether the learned parts choose; None: they always do, if there are any.
@@ -298,7 +301,7 @@ class Method:
     options: Mapping[str, Option]
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     check: Callable[[Mapping[str, Any], Target], None] | None = None
-    place: Place = "attention"
+    place: Placing = "attention"
     needs: frozenset[str] = frozenset()
     modules: Callable[..., None] | None = None
     switch: str | None = None
@@ -312,6 +315,13 @@ class Method:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles look it up again."""
         return find, (self.name,)
+
+    def place_of(self, options: Mapping[str, Any]) -> Place:
+        """Where it acts under these options; raises a ValueError if a function names no place."""
+        place = self.place(options) if callable(self.place) else self.place
+        if place not in PLACES:
+            raise ValueError(f"{self.name} acts at place {place!r}: choose {', '.join(PLACES)}")
+        return place
 
     def is_static(self, options: Mapping[str, Any]) -> bool:
         """Whether the number of tokens that are left does not depend on the image."""
@@ -362,7 +372,7 @@ def register(
     *,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     check: Callable[[Mapping[str, Any], Target], None] | None = None,
-    place: Place = "attention",
+    place: Placing = "attention",
     needs: Iterable[str] = (),
     modules: Callable[..., None] | None = None,
     switch: str | None = None,
@@ -387,7 +397,7 @@ def register(
     """
     if name in METHODS or name == "pure":
         raise ValueError(f"method {name!r} is registered already")
-    if place not in PLACES:
+    if not callable(place) and place not in PLACES:
         raise ValueError(f"place {place!r}: choose {', '.join(PLACES)}")
     needs = frozenset(needs)
     unknown = sorted(needs - set(NEEDS))

@@ -61,7 +61,7 @@ def apply(model: Model, method: str, **options: Any) -> Model:
         raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
     watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
     merging = Merging(entry, completed, target, family.prefix(encoder), watchers)
-    places = _places(entry.place, completed["layers"])
+    places = _places(entry.place_of(completed), completed["layers"], len(blocks))
     for index, block in enumerate(blocks, start=1):
         front, last = family.in_front(encoder, index)
         own = {"neighbors": (front, 0), "places": places.get(index, {}), "last": last, "index": index - 1}
@@ -87,12 +87,14 @@ def _parts(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     return vit_within(model) or model, []
 
 
-def _places(place: str, layers: tuple[int, ...]) -> dict[int, dict[str, int]]:
+def _places(place: str, layers: tuple[int, ...], depth: int) -> dict[int, dict[str, int]]:
     """1-based block -> where in it a merge takes place, and the layer that the method calls it."""
     places: dict[int, dict[str, int]] = {}
     for layer in layers:
         block, where = (1, "before") if layer == 0 else (layer, place)
-        places.setdefault(block, {})[where] = layer
+        block += where == "ahead"
+        if block <= depth:
+            places.setdefault(block, {})[where] = layer
     return places
 
 

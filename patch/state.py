@@ -150,6 +150,7 @@ class Pass:
             shapes repeat; None: they are not.
         reduction: from all patches to the current tokens; None while nothing was merged.
         steps: layer -> the composed reduction after it.
+        step: the last one alone.
         packing: how the tokens of all images are concatenated at the moment; None: each image has its row.
         key_bias: (B, 1, 1, M), what is added to the logits of the patch tokens as keys; None: nothing.
         soft_steps: layer -> what the soft form of the method returned there, in training.
@@ -172,6 +173,8 @@ class Pass:
         self.key_bias: Tensor | None = None
         self.soft_steps: dict[int, Reduction] = {}
         self.alive: Tensor | None = None
+        self.step: Reduction | None = None
+        self._ahead: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
         self._representatives: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
@@ -213,6 +216,15 @@ class Pass:
             if name in needs:
                 self._seen[name] = summary(query, key, bias=bias, scale=scale)
 
+    def keep_ahead(self, mask: Tensor) -> None:
+        """Keep the mask with which the next attention reuses that of the tokens before a merge."""
+        self._ahead = mask
+
+    def take_ahead(self) -> Tensor | None:
+        """That mask, once; None: the next attention is an ordinary one."""
+        mask, self._ahead = self._ahead, None
+        return mask
+
     def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:
         """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
         seen, self._seen = self._seen, {}
@@ -252,6 +264,7 @@ class Pass:
 
     def _follow(self, merged: Reduction, layer: int) -> None:
         """From now on the tokens are those of one more step."""
+        self.step = merged
         self.reduction = merged if self.reduction is None else self.reduction.then(merged)
         self.steps[layer] = self.reduction
         self._padding = self.reduction.padding

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch.attention import Masked, Seen, can_look, can_pack
+from patch.attention import Ahead, Masked, Seen, can_look, can_pack
 from patch.state import Merging, Pass
 
 FROM_ATTENTION = frozenset({"keys", "row", "means"})  # needs that are made of queries and keys
@@ -167,6 +167,10 @@ class PatchedBlock(Patched):
         x = self.flow(here.hidden(x), rope)
         return here.show(x, self.neighbors[0]) if self.index in here.reads else x
 
+    def normalized(self, x: Tensor) -> Tensor:
+        """What the attention of this block works with; x: (B, L, D)."""
+        return self.norm1(x)
+
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge, by way of `attention_of`; x: (B, L, D)."""
         raise NotImplementedError
@@ -188,7 +192,8 @@ class PatchedBlock(Patched):
         images may be concatenated, (1, T, D)."""
         here = self.merging.current
         x = self._merge("before", x, here)
-        x = self.begin(self._arrange(x, here), here, rope)
+        x = self._merge_ahead(here.unpack(x), here, rope) if "ahead" in self.places else self._arrange(x, here)
+        x = self.begin(x, here, rope)
         if "attention" in self.places:
             x = self._arrange(self._merge("attention", x, here), here)
         x = self._merge("block", self.feed(x, here), here)
@@ -221,13 +226,15 @@ class PatchedBlock(Patched):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the method has to see of this block."""
-        return self.merging.method.needs if self.places else frozenset()
+        """What the method has to see while this block runs."""
+        return self.merging.method.needs if self.places.keys() - {"ahead"} else frozenset()
 
     def attention_of(self, normed: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
         needs = self.needs
-        mask = here.mask(*self.neighbors, normed, self.attention_is_fused, self.training)
+        mask = here.take_ahead()
+        if mask is None:
+            mask = here.mask(*self.neighbors, normed, self.attention_is_fused, self.training)
         looks = needs & FROM_ATTENTION and self.attention_is_fused and can_look(self.attn) and not self.merging.watched
         if looks and not isinstance(mask, Masked):
             mask = Seen.of(mask=mask)
@@ -258,6 +265,26 @@ class PatchedBlock(Patched):
         if pair is None and rope is not None:
             query, key = self.rotate(query, rope), self.rotate(key, rope)
         here.see_map(query, key, self.attention_scale, needs, self.neighbors)
+
+    def _merge_ahead(self, x: Tensor, here: Pass, rope: Tensor | None) -> Tensor:
+        """Merge by the attention that all tokens would have in this block, which then goes on with that."""
+        if not self.attention_is_fused:
+            name = self.merging.method.name
+            raise ValueError(
+                f"{name} reuses attention in this form, which takes fused attention: set fused_attn = True"
+            )
+        table, normed, needs = here.rotary(rope), self.normalized(x), self.merging.method.needs
+        mask = here.mask(*self.neighbors, normed, True, self.training)
+        query, key = self.project(normed)
+        here.see(input=x, normed=normed, keys=key.float().mean(1))
+        if table is not None:
+            query, key = self.rotate(query, table), self.rotate(key, table)
+        with torch.no_grad():
+            here.see_map(query, key, self.attention_scale, needs, self.neighbors)
+        merged = self._merge("ahead", x, here)
+        if here.step is not None:  # it is where there is no image
+            here.keep_ahead(Ahead.of(pair=(query, key), mask=mask, step=here.step, prefix=self.neighbors[0]))
+        return merged
 
     def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
         """One reduction step, if the method has one at this place."""

@@ -42,7 +42,7 @@ class PatchedEncoderLayer(OpenBlock):
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
-        return x + self.attention_of(self.norm1(x), here)
+        return x + self.attention_of(self.normalized(x), here)
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:
         """The half after the merge; x: (B, L, D)."""

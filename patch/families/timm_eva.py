@@ -30,7 +30,7 @@ class PatchedEvaBlock(PatchedBlock):
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
-        out = self.attention_of(self.norm1(x), here, here.rotary(rope))
+        out = self.attention_of(self.normalized(x), here, here.rotary(rope))
         return x + here.drop(self.drop_path1, _scaled(self.gamma_1, out))
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:

@@ -23,7 +23,7 @@ class PatchedTimmBlock(PatchedBlock):
 
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
-        return x + here.drop(self.drop_path1, self.ls1(self.attention_of(self.norm1(x), here)))
+        return x + here.drop(self.drop_path1, self.ls1(self.attention_of(self.normalized(x), here)))
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:
         """The half after the merge; x: (B, L, D)."""

@@ -91,10 +91,13 @@ class PatchedLayer(OpenBlock):
         more = {} if rope is None else {"position_embeddings": tuple(rope.chunk(2, dim=-1)[::-1])}
         return self.attn(normed, attention_mask=mask, **more)[0]
 
+    def normalized(self, x: Tensor) -> Tensor:
+        return getattr(self, self.names.norm1)(x)
+
     def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """The half before the merge; x: (B, L, D)."""
-        normed = getattr(self, self.names.norm1)(x)
-        return x + self._leave(self.attention_of(normed, here, here.rotary(rope)), self.names.scale1, here)
+        out = self.attention_of(self.normalized(x), here, here.rotary(rope))
+        return x + self._leave(out, self.names.scale1, here)
 
     def feed(self, x: Tensor, here: Pass) -> Tensor:
         """The half after the merge; x: (B, L, D)."""

@@ -1,11 +1,12 @@
 """Methods that remove a number of tokens that is given, and learn nothing."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import g2tm
 from g2tm import Reduction
-from patch.method import Choice, Number, Option, Step, Target, register
+from patch.method import Choice, Number, Option, Place, Step, Target, register
 from patch.methods.common import PAPER, SCHEDULE, VARIANT, r_here, r_of_pair
 
 
@@ -79,6 +80,11 @@ register(
 )
 
 
+def _place_mctf(options: Mapping[str, Any]) -> Place:
+    """One step ahead in the paper (section 3.3), by the attention of the layer itself in the published code."""
+    return "ahead" if options["variant"] == PAPER else "attention"
+
+
 def _merge_mctf(step: Step) -> Reduction:
     """MCTF: similar, little attended, small tokens fuse, in both directions."""
     options = step.options
@@ -90,9 +96,14 @@ def _merge_mctf(step: Step) -> Reduction:
 register(
     "mctf",
     _merge_mctf,
+    place=_place_mctf,
     needs=["input", "means"],
     attention="proportional",
-    variant=replace(VARIANT, help="Temperatures. code: 1 0 0; paper: 1 20 40."),
+    variant=replace(
+        VARIANT,
+        help="code: temperatures 1 0 0, attention of the layer itself; paper: 1 20 40, attention of the next layer, "
+        "which is reused there.",
+    ),
     tau=Option(
         None,
         "Temperatures of similarity, information and size; 0 leaves a criterion out.  [default: those of the variant]",

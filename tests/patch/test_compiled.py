@@ -265,6 +265,8 @@ def test_what_cannot_be_compiled_is_refused(net):
     model = create(net, "pure")
     with pytest.raises(ValueError, match="Segmenter"):
         patch.compile(model.encoder)
+    with pytest.raises(ValueError, match="mctf cannot be compiled in this form: a merge reuses attention"):
+        patch.compile(patch.apply(copy.deepcopy(model), "mctf", variant="paper"))
     for bucket in (0, 1.5, True):
         with pytest.raises(ValueError, match="from 1"):
             patch.compile(model, bucket=bucket)

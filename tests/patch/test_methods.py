@@ -142,7 +142,7 @@ def test_register_refuses_what_is_wrong():
     for allowed, name, options in (
         ("'graph' is registered already", "graph", {}),
         ("'pure' is registered already", "pure", {}),
-        ("attention, block, before", "new", {"place": "behind"}),
+        ("attention, block, before, ahead", "new", {"place": "behind"}),
         ("new needs maps: a method may need input, normed, keys, row, means", "new", {"needs": ["keys", "maps"]}),
         ("new needs keys: in front of a layer", "new", {"needs": ["keys"], "place": "before"}),
         ("spare as an Option", "new", {"spare": 0.5}),

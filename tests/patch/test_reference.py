@@ -34,6 +34,7 @@ METHODS = {
     "mpm": {"layers": [1, 3]},
     "pitome": {"r": 6},
     "mctf": {"r": 6, "tau": [1, 20, 40]},
+    "mctf, one step ahead": {"r": 6, "variant": "paper"},
     "crossget": {"r": 6},
     "atc": {"layers": [1, 2, 3], "keep": 0.8},
     "diffrate": {"prune_kept": [40, 36, 30], "merge_kept": [38, 30, 24]},
@@ -43,6 +44,7 @@ METHODS = {
 }
 # Which tokens these choose is held by vectors. Here: whether they are given what they choose by.
 BY_VECTORS = {
+    "mctf, one step ahead": lambda s, layer, given: BY_VECTORS["mctf"](s, layer, given),
     "pitome": lambda s, layer, given: g2tm.pitome(
         s.keys, r=6, margin=g2tm.energy_margin(layer, DEPTH), variant="bsm" if layer < 3 else "energy", **given
     ),
@@ -90,7 +92,7 @@ class Slow:
 
     def __init__(self, model, method, options, attention):
         self.model, self.method, self.options, self.attention = model, method, options, attention
-        self.prefix = model.num_prefix_tokens
+        self.prefix, self.ahead = model.num_prefix_tokens, "ahead" in method
 
     def features(self, image):
         """image: (1, 3, H, W) -> (P + N, D)"""
@@ -111,16 +113,34 @@ class Slow:
                 rope = table[layer - 1]
             self.input, h = self.x[None], block.norm1(self.x)
             out, keys = self.attend(block.attn, h, rope)
+            if self.ahead and layer - 1 in layers:
+                weights = self.map[0].mean(0)[self.prefix :] * torch.tensor(self.sizes)
+                self.merge(layer - 1, block, h, keys)
+                maps = [self.merged_map(each, weights) for each in self.maps]
+                out, _ = self.attend(block.attn, block.norm1(self.x), None, maps)
             self.x = self.x + scaled(block, 1, out)
-            if here and self.method not in ("mpm", "dct"):
+            if here and self.method not in ("mpm", "dct") and not self.ahead:
                 self.merge(layer, block, h, keys)
             self.x = self.x + scaled(block, 2, block.mlp(block.norm2(self.x)))
             if here and self.method == "dct":
                 self.merge(layer, block, None, None)
         return self.undo(self.model.norm(self.x))
 
-    def attend(self, attn, h, rope):
-        """h: (L, D) -> (L, D), and the keys before they are rotated, averaged over the heads"""
+    def merged_map(self, each, weights):
+        """The attention map of one head, (L, L) -> (L', L'): a merged query takes the mean, a merged key the sum."""
+        group = [*range(self.prefix), *(self.prefix + g for g in self.assignment)]
+        weights, n_tokens = [1.0] * self.prefix + weights.tolist(), self.prefix + len(self.sizes)
+        columns, rows = each.new_zeros(len(group), n_tokens), each.new_zeros(n_tokens, n_tokens)
+        for old, new in enumerate(group):
+            columns[:, new] += each[:, old]
+        for old, new in enumerate(group):
+            total = sum(w for w, g in zip(weights, group, strict=True) if g == new)
+            rows[new] += columns[old] * weights[old] / total
+        return rows
+
+    def attend(self, attn, h, rope, maps=None):
+        """h: (L, D) -> (L, D), and the keys before they are rotated, averaged over the heads; maps: instead of those of
+        this input."""
         weight = attn.qkv.weight
         bias = getattr(attn.qkv, "bias", None)
         if hasattr(attn.qkv, "qkv_layer"):
@@ -130,7 +150,7 @@ class Slow:
         qkv = h @ weight.T + (0 if bias is None else bias)
         heads = []
         n_heads, width = attn.num_heads, weight.shape[0] // 3 // attn.num_heads
-        key_sum, self.map = 0, 0
+        key_sum, self.map, self.maps = 0, 0, []
         for head in range(n_heads):
             q, k, v = (qkv[:, i * n_heads * width + head * width :][:, :width] for i in range(3))
             q, k = attn.q_norm(q), attn.k_norm(k)
@@ -142,7 +162,8 @@ class Slow:
             for token, size in enumerate(self.sizes):
                 if self.attention == "proportional":
                     logits[:, self.prefix + token] += math.log(size)
-            heads.append(logits.softmax(-1) @ v)
+            self.maps.append(logits.softmax(-1))
+            heads.append((logits.softmax(-1) if maps is None else maps[head]) @ v)
             self.map = self.map + logits.softmax(-1)[None] / n_heads
         out = torch.cat(heads, -1)
         return attn.proj(attn.norm(out) if hasattr(attn, "norm") else out), key_sum / n_heads
@@ -223,7 +244,7 @@ class Slow:
         """Take over what one step of the patch tokens did."""
         merged = step.merge(self.x[None, self.prefix :])[0]
         self.x, self.sizes = torch.cat([self.x[: self.prefix], merged]), step.sizes[0].tolist()
-        old, self.groups = self.groups, [[] for _ in merged]
+        old, self.groups, self.assignment = self.groups, [[] for _ in merged], step.assignment[0].tolist()
         for token, group in enumerate(step.assignment[0].tolist()):
             self.groups[group] = sorted(self.groups[group] + old[token])
 
@@ -334,7 +355,7 @@ def check(name, attention):
         for image in images:
             expected.append(slow.features(image[None]))
             lengths.append(len(slow.sizes))
-        patch.apply(model, method, attention=attention, **options)
+        patch.apply(model, method.split(",")[0], attention=attention, **options)
         found = model.forward_features(images)
         assert list(patch.reduction(model).lengths) == lengths and max(lengths) < GRID[0] * GRID[1], (name, method)
         torch.testing.assert_close(

@@ -120,6 +120,7 @@ def blocky(n):
 OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name not in ("dtem", "clustvit")} | {
     "diffrate": {"r": 4}
 }
+AHEAD = {"r": 4, "variant": "paper"}  # a form that reuses attention
 
 
 @torch.inference_mode()
@@ -131,8 +132,14 @@ def test_every_method_gives_what_timms_model_gives(kind):
         other = build_timm(kind, model)
         expected, plain = other.forward_features(images), model(images).last_hidden_state
         torch.testing.assert_close(plain, expected, atol=1e-4, rtol=1e-4)
-        for method, options in OPTIONS.items():
+        for method, options in (*OPTIONS.items(), ("mctf", AHEAD)):
             if method == "diffrate" and kind == "SiglipVision":
+                continue
+            if options == AHEAD and attention == "eager":
+                patch.apply(model, method, **options)
+                with pytest.raises(ValueError, match="mctf reuses attention in this form, which takes fused"):
+                    model(images)
+                patch.remove(model)
                 continue
             for mode in ("none", "proportional"):
                 own, theirs = copy.deepcopy(model), copy.deepcopy(other)
