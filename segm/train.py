@@ -26,13 +26,15 @@ from segm.merging import apply as apply_merging
 from segm.merging import of_model as merging_of
 from segm.metrics import segmentation_scores
 from segm.model.factory import copy_weights
-from segm.model.segmenter import Segmenter, WithAuxiliary
+from segm.model.segmenter import InTraining, Segmenter
 from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
 from segm.run import recorded_classes, require_classes
 from segm.runlog import RunLog
+from segm.segvit_loss import segvit_loss
 from segm.variant import read_variant
 
+OWN_LOSSES = {"segvit": segvit_loss}  # of decoders that learn from more than logits
 AUTO = "auto"
 N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds
 
@@ -316,7 +318,7 @@ def train(
             parallel.when_orphaned(interruption.request)
         state = partial(training_state, model, optimizer, scheduler, precision.scaler)
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
-        wrapped: torch.nn.Module = WithAuxiliary(model) if len(model.aux_heads) else model
+        wrapped: torch.nn.Module = InTraining(model) if model.trains_apart else model
         if cached is not None:
             wrapped = Head(model, train_set.crop_size)
             cached.fill(model, device, precision.autocast, interruption)
@@ -330,13 +332,14 @@ def train(
         log = RunLog(log_dir, variant, begun.epoch) if main_process else None
         position = position_in(begun, len(loader), device)
 
+        criterion = OWN_LOSSES.get(settings.decoder, segmentation_loss)
         of_method: list[torch.Tensor] = []  # what the method adds to the loss of every update
 
         def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             own = patch.loss(model, labels) if plan.method != PURE else 0.0
             if isinstance(own, torch.Tensor):
                 of_method.append(own.detach())
-            return segmentation_loss(logits, labels) + own
+            return criterion(logits, labels) + own
 
         for epoch in range(begun.epoch, epochs):
             if curriculum is not None:

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from segm.model.heads import LinearBN
+from segm.model.segvit import SegViT
 
 
 class LinearDecoder(nn.Module):
@@ -94,18 +95,21 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DECODERS = ("linear", "mask_transformer", "linear_bn", "setr_naive", "setr_pup", "setr_mla", "upernet")
+DECODERS = ("linear", "mask_transformer", "linear_bn", "setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")
 
 
-def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any], depth: int) -> tuple[nn.Module, list[nn.Module]]:
+def create_decoder(
+    dim: int, n_cls: int, settings: Mapping[str, Any], depth: int, patch_side: int
+) -> tuple[nn.Module, list[nn.Module]]:
     """Build a decoder, and the auxiliary heads that are trained beside it.
 
     Args:
         dim: width of the encoder.
         n_cls: number of classes.
         settings: `name` and, for `mask_transformer`, optionally `n_layers`, `dropout`, `drop_path_rate`; for
-            `linear_bn` `n_blocks`.
+            `linear_bn` `n_blocks`; for `segvit` `n_layers`, `dropout`.
         depth: blocks of the encoder.
+        patch_side: pixels.
 
     Raises:
         ValueError: unknown name.
@@ -118,6 +122,8 @@ def create_decoder(dim: int, n_cls: int, settings: Mapping[str, Any], depth: int
         return MaskTransformer(dim, n_cls, **{k: settings[k] for k in names if settings.get(k) is not None}), []
     if name == "linear_bn":
         return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1), []
+    if name == "segvit":
+        return SegViT(dim, n_cls, depth, patch_side, settings.get("n_layers", 3), settings.get("dropout", 0.1)), []
     if name in DECODERS:
         from segm.model.openmmlab_heads import build  # imports mmseg, which the others do without
 

@@ -51,7 +51,9 @@ def create_segmenter(
             raise ValueError(f"the model has learned parts of {reduction.get('name')}: load it with segm.run.Run")
         parts(encoder, reduction)
     n_cls = net_kwargs["n_cls"]
-    decoder, aux_heads = create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks))
+    decoder, aux_heads = create_decoder(
+        encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks), min(encoder.patch_embed.patch_size)
+    )
     model = Segmenter(encoder, decoder, n_cls, aux_heads)
     if model.on_grid:
         encoder.norm.requires_grad_(False)  # blocks are read before it
@@ -108,7 +110,7 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
         ValueError: the architectures differ.
     """
     weights, own = dict(load_checkpoint(path)["model"]), model.state_dict()
-    last_layers = ("decoder.cls_emb", "decoder.mask_norm", "decoder.head")
+    last_layers = ("decoder.cls_emb", "decoder.mask_norm", "decoder.head", "decoder.query")
     of_classes = {name for name in own if name.startswith(last_layers) or ".conv_seg." in name}
     if not same_classes or any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
         logger.warning("%s has other classes: what belongs to the classes is learned anew", path)

@@ -1,7 +1,7 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from timm.models.eva import Eva
@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb"}
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb", "decoder.query"}
 
     def grid_logits(self, images: Tensor) -> Tensor:
         """Class logits per patch: the model without the upsampling.
@@ -97,12 +97,20 @@ class Segmenter(nn.Module):
         """images: (B, 3, H, W), normalized, any size -> logits (B, n_cls, H, W)."""
         return self._to_pixels(self.grid_logits(images), images.shape[-2:])
 
-    def all_logits(self, images: Tensor) -> list[Tensor]:
-        """Logits for a training step: those of `forward`, then those of the auxiliary heads, (B, n_cls, H, W) each."""
+    @property
+    def trains_apart(self) -> bool:
+        """Whether a training step takes more than logits: `training_outputs`."""
+        return len(self.aux_heads) > 0 or hasattr(self.decoder, "outputs")
+
+    def training_outputs(self, images: Tensor) -> list[Any]:
+        """What a training step takes: the logits of `forward`, or what the decoder's own loss is made of; then the
+        logits of the auxiliary heads, (B, n_cls, H, W) each."""
         size = images.shape[-2:]
-        if not len(self.aux_heads):
+        if not self.trains_apart:
             return [self(images)]
         found = self.decoder.neck(self.maps(images))
+        if hasattr(self.decoder, "outputs"):
+            return [self.decoder.outputs(found)]
         return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -171,13 +179,13 @@ class Segmenter(nn.Module):
         return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
 
 
-class WithAuxiliary(nn.Module):
-    """A Segmenter as it trains with its auxiliary heads; it shares the parameters."""
+class InTraining(nn.Module):
+    """A Segmenter that `trains_apart`, as it trains; it shares the parameters."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W) -> `Segmenter.all_logits`."""
-        return self.model.all_logits(images)
+    def forward(self, images: Tensor) -> list[Any]:
+        """images: (B, 3, H, W) -> `Segmenter.training_outputs`."""
+        return self.model.training_outputs(images)

@@ -11,12 +11,14 @@ from segm.engine import Precision, _update, segmentation_loss
 from segm.eval.comparison import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
-from segm.model.segmenter import WithAuxiliary
+from segm.model.segmenter import InTraining
+from segm.model.segvit import SegViT, Stage
 from segm.run import Run
+from segm.segvit_loss import segvit_loss
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
-HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet")}
+HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")}
 AUXILIARY = {"setr_naive": 3, "setr_pup": 3, "setr_mla": 4, "upernet": 1}
 DEVICE = ("--device", "cpu")
 CPU = torch.device("cpu")
@@ -45,6 +47,76 @@ def test_batch_norm_and_one_layer_on_the_last_blocks():
     for n_blocks in (0, 7):
         with pytest.raises(ValueError, match="encoder has 6"):
             LinearBN(4, 3, depth=6, n_blocks=n_blocks)
+
+
+@torch.inference_mode()
+def test_segvit_attends_and_adds_up_masks():
+    head = SegViT(128, 3, depth=12, patch_side=4, n_layers=2).eval()
+    assert head.reads == [11, 7, 5] and SegViT(128, 3, depth=24, patch_side=4).reads == [23, 15, 7]
+    maps = [torch.randn(2, 128, 3, 5) for _ in range(3)]
+    queries, total = head.query.expand(2, -1, -1), 0
+    for features, project, layers in zip(maps, head.inputs, head.stages, strict=True):
+        tokens = project(features.flatten(2).mT)
+        for layer in layers:
+            queries = layer.norm1(queries + layer.self_attn(queries, queries, queries)[0])
+            cross = torch.nn.MultiheadAttention(64, 2, batch_first=True).eval()
+            cross.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.k.weight, layer.v.weight]))
+            cross.in_proj_bias.copy_(torch.cat([layer.q.bias, layer.k.bias, layer.v.bias]))
+            cross.out_proj.load_state_dict(layer.proj.state_dict())
+            out, weights = cross(queries, tokens, tokens, average_attn_weights=False)
+            scores = torch.stack(
+                [
+                    layer.q(queries)[..., part] @ layer.k(tokens)[..., part].mT / 32**0.5
+                    for part in (slice(32), slice(32, 64))
+                ]
+            )
+            torch.testing.assert_close(scores.softmax(-1).transpose(0, 1), weights, atol=1e-5, rtol=1e-5)
+            queries = layer.norm2(queries + out)
+            queries = layer.norm3(queries + layer.mlp(queries))
+        total = total + scores.mean(0).view(2, 3, 3, 5)
+    masks = torch.nn.functional.interpolate(total, size=(12, 20), mode="bilinear").sigmoid()
+    presence = head.head(queries).softmax(-1)
+    expected = sum(presence[:, q, :3, None, None] * masks[:, q, None] for q in range(3))
+    torch.testing.assert_close(head(maps), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_segvit_says_what_is_there_and_where():
+    labels = torch.tensor([[[0, 0, 2, 255], [0, 2, 2, 255]], [[1, 1, 1, 1], [1, 1, 1, 1]]])
+    stages = [Stage(torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 2, 4)) for _ in range(2)]
+    expected = 0
+    for classes, masks in stages:
+        total, weights = 0, 0
+        for image, there in enumerate(({0, 2}, {1})):
+            for query in range(3):
+                target, weight = (query, 1.0) if query in there else (3, 0.1)
+                total, weights = total - weight * classes[image, query].log_softmax(-1)[target], weights + weight
+        expected = expected + total / weights
+        for image, query in ((0, 0), (0, 2), (1, 1)):
+            pixels = [(y, x) for y in range(2) for x in range(4) if labels[image, y, x] != 255]
+            p = torch.stack([masks[image, query, y, x].sigmoid() for y, x in pixels])
+            g = torch.tensor([float(labels[image, y, x] == query) for y, x in pixels])
+            right = p * g + (1 - p) * (1 - g)
+            focal = (-(0.25 * g + 0.75 * (1 - g)) * (1 - right) ** 2 * right.log()).mean()
+            dice = 1 - (2 * (p * g).sum() + 1) / (p.sum() + g.sum() + 1)
+            expected = expected + (20 * focal + dice) / 3
+    found = segvit_loss(stages, labels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    nothing = segvit_loss(stages, torch.full_like(labels, 255))
+    nothing.backward()
+    assert nothing > 0 and stages[0].classes.grad.isfinite().all()
+
+
+def test_segvit_learns(small_net):
+    model = create_segmenter(small_net | {"decoder": {"name": "segvit", "dropout": 0.0}})
+    images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
+    images[:, :, :, 16:] += 3
+    labels[:, :, 16:] = 3
+    optimizer = torch.optim.AdamW(model.parameters(), 0.003)
+    batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
+    for _ in range(60):
+        _update(InTraining(model), batch, optimizer, precision, CPU, segvit_loss)
+    assert (model.eval().predict(images) == labels).float().mean() > 0.95
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
 
 
 @torch.inference_mode()
@@ -92,12 +164,12 @@ def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_n
     images, labels = torch.randn(3, 3, 32, 32), torch.randint(0, 5, (3, 32, 32))
     for name, count in AUXILIARY.items():
         model = create_segmenter(small_net | {"decoder": {"name": name}})
-        assert len(model.aux_heads) == count and len(model.all_logits(images)) == 1 + count
-        for one in model.all_logits(images):
+        assert len(model.aux_heads) == count and len(model.training_outputs(images)) == 1 + count
+        for one in model.training_outputs(images):
             assert one.shape == (3, 5, 32, 32)
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
         batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
-        loss = _update(WithAuxiliary(model), batch, optimizer, precision, CPU, segmentation_loss)
+        loss = _update(InTraining(model), batch, optimizer, precision, CPU, segmentation_loss)
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert loss > 0 and without == [], name
         model.eval()
@@ -141,6 +213,8 @@ def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refuse
     assert "reads other features" in refused(
         train, "--log-dir", tmp_path / "c", "--finetune", folder, "--freeze-encoder", "--cache-features", 1, *common
     )
+    call(train, "--log-dir", tmp_path / "segvit", *start, "--decoder", "segvit", *merging, *common)
+    assert "mean_iou" in call(test, tmp_path / "segvit", "--max-images", 2, *DEVICE)
     assert "--decoder-blocks" in refused(
         train, "--log-dir", tmp_path / "d", *start, "--decoder", "linear", "--decoder-blocks", 2, *common
     )
