@@ -214,7 +214,9 @@ amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.
 device_option = click.option(
     "--device", type=Device(), default=default_device, show_default="cuda if there, else cpu", help="Where to compute."
 )
-max_images_option = click.option("--max-images", type=POSITIVE, help="Stop after this many images.  [default: all]")
+max_images_option = click.option(
+    "--max-images", type=POSITIVE, help="Use so many images, spread over the data set.  [default: all]"
+)
 batch_size_option = click.option(
     "--batch-size", type=POSITIVE, default=1, show_default=True, help="Images per forward pass."
 )

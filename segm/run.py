@@ -321,7 +321,7 @@ class Run:
             split, dataset: see `open`; or a split that is open already.
             windows: None: the run's.
             multiscale: six scales, each mirrored as well.
-            n_images: only the first so many images.
+            n_images: only so many images, spread over the data set.
             boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.eval.boundary`).
             on_image, progress: see `segm.eval.evaluate.evaluate`.
 

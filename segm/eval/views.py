@@ -25,7 +25,7 @@ class Views(Sequence[Tensor]):
         samples: the images.
         size: of the images, pixels.
         normalization: name.
-        n_images: only the first so many images; None: all.
+        n_images: only so many images, spread over all of them; None: all.
         batch_size: images per batch; what does not fill the last one is left out, unless nothing else is there.
         duplicate: fill every batch with copies of one image, so that adaptive methods keep its own token count.
         device, dtype: of the batches.
@@ -45,6 +45,7 @@ class Views(Sequence[Tensor]):
     ) -> None:
         n_images = min(n_images or len(samples), len(samples))
         self.samples, self.size, self.normalization = samples, pair(size), normalization
+        self.n_images = n_images
         self.batch_size, self.duplicate = batch_size if duplicate else min(batch_size, n_images), duplicate
         self.n_batches = n_images if duplicate else n_images // self.batch_size
         self.device, self.dtype = device, dtype
@@ -61,5 +62,6 @@ class Views(Sequence[Tensor]):
         return torch.cat([self._view(i) for i in range(start, start + self.batch_size)])
 
     def _view(self, index: int) -> Tensor:
-        view = resized_view(self.samples[index].image, self.size, self.normalization)
+        sample = self.samples[index * len(self.samples) // self.n_images]
+        view = resized_view(sample.image, self.size, self.normalization)
         return view.to(device=self.device, dtype=self.dtype)
