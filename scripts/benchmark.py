@@ -21,6 +21,7 @@ from segm.data.images import resized_view
 from segm.eval.comparison import measure, profile_merges, settings_for
 from segm.eval.environment import environment
 from segm.files import write_text
+from segm.model.decoder import DECODERS
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 from segm.tables import markdown
@@ -72,6 +73,9 @@ PROFILE_ROWS = 12
     help="Share of the patch tokens that the settings shall leave.",
 )  # fmt: skip
 @click.option("--budget", is_flag=True, help="Give methods the exact number of tokens, where they take one.")
+@click.option(
+    "--decoder", type=click.Choice(DECODERS), default="mask_transformer", show_default=True, help="Of the models."
+)
 @click.option("--n-cls", type=click.IntRange(min=1), default=150, show_default=True, help="Classes.")
 @click.option("--images", type=click.Choice(["shapes", "camvid"]), default="shapes", show_default=True)
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
@@ -89,6 +93,7 @@ def main(
     dtypes: tuple[str, ...],
     tokens: float,
     budget: bool,
+    decoder: str,
     n_cls: int,
     images: str,
     batches: int,
@@ -109,7 +114,7 @@ def main(
     cases = list(product(models, sides, batch_sizes, dtypes, methods))
     rows = []
     for model_name, side, batch_size, dtype, method in tqdm(cases, desc="benchmark", unit="row", leave=False):
-        model = build_model(model_name, side, n_cls, device, DTYPES[dtype])
+        model = build_model(model_name, side, n_cls, device, DTYPES[dtype], decoder)
         patch.add_modules(model.encoder, method)
         views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
         options = settings_for(model, method, views, round(tokens * (side // 16) ** 2), budget=budget)
@@ -131,10 +136,12 @@ def main(
         sys.exit(bool(missed))
 
 
-def build_model(name: str, side: int, n_cls: int, device: torch.device, dtype: torch.dtype | None) -> Segmenter:
+def build_model(
+    name: str, side: int, n_cls: int, device: torch.device, dtype: torch.dtype | None, decoder: str = "mask_transformer"
+) -> Segmenter:
     """A Segmenter with random weights; name: T, S, B or L; side: pixels; dtype None: float32."""
     torch.manual_seed(0)
-    net = {"backbone": BACKBONES[name], "image_size": side, "n_cls": n_cls, "decoder": {"name": "mask_transformer"}}
+    net = {"backbone": BACKBONES[name], "image_size": side, "n_cls": n_cls, "decoder": {"name": decoder}}
     return create_segmenter(net).eval().to(device=device, dtype=dtype)
 
 

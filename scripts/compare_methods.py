@@ -6,6 +6,7 @@ python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --e
 
 import copy
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def setting(
     name, low, high = KNOBS[method]
     whole = name == "r"
     if whole:
-        high = 2 * patch_count(model) // len(model.encoder.blocks)
+        high = 2 * math.prod(model.grid(views[0].shape[-2:])) // len(model.encoder.blocks)
     best: tuple[float, dict[str, Any]] | None = None
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -185,12 +186,6 @@ def setting(
             break
     assert best is not None
     return best[1]
-
-
-def patch_count(model: Any) -> int:
-    """Patches of an image."""
-    grid = model.encoder.patch_embed.grid_size
-    return int(grid[0] * grid[1])
 
 
 def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, n_views: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import yaml
 from compare_methods import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, setting
 from real_classification import classify
 from real_speed import PHOTOS, measure_speed
-from real_tokens import kept_share, purity, region_sheet, similarities
+from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
 
 import patch
@@ -43,10 +43,14 @@ SMALL = ("pole", "sign-symbol", "pedestrian", "bicyclist")  # thin or small on t
 SPLITS = ("val", "test")
 SEEDS = (0, 1, 2)
 FROZEN = ["--config", "dinov2_camvid_frozen"]
+WHOLE = ["--crop-size", "336", "448", "--epochs", "1", "--eval-freq", "1", "--warmup-epochs", "0"]  # the last epoch
+WHOLE += ["--learning-rate", "0.0001"]
+SLOW = ["--learning-rate", "0.001", "--minlearning-rate", "0.00001"]
 TRAININGS = {
     **{f"frozen_{seed}": [*FROZEN, "--seed", str(seed)] for seed in SEEDS},
-    "linear": [*FROZEN, "--decoder", "linear", "--learning-rate", "0.01"],
-    "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
+    "mask_transformer": [*FROZEN, "--decoder", "mask_transformer", *SLOW],
+    "crops": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
+    "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/crops", *WHOLE],
 }
 FROZEN_RUN = "frozen_0"
 BEST = "tuned"  # on which merging is measured
@@ -74,7 +78,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
 }
 AUTO_LAYERS = [1, 2, 3, 4]
 TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
-LONGER = ["--config", "dinov2_camvid_tuned", "--epochs", "4", "--eval-freq", "4"]
+LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
 STAGES = {
     "applied": "applied: mIoU (small classes)",
@@ -82,6 +86,7 @@ STAGES = {
     "everything": "everything trained",
 }
 CLASSIFIED = (0.75, 0.5)  # shares of the tokens that are left
+FRONT = 0  # of these images, the one of the first picture
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
@@ -189,7 +194,8 @@ def methods(real: Real) -> str:
 
 def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None, **fixed: Any) -> Setting:
     """The setting of a method that leaves a share of the tokens at the end; fixed: its other options."""
-    whole = mean_tokens(run.model, views)
+    whole = math.prod(run.model.grid(views[0].shape[-2:]))
+    views = views[:1] if patch.find(method).static else views  # the same number in every image
     return Setting(method, setting(run.model, method, views, share * whole, mean_tokens, **fixed), im_size)
 
 
@@ -351,7 +357,9 @@ def tokens(real: Real) -> str:
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, PURE_AT, views).of(run) for name in PURE_OF}
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
-    write_picture(real.out / "regions.png", region_sheet(chosen, samples[:N_PICTURES]))
+    write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[FRONT]))
+    # Not among the results: these are photographs, whose license may forbid to show them.
+    write_picture(real.work / "regions.png", region_sheet(chosen, samples[:N_PICTURES]))
     record = environment(real.device) | {"kept": kept, "purity": pure, "images": [sample.name for sample in samples]}
     record["similarity"] = {layer: [float(v.mean()), float(v.std())] for layer, v in values.items()}
     write_text(real.out / "tokens.json", json.dumps(record, indent=2) + "\n")
@@ -432,7 +440,7 @@ STEPS: dict[str, Callable[[Real], str]] = {
 @click.option(
     "--steps", type=Listed(str, lambda: STEPS), default=",".join(STEPS), show_default=True, help="What to make."
 )
-@click.option("--max-images", type=click.IntRange(min=1), help="Images for the scores.  [default: all]")
+@click.option("--max-images", type=click.IntRange(min=1), help="Images to score, spread over all.  [default: all]")
 @device_option
 def main(
     weights: Path | None, work: Path, out: Path, steps: tuple[str, ...], max_images: int | None, device: torch.device

@@ -74,7 +74,7 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     for name in (
         "models.md",
         "tokens.md",
-        "regions.png",
+        "front.png",
         "similarities.png",
         "methods.md",
         "frontier.md",
