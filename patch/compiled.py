@@ -58,8 +58,8 @@ def compile(
         raise ValueError(f"{model.merging.method.name} cannot be compiled: it undoes its merge inside of the encoder")
     if hasattr(model, "merging") and model.merging.method.place_of(model.merging.options) == "ahead":
         raise ValueError(f"{model.merging.method.name} cannot be compiled in this form: a merge reuses attention")
-    if getattr(model, "on_grid", False):
-        raise ValueError("a Segmenter whose decoder reads blocks of the encoder cannot be compiled")
+    if getattr(model, "on_grid", False) or getattr(model, "joins", False):
+        raise ValueError("a Segmenter whose decoder reads or joins blocks of the encoder cannot be compiled")
     options = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
     watchers = Watchers([*model.encoder.modules(), *model.decoder.modules()])
     compilation = Compilation(bucket, options, watchers, merges=hasattr(model, "merging"))

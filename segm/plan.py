@@ -127,7 +127,10 @@ class Settings:
     dropout: float = setting(SHARE, "net.dropout", "In the encoder.", 0.0)
     decoder_dropout: float | None = setting(SHARE, "net.decoder.dropout", "In the decoder.", shown="0.1")
     decoder_blocks: int | None = setting(
-        POSITIVE, "net.decoder.n_blocks", "Blocks of the encoder that linear_bn reads, the last ones.", shown="1"
+        POSITIVE,
+        "net.decoder.n_blocks",
+        "Last blocks of the encoder, which linear_bn reads or queries of eomt join.",
+        shown="1; 3",
     )
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder.", 0.1)
     batch_size: int = setting(

@@ -8,13 +8,13 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from segm.data.sample import IGNORE_LABEL
-from segm.model.segvit import Stage, resized
+from segm.model.masks import Prediction, resized
 
 ABSENT_WEIGHT = 0.1  # of the class "not in this image"
 FOCAL_WEIGHT = 20.0
 
 
-def segvit_loss(stages: Sequence[Stage], labels: Tensor) -> Tensor:
+def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
     """The sum over the stages: which classes are in an image, and where (section 3.3).
 
     Query c belongs to class c, so nothing is matched. Pixels without a label are left out.

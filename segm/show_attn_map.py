@@ -104,7 +104,8 @@ def main(
     label_maps = {"pred": model.predict(view)[0].cpu().numpy()}
     if sample.label is not None:
         label_maps["gt"] = cv2.resize(sample.label, size[::-1], interpolation=cv2.INTER_NEAREST)
-    first = model.encoder.num_prefix_tokens if enc else 0
+    joined = model.queries_in(layer_id) if enc else 0  # in front of CLS
+    first = joined + model.encoder.num_prefix_tokens if enc else 0
     n_tokens = weights.shape[-1] - (first if enc else model.n_cls)  # that carry patches
     if before is None:
         queries = []  # the tokens that this layer sees are no groups of patches: attention has no place to be drawn at
@@ -112,7 +113,7 @@ def main(
         index = place[1] * grid[1] + place[0]
         queries = [Query("patch_{}_{}".format(*place), first + before[index], index)]
     else:
-        queries = [Query("cls", 0)] if enc else class_queries(names, classes, label_maps["pred"], n_tokens)
+        queries = [Query("cls", joined)] if enc else class_queries(names, classes, label_maps["pred"], n_tokens)
 
     factor = magnification(photo.shape[:2])
     photo, patch_size = enlarge(photo, factor), tuple(factor * length for length in model.patch_size)

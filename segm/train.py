@@ -16,6 +16,7 @@ from segm.checkpoint import LAST, Progress, restore, training_state
 from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Position, Precision, compile_blocks, create_loader, segmentation_loss, train_one_epoch
+from segm.eomt_loss import eomt_loss
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, Head
@@ -34,7 +35,7 @@ from segm.runlog import RunLog
 from segm.segvit_loss import segvit_loss
 from segm.variant import read_variant
 
-OWN_LOSSES = {"segvit": segvit_loss}  # of decoders that learn from more than logits
+OWN_LOSSES = {"segvit": segvit_loss, "eomt": eomt_loss}  # of decoders that learn from more than logits
 AUTO = "auto"
 N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds
 
@@ -244,6 +245,8 @@ def freeze(model: Segmenter, plan: Plan) -> None:
         model.requires_grad_(False)
     elif plan.settings.freeze_encoder:
         model.encoder.requires_grad_(False)
+        if model.joins:
+            model.encoder.queries.requires_grad_(True)
     for parameter in learned:
         parameter.requires_grad_(True)
 
@@ -344,6 +347,8 @@ def train(
         for epoch in range(begun.epoch, epochs):
             if curriculum is not None:
                 patch.set_threshold(model, curriculum.threshold(epoch))
+            if model.joins:
+                model.decoder.anneal(epoch / epochs)
             entry = {"epoch": epoch, "threshold": merging_of(model)["threshold"]}
             position = position or Position.beginning(device)
             entry |= train_one_epoch(

@@ -197,7 +197,8 @@ class PatchedBlock(Patched):
         if "attention" in self.places:
             x = self._arrange(self._merge("attention", x, here), here)
         x = self._merge("block", self.feed(x, here), here)
-        return here.finish(here.unpack(x), self.neighbors[0]) if self.last else x
+        x = here.unpack(x) if self.last else x
+        return here.finish(x, self.neighbors[0]) if self.index == self.merging.target.depth - 1 else x
 
     def begin(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
         """`attend`, after a look at the input of the block."""

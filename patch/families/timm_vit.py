@@ -50,7 +50,7 @@ class PatchedTimmEncoder(PatchedModel):
         with self.merging.encode(TimmViT().grid(self, x.shape[-2:])) as here:
             here.encoder = self
             x = own.forward_features(x, **arguments)
-            return here.unmerge(x, self.merging.prefix) if here.alone else x
+            return here.unmerge(x, self.blocks[-1].neighbors[0]) if here.alone else x
 
     def forward_intermediates(
         self,
@@ -97,8 +97,14 @@ class TimmFamily(Family):
     def prefix(self, model: nn.Module) -> int:
         return int(model.num_prefix_tokens)
 
+    def in_front(self, model: nn.Module, index: int) -> tuple[int, bool]:
+        own, end = super().in_front(model, index)
+        before = len(self.blocks(model)) - getattr(model, "n_joined", 0)  # blocks before queries join, if any do
+        return own + (n_queries(model) if index > before else 0), end or (n_queries(model) > 0 and index == before)
+
     def has_cls(self, model: nn.Module) -> bool:
-        return getattr(model, "cls_token", None) is not None
+        # Behind queries the CLS token is not the first one.
+        return getattr(model, "cls_token", None) is not None and not n_queries(model)
 
     def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
         embed: Any = model.patch_embed
@@ -115,6 +121,12 @@ class TimmViT(TimmFamily):
 
     def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         return model.norm_pre(model._pos_embed(model.patch_embed(images))), [None] * len(model.blocks)
+
+
+def n_queries(model: nn.Module) -> int:
+    """Number of learned queries that join the tokens of the last blocks; 0: none do."""
+    queries = getattr(model, "queries", None)
+    return 0 if queries is None else queries.shape[1]
 
 
 def check_blocks(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:

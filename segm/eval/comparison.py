@@ -380,7 +380,8 @@ def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tenso
 def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str, Call]:
     """The merge of every layer by itself, and undoing all of them, as functions of a batch."""
     method = patch.find(patch.method(merged))
-    merge, width = method.merge, merged.n_cls if method.undo == "decoder" else merged.encoder.embed_dim
+    of_logits = method.undo == "decoder" and not (merged.on_grid or merged.joins)
+    merge, width = method.merge, merged.n_cls if of_logits else merged.encoder.embed_dim
     layers = next(iter(recorded.values())).steps
     calls: dict[str, Call] = {f"merge_{layer}": _repeated(recorded, merge, layer) for layer in layers}
     totals = {address: merges.total for address, merges in recorded.items()}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from segm.model.eomt import EoMT
 from segm.model.heads import LinearBN
 from segm.model.segvit import SegViT
 
@@ -95,7 +96,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DECODERS = ("linear", "mask_transformer", "linear_bn", "setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")
+OPENMMLAB = ("setr_naive", "setr_pup", "setr_mla", "upernet")
+DECODERS = ("linear", "mask_transformer", "linear_bn", *OPENMMLAB, "segvit", "eomt")
 
 
 def create_decoder(
@@ -107,7 +109,7 @@ def create_decoder(
         dim: width of the encoder.
         n_cls: number of classes.
         settings: `name` and, for `mask_transformer`, optionally `n_layers`, `dropout`, `drop_path_rate`; for
-            `linear_bn` `n_blocks`; for `segvit` `n_layers`, `dropout`.
+            `linear_bn` `n_blocks`; for `segvit` `n_layers`, `dropout`; for `eomt` `n_queries`, `n_blocks`.
         depth: blocks of the encoder.
         patch_side: pixels.
 
@@ -124,7 +126,9 @@ def create_decoder(
         return LinearBN(dim, n_cls, depth, settings.get("n_blocks") or 1), []
     if name == "segvit":
         return SegViT(dim, n_cls, depth, patch_side, settings.get("n_layers", 3), settings.get("dropout", 0.1)), []
-    if name in DECODERS:
+    if name == "eomt":
+        return EoMT(dim, n_cls, patch_side, settings.get("n_queries", 100), settings.get("n_blocks", 3)), []
+    if name in OPENMMLAB:
         from segm.model.openmmlab_heads import build  # imports mmseg, which the others do without
 
         return build(name, dim, n_cls, depth)

@@ -13,6 +13,7 @@ from segm.checkpoint import checkpoint_file, load_checkpoint
 from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
+from segm.model.eomt import join
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
 from segm.variant import read_variant, variant_file
@@ -45,6 +46,8 @@ def create_segmenter(
     if missing:
         raise ValueError(f"net_kwargs lack {', '.join(missing)}: they need backbone, n_cls and decoder")
     encoder = create_encoder(net_kwargs, pretrained)
+    if net_kwargs["decoder"].get("name") == "eomt":
+        join(encoder, net_kwargs["decoder"].get("n_queries", 100), net_kwargs["decoder"].get("n_blocks", 3))
     reduction = net_kwargs.get("reduction")
     if reduction:
         if parts is None:

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
+from segm.model.masks import Prediction
 from segm.model.upsample import label_map, upsample
 
 
@@ -45,11 +46,27 @@ class Segmenter(nn.Module):
     @property
     def scale(self) -> int:
         """Rows and columns of logits per patch."""
-        return self.decoder.scale if self.on_grid else 1
+        return getattr(self.decoder, "scale", 1)
+
+    @property
+    def joins(self) -> bool:
+        """Whether queries join the tokens of the last blocks (`segm.model.eomt`)."""
+        return hasattr(self.encoder, "queries")
+
+    def queries_in(self, layer_id: int) -> int:
+        """How many queries are among the tokens of a block of the encoder; layer_id: counted from 0."""
+        joined = self.joins and layer_id >= len(self.encoder.blocks) - self.encoder.n_joined
+        return self.decoder.n_queries if joined else 0
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens merge on the way; see `patch.apply`."""
+        return "merging" in vars(self)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {"decoder.cls_emb", "decoder.query"}
+        own = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return own | {"decoder.cls_emb", "decoder.query", "encoder.queries"}
 
     def grid_logits(self, images: Tensor) -> Tensor:
         """Class logits per patch: the model without the upsampling.
@@ -63,6 +80,9 @@ class Segmenter(nn.Module):
         """
         if self.on_grid:
             return self.decoder(self.decoder.neck(self.maps(images)))
+        if self.joins:
+            found = self.encoder.forward_features(self._pad(images))
+            return self.decoder(*self._parted(found, self.grid(images.shape[-2:])))
         return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -108,10 +128,30 @@ class Segmenter(nn.Module):
         size = images.shape[-2:]
         if not self.trains_apart:
             return [self(images)]
+        if self.joins:
+            return [self._guided(images)]
         found = self.decoder.neck(self.maps(images))
         if hasattr(self.decoder, "outputs"):
             return [self.decoder.outputs(found)]
         return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
+
+    def _parted(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(B, Q + P + N, D) -> queries (B, Q, D) and patches (B, D, gh, gw)."""
+        n_queries = self.decoder.n_queries
+        return x[:, :n_queries], self.to_grid(x[:, n_queries + self.encoder.num_prefix_tokens :], grid)
+
+    def _guided(self, images: Tensor) -> list[Prediction]:
+        """What the queries predict in front of every block that they are in, and behind the last one. Their attention
+        is masked by it, unless tokens merge: then they predict once, at the end."""
+        grid, found = self.grid(images.shape[-2:]), []
+
+        def guide(index: int, x: Tensor) -> Tensor:
+            found.append(self.decoder.outputs(*self._parted(x, grid)))
+            return self.decoder.mask(index, found[-1].masks, grid, x.shape[1])
+
+        more = {} if self.merges else {"guide": guide}
+        x = self.encoder.forward_features(self._pad(images), **more)
+        return [*found, self.decoder.outputs(*self._parted(x, grid))]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits of images from what their encoder gave.

@@ -1,25 +1,13 @@
 """SegViT's decoder, first version: class queries attend to blocks of the encoder, and their attention is the mask."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segm.model.masks import Prediction, class_scores
+
 HEAD_WIDTH = 32
-
-
-class Stage(NamedTuple):
-    """What the decoder knows after a stage.
-
-    Attributes:
-        classes: (B, K, K + 1), class logits of every query; the last class is "not in this image".
-        masks: (B, K, gh, gw), mask logits of every query, summed up over the stages so far.
-    """
-
-    classes: Tensor
-    masks: Tensor
 
 
 class AttentionToMask(nn.Module):
@@ -95,11 +83,9 @@ class SegViT(nn.Module):
         They are no logits: windows are averaged as they are.
         """
         last = self.outputs(maps)[-1]
-        size = [side * self.scale for side in last.masks.shape[2:]]
-        masks = resized(last.masks, size).sigmoid()
-        return torch.einsum("bqc,bqhw->bchw", last.classes.softmax(-1)[..., :-1], masks)
+        return class_scores(last, [side * self.scale for side in last.masks.shape[2:]])
 
-    def outputs(self, maps: Sequence[Tensor]) -> list[Stage]:
+    def outputs(self, maps: Sequence[Tensor]) -> list[Prediction]:
         """What is trained: every stage, of the deepest block first; maps as for `forward`."""
         queries, found = self.query.expand(len(maps[0]), -1, -1), []
         total = 0
@@ -108,13 +94,8 @@ class SegViT(nn.Module):
             for layer in layers:
                 queries, scores = layer(queries, tokens)
             total = total + scores.unflatten(2, features.shape[2:])
-            found.append(Stage(self.head(queries), total))
+            found.append(Prediction(self.head(queries), total))
         return found
-
-
-def resized(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, K, h, w) -> (B, K, *size)"""
-    return F.interpolate(masks, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def read_blocks(depth: int) -> list[int]:

@@ -64,7 +64,7 @@ def layer_scale(name: str, depth: int, encoder: float, decay: float) -> float:
         decay: from 0 to 1; 1: none.
     """
     part, *rest = name.split(".")
-    if part != "encoder":
+    if part != "encoder" or rest[0] == "queries":  # these are learned anew
         return 1.0
     if rest[0] == "blocks":
         return encoder * decay ** (depth - int(rest[1]))

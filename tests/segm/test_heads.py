@@ -1,5 +1,6 @@
 """Decoders that read blocks of the encoder as maps: alone, with every method, and in the commands."""
 
+import copy
 import json
 
 import pytest
@@ -11,8 +12,9 @@ from segm.engine import Precision, _update, segmentation_loss
 from segm.eval.comparison import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
+from segm.model.masks import Prediction
 from segm.model.segmenter import InTraining
-from segm.model.segvit import SegViT, Stage
+from segm.model.segvit import SegViT
 from segm.run import Run
 from segm.segvit_loss import segvit_loss
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
@@ -20,6 +22,13 @@ from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
 HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")}
 AUXILIARY = {"setr_naive": 3, "setr_pup": 3, "setr_mla": 4, "upernet": 1}
+FAMILIES = {  # beside timm's plain ViT with a CLS token
+    "distilled": {"backbone": "deit_tiny_distilled_patch16_224", "distilled": True},
+    "registers": {"backbone": "vit_small_patch14_reg4_dinov2"},
+    "no CLS": {"backbone": "vit_base_patch16_siglip_224"},
+    "rotary": {"backbone": "eva02_tiny_patch14_224"},
+    "rotary, registers": {"backbone": "vit_small_patch16_dinov3"},
+}
 DEVICE = ("--device", "cpu")
 CPU = torch.device("cpu")
 
@@ -82,7 +91,7 @@ def test_segvit_attends_and_adds_up_masks():
 
 def test_the_loss_of_segvit_says_what_is_there_and_where():
     labels = torch.tensor([[[0, 0, 2, 255], [0, 2, 2, 255]], [[1, 1, 1, 1], [1, 1, 1, 1]]])
-    stages = [Stage(torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 2, 4)) for _ in range(2)]
+    stages = [Prediction(torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 2, 4)) for _ in range(2)]
     expected = 0
     for classes, masks in stages:
         total, weights = 0, 0
@@ -154,6 +163,33 @@ def test_every_method_gives_the_head_all_patches(model):
             torch.testing.assert_close(model(images), plain)
     with pytest.raises(ValueError, match="cannot be compiled"):
         patch.compile(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_every_method_with_every_head_on_every_family(family, small_net):
+    images = different_images()
+    heads = HEADS | ({} if "rotary" in family else {"eomt": {"name": "eomt", "n_queries": 5, "n_blocks": 2}})
+    for name, decoder in heads.items():
+        model = create_segmenter(small_net | FAMILIES[family] | {"decoder": decoder}).eval()
+        plain = model(images)
+        patch.apply(model, "graph", layers=[2], threshold=1.0)
+        torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
+        patch.remove(model)
+        for method, options in METHOD_OPTIONS.items():
+            one = copy.deepcopy(model)
+            with_parts(one.encoder, method)
+            if method == "diffrate" and (family == "no CLS" or name == "eomt"):
+                continue
+            patch.apply(one, method, **options)
+            together = one(images)
+            alone = torch.cat([one(image[None]) for image in images])
+            case = f"{family}, {name}, {method}"
+            torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4, msg=lambda text, c=case: f"{c}: {text}")
+            assert together.shape == plain.shape, case
+            most = 16 + 3 * (method == "clustvit")  # whose random clusters may leave all but a few
+            assert patch.reduction(one).counts.max() < most, case
 
 
 def fail(*_):
