@@ -59,7 +59,7 @@ NO_TRAINING = tuple(name for name in KNOBS if name not in NEEDS_TRAINING)
 SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
 FRONTIER = {"graph": (0.9, 0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.75, 0.5, 0.3)}
 VIEWS = 4  # images that settings are found with
-COST_IMAGES = 6
+COST_IMAGES = 4
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
 FASTER = {"graph": 0.6, "tome": 0.5}  # method -> share of the tokens, for the whole way
@@ -80,6 +80,15 @@ AUTO_LAYERS = [1, 2, 3, 4]
 TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
 LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
+ON_TUNED = ["--config", "dinov2_camvid_tuned", *WHOLE, "--epochs", "4", "--eval-freq", "4"]
+NEW_HEAD = [*ON_TUNED, "--pretrained", f"{{work}}/{BEST}/checkpoint_best.pth", "--freeze-encoder"]
+NEW_HEAD += ["--encoder-lr-mult", "1", "--layer-decay", "1", "--learning-rate", "0.001"]
+HEADS = {
+    "linear_bn": [*NEW_HEAD, "--decoder", "linear_bn"],
+    "setr_pup": [*NEW_HEAD, "--decoder", "setr_pup"],
+    "eomt": [*NEW_HEAD, "--decoder", "eomt"],
+    "clustvit": [*ON_TUNED, "--finetune", f"{{work}}/{BEST}", "--patch-type", "clustvit"],
+}
 STAGES = {
     "applied": "applied: mIoU (small classes)",
     "decoder": "decoder trained",
@@ -147,7 +156,7 @@ def train(real: Real, name: str, options: Sequence[str]) -> None:
     if is_finished(folder):
         return
     own = ["--resume"] if (folder / LAST).exists() else [option.format(work=real.work) for option in options]
-    if "--config" in own and "--finetune" not in own and real.weights is not None:
+    if "--config" in own and not {"--finetune", "--pretrained"} & {*own} and real.weights is not None:
         own += ["--pretrained", str(real.weights)]
     command = ["segm/train.py", "--log-dir", str(folder), "--device", str(real.device), *own]
     command += ["--feature-folder", str(real.work / "features")]
@@ -337,6 +346,32 @@ def trained(real: Real) -> str:
     )
 
 
+def heads(real: Real) -> str:
+    """Other decoders on the encoder of the best model, which stays as it is; and ClustViT, which learns to merge."""
+    rows = []
+    for name, options in tqdm({"linear": [], **HEADS}.items(), desc="heads", unit="run", leave=False):
+        if options:
+            train(real, name, options)
+        run = real.run(name if options else BEST)
+        settings = {Setting(): (PURE, 1.0)}
+        if run.method == PURE:
+            views = [*run.views(DATASET, VIEWS)]
+            for method, share in TRAINED.items():
+                settings[at_share(run, method, share, views)] = method, share
+        else:
+            settings[Setting(run.method, run.options)] = run.method, 0.0
+        rows += [row | {"head": name} for row in measured(real, f"heads_{name}", run.unpatched(), settings)]
+    columns = {
+        "model": "{head}",
+        "method": "{label}",
+        "tokens": "{tokens:.0f}",
+        "mIoU (small classes)": "{mean_iou:.2f} ({small_iou:.2f})",
+        "images/s": "{images_per_second:.2f}",
+        "realised share": "{realised_share:.2f}",
+    }
+    return markdown(columns, rows)
+
+
 # ---------------------------------------------------------------------------------------------- what merges
 
 
@@ -415,6 +450,7 @@ STEPS: dict[str, Callable[[Real], str]] = {
     "frontier": frontier,
     "ablations": ablations,
     "trained": trained,
+    "heads": heads,
     "tokens": tokens,
     "speed": speed,
     "classification": classification,

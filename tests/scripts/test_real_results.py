@@ -46,6 +46,7 @@ def script(monkeypatch, shapes_run, tmp_path):
         "TRAINED": {"tome": 0.5},
         "LONGER": SHORT,
         "DECODER_ALONE": [*SHORT, "--freeze-encoder"],
+        "HEADS": {"clustvit": [*FROM_RUN, "--patch-type", "clustvit", "--injection-point", "2"]},
     }
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
@@ -77,6 +78,7 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
         "front.png",
         "similarities.png",
         "methods.md",
+        "heads.md",
         "frontier.md",
         "methods_time.png",
         "frontier_boundary_iou.png",
