@@ -22,6 +22,7 @@ from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
 from segm.data.images import resize_to
 from segm.eval.comparison import compare
 from segm.eval.environment import environment
+from segm.eval.views import spread
 from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
@@ -238,7 +239,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
         layer = max(run.options["layers"][0], 1) if merging else min(LAYER, len(model.encoder.blocks))
     images = []
     with patch.edges(model.encoder, layer) as edges:
-        for index in range(min(n_images, len(dataset))):
+        for index in spread(n_images, len(dataset)):
             sample = dataset[index]
             model.grid_logits(run.resized(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
@@ -278,7 +279,7 @@ def picture_blocks(
     """
     blocks: list[str] = []
     seen: set[int] = set()
-    for index in tqdm(range(min(n_images, len(dataset))), desc="pictures", unit="image", leave=False):
+    for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
         photo = resize_to(sample.image, runs[0].crop_size)
         truth = np.full(sample.image.shape[:2], IGNORE_LABEL, np.uint8) if sample.label is None else sample.label

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from segm import parallel
 from segm.data import Sample, SegmentationDataset
 from segm.eval.sliding import Model, Windows, predict_labels
+from segm.eval.views import spread
 from segm.metrics import confusion_matrix
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -62,7 +63,7 @@ def evaluate(
         dataset: an evaluation split of `segm.data`.
         windows: `segm.eval.sliding.Windows`.
         ratios, flip: see `image_views`.
-        n_images: only so many images, spread over the data set: those that follow each other are often alike.
+        n_images: only so many images, spread over the data set.
         workers: processes that read images.
         progress: show a bar.
         on_image: called with (sample, label map (H, W) int64 on the device) after every image of this process.
@@ -70,8 +71,8 @@ def evaluate(
     Returns:
         (C, C), int64, on the CPU; rows are true classes.
     """
-    n_images = len(dataset) if n_images is None else min(n_images, len(dataset))
-    mine = [index * len(dataset) // n_images for index in range(parallel.rank(), n_images, parallel.world_size())]
+    chosen = spread(len(dataset) if n_images is None else n_images, len(dataset))
+    mine = chosen[parallel.rank() :: parallel.world_size()]
     options: dict[str, Any] = {"collate_fn": as_is, "worker_init_fn": parallel.start_worker}
     loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, **options)
     confusion = torch.zeros(dataset.n_cls, dataset.n_cls, dtype=torch.long, device=device)

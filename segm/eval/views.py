@@ -18,6 +18,12 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
+def spread(n_images: int, total: int) -> list[int]:
+    """Indices of so many images of all, at equal distances: those that follow each other are often alike."""
+    n_images = min(n_images, total)
+    return [index * total // n_images for index in range(n_images)]
+
+
 class Views(Sequence[Tensor]):
     """Images resized to one size (ratio not kept) and normalized, in batches (B, 3, H, W), read on demand.
 
@@ -45,7 +51,7 @@ class Views(Sequence[Tensor]):
     ) -> None:
         n_images = min(n_images or len(samples), len(samples))
         self.samples, self.size, self.normalization = samples, pair(size), normalization
-        self.n_images = n_images
+        self.indices = spread(n_images, len(samples))
         self.batch_size, self.duplicate = batch_size if duplicate else min(batch_size, n_images), duplicate
         self.n_batches = n_images if duplicate else n_images // self.batch_size
         self.device, self.dtype = device, dtype
@@ -62,6 +68,5 @@ class Views(Sequence[Tensor]):
         return torch.cat([self._view(i) for i in range(start, start + self.batch_size)])
 
     def _view(self, index: int) -> Tensor:
-        sample = self.samples[index * len(self.samples) // self.n_images]
-        view = resized_view(sample.image, self.size, self.normalization)
+        view = resized_view(self.samples[self.indices[index]].image, self.size, self.normalization)
         return view.to(device=self.device, dtype=self.dtype)
