@@ -42,7 +42,8 @@ def test_views_are_the_images_resized_to_a_square():
     dataset = create_dataset("shapes", "val")
     views = Views(dataset, 32, "vit", 5, batch_size=2)
     assert len(views) == 2  # the fifth image fills no batch
-    expected = torch.cat([resized_view(dataset[i].image, 32, "vit") for i in (2, 3)])
+    places = [i * len(dataset) // 5 for i in (2, 3)]  # at equal distances
+    expected = torch.cat([resized_view(dataset[i].image, 32, "vit") for i in places])
     assert torch.equal(views[1], expected) and len([*views]) == 2
     copies = Views(dataset, 32, "vit", 5, batch_size=3, duplicate=True, dtype=torch.bfloat16)
     assert len(copies) == 5 and copies[4].shape == (3, 3, 32, 32) and copies[4].dtype == torch.bfloat16
