@@ -15,6 +15,8 @@ def is_segmenter(model: nn.Module) -> bool:
 class PatchedSegmenter(PatchedModel):
     """A Segmenter: a pass begins with the images and ends with the logits of all patches."""
 
+    guides = False
+
     def grid_logits(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, C, gh, gw)"""
         own: Any = super()

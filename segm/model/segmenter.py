@@ -21,7 +21,12 @@ class Segmenter(nn.Module):
         decoder: from `segm.model.decoder.create_decoder`.
         n_cls: number of classes.
         aux_heads: decoders that are trained beside a decoder on the grid, and take the same.
+
+    Attributes:
+        guides: whether attention of queries may be masked in training: not where tokens are no patches.
     """
+
+    guides = True
 
     def __init__(
         self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int, aux_heads: Iterable[nn.Module] = ()
@@ -57,11 +62,6 @@ class Segmenter(nn.Module):
         """How many queries are among the tokens of a block of the encoder; layer_id: counted from 0."""
         joined = self.joins and layer_id >= len(self.encoder.blocks) - self.encoder.n_joined
         return self.decoder.n_queries if joined else 0
-
-    @property
-    def merges(self) -> bool:
-        """Whether tokens merge on the way; see `patch.apply`."""
-        return "merging" in vars(self)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are embeddings, which optimizers do not decay."""
@@ -149,7 +149,7 @@ class Segmenter(nn.Module):
             found.append(self.decoder.outputs(*self._parted(x, grid)))
             return self.decoder.mask(index, found[-1].masks, grid, x.shape[1])
 
-        more = {} if self.merges else {"guide": guide}
+        more = {"guide": guide} if self.guides else {}
         x = self.encoder.forward_features(self._pad(images), **more)
         return [*found, self.decoder.outputs(*self._parted(x, grid))]
 
