@@ -109,6 +109,7 @@ class Real:
         weights: of the backbone, or None: timm's.
         device: where to compute.
         max_images: images for the scores; None: all.
+        amp: whether trainings compute in bfloat16.
     """
 
     work: Path
@@ -116,6 +117,7 @@ class Real:
     weights: Path | None
     device: torch.device
     max_images: int | None = None
+    amp: bool = False
 
     def run(self, name: str) -> Run:
         """A finished training."""
@@ -155,7 +157,8 @@ def train(real: Real, name: str, options: Sequence[str]) -> None:
     folder = real.work / name
     if is_finished(folder):
         return
-    own = ["--resume"] if (folder / LAST).exists() else [option.format(work=real.work) for option in options]
+    own = [option.format(work=real.work) for option in options] + ["--amp"] * real.amp
+    own = ["--resume"] if (folder / LAST).exists() else own
     if "--config" in own and not {"--finetune", "--pretrained"} & {*own} and real.weights is not None:
         own += ["--pretrained", str(real.weights)]
     command = ["segm/train.py", "--log-dir", str(folder), "--device", str(real.device), *own]
@@ -477,16 +480,23 @@ STEPS: dict[str, Callable[[Real], str]] = {
     "--steps", type=Listed(str, lambda: STEPS), default=",".join(STEPS), show_default=True, help="What to make."
 )
 @click.option("--max-images", type=click.IntRange(min=1), help="Images to score, spread over all.  [default: all]")
+@click.option("--amp", is_flag=True, help="Train in bfloat16, fast where the processor has instructions for it.")
 @device_option
 def main(
-    weights: Path | None, work: Path, out: Path, steps: tuple[str, ...], max_images: int | None, device: torch.device
+    weights: Path | None,
+    work: Path,
+    out: Path,
+    steps: tuple[str, ...],
+    max_images: int | None,
+    amp: bool,
+    device: torch.device,
 ) -> None:
     """Train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains.
 
     What was trained or measured is not done again, so the command may be interrupted. Every step writes OUT/STEP.json
     and OUT/STEP.md.
     """
-    real = Real(work, out, weights, device, max_images)
+    real = Real(work, out, weights, device, max_images, amp)
     for step in steps:
         table = STEPS[step](real)
         write_text(out / f"{step}.md", table + "\n")

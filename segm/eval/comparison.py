@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import patch
 from segm.eval.operations import count_operations
+from segm.eval.products import products_alone
 from segm.eval.timing import interleaved_turns
 from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
@@ -335,9 +336,10 @@ def measure(
     Returns:
         dict: `tokens`, `n_patches`, `gflops_pure`, `gflops` (encoder and decoder); images/s of token scores
         (`scores_pure`, `scores`) and of label maps (`predict_eager`, `predict_pure`, `predict`); `ratio` and `share` of
-        both; `upsampling_*_ms`; `overhead` of the merges alone by layer, `overhead_undo` and `overhead_difference`, as
-        shares of the pure pass; peak memory above the models, MiB. With `compiled` also `scores_compiled_pure`,
-        `scores_compiled`, and their ratios to the pure model as it is, `ratio_compiled_pure` and `ratio_compiled`.
+        both, and `share_products`, of the matrix products of a pass alone; `upsampling_*_ms`; `overhead` of the merges
+        alone by layer, `overhead_undo` and `overhead_difference`, as shares of the pure pass; peak memory above the
+        models, MiB. With `compiled` also `scores_compiled_pure`, `scores_compiled`, and their ratios to the pure model
+        as it is, `ratio_compiled_pure` and `ratio_compiled`.
     """
     merged = patch.apply(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
@@ -358,7 +360,8 @@ def measure(
     for name in ("compiled_pure", "compiled") if compiled else ():
         beside[f"ratio_{name}"] = ratio(turns[f"scores_{name}"], turns["scores_pure"])
     # The two that the targets are about once more, next to each other and more often.
-    turns |= interleaved_turns(pair, batches, device, repeats=PAIR_REPEATS * repeats, settled=True)
+    often = pair | {"products_pure": _products(model, batches), "products": _products(merged, batches)}
+    turns |= interleaved_turns(often, batches, device, repeats=PAIR_REPEATS * repeats, settled=True)
     turns |= interleaved_turns(labels, batches, device, repeats=repeats, settled=True)
     pure, own = Cost.of(model, batches), Cost.of(merged, batches)
     row = {"tokens": own.tokens, "n_patches": pure.counts[0], "settings": patch.options(merged)}
@@ -367,6 +370,12 @@ def measure(
     row |= _ratios(turns, pure, own) | beside
     calls = pair | {name: labels[name] for name in ("predict_pure", "predict")}
     return row | {f"memory_{name}_mib": peak_memory(call, batches[0], device) for name, call in calls.items()}
+
+
+def _products(model: Segmenter, batches: Sequence[Tensor]) -> Call:
+    """The matrix products of token scores by themselves, as a function of a batch."""
+    repeated = {batch.data_ptr(): products_alone(model.grid_logits, batch) for batch in batches}
+    return lambda batch: repeated[batch.data_ptr()]()
 
 
 def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tensor]) -> dict[str, Call]:
@@ -410,6 +419,8 @@ def _ratios(turns: Mapping[str, Tensor], pure: Cost, own: Cost) -> dict[str, flo
         mine, other = turns[name], turns[f"{name}_pure"]
         found[f"ratio_{name}"] = ratio(mine, other)
         found[f"share_{name}"] = realised_share(mine, other, own.network, pure.network)
+    products = turns["products"], turns["products_pure"]
+    found["share_products"] = realised_share(*products, own.network, pure.network)
     for name in ("_pure", ""):
         found[f"upsampling{name}_ms"] = 1000 / speed(turns[f"upsampling{name}"])
     found["ratio_predict_eager"] = ratio(turns["predict"], turns["predict_eager"])
