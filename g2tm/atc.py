@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import precise, selection
+from g2tm.selection import extent, precise, selection
 from g2tm.validation import check_tokens
 
 LINKAGES = ("average", "complete", "single")
@@ -33,7 +33,7 @@ def atc(metric: Tensor, *, clusters: int, linkage: str = "average", sizes: Tenso
     """
     if linkage not in LINKAGES:
         raise ValueError(f"linkage {linkage!r}: choose {', '.join(LINKAGES)}")
-    n_images, n_tokens = map(int, metric.shape[:2])
+    n_images, n_tokens = extent(metric)
     if clusters >= n_tokens or n_images == 0:
         return Grouping.identity(metric, sizes)
     check_tokens(clusters, 1, n_tokens)

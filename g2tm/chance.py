@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from g2tm.reduction import Grouping
+from g2tm.selection import extent
 from g2tm.validation import check_tokens
 
 
@@ -23,7 +24,7 @@ def random_merge(x: Tensor, *, tokens: int, seed: int, sizes: Tensor | None = No
     Raises:
         ValueError: a number of tokens that the images have not.
     """
-    n_images, n_tokens = map(int, x.shape[:2])
+    n_images, n_tokens = extent(x)
     check_tokens(tokens, 1, n_tokens)
     generator = np.random.default_rng(seed)
     order = generator.permutation(n_tokens)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import precise, ranks, rows, selection, square_sums
+from g2tm.selection import images_in, precise, ranks, rows, selection, square_sums
 from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens, check_window
 
 
@@ -49,7 +49,7 @@ def clap(
         check_threshold(threshold)
     else:
         check_tokens(tokens, n_tokens - (grid[0] // window[0]) * (grid[1] // window[1]) * removed, n_tokens)
-    if len(x) == 0:
+    if images_in(x) == 0:
         return Grouping.identity(x, sizes)
     similarity = window_similarities(x, grid, window)
     rank = _rank_of_patches(ranks(similarity), grid, window)

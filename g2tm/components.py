@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2tm.selection import numpy_helps, ranks
+from g2tm.selection import images_in, numpy_helps, ranks
 
 HAS_TRITON = find_spec("triton") is not None
 # Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs).
@@ -39,7 +39,7 @@ def grid_components(right: Tensor, down: Tensor, backend: str = "auto") -> tuple
     Raises:
         ValueError: unknown backend.
     """
-    n_images, n_patches = len(right), right.shape[1] * down.shape[2]
+    n_images, n_patches = images_in(right), right.shape[1] * down.shape[2]
     backend = _chosen(backend, right, down)
     if n_images == 0:
         empty = torch.zeros(0, n_patches, dtype=torch.int64, device=right.device)
@@ -49,7 +49,7 @@ def grid_components(right: Tensor, down: Tensor, backend: str = "auto") -> tuple
     rounds = propagation_rounds(n_patches)
     while 0 in lengths:  # of torch's propagation alone, and never seen
         rounds *= 2
-        assignment, counts = _torch_components(right, down, rounds)
+        assignment, counts = propagated_components(right, down, rounds)
         lengths = counts.tolist()
     return assignment, counts, lengths
 
@@ -170,16 +170,23 @@ def _first_seen_order(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def propagation_rounds(n_patches: int) -> int:
-    """Rounds of `_torch_components` that are enough: one more than the worst case found (snakes, spirals, mazes)."""
+    """Rounds of `propagated_components` that are enough: one more than the worst found (snakes, spirals, mazes)."""
     return math.ceil(math.log2(max(n_patches, 2)) / 2) + 2
 
 
-def _torch_components(right: Tensor, down: Tensor, rounds: int | None = None) -> tuple[Tensor, Tensor]:
+def propagated_components(right: Tensor, down: Tensor, rounds: int | None = None) -> tuple[Tensor, Tensor]:
     """Label propagation: hook the larger label of every edge onto the smaller, then shorten the chains of pointers.
 
     Nothing is read back: a count of 0 says that the image needs more rounds.
+
+    Args:
+        right, down: see `grid_components`.
+        rounds: of propagation; None: `propagation_rounds`.
+
+    Returns:
+        assignment, counts: see `grid_components`.
     """
-    n_images, gh, gw = len(right), right.shape[1], down.shape[2]
+    n_images, gh, gw = images_in(right), right.shape[1], down.shape[2]
     labels = torch.arange(n_images * gh * gw, device=right.device)
     index = labels.view(n_images, gh, gw)
     neighbours = index.repeat(2, 1, 1, 1)  # every patch's right and lower one; itself where there is no edge
@@ -235,7 +242,7 @@ def _networkx_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 BACKENDS = {
     "opencv": _opencv_components,
-    "torch": _torch_components,
+    "torch": propagated_components,
     "triton": _triton_components,
     "networkx": _networkx_components,
 }

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, most_similar, places, precise, rows, selection
+from g2tm.selection import LOWEST, extent, itself, most_similar, places, precise, rows, selection
 from g2tm.validation import check_r
 
 
@@ -35,7 +35,7 @@ def crossget(
         ValueError: r is no number of tokens.
     """
     check_r(r)
-    n_images, length = map(int, metric.shape[:2])
+    n_images, length = extent(metric)
     r = min(r, (length - prefix) // 2)
     if r == 0 or n_images == 0:
         return Grouping.identity(metric, sizes)
@@ -79,8 +79,7 @@ def nearness(unit: Tensor, protected: Tensor) -> Tensor:
     """
 
     def others(product: Tensor, first: int) -> None:
-        product.masked_fill_(protected, LOWEST)
-        product.diagonal(first, dim1=1, dim2=2).fill_(LOWEST)
+        product.masked_fill_(protected | itself(product, first), LOWEST)
 
     similarity, nearest = most_similar(unit, unit, others)
     position = torch.arange(unit.shape[1], device=unit.device)

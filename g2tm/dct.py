@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Chain, Reduction
-from g2tm.selection import precise
+from g2tm.selection import extent, images_in, precise, repeated
 from g2tm.validation import check_r
 
 
@@ -28,7 +28,7 @@ def dct(x: Tensor, *, r: int, keep_mean: bool = False) -> "Truncation":
         ValueError: r is no number of tokens.
     """
     check_r(r)
-    n_images, n_tokens = map(int, x.shape[:2])
+    n_images, n_tokens = extent(x)
     return Truncation(n_images, n_tokens, n_tokens - min(r, n_tokens // 2), x.device, keep_mean)
 
 
@@ -59,12 +59,12 @@ class Truncation:
     ) -> None:
         self.n_tokens, self.kept, self.keep_mean = n_tokens, kept, keep_mean
         self.counts = torch.full((n_images,), kept, device=device)
-        self.lengths = (kept,) * n_images
+        self.lengths = tuple(repeated(kept, n_images))
 
     @property
     def sizes(self) -> Tensor:
         share = self.n_tokens / max(self.kept, 1)
-        return torch.full((len(self.counts), self.kept), share, dtype=torch.float32, device=self.counts.device)
+        return torch.full((images_in(self.counts), self.kept), share, dtype=torch.float32, device=self.counts.device)
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D), in the dtype of x, computed in at least float32."""
@@ -77,7 +77,7 @@ class Truncation:
     def then(self, second: Reduction) -> Reduction:
         """This step followed by `second`; two truncations of one kind compose to one."""
         if isinstance(second, Truncation) and second.keep_mean == self.keep_mean:
-            return Truncation(len(self.lengths), self.n_tokens, second.kept, self.counts.device, self.keep_mean)
+            return Truncation(images_in(self.counts), self.n_tokens, second.kept, self.counts.device, self.keep_mean)
         return Chain(self, second)
 
 
@@ -87,7 +87,7 @@ def _resampled(x: Tensor, length: int, keep_constants: bool) -> Tensor:
     if length == n_tokens:
         return x
     if x.numel() == 0:  # which FFT libraries refuse
-        return x.new_zeros(len(x), length, x.shape[2])
+        return x.new_zeros(images_in(x), length, x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
         frequencies = F.pad(_frequencies(precise(x)), (0, length - n_tokens))  # a negative number cuts
         if keep_constants:

@@ -11,7 +11,7 @@ from g2tm.attention import SMALLEST_SIZE
 from g2tm.masked import Masked, straight_through
 from g2tm.pruning import tie_pruned
 from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, most_similar, precise, rows, selection
+from g2tm.selection import LOWEST, extent, most_similar, precise, rows, selection
 
 
 @selection
@@ -41,7 +41,7 @@ def diffrate(
     Raises:
         ValueError: a merge without a patch token to merge into.
     """
-    n_images, length = map(int, x.shape[:2])
+    n_images, length = extent(x)
     kept = min(kept, length)
     merged = check_counts(kept, merged, prefix)
     sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
@@ -50,11 +50,13 @@ def diffrate(
     order = by_importance(importance, prefix)
     sources, places = order[:, merged:kept], torch.arange(length, device=x.device)
     similarity, targets = sources_to_targets(x, order, kept, merged, prefix)
-    sizes = sizes.scatter(1, order[:, kept:], 0.0)
+    pruned = torch.zeros_like(order, dtype=torch.bool)
+    if kept < length:  # ONNX cannot scatter nothing
+        pruned.scatter_(1, order[:, kept:], 1)
+    sizes = sizes.masked_fill(pruned, 0.0)
     sizes = sizes.scatter(1, sources, similarity.to(sizes.dtype) * sizes.gather(1, sources))
     target = places.repeat(n_images, 1).scatter_(1, sources, order.gather(1, targets))
-    target.scatter_(1, order[:, kept:], order[:, :1].expand(-1, length - kept))  # until they are tied
-    pruned = torch.zeros_like(target, dtype=torch.bool).scatter_(1, order[:, kept:], 1)
+    target = torch.where(pruned, order[:, :1], target)  # until they are tied
     step = Grouping.of_targets(target, order[:, :merged], _floored(sizes, target), (~pruned).float())
     if kept == length:
         return step
@@ -153,7 +155,7 @@ def diffrate_training(
     Returns:
         The tokens in sorted order: those that are alive first.
     """
-    n_images, length = map(int, x.shape[:2])
+    n_images, length = extent(x)
     sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
     order = by_importance(importance, prefix)
     alive = int(mask[0].detach().sum())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from g2tm.masked import straight_through
 from g2tm.reduction import Chain, Grouping, Reduction
-from g2tm.selection import most_similar, precise, selection
+from g2tm.selection import images_in, most_similar, precise, selection
 from g2tm.validation import check_grid
 
 
@@ -27,13 +27,13 @@ def fpet(metric: Tensor, grid: tuple[int, int], *, sizes: Tensor | None = None, 
         ValueError: a grid that does not hold the tokens.
     """
     sources, stay = checkerboard(grid, prefix, metric)
-    if not stay.numel() or not len(metric):
+    if not stay.numel() or images_in(metric) == 0:
         return Grouping.identity(metric, sizes)
     unit = F.normalize(precise(metric), dim=-1)
     _, partner = most_similar(unit[:, sources], unit[:, stay])
-    position = torch.arange(metric.shape[1], device=metric.device).repeat(len(metric), 1)
+    position = torch.arange(metric.shape[1], device=metric.device).repeat(images_in(metric), 1)
     target = position.index_copy(1, sources, stay[partner])
-    survivors = torch.cat([position[:, :prefix], stay.expand(len(metric), -1)], 1)
+    survivors = torch.cat([position[:, :prefix], stay.expand(images_in(metric), -1)], 1)
     return Grouping.of_targets(target, survivors, sizes)
 
 

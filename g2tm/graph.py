@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from g2tm.components import HAS_TRITON, check_backend, grid_components, strongest_components
+from g2tm.components import HAS_TRITON, check_backend, grid_components, propagated_components, strongest_components
 from g2tm.reduction import Grouping
-from g2tm.selection import precise, products, selection
+from g2tm.selection import images_in, precise, products, selection
 from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens
 
 EPS = 1e-12  # of `torch.nn.functional.normalize`: smallest norm that a token is divided by
@@ -83,10 +83,12 @@ def graph_merge(
     else:
         check_tokens(tokens, 1, x.shape[1])
     right, down = edge_similarities(x, grid, backend)  # checks the grid and the backend
-    if len(x) == 0:
+    if images_in(x) == 0:
         return Grouping.identity(x, sizes)
     if tokens is None:
         assert threshold is not None  # checked above
+        if torch.compiler.is_exporting():  # nobody can read the counts
+            return Grouping.of_counts(*propagated_components(right > threshold, down > threshold), sizes)
         assignment, counts, lengths = grid_components(right > threshold, down > threshold, backend)
         if batch == "ragged" or min(lengths) == max(lengths):
             return Grouping(assignment.to(x.device), counts.to(x.device), lengths, sizes)

@@ -12,7 +12,7 @@ from g2tm.masked import Masked, above
 from g2tm.matching import assign, best_partners, count_above, present_tokens
 from g2tm.pruning import tie_pruned
 from g2tm.reduction import Grouping, Reduction
-from g2tm.selection import LOWEST, most_similar, precise, ranks, selection
+from g2tm.selection import LOWEST, extent, most_similar, precise, ranks, repeated, selection
 from g2tm.validation import check_batch, check_share, check_tokens
 
 
@@ -62,7 +62,7 @@ def ltmp(
         if not isinstance(threshold, Tensor):  # which would have to be waited for
             check_share(threshold, name)
     check_batch(batch)
-    n_images, length = map(int, x.shape[:2])
+    n_images, length = extent(x)
     if n_images == 0 or length <= prefix:
         return Grouping.identity(x, sizes)
     if tokens is not None:
@@ -78,7 +78,7 @@ def ltmp(
     if tokens is None:
         lengths, pruned = torch.stack([count, merge.counts - count]).tolist()
     else:
-        lengths, pruned = [prefix + tokens] * n_images, [length - prefix - tokens]
+        lengths, pruned = repeated(prefix + tokens, n_images), [length - prefix - tokens]
     return merge.then(_prune(merge.merge(x), importance, count, lengths, max(pruned), merge.sizes, prefix))
 
 
@@ -92,7 +92,7 @@ def _merge(
     present: Tensor | None,
 ) -> Grouping:
     """The first half. Its groups have padding up to L, so that there is nothing to wait for yet."""
-    n_images, length = keys.shape[:2]
+    n_images, length = extent(keys)
     n_tokens = torch.full((n_images,), length, device=keys.device) if present is None else present.sum(1)
     if length // 2 == prefix // 2:  # nothing to merge into
         assignment, n_merges = torch.arange(length, device=keys.device).repeat(n_images, 1), n_tokens * 0
@@ -102,7 +102,7 @@ def _merge(
         if tokens is not None:
             n_merges = torch.minimum(n_merges, n_tokens - prefix - tokens)
         assignment = assign(similarity, partner, n_merges, n_tokens, length, prefix, present)
-    return Grouping(assignment, n_tokens - n_merges, [length] * n_images, sizes, width=length)
+    return Grouping(assignment, n_tokens - n_merges, repeated(length, n_images), sizes, width=length)
 
 
 def _of_groups(importance: Tensor, merge: Grouping, prefix: int, present: Tensor | None) -> Tensor:
@@ -153,7 +153,7 @@ def ltmp_training(
         The tokens in a new order: prefix tokens, then those at even and those at odd positions. At the next step
         they are split by their new positions, and so in another way than at inference: as in the published code.
     """
-    n_images, length = map(int, x.shape[:2])
+    n_images, length = extent(x)
     sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
     best, target = _best_even(keys, mask.detach(), prefix)
     merging = above(best, merge_threshold, temperature)

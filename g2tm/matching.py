@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, most_similar, precise, ranks, selection
+from g2tm.selection import LOWEST, extent, images_in, most_similar, precise, ranks, selection, surely
 from g2tm.validation import check_batch, check_r, check_threshold, check_tokens
 
 ADAPTIVE = "adaptive"
@@ -52,7 +52,7 @@ def bipartite(
     Raises:
         ValueError: not exactly one of r, threshold and tokens, or a value that is not allowed.
     """
-    n_images, length = map(int, metric.shape[:2])
+    n_images, length = extent(metric)
     _check(r, threshold, tokens, layer, prefix, length)
     check_batch(batch)
     if n_images == 0:
@@ -60,7 +60,7 @@ def bipartite(
     present = present_tokens(sizes, prefix) if padded and sizes is not None and tokens is None else None
     position = torch.arange(length, device=metric.device)
     n_tokens = position.new_full((n_images,), length) if present is None else present.sum(1)
-    if length // 2 == prefix // 2:  # no B token but prefix tokens
+    if surely(length // 2 == prefix // 2):  # no B token but prefix tokens
         everyone = Grouping.identity(metric, sizes)
         return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
     similarity, partner = best_partners(metric, prefix, present)
@@ -165,7 +165,7 @@ def assign(
     position = torch.arange(length, device=similarity.device)
     place_a = (~merging).cumsum(1).add_(prefix // 2 - 1)
     place_b = position[: length // 2] + first_b[:, None]
-    assignment = position.new_empty(len(merging), length)
+    assignment = position.new_empty(images_in(merging), length)
     assignment[:, 1::2] = place_b
     assignment[:, ::2] = torch.where(merging, place_b.gather(1, partner), place_a)
     assignment[:, :prefix] = position[:prefix]
@@ -177,7 +177,7 @@ def assign(
 def _check(r: Any, threshold: Any, tokens: Any, layer: Any, prefix: int, length: int) -> None:
     if [r, threshold, tokens].count(None) != 2:
         raise ValueError("bipartite matching takes r, threshold or tokens: give exactly one of them")
-    if not 0 <= prefix <= length:
+    if prefix < 0 or surely(prefix > length):
         raise ValueError(f"prefix {prefix}: give the number of prefix tokens, from 0 to all {length}")
     if r is not None:
         check_r(r)

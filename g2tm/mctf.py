@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import TINY, Grouping
-from g2tm.selection import LOWEST, most_similar, places, precise, selection
+from g2tm.selection import LOWEST, extent, most_similar, places, precise, selection
 from g2tm.validation import check_r
 
 
@@ -40,7 +40,7 @@ def mctf(
         ValueError: r is no number of tokens.
     """
     check_r(r)
-    n_images, length = map(int, tokens.shape[:2])
+    n_images, length = extent(tokens)
     r = min(r, (length - prefix) // 2)
     sizes = torch.ones_like(importance) if sizes is None else sizes
     importance = importance.clamp(min=TINY)  # attention may underflow, and a token alone keeps its value

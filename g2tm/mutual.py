@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, most_similar, precise, ranks, selection
+from g2tm.selection import LOWEST, images_in, itself, most_similar, precise, ranks, selection, surely
 from g2tm.validation import check_batch
 
 
@@ -28,7 +28,7 @@ def mutual_pairs(x: Tensor, *, sizes: Tensor | None = None, batch: str = "ragged
         ValueError: a batch mode that is not allowed.
     """
     check_batch(batch)
-    if len(x) == 0 or x.shape[1] < 2:
+    if images_in(x) == 0 or surely(x.shape[1] < 2):
         return Grouping.identity(x, sizes)
     present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if sizes is None else sizes > 0
     similarity, partner = _partners(x, present)
@@ -62,7 +62,7 @@ def _partners(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
     def exclude(product: Tensor, first: int) -> None:
         product.masked_fill_(unseen[:, None], LOWEST)
-        product.diagonal(first, dim1=1, dim2=2).fill_(LOWEST)
+        product.masked_fill_(itself(product, first), LOWEST)
 
     similarity, partner = most_similar(unit, unit, exclude)
     return similarity.masked_fill(unseen, LOWEST), partner

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from g2tm.matching import best_partners
 from g2tm.reduction import Grouping
-from g2tm.selection import chunks, most_similar, precise, rows, selection
+from g2tm.selection import chunks, images_in, most_similar, precise, rows, selection
 from g2tm.validation import check_r
 
 VARIANTS = ("bsm", "energy")
@@ -65,7 +65,7 @@ def pitome(
         raise ValueError(f"variant {variant!r}: choose {' or '.join(VARIANTS)}")
     n_patches = metric.shape[1] - prefix
     r = min(r, n_patches // 2)
-    if r == 0 or len(metric) == 0:
+    if r == 0 or images_in(metric) == 0:
         return Grouping.identity(metric, sizes)
     patches = F.normalize(precise(metric[:, prefix:]), dim=-1)
     order = energies(patches, margin, paper).argsort(dim=1, descending=True, stable=True)
@@ -81,7 +81,7 @@ def pitome(
         merging, staying = by_similarity[:, :r], by_similarity[:, r:]
         sources, partner = even.gather(1, merging), partner.gather(1, merging)
         stay = even.gather(1, staying)
-    position = torch.arange(metric.shape[1], device=metric.device).repeat(len(metric), 1)
+    position = torch.arange(metric.shape[1], device=metric.device).repeat(images_in(metric), 1)
     target = position.scatter(1, prefix + sources, prefix + others.gather(1, partner))
     return Grouping.of_targets(target, torch.cat([position[:, :prefix], prefix + stay, prefix + others], 1), sizes)
 

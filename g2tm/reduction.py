@@ -7,7 +7,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from g2tm.selection import precise, rows
+from g2tm.selection import extent, images_in, precise, repeated, rows
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -89,6 +89,10 @@ class Grouping:
     @classmethod
     def of_counts(cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None) -> Self:
         """Reduction to `counts` groups per image; waits for the device once, to learn them."""
+        if torch.compiler.is_exporting():
+            longest = counts.max().item()
+            torch._check(longest <= assignment.shape[1])
+            return cls(assignment, counts, repeated(longest, 1), sizes, width=longest)
         return cls(assignment, counts, counts.tolist(), sizes)
 
     @classmethod
@@ -111,7 +115,7 @@ class Grouping:
     @classmethod
     def identity(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
         """The step that merges none of the tokens x: (B, N, D)."""
-        n_images, n_tokens = map(int, x.shape[:2])
+        n_images, n_tokens = extent(x)
         return cls.of_length(torch.arange(n_tokens, device=x.device).repeat(n_images, 1), n_tokens, sizes)
 
     @cached_property
@@ -144,10 +148,11 @@ class Grouping:
         totals = self._weight_sums.to(values.dtype).clamp(min=TINY)  # 0 in padding, or where nothing counts
         if weights is not None:  # each token's share of its group
             values = values * (weights / totals.gather(1, self.assignment)).unsqueeze(-1)
-        sums = values.new_zeros(len(x) * self.width, x.shape[-1])
+        n_images = images_in(x)
+        sums = values.new_zeros(n_images * self.width, x.shape[-1])
         groups = self._flat_assignment.unsqueeze(-1).expand(-1, x.shape[-1])
         sums.scatter_add_(0, groups, values.flatten(0, 1))  # in place: half the time, the same gradient
-        sums = sums.unflatten(0, (len(x), self.width))
+        sums = sums.unflatten(0, (n_images, self.width))
         mean = sums.div_(totals.unsqueeze(-1)) if weights is None else sums
         return mean.to(x.dtype)
 
@@ -214,21 +219,23 @@ class Grouping:
         """Sum over every group: (B, N) -> (B, M); None: how many it has."""
         if values is None:
             values = torch.ones_like(self.assignment, dtype=torch.float32)
-        return values.new_zeros(len(self.assignment), self.width).scatter_add_(1, self.assignment, values)
+        return values.new_zeros(images_in(self.assignment), self.width).scatter_add_(1, self.assignment, values)
 
     @cached_property
     def _flat_assignment(self) -> Tensor:
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""
-        if len(self.assignment) == 1:
+        n_images = images_in(self.assignment)
+        if isinstance(n_images, int) and n_images == 1:
             return self.assignment.flatten()
-        offsets = torch.arange(0, len(self.assignment) * self.width, max(self.width, 1), device=self.assignment.device)
+        offsets = torch.arange(n_images, device=self.assignment.device) * self.width
         return (self.assignment + offsets[:, None]).flatten()
 
 
 def _equal_counts(assignment: Tensor, length: int) -> tuple[Tensor, list[int]]:
     """`counts` and `lengths` where every image has so many groups."""
-    n_images = len(assignment)
-    return torch.full((n_images,), length, dtype=torch.int64, device=assignment.device), [length] * n_images
+    n_images = images_in(assignment)
+    counts = torch.full((n_images,), length, dtype=torch.int64, device=assignment.device)
+    return counts, repeated(length, n_images)
 
 
 class Chain:

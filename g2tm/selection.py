@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,30 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def images_in(x: Tensor) -> int:
+    """Number of images of x, (B, ...); in an export a symbol, so that the exported model takes any number."""
+    return x.shape[0] if torch.compiler.is_exporting() else int(x.shape[0])
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """Images and tokens of x, (B, N, ...), as numbers; in an export symbols, where they vary."""
+    return images_in(x), x.shape[1] if torch.compiler.is_exporting() else int(x.shape[1])
+
+
+def surely(condition: Any) -> bool:
+    """Whether a condition on lengths holds; False in an export, where lengths that the image decides are symbols."""
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import, and new
+
+    return guard_or_false(condition)
+
+
+def repeated(number: int, n_images: int) -> list[int]:
+    """A number for every image; in an export, where these are not counted, one stands for all."""
+    return [number] * (1 if torch.compiler.is_exporting() else n_images)
+
+
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Tokens at the given positions: (B, N, D), (B, M) -> (B, M, D)."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -56,6 +80,12 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 def square_sums(x: Tensor) -> Tensor:
     """Squared lengths of the vectors on the last axis: (..., D), without gradients -> (...)."""
     return products(x, x) if numpy_helps(x) else x.square().sum(-1)
+
+
+def itself(product: Tensor, first: int) -> Tensor:
+    """Where tokens meet themselves in the products of a part of them, from `first` on, with all: (B, i, J) -> (i, J)."""
+    position = torch.arange(product.shape[2], device=product.device)
+    return position == position[first : first + product.shape[1], None]
 
 
 def places(mask: Tensor, count: int) -> Tensor:
@@ -83,6 +113,9 @@ def first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunks(a: Tensor, columns: int) -> Iterator[Tensor]:
     """Parts of (B, I, D) along I, whose products with so many columns may be held at once; at least one."""
+    if torch.compiler.is_exporting():  # nobody knows how many images there will be
+        yield a
+        return
     yield from a.split(max(1, MAX_SIMILARITIES // max(len(a) * columns, 1)), dim=1)
 
 

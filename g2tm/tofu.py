@@ -7,7 +7,7 @@ from torch import Tensor
 
 from g2tm.matching import bipartite
 from g2tm.reduction import Grouping
-from g2tm.selection import precise
+from g2tm.selection import images_in, precise
 
 VARIANTS = ("code", "paper")
 
@@ -69,7 +69,7 @@ def _destinations(matching: Grouping, present: Tensor) -> Tensor:
     destination; a group without one is a single token.
     """
     assignment, odd = matching.assignment, slice(1, None, 2)
-    has_odd = present.new_zeros(len(assignment), matching.width)
+    has_odd = present.new_zeros(images_in(assignment), matching.width)
     has_odd.scatter_add_(1, assignment[:, odd], present[:, odd])
     sources = has_odd.gather(1, assignment)
     sources[:, odd] = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from g2tm import Grouping, Reduction, attention_bias, attention_means, attention_row
+from g2tm.selection import images_in
 from patch.attention import KeyBias, Masked, carries
 from patch.method import Method, Step, Target
 from patch.packing import Packing
@@ -103,19 +104,19 @@ class Merging:
             yield own
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """While open, this thread may trace the model, whose shapes depend on the image, to count its operations."""
-        self._thread.counting = True
+    def tracing(self) -> Iterator[None]:
+        """While open, this thread may trace or export the model, whose shapes depend on the image."""
+        self._thread.tracing = True
         try:
             yield
         finally:
-            self._thread.counting = False
+            self._thread.tracing = False
 
     def _check_trace(self) -> None:
         """Raise a ValueError where a trace would hold the merges of one image for all."""
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         free = self.method.is_static(self.options) and self.method.traceable
-        if traced and not self._thread.counting and not free:
+        if traced and not self._thread.tracing and not free:
             raise ValueError(
                 f"a trace would freeze how {self.method.name} merges this image: give a method or an option with a "
                 "fixed number of tokens (tokens=...), or patch.remove first"
@@ -123,12 +124,12 @@ class Merging:
 
 
 class _Thread(threading.local):
-    """What a thread knows: the passes that it is in, the last one that it finished, and whether it counts."""
+    """What a thread knows: the passes that it is in, the last one that it finished, and whether it may trace."""
 
     def __init__(self) -> None:
         self.passes: list[Pass] = []
         self.last: Pass | None = None
-        self.counting = False
+        self.tracing = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of a model: passes stay with the original."""
@@ -228,7 +229,7 @@ class Pass:
     def reduce(self, x: Tensor, block: nn.Module, layer: int) -> Tensor:
         """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
         seen, self._seen = self._seen, {}
-        if not len(x):  # no image, nothing to choose from
+        if images_in(x) == 0:  # no image, nothing to choose from
             return x
         with self._range():
             step, method = self._step(x, block, layer, seen), self.merging.method

@@ -47,10 +47,11 @@ WHOLE = ["--crop-size", "336", "448", "--epochs", "1", "--eval-freq", "1", "--wa
 WHOLE += ["--learning-rate", "0.0001"]
 SLOW = ["--learning-rate", "0.001", "--minlearning-rate", "0.00001"]
 TRAININGS = {
-    **{f"frozen_{seed}": [*FROZEN, "--seed", str(seed)] for seed in SEEDS},
-    "mask_transformer": [*FROZEN, "--decoder", "mask_transformer", *SLOW],
+    "frozen_0": [*FROZEN, "--seed", "0"],
     "crops": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/frozen_0"],
     "tuned": ["--config", "dinov2_camvid_tuned", "--finetune", "{work}/crops", *WHOLE],
+    "mask_transformer": [*FROZEN, "--decoder", "mask_transformer", *SLOW],
+    **{f"frozen_{seed}": [*FROZEN, "--seed", str(seed)] for seed in SEEDS[1:]},
 }
 FROZEN_RUN = "frozen_0"
 BEST = "tuned"  # on which merging is measured

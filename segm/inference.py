@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from segm.cli import checkpoint_argument, device_option, im_size_option
 from segm.data.images import SUFFIXES, is_image, read_image
+from segm.exported import open_run
 from segm.merging import MergingCommand
 from segm.pictures import write_picture
-from segm.run import Run
 from vis import blend, colorize
 
 
@@ -32,7 +32,7 @@ def main(
     device: torch.device,
     merging: dict[str, Any],
 ) -> None:
-    """Segment every photograph in a folder with CHECKPOINT, a file or a run directory.
+    """Segment every photograph in a folder with CHECKPOINT, a file, a run directory or an exported .onnx.
 
     Writes NAME.png (8-bit class indices) and NAME_blend.jpg for every photograph NAME.
     """
@@ -41,7 +41,7 @@ def main(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
     photographs = _find_photographs(source)
-    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
+    run = open_run(checkpoint, device=device, merging=merging, im_size=im_size)
     damaged: list[str] = []
     for file in tqdm(photographs, desc="inference", unit="image", leave=False):
         try:

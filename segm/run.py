@@ -290,16 +290,18 @@ class Run:
         size = self.image_size if name == self.dataset else None
         return create_dataset(name, split, image_size=size, normalization=self.normalization)
 
-    def views(self, source: str | Path | None = None, n_images: int | None = None, **options: Any) -> Views:
+    def views(
+        self, source: str | Path | None = None, n_images: int | None = None, *, split: str = "val", **options: Any
+    ) -> Views:
         """Images to measure the model on, resized to the crop size; their classes do not matter.
 
         Args:
-            source: a data set, whose validation images are taken; a folder of photographs (a `Path`); None: the data
-                set of the training.
+            source: a data set; a folder of photographs (a `Path`); None: the data set of the training.
+            split: of the data set.
             n_images, options: see `Views`.
         """
         samples: Samples = (
-            Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, "val")
+            Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, split)
         )
         return Views(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
 

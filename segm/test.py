@@ -7,9 +7,9 @@ import click
 import torch
 
 from segm.cli import amp_option, checkpoint_argument, device_option, im_size_option, max_images_option, show_scores
+from segm.exported import open_run
 from segm.merging import MergingCommand
 from segm.parallel import is_main, process_group
-from segm.run import Run
 
 
 @click.command(cls=MergingCommand)
@@ -26,12 +26,12 @@ def main(
     max_images: int | None,
     merging: dict[str, Any],
 ) -> None:
-    """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file or a run directory.
+    """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file, a run directory or an .onnx.
 
     Data set, window, precision and merging are those of the training; --patch-type pure turns merging off.
     """
     with process_group(device) as device:
-        run = Run.load(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
+        run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
         scores = run.evaluate(n_images=max_images, progress=is_main())
         if is_main():
             show_scores(scores)

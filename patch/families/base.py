@@ -77,9 +77,9 @@ class PatchedModel(Patched):
     merging: Merging
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """While open, this thread may trace the model to count its operations."""
-        with self.merging.counting():
+    def tracing(self) -> Iterator[None]:
+        """While open, this thread may trace or export the model, whose shapes depend on the image."""
+        with self.merging.tracing():
             yield
 
 

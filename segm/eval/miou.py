@@ -21,11 +21,11 @@ from segm.cli import (
     show_scores,
 )
 from segm.data import Sample
+from segm.exported import open_run
 from segm.files import write_text
 from segm.merging import MergingCommand
 from segm.parallel import is_main, process_group
 from segm.pictures import write_picture
-from segm.run import Run
 from segm.sizes import Size
 from vis import blend, colorize
 
@@ -66,14 +66,14 @@ def main(
     max_images: int | None,
     merging: dict[str, Any],
 ) -> None:
-    """Score CHECKPOINT, a file or a run directory, on DATASET.
+    """Score CHECKPOINT, a file, a run directory or an .onnx, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
     scores_ms.yml beside the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
     another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
-        run = Run.load(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
+        run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
         dataset, _ = run.open(split, dataset_name)
         suffix = "ss" if singlescale else "ms"
         if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are

@@ -49,7 +49,7 @@ def count_operations(model: nn.Module, images: Tensor) -> Operations:
         `Operations` per image, upsampling included. A ViT without a decoder is all encoder.
     """
     # A patched model lets itself be traced only where it is told that nothing will run again.
-    with torch.inference_mode(), getattr(model, "counting", nullcontext)():
+    with torch.inference_mode(), getattr(model, "tracing", nullcontext)():
         analysis = FlopCountAnalysis(_WithSelection(model), images)
         analysis.set_op_handle(**{f"aten::{name}": handle for name, handle in _HANDLES.items()})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

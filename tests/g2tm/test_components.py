@@ -132,7 +132,7 @@ def test_propagation_settles_in_the_rounds_it_is_given(shape):
     """With one to spare, up to the largest grid; the same labels as OpenCV's, whose search may run in parallel."""
     for side in (16, 32, 64, 128):
         for edges in turned(*shape((side, side))):
-            assignment, counts = components._torch_components(*edges, propagation_rounds(side * side) - 1)
+            assignment, counts = components.propagated_components(*edges, propagation_rounds(side * side) - 1)
             expected = grid_components(*edges, "opencv")
             assert torch.equal(assignment, expected[0]) and torch.equal(counts, expected[1])
 
@@ -141,15 +141,15 @@ def test_propagation_settles_on_lines():
     for length in (1, 2, 3, 1000, 16384):
         line, across = torch.ones(1, 1, length - 1).bool(), torch.ones(1, 0, length).bool()
         for edges in ((line, across), (across.transpose(1, 2), line.transpose(1, 2))):
-            assert components._torch_components(*edges)[1].tolist() == [1]
+            assert components.propagated_components(*edges)[1].tolist() == [1]
 
 
 def test_unsettled_images_are_marked_and_finished(monkeypatch):
     edges = [
         torch.cat([wound, alone]) for wound, alone in zip(snake((32, 32)), random_edges((32, 32), 0, 1), strict=True)
     ]
-    assert components._torch_components(*edges, 1)[1].tolist() == [0, 1024]
-    monkeypatch.setitem(BACKENDS, "torch", lambda right, down: components._torch_components(right, down, 1))
+    assert components.propagated_components(*edges, 1)[1].tolist() == [0, 1024]
+    monkeypatch.setitem(BACKENDS, "torch", lambda right, down: components.propagated_components(right, down, 1))
     assert_same(grid_components(*edges, "torch"), grid_components(*edges, "networkx"))
 
 

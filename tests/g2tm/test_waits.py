@@ -86,7 +86,7 @@ def test_waiting_operations_are_seen():
 
 def test_propagation_alone_reads_nothing():
     with Waits() as waits, Reads() as reads:
-        components._torch_components(torch.ones(2, 4, 3).bool(), torch.ones(2, 3, 4).bool())
+        components.propagated_components(torch.ones(2, 4, 3).bool(), torch.ones(2, 3, 4).bool())
     assert reads.count == waits.count == 0
 
 

@@ -1,0 +1,145 @@
+"""Exported models: what an ONNX file of ours holds, and how it predicts.
+
+The file knows what a run directory knows beside its weights: `variant.yml` as metadata.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segm.engine import Precision
+from segm.errors import one_line
+from segm.model.upsample import upsample
+from segm.run import Run
+
+SUFFIX = ".onnx"
+KEY = "segm"  # of the metadata
+OUTPUTS = ("scores", "logits", "labels")
+MISSING = "ONNX is not installed: pip install 'g2tm[onnx]'"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded in an exported file.
+
+    Attributes:
+        name: of the run.
+        variant: content of its `variant.yml`.
+        im_size: shorter side that images are resized to, pixels; None: as in training.
+        size: (height, width) of the images, pixels; fixed.
+        output: "scores", class logits per patch; "logits", per pixel; or "labels", the label map.
+        merging: what merges inside, as `variant.yml` records it.
+    """
+
+    name: str
+    variant: Mapping[str, Any]
+    im_size: int | None
+    size: tuple[int, int]
+    output: str
+    merging: Mapping[str, Any]
+
+    def dump(self) -> str:
+        """As text."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Record":
+        """From text."""
+        found = json.loads(text)
+        return cls(**found | {"size": tuple(found["size"])})
+
+
+class OnnxModel(nn.Module):
+    """An exported Segmenter in ONNX Runtime, in the place of the real one where images are predicted.
+
+    Args:
+        file: from `segm/export_onnx.py`.
+        device: CUDA is used where ONNX Runtime has it.
+        threads: None: as many as PyTorch uses.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or none of ours.
+        ImportError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, file: str | Path, device: torch.device | str = "cpu", threads: int | None = None) -> None:
+        super().__init__()
+        self.session = open_session(Path(file), torch.device(device), threads)
+        text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
+        if text is None:
+            raise ValueError(f"{file} was not exported by segm/export_onnx.py: it does not say how it was trained")
+        self.record = Record.parse(text)
+        self.n_cls = self.record.variant["net_kwargs"]["n_cls"]
+
+    def run(self, images: Tensor) -> Tensor:
+        """What the graph gives: images (B, 3, H, W), normalized -> see `Record.output`.
+
+        Raises:
+            ValueError: images of another size than the graph takes.
+        """
+        if tuple(images.shape[-2:]) != self.record.size:
+            height, width = self.record.size
+            raise ValueError(
+                f"images of {images.shape[-2]} × {images.shape[-1]} pixels, the exported model takes "
+                f"{height} × {width}: export it at another --im-size"
+            )
+        (output,) = self.session.run(None, {"images": images.float().cpu().numpy()})
+        return torch.from_numpy(np.asarray(output)).to(images.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized -> logits (B, C, H, W).
+
+        Raises:
+            ValueError: images of another size, or a graph that gives labels alone.
+        """
+        if self.record.output == "labels":
+            raise ValueError("the exported model gives label maps, whose windows cannot be averaged: --output scores")
+        found = self.run(images)
+        return upsample(found, images.shape[-2:]) if self.record.output == "scores" else found
+
+
+def open_session(file: Path, device: torch.device, threads: int | None = None) -> Any:
+    """A session of ONNX Runtime; raises as `OnnxModel` does."""
+    if find_spec("onnxruntime") is None:
+        raise ValueError(MISSING)
+    import onnxruntime
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: give a file that segm/export_onnx.py wrote")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch's threads want the cores too
+    options.log_severity_level = 3
+    wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's own types, which derive from Exception alone
+        raise ValueError(f"cannot open {file}: {one_line(error)}") from error
+
+
+def open_run(
+    path: Path, *, device: torch.device, merging: Mapping[str, Any], im_size: int | None = None, amp: bool | None = None
+) -> Run:
+    """A run to predict with: a checkpoint, a run directory, or an exported file.
+
+    Args:
+        path, device, merging, im_size, amp: see `Run.load`; of an exported file only the device can be chosen.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Run.load` and `OnnxModel`.
+    """
+    if path.suffix != SUFFIX:
+        return Run.load(path, device=device, merging=merging, im_size=im_size, amp=amp)
+    if merging or im_size or amp:
+        raise ValueError(f"{path} is exported, its merging, image size and precision are fixed: leave the options out")
+    model: Any = OnnxModel(path, device)
+    record = model.record
+    return Run(record.name, path, model, record.variant, device, Precision.choose(device, False), record.im_size)

@@ -1,0 +1,91 @@
+"""The command that exports, and the commands that take what it wrote."""
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+
+from segm import export_onnx, exporting, inference, test
+from segm.eval import miou
+from segm.exported import KEY, OnnxModel, Record
+
+CPU = ["--device", "cpu"]
+FEW = ["--max-images", 2]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index, size in enumerate(((40, 56), (32, 32))):
+        picture = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{index}.png"), picture)
+    return folder
+
+
+def maps_in(folder):
+    return {file.name: cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in sorted(folder.glob("?.png"))}
+
+
+def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photographs, tmp_path, call, refused):
+    merging = ["--patch-type", "graph", "--tokens", 0.5]
+    out = call(export_onnx, shapes_run, *merging, *FEW)
+    file = shapes_run / "model.onnx"
+    assert "PyTorch, pure" in out and "PyTorch, graph" in out and "ONNX Runtime, float32" in out and "100.00" in out
+    call(inference, shapes_run, *merging, "-i", photographs, "-o", tmp_path / "torch", *CPU)
+    call(inference, file, "-i", photographs, "-o", tmp_path / "onnx", *CPU)
+    expected, found = maps_in(tmp_path / "torch"), maps_in(tmp_path / "onnx")
+    assert expected.keys() == found.keys() == {"0.png", "1.png"}
+    assert np.mean([(expected[name] == found[name]).mean() for name in found]) > 0.999
+    assert call(test, file, *FEW, *CPU) == call(test, shapes_run, *merging, *FEW, *CPU)
+    assert "mean_iou" in call(miou, file, "shapes", "--singlescale", *FEW, *CPU)
+    error = refused(test, file, "--patch-type", "pure", *CPU)
+    assert "exported" in error and "leave the options out" in error
+    assert Record.parse(onnx.load(file).metadata_props[-1].value).merging["patch_type"] == "graph"
+
+
+@pytest.mark.slow
+def test_int8_files_lie_beside_the_exported_one_and_run(shapes_run, photographs, tmp_path, call):
+    out = call(export_onnx, shapes_run, "--int8", "--out", tmp_path / "a.onnx", "--images", photographs)
+    files = sorted(file.name for file in tmp_path.glob("*.onnx"))
+    assert files == ["a.onnx", "a_int8_dynamic.onnx", "a_int8_static.onnx"] and "mIoU" not in out
+    sizes = [(tmp_path / name).stat().st_size for name in files]
+    assert max(sizes[1:]) < sizes[0]
+    for name in files[1:]:
+        kinds = {node.op_type for node in onnx.load(tmp_path / name).graph.node}
+        assert kinds & {"MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QuantizeLinear"}
+        assert any(one.key == KEY for one in onnx.load(tmp_path / name).metadata_props)
+        call(inference, tmp_path / name, "-i", photographs, "-o", tmp_path / name.removesuffix(".onnx"), *CPU)
+
+
+@pytest.mark.slow
+def test_a_graph_of_labels_is_no_model_for_windows(shapes_run, photographs, tmp_path, call, refused):
+    call(export_onnx, shapes_run, "--output", "labels", "--out", tmp_path / "a.onnx", "--batch-size", 2, *FEW)
+    error = refused(inference, tmp_path / "a.onnx", "-i", photographs, "-o", tmp_path / "b", *CPU)
+    assert "--output scores" in error
+
+
+def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monkeypatch):
+    read = ["-i", photographs, "-o", tmp_path / "b", *CPU]
+    assert "not found" in refused(inference, tmp_path / "none.onnx", *read)
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"no model")
+    assert "cannot open" in refused(inference, damaged, *read)
+    x = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["images"], ["output"])], "other", [x], [y])
+    other = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(other, tmp_path / "other.onnx")
+    assert "was not exported" in refused(inference, tmp_path / "other.onnx", *read)
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    assert "pip install 'g2tm[onnx]'" in refused(export_onnx, shapes_run, *FEW)
+
+
+def test_images_of_another_size_are_refused(shapes_run, tmp_path, call):
+    import torch
+
+    call(export_onnx, shapes_run, "--out", tmp_path / "a.onnx", *FEW)
+    model = OnnxModel(tmp_path / "a.onnx")
+    assert model(torch.zeros(3, 3, 32, 32)).shape == (3, 11, 32, 32)
+    with pytest.raises(ValueError, match="33 × 32 pixels, the exported model takes 32 × 32"):
+        model(torch.zeros(1, 3, 33, 32))
