@@ -83,7 +83,7 @@ def square_sums(x: Tensor) -> Tensor:
 
 
 def itself(product: Tensor, first: int) -> Tensor:
-    """Where tokens meet themselves in the products of a part of them, from `first` on, with all: (B, i, J) -> (i, J)."""
+    """Where tokens meet themselves in the products (B, i, J) of some of them, from `first` on, with all: (i, J)."""
     position = torch.arange(product.shape[2], device=product.device)
     return position == position[first : first + product.shape[1], None]
 
