@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,16 +18,20 @@ from segm.errors import brief, one_line
 from segm.files import atomic
 
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+SHARED = "model.safetensors"  # weights alone, to be passed on
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint that a path means: the file itself, or `checkpoint.pth` of a run directory.
+    """The checkpoint that a path means: the file itself, or of a run directory `checkpoint.pth`, or else
+    `model.safetensors`.
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = Path(path)
     file = path / LAST if path.is_dir() else path
+    if path.is_dir() and not file.is_file() and (path / SHARED).is_file():
+        return path / SHARED
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {file}: give a checkpoint file or a run directory with {LAST}")
     return file
@@ -42,10 +48,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is damaged or no checkpoint.
     """
     file = checkpoint_file(path)
-    checkpoint = load_tensors(file)
+    checkpoint = {"model": load_safetensors(file)} if file.suffix == ".safetensors" else load_tensors(file)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{file} is no Segmenter checkpoint: it has no weights under 'model'")
     return checkpoint
+
+
+def load_safetensors(file: Path) -> dict[str, Tensor]:
+    """Named tensors, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged or no safetensors file.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({one_line(error)})") from error
 
 
 def load_tensors(file: Path) -> Any:

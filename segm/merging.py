@@ -264,6 +264,12 @@ def to_variant(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
+def without(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`dataset_kwargs` of a `variant.yml` without what they say of merging."""
+    known = {key for name, users in _users().items() for entry in users.values() for key in _keys(name, entry)}
+    return {key: value for key, value in saved.items() if key not in known | {"patch_type"}}
+
+
 def _keys(name: str, entry: Option) -> tuple[str, ...]:
     """Keys in `variant.yml`: one, or that for one value and that for several."""
     return entry.key if isinstance(entry.key, tuple) else (entry.key or name,)

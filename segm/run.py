@@ -17,6 +17,7 @@ from torch import Tensor
 
 import patch
 from segm import merging as merges
+from segm import sharing
 from segm.checkpoint import checkpoint_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.images import read_image, resize_keep_ratio, resized_view
@@ -74,7 +75,7 @@ class Run:
         """Load a trained model. What is not given is as it was in training.
 
         Args:
-            path: checkpoint or run directory.
+            path: checkpoint or run directory; or "user/name" of a repository on the Hugging Face hub.
             name: None: that of its folder.
             device: None: CUDA if it is there, else the CPU.
             merging: `patch_type` and options of the method, from a command (`segm.merging`).
@@ -87,11 +88,25 @@ class Run:
             ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        path = sharing.find(path)
         model, variant = load_model(path, merges.add_parts)
         merges.apply(model, *merges.choose({**(merging or {}), **options}, variant.get("dataset_kwargs")))
         precision = Precision.choose(device, bool(variant.get("amp")) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name
         return cls(name, Path(path), model.to(device), variant, device, precision, im_size)
+
+    def save_pretrained(self, folder: str | Path, scores: Mapping[str, Any] | None = None) -> None:
+        """Write the run into a folder that `Run.load` and the commands take, and a hub: weights in safetensors,
+        `variant.yml` with the merging in force, and a model card.
+
+        Args:
+            folder: it is made.
+            scores: of `evaluate`, for the card; None: the best of the training's log.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
+        sharing.save(self, Path(folder), scores)
 
     def unpatched(self, name: str | None = None) -> "Run":
         """The same run without merging."""
