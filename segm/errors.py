@@ -3,6 +3,7 @@
 from typing import Any
 
 LONGEST, BRIEF = 300, 80  # characters
+TRAINING = "pip install 'g2tm[train]'"  # what labelled data sets, their heads, and training need besides
 
 
 def one_line(error: BaseException | str, longest: int = LONGEST) -> str:

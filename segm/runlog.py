@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from segm.errors import TRAINING
 from segm.files import write_text
 from segm.variant import write_variant
 
@@ -56,6 +55,15 @@ def is_entry(entry: Any) -> bool:
     return all(value is None or (type(value) in (int, float) and -MAX < value < MAX) for value in values)
 
 
+def _summary_writer() -> Any:
+    """TensorBoard's writer, which reading a log does not need."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a training writes curves for TensorBoard, which is not installed: {TRAINING}") from error
+    return SummaryWriter
+
+
 class RunLog:
     """Writes the settings of a run at once and an entry per epoch.
 
@@ -66,13 +74,14 @@ class RunLog:
     """
 
     def __init__(self, log_dir: str | Path, variant: dict[str, Any], start_epoch: int = 0) -> None:
+        writer = _summary_writer()
         self.file = Path(log_dir) / "log.txt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_variant(variant, log_dir)
         if self.file.exists():
             kept = [entry for entry in read_log(self.file) if entry["epoch"] < start_epoch]
             write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.events = SummaryWriter(log_dir, purge_step=start_epoch)
+        self.events = writer(log_dir, purge_step=start_epoch)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""

@@ -92,9 +92,13 @@ def test_every_package_is_installed_with_its_types():
 
 
 def test_every_dependency_is_imported():
-    """What other packages bring along is left to them; torch writes its events with tensorboard."""
+    """What other packages bring along is left to them; torch writes its events with tensorboard, and exports with
+    onnxscript."""
     scripts = (ROOT / "scripts").glob("*.py")
-    used = {name.split(".")[0] for file in (*SOURCES, *scripts) for name in imports(file)} | {"tensorboard"}
+    used = {name.split(".")[0] for file in (*SOURCES, *scripts) for name in imports(file)}
+    used |= {"tensorboard", "onnxscript"}
     distributions = {one.lower() for name in used for one in distributions_of_packages().get(name, ())}
-    declared = {re.match(r"[\w.-]+", text)[0].lower() for text in PROJECT["project"]["dependencies"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["train"], *extras["onnx"], *extras["transformers"]]
+    declared = {re.match(r"[\w.-]+", text)[0].lower() for text in wanted}
     assert declared <= distributions

@@ -8,13 +8,18 @@ import contextlib
 import io
 import warnings
 
-with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import mmseg.datasets as mmseg_datasets
-    from mmcv.transforms import Normalize, Pad, RandomResize
-    from mmseg.datasets import BaseSegDataset
-    from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion, RandomCrop
-    from mmseg.datasets.transforms.transforms import RandomFlip, Resize
+from segm.errors import TRAINING
+
+try:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mmseg.datasets as mmseg_datasets
+        from mmcv.transforms import Normalize, Pad, RandomResize
+        from mmseg.datasets import BaseSegDataset
+        from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion, RandomCrop
+        from mmseg.datasets.transforms.transforms import RandomFlip, Resize
+except ModuleNotFoundError as error:
+    raise ValueError(f"labelled data sets are read by mmsegmentation, which is not installed: {TRAINING}") from error
 
 __all__ = [
     "BaseSegDataset",

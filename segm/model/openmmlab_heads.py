@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import nn
 
-with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints, and warns of what is not needed
-    warnings.simplefilter("ignore")
-    from mmseg.models.decode_heads import FCNHead, SETRMLAHead, SETRUPHead, UPerHead
-    from mmseg.models.necks import Feature2Pyramid, MLANeck
+from segm.errors import TRAINING
+
+try:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it prints, and warns of what is not needed
+        from mmseg.models.decode_heads import FCNHead, SETRMLAHead, SETRUPHead, UPerHead
+        from mmseg.models.necks import Feature2Pyramid, MLANeck
+except ModuleNotFoundError as error:
+    raise ValueError(f"this decoder is mmsegmentation's, which is not installed: {TRAINING}") from error
 
 NORM = {"type": "BN", "requires_grad": True}
 CHANNELS = 256
