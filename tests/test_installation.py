@@ -50,8 +50,8 @@ def test_what_needs_an_extra_names_it(shapes_run, tmp_path, folder_data, monkeyp
     monkeypatch.setenv("DATASET", str(folder_data))
     net = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset"]
     for words in (
-        ["segm/train.py", "--log-dir", tmp_path / "run", *net, "shapes"],
-        ["segm/train.py", "--log-dir", tmp_path / "run", *net, "folder"],
+        ["segm/train.py", "--log-dir", tmp_path / "new", *net, "shapes"],
+        ["segm/train.py", "--log-dir", tmp_path / "new", *net, "folder"],
         ["segm/export_onnx.py", shapes_run],
     ):
         result = run_without_extras(*words)
