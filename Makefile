@@ -1,5 +1,6 @@
 # make demo: install, train a small Segmenter with and without merging, show a table and pictures
 # make test: install, run the whole test suite on all cores; make quick: the fast tests alone
+# make docs: the documentation site, in build/site
 # make real DATASET=… WEIGHTS=…: train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains (hours)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo real test quick lint system clean
+.PHONY: demo real test quick lint docs system clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -38,6 +39,12 @@ system:
 		|| { echo "$(PYTHON) is too old: install Python 3.11 or newer, or give make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ctypes; [ctypes.CDLL(name) for name in ("libGL.so.1", "libglib-2.0.so.0")]' 2>/dev/null \
 		|| { echo "OpenCV needs libGL and libglib: apt-get install libgl1 libglib2.0-0"; exit 1; }
+
+# The documentation site, in build/site; its pictures need the demo's model, which is trained first (minutes).
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	test -f runs/demo/pure/checkpoint.pth || $(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/build_docs.py --run runs/demo/pure
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -29,6 +29,7 @@ from segm.checkpoint import LAST, load_checkpoint
 from segm.cli import Command, Listed, device_option
 from segm.eval.comparison import mean_tokens
 from segm.eval.environment import environment
+from segm.eval.views import spread
 from segm.files import write_text
 from segm.merging import PURE
 from segm.pictures import write_picture
@@ -96,7 +97,7 @@ STAGES = {
     "everything": "everything trained",
 }
 CLASSIFIED = (0.75, 0.5)  # shares of the tokens that are left
-FRONT = 0  # of these images, the one of the first picture
+FRONT = 12  # of these images, the one of the first picture
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
@@ -122,7 +123,7 @@ class Real:
 
     def run(self, name: str) -> Run:
         """A finished training."""
-        return Run.load(self.work / name / "checkpoint_best.pth", device=self.device, name=name)
+        return Run.load(self.work / name / "checkpoint_best.pth", device=self.device, name=name, amp=False)
 
     def tradeoff(self, name: str, run: Run) -> Tradeoff:
         """Where the settings of a table are measured and kept."""
@@ -383,8 +384,7 @@ def tokens(real: Real) -> str:
     """What thresholds mean on these features: similarities, tokens that are left, labels in a group."""
     run = real.run(BEST)
     dataset, _ = run.open()
-    step = max(1, len(dataset) // N_SIMILAR)
-    samples = [dataset[index] for index in range(0, len(dataset), step)][:N_SIMILAR]
+    samples = [dataset[index] for index in spread(N_SIMILAR, len(dataset))]
     layers = range(1, len(run.model.encoder.blocks) + 1)
     found = similarities(run, samples, layers)
     values = {layer: np.concatenate([x.ravel() for pair in pairs for x in pair]) for layer, pairs in found.items()}
@@ -398,7 +398,8 @@ def tokens(real: Real) -> str:
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
     write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[FRONT]))
     # Not among the results: these are photographs, whose license may forbid to show them.
-    write_picture(real.work / "regions.png", region_sheet(chosen, samples[:N_PICTURES]))
+    shown_samples = [samples[index] for index in spread(N_PICTURES, len(samples))]
+    write_picture(real.work / "regions.png", region_sheet(chosen, shown_samples))
     record = environment(real.device) | {"kept": kept, "purity": pure, "images": [sample.name for sample in samples]}
     record["similarity"] = {layer: [float(v.mean()), float(v.std())] for layer, v in values.items()}
     write_text(real.out / "tokens.json", json.dumps(record, indent=2) + "\n")

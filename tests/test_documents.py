@@ -1,6 +1,7 @@
 """What the documents say works: their Python runs, their command lines are understood, nothing is left out."""
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from timm.models.vision_transformer import ResPostBlock
 
 import patch
@@ -25,6 +27,7 @@ from segm.variant import read_variant, write_variant
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}
+DOCUMENTS |= {f"docs/{file.stem}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(segm|scripts)/[\w/]+\.py")
 
@@ -81,6 +84,28 @@ def test_python_of_the_contributing_guide():
     patch.apply(model, "share", **merging.choose(merging.parse(["--patch-type", "share", "--rest", "0.5"]))[1])
     model.forward_features(images)
     assert patch.reduction(model).lengths == (2, 2)  # of 16, halved three times
+
+
+@torch.inference_mode()
+def test_python_of_the_site():
+    names = run_python("docs/concepts")
+    assert names["reduction"].assignment.shape == (1, 196)
+
+
+def test_cells_of_the_notebook_that_trains_nothing():
+    cells = json.loads((ROOT / "docs/notebooks/merge_a_vit.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["same"] and names["reduction"].assignment.shape == (2, 196)
+
+
+def test_every_method_has_a_page_and_a_citation():
+    known = yaml.safe_load((ROOT / "docs/methods.yml").read_text())
+    assert known.keys() == patch.METHODS.keys() and all(one.keys() == {"idea", "when"} for one in known.values())
+    cited = re.findall(r"^@\w+\{(\w+),", (ROOT / "CITATIONS.bib").read_text(), re.MULTILINE)
+    assert {*cited} == {*patch.METHODS, "segmenter"} - {"random"}
 
 
 def command_lines(text):
@@ -167,4 +192,5 @@ def test_tables_are_narrow_and_links_lead_somewhere():
             if line.lstrip().startswith("|"):
                 assert re.sub(r"`[^`]*`", "", line).count("|") <= 7, (name, line)
         for link in re.findall(r"\]\((?!https?://)([^)#]+)", prose):
-            assert (ROOT / link).exists(), (name, link)
+            if not name.startswith("docs/"):  # whose links are those of the site
+                assert (ROOT / link).exists(), (name, link)

@@ -1,11 +1,14 @@
 """What an installation without extras does, and where it refuses."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("mmseg", "mmcv", "mmengine", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "onnxscript")
@@ -70,3 +73,21 @@ def test_another_project_is_not_overwritten(tmp_path):
     (tmp_path / "patch.py").touch()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0 and "another project with the import name of ours" in result.stderr
+
+
+def test_the_source_archive_holds_what_is_needed_to_test_it(tmp_path):
+    pytest.importorskip("setuptools")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("no git here")
+    copy = tmp_path / "copy"
+    for name in tracked.stdout.split():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("g2tm-*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {"/".join(Path(name).parts[1:]) for name in files.getnames()}
+    assert {*tracked.stdout.split()} <= held

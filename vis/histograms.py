@@ -53,7 +53,7 @@ def similarity_histograms(layers: Mapping[int, np.ndarray]) -> np.ndarray:
             share, _ = np.histogram(values.ravel(), bins)
             axis.plot((bins[1:] + bins[:-1]) / 2, 100 * share / values.size, color=color, label=f"layer {layer}")
         axis.set(xlabel="cosine similarity of neighboring patches after attention", ylabel="pairs, %")
-        axis.set_ylim(0, None)
+        axis.set(yscale="log", ylim=(0.05, 100))  # in a last layer nearly all are alike
         axis.grid(color="0.9")
         axis.legend(frameon=False, fontsize=9, ncols=2)
         canvas.draw()
