@@ -91,6 +91,18 @@ def test_every_package_is_installed_with_its_types():
         assert (ROOT / name / "py.typed").exists() and "py.typed" in setup["package-data"][name]
 
 
+def test_the_license_of_every_dependency_is_listed():
+    project = PROJECT["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    listed = (ROOT / "docs/licenses.md").read_text()
+    for text in wanted:
+        name = re.match(r"[\w.-]+", text)[0]
+        assert name == "g2tm" or re.search(rf"[ ,|]{re.escape(name)}[ ,]", listed), name
+
+
 def test_every_dependency_is_imported():
     """What other packages bring along is left to them; torch writes its events with tensorboard, and exports with
     onnxscript."""
