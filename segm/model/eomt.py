@@ -36,7 +36,7 @@ class Joined:
         first = len(self.blocks) - self.n_joined
         for index, block in enumerate(self.blocks):
             if index == first:
-                x = torch.cat([self.queries.expand(len(x), -1, -1), x], dim=1)
+                x = torch.cat([self.queries.expand(x.shape[0], -1, -1), x], dim=1)
             guided = guide is not None and index >= first
             x = block(x, attn_mask=guide(index - first, self.norm(x))) if guided else block(x)
         return self.norm(x)

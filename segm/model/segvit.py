@@ -87,7 +87,7 @@ class SegViT(nn.Module):
 
     def outputs(self, maps: Sequence[Tensor]) -> list[Prediction]:
         """What is trained: every stage, of the deepest block first; maps as for `forward`."""
-        queries, found = self.query.expand(len(maps[0]), -1, -1), []
+        queries, found = self.query.expand(maps[0].shape[0], -1, -1), []
         total = 0
         for features, project, layers in zip(maps, self.inputs, self.stages, strict=True):
             tokens = project(features.flatten(2).mT)

@@ -129,3 +129,10 @@ def test_torch_export_takes_a_model_with_a_budget(method):
         for n_images in (1, 3):
             images = different_images(n_images, SIDE)
             torch.testing.assert_close(program.module()(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["linear_bn", "setr_naive", "eomt", "segvit"])
+def test_decoders_on_the_grid_and_queries(decoder, tmp_path):
+    model = small_segmenter("graph", NET | {"decoder": {"name": decoder}}, **options_for("graph"))
+    assert_same(model.grid_logits, outputs_of(convert(model, (SIDE, SIDE)), tmp_path))
