@@ -33,8 +33,8 @@ PAGES = {
     "RESULTS.md": "results.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
-    "LICENSE": "license.md",
 }
+LINKS = PAGES | {"LICENSE": "licenses.md"}
 COMPARISON = "What differs from the released codes"  # a section of the README
 ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
@@ -78,7 +78,7 @@ def main(run_path: Path | None, out: Path, serve: bool) -> None:
 
 def linked(text: str) -> str:
     """A document with links to the pages of the site in place of those to files of the repository."""
-    for name, page in PAGES.items():
+    for name, page in LINKS.items():
         text = re.sub(rf"\]\({re.escape(name)}(#[\w-]+)?\)", rf"]({page}\1)", text)
     return text
 

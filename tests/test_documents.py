@@ -104,6 +104,8 @@ def test_cells_of_the_notebook_that_trains_nothing():
 def test_every_method_has_a_page_and_a_citation():
     known = yaml.safe_load((ROOT / "docs/methods.yml").read_text())
     assert known.keys() == patch.METHODS.keys() and all(one.keys() == {"idea", "when"} for one in known.values())
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert all(f"methods/{name}.md" in site for name in known)
     cited = re.findall(r"^@\w+\{(\w+),", (ROOT / "CITATIONS.bib").read_text(), re.MULTILINE)
     assert {*cited} == {*patch.METHODS, "segmenter"} - {"random"}
 
