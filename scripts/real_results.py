@@ -3,6 +3,7 @@
 DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real --out results/real
 """
 
+import copy
 import json
 import math
 import shlex
@@ -208,9 +209,27 @@ def methods(real: Real) -> str:
 
 def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None, **fixed: Any) -> Setting:
     """The setting of a method that leaves a share of the tokens at the end; fixed: its other options."""
-    whole = math.prod(run.model.grid(views[0].shape[-2:]))
+    model, whole = run.model, math.prod(run.model.grid(views[0].shape[-2:]))
     views = views[:1] if patch.find(method).static else views  # the same number in every image
-    return Setting(method, setting(run.model, method, views, share * whole, mean_tokens, **fixed), im_size)
+    layers = patch.check(method, len(model.encoder.blocks), model.encoder.patch_embed.grid_size, **fixed)["layers"]
+    if patch.find(method).takes("threshold") and not model.joins:  # no token leaves behind the last merge
+        model = copy.deepcopy(model)
+        del model.encoder.blocks[layers[-1] :]
+        found = setting(model, method, views, share * whole, encoded_tokens, **fixed | {"layers": [*layers]})
+        return Setting(method, fixed | {"threshold": found["threshold"]}, im_size)
+    return Setting(method, setting(model, method, views, share * whole, encoded_tokens, **fixed), im_size)
+
+
+@torch.inference_mode()
+def encoded_tokens(model: Any, views: list) -> float:
+    """Patch tokens that the encoder of a patched model leaves, mean over images (1, 3, H, W)."""
+    counts = []
+    for view in views:
+        model.encoder.forward_features(view)
+        found = patch.reduction(model)
+        assert found is not None  # a pass has just run
+        counts += found.counts.tolist()
+    return float(np.mean(counts))
 
 
 def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:

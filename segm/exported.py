@@ -21,7 +21,6 @@ from segm.run import Run
 
 SUFFIX = ".onnx"
 KEY = "segm"  # of the metadata
-OUTPUTS = ("scores", "logits", "labels")
 MISSING = "ONNX is not installed: pip install 'g2tm[onnx]'"
 
 
@@ -65,8 +64,8 @@ class OnnxModel(nn.Module):
         threads: None: as many as PyTorch uses.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or none of ours.
-        ImportError: ONNX Runtime is not installed.
+        FileNotFoundError: no such file.
+        ValueError: it is none of ours, or ONNX Runtime is not installed.
     """
 
     def __init__(self, file: str | Path, device: torch.device | str = "cpu", threads: int | None = None) -> None:
