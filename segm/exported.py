@@ -114,7 +114,7 @@ def open_session(file: Path, device: torch.device, threads: int | None = None) -
         raise FileNotFoundError(f"{file} not found: give a file that segm/export_onnx.py wrote")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch's threads want the cores too
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch wants the cores, too
     options.log_severity_level = 3
     wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]

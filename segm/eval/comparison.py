@@ -135,7 +135,8 @@ def settings_for(
 def _bisect(model: Segmenter, method: str, batches: Sequence[Tensor], tokens: int, layers: Sequence[int]) -> float:
     """Lowest threshold that keeps at least so many tokens, to 2⁻²⁴."""
     short = copy.deepcopy(model)
-    del short.encoder.blocks[layers[-1] :]
+    if not model.joins:  # queries join at a distance from the end
+        del short.encoder.blocks[layers[-1] :]
     patch.apply(short, method, layers=list(layers), threshold=1.0)
     low, high = -1.0, 1.0
     for _ in range(BISECTIONS):
