@@ -115,7 +115,7 @@ def compare(run: Run, models: Mapping[str, OnnxModel], views: Views, output: str
     for name, call in tqdm(calls.items(), desc="differences", unit="model", leave=False):
         largest, agreement = differences(call, reference, compared, output)
         own_speed = speed(turns[name])
-        rows.append({"name": name, "images_per_second": own_speed * views.batch_size, "ratio": own_speed / first})
+        rows.append({"name": name, "images_per_second": own_speed, "ratio": own_speed / first})
         rows[-1] |= {"difference": "" if largest is None else f"{largest:.1e}", "agreement": agreement}
     return rows
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segm.engine import Precision
@@ -76,6 +77,8 @@ class OnnxModel(nn.Module):
             raise ValueError(f"{file} was not exported by segm/export_onnx.py: it does not say how it was trained")
         self.record = Record.parse(text)
         self.n_cls = self.record.variant["net_kwargs"]["n_cls"]
+        fixed = self.session.get_inputs()[0].shape[0]  # a name where it may be any number
+        self.batch_size = fixed if isinstance(fixed, int) else None
 
     def run(self, images: Tensor) -> Tensor:
         """What the graph gives: images (B, 3, H, W), normalized -> see `Record.output`.
@@ -89,8 +92,15 @@ class OnnxModel(nn.Module):
                 f"images of {images.shape[-2]} × {images.shape[-1]} pixels, the exported model takes "
                 f"{height} × {width}: export it at another --im-size"
             )
-        (output,) = self.session.run(None, {"images": images.float().cpu().numpy()})
-        return torch.from_numpy(np.asarray(output)).to(images.device)
+        count = self.batch_size or len(images)
+        parts = [self._run(part, count) for part in images.float().cpu().split(max(count, 1))]
+        return torch.cat(parts).to(images.device)
+
+    def _run(self, images: Tensor, count: int) -> Tensor:
+        """The same for at most `count` images, which blank ones fill up."""
+        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, count - len(images)))
+        (output,) = self.session.run(None, {"images": filled.numpy()})
+        return torch.from_numpy(np.asarray(output))[: len(images)]
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized -> logits (B, C, H, W).

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from segm import export_onnx, exporting, inference, test
 from segm.eval import miou
@@ -65,6 +66,16 @@ def test_a_graph_of_labels_is_no_model_for_windows(shapes_run, photographs, tmp_
     assert "--output scores" in error
 
 
+@pytest.mark.slow
+def test_a_fixed_number_of_images_is_filled_up(shapes_run, tmp_path, call):
+    out = call(export_onnx, shapes_run, "--batch-size", 2, "--out", tmp_path / "a.onnx", "--max-images", 4)
+    assert "mIoU" in out and "images 2 × 3 × 32 × 32" in out
+    model = OnnxModel(tmp_path / "a.onnx")
+    images = torch.randn(3, 3, 32, 32)
+    found = model(images)
+    torch.testing.assert_close(found, torch.cat([model(images[:1]), model(images[1:])]), atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monkeypatch):
     read = ["-i", photographs, "-o", tmp_path / "b", *CPU]
     assert "not found" in refused(inference, tmp_path / "none.onnx", *read)
@@ -82,8 +93,6 @@ def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monke
 
 
 def test_images_of_another_size_are_refused(shapes_run, tmp_path, call):
-    import torch
-
     call(export_onnx, shapes_run, "--out", tmp_path / "a.onnx", *FEW)
     model = OnnxModel(tmp_path / "a.onnx")
     assert model(torch.zeros(3, 3, 32, 32)).shape == (3, 11, 32, 32)
