@@ -415,7 +415,7 @@ def tokens(real: Real) -> str:
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, PURE_AT, views).of(run) for name in PURE_OF}
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
-    write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[FRONT]))
+    write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[min(FRONT, len(samples) - 1)]))
     # Not among the results: these are photographs, whose license may forbid to show them.
     shown_samples = [samples[index] for index in spread(N_PICTURES, len(samples))]
     write_picture(real.work / "regions.png", region_sheet(chosen, shown_samples))
