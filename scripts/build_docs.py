@@ -54,8 +54,7 @@ PICTURED: dict[str, dict[str, Any]] = {
 @click.command(cls=Command)
 @click.option("--run", "run_path", type=click.Path(exists=True, path_type=Path), help="Draws the merged tokens.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="build/docs", show_default=True)
-@click.option("--serve/--build", "serve", default=False, help="Show the site while it is written, or build it.")
-def main(run_path: Path | None, out: Path, serve: bool) -> None:
+def main(run_path: Path | None, out: Path) -> None:
     """Write the pages to OUT, and build the site beside it.
 
     Without --run, the pages of methods have no pictures of merged tokens.
@@ -71,7 +70,7 @@ def main(run_path: Path | None, out: Path, serve: bool) -> None:
     write_text(out / "comparison.md", comparison((ROOT / "README.md").read_text(encoding="utf-8")))
     pictured = draw_methods(Run.load(run_path, patch_type=PURE), out / "methods") if run_path is not None else set()
     write_methods(out / "methods", pictured)
-    command = [sys.executable, "-m", "mkdocs", "serve" if serve else "build"]
+    command = [sys.executable, "-m", "mkdocs", "build"]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise ValueError("mkdocs found faults, see above")
 

@@ -62,16 +62,15 @@ class OnnxModel(nn.Module):
     Args:
         file: from `segm/export_onnx.py`.
         device: CUDA is used where ONNX Runtime has it.
-        threads: None: as many as PyTorch uses.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is none of ours, or ONNX Runtime is not installed.
     """
 
-    def __init__(self, file: str | Path, device: torch.device | str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.session = open_session(Path(file), torch.device(device), threads)
+        self.session = open_session(Path(file), torch.device(device))
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise ValueError(f"{file} was not exported by segm/export_onnx.py: it does not say how it was trained")
@@ -114,7 +113,7 @@ class OnnxModel(nn.Module):
         return upsample(found, images.shape[-2:]) if self.record.output == "scores" else found
 
 
-def open_session(file: Path, device: torch.device, threads: int | None = None) -> Any:
+def open_session(file: Path, device: torch.device) -> Any:
     """A session of ONNX Runtime; raises as `OnnxModel` does."""
     if find_spec("onnxruntime") is None:
         raise ValueError(MISSING)
@@ -123,7 +122,7 @@ def open_session(file: Path, device: torch.device, threads: int | None = None) -
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: give a file that segm/export_onnx.py wrote")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch wants the cores, too
     options.log_severity_level = 3
     wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]

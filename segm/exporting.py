@@ -41,7 +41,7 @@ class _Graph(nn.Module):
         return OUTPUTS[self.output](self.model, images)
 
 
-def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None) -> Record:
+def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None) -> None:
     """Write a run as an ONNX file.
 
     Images have the size of the run's windows. With a method whose number of tokens is fixed, all shapes are, but for
@@ -53,9 +53,6 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
         output: see `segm.exported.Record`.
         batch_size: images per pass; None: any number.
 
-    Returns:
-        What the file records.
-
     Raises:
         ValueError: ONNX is not installed, or has no words for the model.
         OSError: it cannot be written.
@@ -66,7 +63,6 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
     program.model.metadata_props[KEY] = record.dump()
     with atomic(file) as part:
         program.save(part)
-    return record
 
 
 def convert(
