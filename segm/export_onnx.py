@@ -47,6 +47,13 @@ COLUMNS = {
     help="What the graph gives: class logits per patch, logits per pixel, or the label map.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Fixed number of images per pass.  [default: any]")
+@click.option(
+    "--opset",
+    type=click.IntRange(18, OPSET),
+    default=OPSET,
+    show_default=True,
+    help="Version of ONNX's operators: an older one for compilers that do not know the newest.",
+)
 @click.option("--int8", is_flag=True, help="Also write the model in int8, quantized dynamically, and statically.")
 @click.option(
     "--images",
@@ -61,6 +68,7 @@ def main(
     out: Path | None,
     output: str,
     batch_size: int | None,
+    opset: int,
     int8: bool,
     images: str | Path | None,
     im_size: int | None,
@@ -77,7 +85,7 @@ def main(
     run = Run.load(checkpoint, device=CPU, merging=merging, im_size=im_size, amp=False)
     out = out or checkpoint_file(checkpoint).parent / "model.onnx"
     samples = run.views(images).samples  # before a minute of exporting: a missing data set is named
-    export(run, out, output, batch_size)
+    export(run, out, output, batch_size, opset)
     files = {"ONNX Runtime, float32": out}
     for kind in ("dynamic", "static") if int8 else ():
         files[f"ONNX Runtime, int8, {kind}"] = out.with_name(f"{out.stem}_int8_{kind}.onnx")
@@ -92,7 +100,7 @@ def main(
     if not isinstance(images, Path) and output != "labels":
         columns["mIoU"] = "{mean_iou:.2f}"
         _score(run, models, rows, images, max_images)
-    click.echo(f"{out}: ONNX, opset {OPSET}, images {batch_size or 'B'} × 3 × {' × '.join(map(str, run.windows.size))}")
+    click.echo(f"{out}: ONNX, opset {opset}, images {batch_size or 'B'} × 3 × {' × '.join(map(str, run.windows.size))}")
     click.echo(markdown(columns, rows))
     agreement = next(row["agreement"] for row in rows if row["name"] in files)
     if agreement < AGREEMENT:

@@ -21,7 +21,7 @@ from segm.files import atomic
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 
-OPSET = 18
+HAS_ATTENTION = OPSET = 23  # the first version of ONNX's operators with one for attention
 OUTPUTS: dict[str, Callable[[Segmenter, Tensor], Tensor]] = {
     "scores": lambda model, images: model.grid_logits(images),
     "logits": lambda model, images: model(images),
@@ -41,7 +41,7 @@ class _Graph(nn.Module):
         return OUTPUTS[self.output](self.model, images)
 
 
-def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None) -> None:
+def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None, opset: int = OPSET) -> None:
     """Write a run as an ONNX file.
 
     Images have the size of the run's windows. With a method whose number of tokens is fixed, all shapes are, but for
@@ -52,13 +52,14 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
         file: to write.
         output: see `segm.exported.Record`.
         batch_size: images per pass; None: any number.
+        opset: version of ONNX's operators; before 23 attention is written as products and a softmax.
 
     Raises:
         ValueError: ONNX is not installed, or has no words for the model.
         OSError: it cannot be written.
     """
     size, merging = run.windows.size, run.merging
-    program = convert(run.model, size, output, batch_size)
+    program = convert(run.model, size, output, batch_size, opset)
     record = Record(run.name, run.variant, run.im_size, size, output, merging)
     program.model.metadata_props[KEY] = record.dump()
     with atomic(file) as part:
@@ -66,14 +67,18 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
 
 
 def convert(
-    model: Segmenter, size: tuple[int, int], output: str = "scores", batch_size: int | None = None
+    model: Segmenter,
+    size: tuple[int, int],
+    output: str = "scores",
+    batch_size: int | None = None,
+    opset: int = OPSET,
 ) -> torch.onnx.ONNXProgram:
     """A model as ONNX's graph: "images" (B, 3, height, width), normalized, to "output".
 
     Args:
         model: on the CPU, in evaluation mode, patched or not.
         size: (height, width) of the images, pixels.
-        output, batch_size: see `export`.
+        output, batch_size, opset: see `export`.
 
     Raises:
         ValueError: as `export`.
@@ -90,7 +95,7 @@ def convert(
             stack.enter_context(context)
         logging.disable(logging.CRITICAL)  # and log it
         try:
-            return _converted(_Graph(model, output), size, batch_size)
+            return _converted(_Graph(model, output), size, batch_size, opset)
         except Exception as error:  # the exporters raise many kinds
             raise ValueError(
                 "this model cannot be exported, choose a method with a fixed number of tokens, or none: "
@@ -100,12 +105,15 @@ def convert(
             logging.disable(logging.NOTSET)
 
 
-def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None) -> torch.onnx.ONNXProgram:
+def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None, opset: int) -> torch.onnx.ONNXProgram:
     images = torch.zeros(batch_size or 2, 3, *size)  # of one image alone, the number would count as fixed
     shapes = None if batch_size else {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
-    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"], "opset_version": OPSET}
-    options |= {"custom_translation_table": {torch.ops.aten.sort.stable: _stable_sort}, "verbose": False}
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"], "opset_version": opset}
+    own: dict[Any, Any] = {torch.ops.aten.sort.stable: _stable_sort}
+    if opset >= HAS_ATTENTION:
+        own[torch.ops.aten.scaled_dot_product_attention.default] = _attention
+    options |= {"custom_translation_table": own, "verbose": False}
     found = torch.onnx.export(program, dynamo=True, **options)
     assert found is not None  # it is without a file to write
     return found
@@ -116,11 +124,27 @@ def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = 
     from onnxscript import opset18
 
     op: Any = opset18  # its types know no variables
-    count = x.shape[dim]
-    every = op.Constant(value_ints=[count]) if isinstance(count, int) else op.Shape(x, start=dim, end=dim + 1)
+    every = _length(op, x, dim % len(x.shape))
     is_bool = x.dtype == BOOL
     values, indices = op.TopK(op.Cast(x, to=INT32) if is_bool else x, every, axis=dim, largest=int(descending))
     return op.Cast(values, to=BOOL) if is_bool else values, indices
+
+
+def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+    """Attention with a mask of one row for all queries, which ONNX Runtime does not repeat by itself."""
+    from onnxscript import opset23
+
+    op: Any = opset23
+    if attn_mask is not None:
+        one = op.Constant(value_ints=[1])
+        attn_mask = op.Expand(attn_mask, op.Concat(one, one, _length(op, query, 2), one, axis=0))
+    return op.Attention(query, key, value, attn_mask, scale=options.get("scale"))[0]
+
+
+def _length(op: Any, x: Any, axis: int) -> Any:
+    """The size of an axis as ONNX's (1,): a constant where it is known, which compilers want."""
+    size = x.shape[axis]
+    return op.Constant(value_ints=[size]) if isinstance(size, int) else op.Shape(x, start=axis, end=axis + 1)
 
 
 # ---------------------------------------------------------------------------------------------- int8
