@@ -130,7 +130,9 @@ def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = 
     return op.Cast(values, to=BOOL) if is_bool else values, indices
 
 
-def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *, is_causal: bool = False, scale: float | None = None
+) -> Any:
     """Attention with a mask of one row for all queries, which ONNX Runtime does not repeat by itself."""
     from onnxscript import opset23
 
@@ -138,7 +140,7 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **option
     if attn_mask is not None:
         one = op.Constant(value_ints=[1])
         attn_mask = op.Expand(attn_mask, op.Concat(one, one, _length(op, query, 2), one, axis=0))
-    return op.Attention(query, key, value, attn_mask, scale=options.get("scale"))[0]
+    return op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)[0]
 
 
 def _length(op: Any, x: Any, axis: int) -> Any:

@@ -86,6 +86,15 @@ def test_a_budget_leaves_no_size_open(method, tmp_path):
     assert_same(model.grid_logits, outputs_of(program, tmp_path), counts=(2,))
 
 
+@pytest.mark.parametrize(("opset", "is_one"), [(18, False), (23, True)])
+def test_attention_is_one_operator_where_there_is_one(opset, is_one, tmp_path):
+    model = small_segmenter()
+    program = convert(model, (SIDE, SIDE), opset=opset)
+    assert program.model.opset_imports[""] == opset
+    assert ("Attention" in {node.op_type for node in program.model_proto.graph.node}) == is_one
+    assert_same(model.grid_logits, outputs_of(program, tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_rotary_tables_are_constants(batch_size, tmp_path):
