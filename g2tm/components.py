@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from g2tm.selection import images_in, numpy_helps, ranks
+from g2tm.spanning import strongest_edges
 
 HAS_TRITON = find_spec("triton") is not None
 # Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs).
@@ -58,7 +59,8 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
     """Components along the strongest edges of every image: as few edges as leave `n_components`.
 
     An edge lowers the number of components by one at most, so every number is reached. How many edges that takes
-    is found by bisection, for all images at once. Nothing is read back from the device.
+    is found for all images at once: by bisection, or with torch, where a labelling is many operations, from a spanning
+    tree. Nothing is read back from the device.
 
     Args:
         right, down: (B, gh, gw-1) and (B, gh-1, gw), strength of every edge, which the strongest survive; of equal
@@ -73,6 +75,8 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
         ValueError: unknown backend.
     """
     backend = _chosen(backend, right, down)
+    if backend == "torch":
+        return propagated_components(*strongest_edges(right, down, n_components))[0]
     low, high = int(right.shape[1] * down.shape[2] - n_components), int(right[0].numel() + down[0].numel())
     right, down = _places(right, down)
     if backend != "opencv":
