@@ -18,6 +18,7 @@ LINES = [
 
 MARKERS = "osD^vP*X<>hp"
 PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")  # after Okabe and Ito
+DEEPEST = 15  # points below the best: what loses more leaves the picture
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -30,6 +31,8 @@ def tradeoff_plot(
     tokens: bool = False,
 ) -> np.ndarray:
     """A score over the time per image, or over the tokens: one line per label, and the hull of the best.
+
+    The axis ends 15 points below the best score, so that differences between good settings can be seen.
 
     Args:
         rows: `images_per_second` (or `tokens`) and the score.
@@ -45,13 +48,18 @@ def tradeoff_plot(
         figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
         canvas, axis = FigureCanvasAgg(figure), figure.subplots()
         points = [(row["tokens"] if tokens else 1000 / row["images_per_second"], row[score]) for row in rows]
-        axis.plot(*zip(*(points[i] for i in hull), strict=True) if hull else ((), ()), color="0.75", linewidth=6,
-                  solid_capstyle="round", label="hull", zorder=0)  # fmt: skip
+        if hull:
+            best = zip(*(points[index] for index in hull), strict=True)
+            axis.plot(*best, color="0.75", linewidth=6, solid_capstyle="round", label="hull", zorder=0)
         for number, label in enumerate(dict.fromkeys(labels)):
             own = sorted(point for point, other in zip(points, labels, strict=True) if other == label)
             color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-            axis.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=5, linewidth=1, label=label)
+            line = {"linestyle": "--" if number >= len(PALETTE) else "-", "linewidth": 1}
+            axis.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=5, **line, label=label)
         axis.set(xlabel="tokens per image" if tokens else "ms per image", ylabel=name)
+        top = max(y for _, y in points)
+        bottom = max(axis.get_ylim()[0], top - DEEPEST)
+        axis.set_ylim(bottom, top + max(top - bottom, 1) / 20)
         axis.grid(color="0.9")
         axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.draw()
