@@ -1,5 +1,6 @@
 """Train a Segmenter, plain or with a merging method, and evaluate it as it learns."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Position, Precision, compile_blocks, create_loader, segmentation_loss, train_one_epoch
 from segm.eomt_loss import eomt_loss
+from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, Head
@@ -30,13 +32,14 @@ from segm.model.factory import copy_weights
 from segm.model.segmenter import InTraining, Segmenter
 from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.plan import CURRICULUM, Plan, Settings, finetuning_defaults, names_of, read_config, settings_options
-from segm.run import recorded_classes, require_classes
+from segm.run import Run, recorded_classes, require_classes
 from segm.runlog import RunLog
 from segm.segvit_loss import segvit_loss
 from segm.variant import read_variant
 
 OWN_LOSSES = {"segvit": segvit_loss, "eomt": eomt_loss}  # of decoders that learn from more than logits
 AUTO = "auto"
+N_VIEWS, FEW = 8, 0.25  # images that its tokens are counted on; share of the tokens that is suspicious
 N_MASKS, N_HEADERS = 200, 5000  # looked at in every split before a training: a few seconds
 
 
@@ -177,7 +180,10 @@ def saved_variant(log_dir: Path, resume: bool, finetune: Path | None) -> dict[st
 
 
 def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device) -> float:
-    """Mean + std of the similarities of an unpatched run in the first layer that shall merge."""
+    """Mean + std of the similarities of an unpatched run in the first layer that shall merge.
+
+    The rule knows nothing of what it leaves: where that is little, a line says so.
+    """
     if unpatched is None:
         raise ValueError("--threshold auto: name an unpatched run with --from")
     if "threshold" not in plan.options:
@@ -185,7 +191,13 @@ def automatic_threshold(plan: Plan, unpatched: Path | None, device: torch.device
     layer, size = plan.options["layers"][0], plan.settings.crop_size
     found = automatic_thresholds(unpatched, plan.settings.dataset, [layer], device, size=size)
     threshold = round(found[layer].threshold, 4)
-    say(f"threshold {threshold}, from layer {layer} of {unpatched}")
+    pure = Run.load(unpatched, device=device, patch_type=PURE)
+    merged = pure.variation(plan.method, plan.options | {"threshold": threshold})
+    views = [*merged.views(plan.settings.dataset, N_VIEWS)]
+    left = mean_tokens(merged.model, views) / math.prod(merged.model.grid(views[0].shape[-2:]))
+    say(f"threshold {threshold}, from layer {layer} of {unpatched}: {left:.0%} of the tokens are left")
+    if left < FEW:
+        say("warning: so few tokens lose accuracy, measure a threshold with segm/tune_threshold.py")
     return threshold
 
 
