@@ -23,7 +23,8 @@ class Prediction(NamedTuple):
 def class_scores(found: Prediction, size: Sequence[int]) -> Tensor:
     """Scores of pixels: how much the masks of a class cover them, (B, K, *size); from 0 to the number of queries."""
     probabilities = found.classes.softmax(-1)[..., :-1]
-    return torch.einsum("bqc,bqhw->bchw", probabilities, resized(found.masks, size).sigmoid())
+    covered = resized(found.masks, size).sigmoid_()  # the largest tensor of the pass: not held twice
+    return torch.einsum("bqc,bqhw->bchw", probabilities, covered)
 
 
 def resized(masks: Tensor, size: Sequence[int]) -> Tensor:
