@@ -370,5 +370,8 @@ def check(name, attention):
 @pytest.mark.parametrize("attention", ["none", "proportional"])
 @torch.inference_mode()
 def test_merged_vits_are_those_of_the_reference(attention):
-    for name in MODELS if attention == "proportional" else ("vit_tiny_patch16_224", "vit_small_patch16_dinov3"):
+    names = list(MODELS) if attention == "proportional" else ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"]
+    if tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31):
+        names = [name for name in names if "rope_mixed" not in name]  # its tables were float32 alone
+    for name in names:
         check(name, attention)

@@ -306,9 +306,9 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
 
     def thresholds(checkpoint, name, layers, device, size):
         asked.append((checkpoint, name, layers, size))
-        return {layers[0]: auto_threshold.Similarity(mean, 0.25)}
+        return {layers[0]: auto_threshold.Similarity(found["mean"], 0.25)}
 
-    mean = 0.5
+    found = {"mean": 0.5}
     monkeypatch.setattr(train, "automatic_thresholds", thresholds)
     monkeypatch.setattr(train, "train", lambda model, a, b, plan, variant, *rest: asked.append(plan.options))
     options = ["--log-dir", tmp_path / "new", "--finetune", shapes_run, "--patch-type", "algm"]
@@ -319,7 +319,7 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
         assert asked == []  # before any image is read
     call(train, *options, "--from", shapes_run)
     assert asked[0] == (shapes_run, "shapes", [1], 32) and asked[1]["threshold"] == 0.75
-    for mean, suspicious in ((-1.25, True), (1, False)):  # everything merges, and nothing
+    for found["mean"], suspicious in ((-1.25, True), (1, False)):  # everything merges, and nothing
         assert ("tune_threshold" in call(train, *options, "--from", shapes_run)) == suspicious
 
 
