@@ -40,11 +40,11 @@ ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
 # Settings with which the small model of the pictures merges about half of its tokens.
 PICTURED: dict[str, dict[str, Any]] = {
-    "graph": {"threshold": 0.9},
+    "graph": {"threshold": 0.97},
     "algm": {"layers": [1, 3], "threshold": 0.9},
-    **{name: {"r": 80} for name in ("tome", "tofu", "pitome", "mctf", "crossget", "diffrate")},
+    **{name: {"r": 32} for name in ("tome", "tofu", "pitome", "mctf", "crossget", "diffrate")},
     "atc": {"layers": [2]},
-    "ltmp": {"merge_threshold": 0.9},
+    "ltmp": {"merge_threshold": 0.998},
     "mpm": {"layers": [1, 3]},
     "fpet": {},
     "random": {},
