@@ -75,10 +75,10 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
         ValueError: unknown backend.
     """
     backend = _chosen(backend, right, down)
-    if backend == "torch":
-        return propagated_components(*strongest_edges(right, down, n_components))[0]
     low, high = int(right.shape[1] * down.shape[2] - n_components), int(right[0].numel() + down[0].numel())
     right, down = _places(right, down)
+    if backend == "torch":
+        return propagated_components(*strongest_edges(right, down, n_components))[0]
     if backend != "opencv":
         return _bisect(BACKENDS[backend], right, down, n_components, low, high)
     found = _bisect(_opencv_labels, right.cpu().numpy(), down.cpu().numpy(), n_components, low, high)

@@ -15,19 +15,20 @@ def strongest_edges(right: Tensor, down: Tensor, n_components: int) -> tuple[Ten
     number of operations depends on the grid alone, and nothing is read back from the device.
 
     Args:
-        right, down: (B, gh, gw-1) and (B, gh-1, gw), strength of every edge; of equal ones the first in row-major
-            order counts as stronger, those of `right` before those of `down`; NaN is the weakest.
+        right, down: (B, gh, gw-1) and (B, gh-1, gw), int64, place of every edge in its image, the strongest first,
+            from 0.
         n_components: from 1 to gh·gw.
 
     Returns:
         Masks of the edges, shaped as `right` and `down`.
     """
     n_patches = right.shape[1] * down.shape[2]
-    strength = torch.cat([right.flatten(1), down.flatten(1)], 1).nan_to_num(nan=-math.inf)
-    order = strength.argsort(dim=1, descending=True, stable=True)
+    place = torch.cat([right.flatten(1), down.flatten(1)], 1)
+    edges = torch.arange(place.shape[1], device=place.device).expand_as(place)
+    order = torch.empty_like(place).scatter_(1, place, edges)
     in_tree = _spanning_tree(_ends(right, down, order), images_in(right), n_patches).view(order.shape)
     chosen = in_tree * (in_tree.cumsum(1) <= n_patches - n_components)
-    chosen = torch.zeros_like(order).scatter(1, order, chosen).bool()
+    chosen = chosen.gather(1, place).bool()
     first, second = chosen.split([right[0].numel(), down[0].numel()], 1)
     return first.view(right.shape), second.view(down.shape)
 
