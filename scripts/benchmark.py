@@ -18,8 +18,9 @@ import patch
 from segm.cli import DTYPES, Command, Listed, device_option
 from segm.data import create_dataset
 from segm.data.images import resized_view
-from segm.eval.comparison import measure, profile_merges, settings_for
+from segm.eval.comparison import measure, settings_for
 from segm.eval.environment import environment
+from segm.eval.profiling import profile_merges, profile_passes
 from segm.files import write_text
 from segm.model.decoder import DECODERS
 from segm.model.factory import create_segmenter
@@ -60,6 +61,7 @@ COMPILED_COLUMNS = {
 }
 
 PROFILE_COLUMNS = {"operator": "{operator}", "calls per pass": "{calls}", "share of the merges": "{share:.3f}"}
+PASSES_COLUMNS = {"operator": "{operator}", "pure, ms": "{ms_pure:.2f}", "merged, ms": "{ms:.2f}"}
 PROFILE_ROWS = 12
 
 
@@ -82,7 +84,7 @@ PROFILE_ROWS = 12
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
 @click.option("--compile", "compiled", is_flag=True, help="Time compiled models as well, against plain execution.")
-@click.option("--profile", is_flag=True, help="Also print which operators the merges spend their time in.")
+@click.option("--profile", is_flag=True, help="Also print what merges and passes spend their time in.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
 @device_option
@@ -124,6 +126,7 @@ def main(
         rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats, compiled))
         if profile:
             rows[-1]["profile"] = profile_merges(model, method, options, views[0], device)
+            rows[-1]["passes"] = profile_passes(model, method, options, views[0], device)
         if out is not None:
             content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
             write_text(out, json.dumps(content, indent=2))
@@ -132,6 +135,8 @@ def main(
     for row in rows if profile else ():
         click.echo("\nmerges of {model}, {dtype}, batch {batch_size}, {method}\n".format(**row))
         click.echo(markdown(PROFILE_COLUMNS, row["profile"][:PROFILE_ROWS]))
+        click.echo("\npasses of {model}, {dtype}, batch {batch_size}, {method}\n".format(**row))
+        click.echo(markdown(PASSES_COLUMNS, row["passes"][:PROFILE_ROWS]))
     missed = [text for row in rows for text in missed_targets(row, device.type)]
     if check:
         click.echo("\n" + ("\n".join(missed) or "all targets met"))

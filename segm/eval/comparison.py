@@ -7,7 +7,6 @@ turns) in images/s.
 import copy
 import ctypes
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import patch
@@ -29,7 +27,6 @@ from segm.model.upsample import upsample
 BISECTIONS = 25
 PAIR_REPEATS = 4
 COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
-MERGES = "merges"
 
 Call = Callable[[Tensor], Any]
 
@@ -437,50 +434,6 @@ def _overhead(turns: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, A
         "overhead_undo": shares["undo"],
         "overhead_difference": shares["scores"] - shares["scores_free"],
     }
-
-
-@torch.inference_mode()
-def profile_merges(
-    model: Segmenter,
-    method: str,
-    options: Mapping[str, Any],
-    batch: Tensor,
-    device: torch.device,
-    repeats: int = 20,
-) -> list[dict[str, Any]]:
-    """What the merges of one pass spend their time in, by operator; a plain pass before each keeps caches as they are.
-
-    Args:
-        model: unpatched.
-        method, options: for `patch.apply`.
-        batch: (B, 3, H, W), on the device.
-
-    Returns:
-        list of `operator`, `calls` per pass and `share` of the time that the profiler saw, the longest first; what is
-        no operator of PyTorch's (Python, NumPy, OpenCV) is the rest of the time, called "outside".
-    """
-    merged = patch.apply(copy.deepcopy(model), method, **options)
-    merges, merge = Merges.record(merged, batch), patch.find(method).merge
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    totals: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for turn in range(1 + repeats):
-        model.grid_logits(batch)
-        with profile(activities=activities) as profiler, record_function(MERGES):
-            for layer in merges.steps:
-                merges.repeat(merge, layer)
-        if turn == 0:
-            continue
-        for event in profiler.key_averages():
-            time = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            totals[event.key] += time
-            calls[event.key] += event.count
-    totals["outside"], calls["outside"] = totals.pop(MERGES, 0), 0
-    whole = sum(totals.values())
-    return [
-        {"operator": name, "calls": round(calls[name] / repeats), "share": time / whole}
-        for name, time in totals.most_common()
-    ]
 
 
 # ---------------------------------------------------------------------------------------------- memory

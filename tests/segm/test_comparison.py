@@ -14,7 +14,6 @@ from segm.eval.comparison import (
     eager_label_map,
     mean_tokens,
     measure,
-    profile_merges,
     ratio,
     realised_share,
     replaying,
@@ -22,6 +21,7 @@ from segm.eval.comparison import (
     share_of_time,
     speed,
 )
+from segm.eval.profiling import profile_merges, profile_passes
 from segm.merging import build_model
 
 CPU = torch.device("cpu")
@@ -154,6 +154,15 @@ def test_the_profile_tells_where_merging_spends_its_time(model, batches):
     assert sum(row["share"] for row in found) == pytest.approx(1)
     assert [row["share"] for row in found] == sorted((row["share"] for row in found), reverse=True)
     assert "outside" in {row["operator"] for row in found} and any(row["calls"] >= 3 for row in found)  # 3 layers
+    assert not patch.is_patched(model)
+
+
+def test_the_profile_of_passes_tells_which_operators_gain(model, batches):
+    found = profile_passes(model, "graph", METHODS["graph"], batches[0], CPU, repeats=2)
+    assert [row["ms_pure"] for row in found] == sorted((row["ms_pure"] for row in found), reverse=True)
+    by_name = {row["operator"]: row for row in found}
+    assert by_name["aten::addmm"]["ms_pure"] > 0 and by_name["aten::addmm"]["ms"] > 0
+    assert by_name["aten::scatter_add_"]["ms_pure"] == 0 < by_name["aten::scatter_add_"]["ms"]  # merging alone
     assert not patch.is_patched(model)
 
 
