@@ -1,7 +1,7 @@
 """`variant.yml`: the settings of a run, in the format of Segmenter. Values are checked where the file is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,29 @@ def read_variant(path: str | Path) -> dict[str, Any]:
                 where = f"{key} in {section}" if section else key
                 raise ValueError(f"{file}: {where} is {brief(values[key])}, it should be {kind.words}")
     return {key: value for key, value in variant.items() if key not in KINDS[""] or value is not None}
+
+
+def recorded_grid(path: str | Path, patch_sides: Sequence[int]) -> tuple[int, int] | None:
+    """Patches per side (gh, gw) that a run was trained with: their number alone does not tell 18×32 from 24×24.
+
+    Args:
+        path: a run directory, or a file in it.
+        patch_sides: height and width of a patch, pixels; () if they are not known.
+
+    Returns:
+        The grid, or None where no `variant.yml` says it.
+
+    Raises:
+        ValueError: as `read_variant`.
+    """
+    try:
+        size = read_variant(path)["net_kwargs"].get("image_size")
+    except FileNotFoundError:
+        return None
+    if size is None or len(patch_sides) != 2:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // patch_sides[0], width // patch_sides[1]
 
 
 def write_variant(variant: dict[str, Any], folder: str | Path) -> None:

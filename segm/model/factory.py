@@ -16,7 +16,7 @@ from segm.model.encoder import create_encoder
 from segm.model.eomt import join
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
-from segm.variant import read_variant, variant_file
+from segm.variant import read_variant, recorded_grid, variant_file
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,8 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
     if sides and weights[kernel].shape[:2] == own[kernel].shape[:2]:
         weights[kernel] = resample_patch_embed(weights[kernel], [*encoder.patch_embed.patch_size])
     if name in weights and name in own and weights[name].shape != own[name].shape:
-        size = read_variant(path)["net_kwargs"]["image_size"]
-        pixels = (size, size) if isinstance(size, int) else size
-        grid = [whole // side for whole, side in zip(pixels, sides, strict=False)]  # no sides: no such weights
-        if len(grid) == 2 and grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
+        grid = recorded_grid(path, sides)
+        if grid is not None and grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
             weights[name] = resize_position_embedding(
                 weights[name].float(), grid, encoder.patch_embed.grid_size, position_prefix(encoder)
             )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from segm.checkpoint import load_tensors
 from segm.errors import one_line
 from segm.model.position import position_prefix, resize_position_embedding
+from segm.variant import recorded_grid
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
     weights, unused = find_encoder(tensors, file)
     own = encoder.state_dict()
     try:
-        weights = in_names_of(encoder, weights)
+        weights = in_names_of(encoder, weights, file)
         _check_depth(weights, len(encoder.blocks))
         _refuse_lost_biases(weights, own)
         others = [name for name in weights if name not in own]
@@ -173,11 +174,14 @@ def find_encoder(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, T
     return weights, [name for name in tensors if not name.startswith(prefix)]
 
 
-def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor], file: Path | None = None) -> dict[str, Tensor]:
     """Weights under the encoder's names, position embedding and fused parts included; others keep theirs.
 
+    Args:
+        file: where they come from: a run knows the grid of its position embedding.
+
     Raises:
-        ValueError: a position embedding of a grid that is not square.
+        ValueError: a position embedding of a grid that is not known, and not square.
     """
     own = encoder.state_dict()
     renamed = {timm_name(name): value.float() for name, value in weights.items()}
@@ -195,7 +199,8 @@ def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, 
         elif token in renamed and not renamed[token].numel():
             del renamed[token]
     if "pos_embed" in renamed and getattr(encoder, "pos_embed", None) is not None:
-        _fit_position(renamed, encoder)
+        sides = renamed["patch_embed.proj.weight"].shape[2:]
+        _fit_position(renamed, encoder, None if file is None else recorded_grid(file, sides))
     if isinstance(encoder, Eva):
         renamed = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): value for name, value in renamed.items()}
         renamed = eva_names(renamed, encoder)
@@ -226,19 +231,20 @@ def _joined(weights: Mapping[str, Tensor], parts: tuple[str, ...], module: str, 
     return kept
 
 
-def _fit_position(weights: dict[str, Tensor], encoder: nn.Module) -> None:
-    """Bring `pos_embed` to the encoder's grid, and to the prefix tokens that have one."""
+def _fit_position(weights: dict[str, Tensor], encoder: nn.Module, recorded: tuple[int, int] | None) -> None:
+    """Bring `pos_embed` to the encoder's grid, and to the prefix tokens that have one.
+
+    The grid that it has is the one that its run recorded, else the encoder's, else a square one.
+    """
     embedding = weights["pos_embed"]
     embedding = embedding.unsqueeze(0) if embedding.ndim == 2 else embedding
     prefix, grid = position_prefix(encoder), encoder.patch_embed.grid_size
     count = embedding.shape[1]
     for in_front in (prefix, 1, 0):
-        side = math.isqrt(max(count - in_front, 0))
-        if count - in_front == grid[0] * grid[1]:
-            old_grid = grid
-            break
-        if side and side * side == count - in_front:
-            old_grid = (side, side)
+        side = math.isqrt(max(count - in_front, 1))
+        fitting = [one for one in (recorded, grid, (side, side)) if one and math.prod(one) == count - in_front]
+        if fitting:
+            old_grid = fitting[0]
             break
     else:
         raise ValueError(f"its position embedding has {count} tokens, which are no square grid")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from segm.model.encoder import create_encoder
+from segm.model.position import resize_position_embedding
 from segm.model.pretrained import read_weights
 
 NET = {"backbone": "vit_small_patch14_dinov2", "n_layers": 2, "d_model": 48, "n_heads": 6, "image_size": (28, 42)}
@@ -187,3 +188,13 @@ def test_a_checksum_beside_a_file_is_verified(donor, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"weights\.safetensors"):
             read_weights(file)
+
+
+def test_a_run_says_the_grid_of_its_position_embedding(tmp_path):
+    for size, grid in (([28, 42], (2, 3)), ([28, 112], (2, 8)), ([112, 28], (8, 2))):  # 16 patches may also be 4 × 4
+        run = create_encoder(NET | {"image_size": size})
+        torch.nn.init.normal_(run.pos_embed)
+        (tmp_path / "variant.yml").write_text(f"net_kwargs: {{image_size: {size}, patch_size: 14}}")
+        for file in ("checkpoint.pth", "model.safetensors"):
+            found = load(run.state_dict(), tmp_path / file, image_size=(56, 56)).pos_embed
+            assert torch.equal(found, resize_position_embedding(run.pos_embed, grid, (4, 4), 1))
