@@ -21,10 +21,13 @@ class Prediction(NamedTuple):
 
 
 def class_scores(found: Prediction, size: Sequence[int]) -> Tensor:
-    """Scores of pixels: how much the masks of a class cover them, (B, K, *size); from 0 to the number of queries."""
+    """Scores of pixels: how much the masks of a class cover them, (B, K, *size); from 0 to the number of queries.
+
+    Classes are innermost in memory, as in the scores of all decoders: the argmax reads them side by side.
+    """
     probabilities = found.classes.softmax(-1)[..., :-1]
     covered = resized(found.masks, size).sigmoid_()  # the largest tensor of the pass: not held twice
-    return torch.einsum("bqc,bqhw->bchw", probabilities, covered)
+    return (covered.flatten(2).mT @ probabilities).mT.unflatten(2, tuple(size))
 
 
 def resized(masks: Tensor, size: Sequence[int]) -> Tensor:
