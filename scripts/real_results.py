@@ -86,11 +86,16 @@ DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer
 ON_TUNED = ["--config", "dinov2_camvid_tuned", *WHOLE, "--epochs", "4", "--eval-freq", "4"]
 NEW_HEAD = [*ON_TUNED, "--pretrained", f"{{work}}/{BEST}/checkpoint_best.pth", "--freeze-encoder"]
 NEW_HEAD += ["--encoder-lr-mult", "1", "--layer-decay", "1", "--learning-rate", "0.001"]
+# What changes the encoder, too, trains on crops first, as the model itself.
+ON_CROPS = ["--config", "dinov2_camvid_tuned", "--epochs", "4", "--eval-freq", "4"]
+CROPS_FIRST = {
+    "clustvit": [*ON_CROPS, "--finetune", f"{{work}}/{BEST}", "--patch-type", "clustvit"],
+    "eomt": [*ON_CROPS, "--pretrained", f"{{work}}/{BEST}/checkpoint_best.pth", "--decoder", "eomt"],
+}
 HEADS = {
     "linear_bn": [*NEW_HEAD, "--decoder", "linear_bn"],
     "setr_pup": [*NEW_HEAD, "--decoder", "setr_pup", "--epochs", "2", "--eval-freq", "2"],  # ten times as slow to train
-    "clustvit": [*ON_TUNED, "--finetune", f"{{work}}/{BEST}", "--patch-type", "clustvit"],
-    "eomt": [*NEW_HEAD, "--decoder", "eomt"],
+    **{name: [*LONGER, "--finetune", f"{{work}}/{name}_crops"] for name in CROPS_FIRST},
 }
 STAGES = {
     "applied": "applied: mIoU (small classes)",
@@ -371,9 +376,11 @@ def trained(real: Real) -> str:
 
 
 def heads(real: Real) -> str:
-    """Other decoders on the encoder of the best model, which stays as it is; and ClustViT, which learns to merge."""
+    """Other decoders on the encoder of the best model, which stays as it is; ClustViT and EoMT train with theirs."""
     rows = []
     for name, options in tqdm({"linear": [], **HEADS}.items(), desc="heads", unit="run", leave=False):
+        if name in CROPS_FIRST:
+            train(real, f"{name}_crops", CROPS_FIRST[name])
         if options:
             train(real, name, options)
         run = real.run(name if options else BEST)

@@ -96,7 +96,6 @@ def assignment_of(run: Run) -> np.ndarray:
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def front_sheet(plain: Run, merged: Run, sample: Sample) -> np.ndarray:
     """Labels without merging, the tokens that are left, and labels with merging; nothing of the photograph, whose
     license may forbid to show it."""
