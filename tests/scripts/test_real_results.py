@@ -46,7 +46,8 @@ def script(monkeypatch, shapes_run, tmp_path):
         "TRAINED": {"tome": 0.5},
         "LONGER": SHORT,
         "DECODER_ALONE": [*SHORT, "--freeze-encoder"],
-        "HEADS": {"clustvit": [*FROM_RUN, "--patch-type", "clustvit", "--injection-point", "2"]},
+        "CROPS_FIRST": {"clustvit": [*FROM_RUN, "--patch-type", "clustvit", "--injection-point", "2"]},
+        "HEADS": {"clustvit": ["--finetune", "{work}/clustvit_crops", *SHORT]},
     }
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
