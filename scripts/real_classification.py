@@ -54,12 +54,12 @@ def classify(
     device: torch.device,
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy of an encoder without merging and with methods that take r, at shares of the tokens left at the end.
+    """Accuracy of an encoder without merging and with methods that take r, near shares of the tokens left at the end.
 
     Every other image is asked about, the others are known. Features of both come from the same merged model.
 
     Returns:
-        List of dicts: `method`, `share`, `r`, `accuracy` (percent), `images_per_second` of the encoder, interleaved.
+        List of dicts: `method`, `share` that is left with r, `r`, `accuracy` (percent), `images_per_second` of the encoder, interleaved.
     """
     images, labels = digits(normalization, most)
     n_patches = math.prod(side // size for side, size in zip((SIDE, SIDE), encoder.patch_embed.patch_size, strict=True))
@@ -67,7 +67,8 @@ def classify(
     rows: list[dict[str, Any]] = [{"method": PURE, "share": 1.0, "r": 0}]
     for method in methods:
         for share in shares:
-            rows.append({"method": method, "share": share, "r": round((1 - share) * n_patches / depth)})
+            r = round((1 - share) * n_patches / depth)
+            rows.append({"method": method, "share": 1 - r * depth / n_patches, "r": r})
     calls = {}
     for index, row in enumerate(tqdm(rows, desc="classification", unit="row", leave=False)):
         model = copy.deepcopy(encoder)
