@@ -59,7 +59,8 @@ def classify(
     Every other image is asked about, the others are known. Features of both come from the same merged model.
 
     Returns:
-        List of dicts: `method`, `share` that is left with r, `r`, `accuracy` (percent), `images_per_second` of the encoder, interleaved.
+        List of dicts: `method`, `share` that is left with r, `r`, `accuracy` (percent), `images_per_second` of the
+        encoder, interleaved.
     """
     images, labels = digits(normalization, most)
     n_patches = math.prod(side // size for side, size in zip((SIDE, SIDE), encoder.patch_embed.patch_size, strict=True))
