@@ -1,10 +1,11 @@
 """What a figure was measured with."""
 
 import platform
-from pathlib import Path
 
 import timm
 import torch
+
+from segm.processor import processor_name
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -27,12 +28,4 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     n_threads = torch.get_num_threads()
-    return f"{_processor()}, {n_threads} thread{'s' if n_threads > 1 else ''}"
-
-
-def _processor() -> str:
-    """What Linux calls the processor; elsewhere, what Python knows."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{processor_name()}, {n_threads} thread{'s' if n_threads > 1 else ''}"

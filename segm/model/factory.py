@@ -14,6 +14,7 @@ from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
 from segm.model.eomt import join
+from segm.model.linear import use_whole_processor
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
 from segm.variant import read_variant, recorded_grid, variant_file
@@ -27,7 +28,7 @@ Parts = Callable[[nn.Module, Mapping[str, Any]], object]
 def create_segmenter(
     net_kwargs: Mapping[str, Any], pretrained: bool | str | Path = False, parts: Parts | None = None
 ) -> Segmenter:
-    """Build a Segmenter.
+    """Build a Segmenter, whose linear layers are those of `segm.model.linear` where that is faster.
 
     Args:
         net_kwargs: the `net_kwargs` of a `variant.yml`: `backbone`, `n_cls`, `decoder` {`name`, ...}, and optionally
@@ -60,7 +61,7 @@ def create_segmenter(
     model = Segmenter(encoder, decoder, n_cls, aux_heads)
     if model.on_grid:
         encoder.norm.requires_grad_(False)  # blocks are read before it
-    return model
+    return use_whole_processor(model)
 
 
 def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:
