@@ -20,7 +20,7 @@ def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
     Query c belongs to class c, so nothing is matched. Pixels without a label are left out.
 
     Args:
-        stages: from `SegViT.outputs`.
+        stages: from `SegViT`.
         labels: (B, H, W), int64, 255 is ignored.
     """
     n_cls = stages[0].masks.shape[1]

@@ -13,15 +13,15 @@ def is_segmenter(model: nn.Module) -> bool:
 
 
 class PatchedSegmenter(PatchedModel):
-    """A Segmenter: a pass begins with the images and ends with the logits of all patches."""
+    """A Segmenter: a pass begins with the images and ends with what the decoder gives, for all patches."""
 
     guides = False
 
-    def grid_logits(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> (B, C, gh, gw)"""
+    def network(self, images: Tensor) -> Any:
+        """images (B, 3, H, W) -> (B, C, gh, gw), or masks and classes of queries"""
         own: Any = super()
         with self.merging.open_pass():
-            return own.grid_logits(images)
+            return own.network(images)
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
         """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""

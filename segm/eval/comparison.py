@@ -45,7 +45,7 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
     Returns:
         (B,), int64, on the CPU.
     """
-    model.grid_logits(images)
+    model.network(images)
     reduction = patch.reduction(model) if patch.is_patched(model) else None
     if reduction is not None:
         return reduction.counts.cpu()
@@ -218,7 +218,7 @@ def compare(
         return lambda index: function(batches[name][index[0]])  # `interleaved_turns` passes the number of a batch
 
     calls = {(name, "labels"): on_batch(models[name].predict, name) for name in references}
-    calls |= {(name, "scores"): on_batch(model.grid_logits, name) for name, model in models.items()}
+    calls |= {(name, "scores"): on_batch(model.network, name) for name, model in models.items()}
     n_batches = min(len(batches[name]) for name in models)
     turns = interleaved_turns(calls, [[index] for index in range(n_batches)], device, settled=True, progress=True)
     costs = {
@@ -267,7 +267,7 @@ class Merges:
             return steps[step.layer][1]
 
         with patch.replaced_merge(model, noted):
-            model.grid_logits(images)
+            model.network(images)
         return cls(steps)
 
     def repeat(self, merge: Callable[[patch.Step], patch.Reduction], layer: int) -> Tensor:
@@ -294,12 +294,12 @@ def replaying(model: Segmenter, recorded: Mapping[int, Merges]) -> Iterator[Call
     """
     twin, current = copy.deepcopy(model), {}
 
-    def grid_logits(images: Tensor) -> Tensor:
+    def network(images: Tensor) -> Tensor:
         current["steps"] = recorded[images.data_ptr()].steps
-        return twin.grid_logits(images)
+        return twin.network(images)
 
     with patch.replaced_merge(twin, lambda step: current["steps"][step.layer][1]):
-        yield grid_logits
+        yield network
 
 
 def eager_label_map(model: Segmenter) -> Call:
@@ -341,7 +341,7 @@ def measure(
     """
     merged = patch.apply(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
-    pair = {"scores_pure": model.grid_logits, "scores": merged.grid_logits}
+    pair = {"scores_pure": model.network, "scores": merged.network}
     labels = {
         "predict_eager": eager_label_map(model),
         "predict_pure": model.predict,
@@ -372,14 +372,14 @@ def measure(
 
 def _products(model: Segmenter, batches: Sequence[Tensor]) -> Call:
     """The matrix products of token scores by themselves, as a function of a batch."""
-    repeated = {batch.data_ptr(): products_alone(model.grid_logits, batch) for batch in batches}
+    repeated = {batch.data_ptr(): products_alone(model.network, batch) for batch in batches}
     return lambda batch: repeated[batch.data_ptr()]()
 
 
 def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tensor]) -> dict[str, Call]:
     """Token scores of compiled copies, which have met the batches."""
     copies = {"scores_compiled_pure": model, "scores_compiled": merged}
-    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).grid_logits for name, one in copies.items()}
+    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).network for name, one in copies.items()}
     meet_every_shape(calls, batches)
     return calls
 

@@ -36,7 +36,7 @@ def profile_merges(
     totals: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for turn in range(1 + repeats):
-        model.grid_logits(batch)
+        model.network(batch)
         times, counts = _by_operator(lambda: [merges.repeat(merge, layer) for layer in merges.steps], device)
         if turn > 0:
             totals += times
@@ -69,8 +69,8 @@ def profile_passes(
     totals: dict[str, Counter[str]] = {"pure": Counter(), "merged": Counter()}
     for turn in range(1 + repeats):
         for name, one in (("pure", model), ("merged", merged)):
-            one.grid_logits(batch)
-            times, _ = _by_operator(lambda one=one: one.grid_logits(batch), device)  # type: ignore[misc]
+            one.network(batch)
+            times, _ = _by_operator(lambda one=one: one.network(batch), device)  # type: ignore[misc]
             totals[name] += times if turn > 0 else Counter()
     pure, own = ({name: time / repeats / 1e3 for name, time in found.items()} for found in totals.values())
     names = sorted({*pure, *own}, key=lambda name: -pure.get(name, 0.0))

@@ -9,7 +9,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from segm.model.encoder import DistilledEncoder, Encoder
-from segm.model.masks import Prediction, class_scores, resized
+from segm.model.masks import Prediction, resized
 
 POWER = 0.9  # of the annealing
 Guide = Callable[[int, Tensor], Tensor]
@@ -67,12 +67,12 @@ def join(encoder: nn.Module, n_queries: int, n_joined: int) -> None:
 
 
 class EoMT(nn.Module):
-    """Masks and classes of the queries (EoMT: Kerssies et al., 2025, arXiv 2503.19108, section 3).
+    """Masks and classes of queries (EoMT: Kerssies et al., 2025, arXiv 2503.19108, section 3).
 
     Args:
         dim: width of the encoder.
         n_cls: number of classes, K.
-        patch_side: pixels; masks are resized to them before they are weighed.
+        patch_side: pixels; the masks have a quarter of them in both directions.
         n_queries: Q.
         n_joined: blocks in which they are among the tokens.
 
@@ -81,6 +81,7 @@ class EoMT(nn.Module):
             patches of its own mask.
     """
 
+    predicts_masks = True
     masked: Tensor
 
     def __init__(self, dim: int, n_cls: int, patch_side: int, n_queries: int, n_joined: int) -> None:
@@ -95,14 +96,8 @@ class EoMT(nn.Module):
         self.upscale = nn.Sequential(*(_doubled(dim) for _ in range(n_steps)))
         self.register_buffer("masked", torch.ones(n_joined))
 
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        """queries: (B, Q, D), features: (B, D, gh, gw), behind the encoder's last norm -> scores
-        (B, K, gh · scale, gw · scale), 0 to Q, which are no logits: windows are averaged as they are."""
-        found = self.outputs(queries, features)
-        return class_scores(found, [side * self.scale for side in features.shape[2:]])
-
-    def outputs(self, queries: Tensor, features: Tensor) -> Prediction:
-        """What `forward` goes on with; the same arguments."""
+    def forward(self, queries: Tensor, features: Tensor) -> Prediction:
+        """queries: (B, Q, D), features: (B, D, gh, gw), behind the encoder's last norm."""
         masks = torch.einsum("bqd,bdhw->bqhw", self.mask_head(queries), self.upscale(features))
         return Prediction(self.head(queries), masks)
 

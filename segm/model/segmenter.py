@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
-from segm.model.masks import Prediction
+from segm.model.masks import Prediction, class_scores
 from segm.model.upsample import label_map, upsample
 
 
@@ -49,6 +49,11 @@ class Segmenter(nn.Module):
         return hasattr(self.decoder, "reads")
 
     @property
+    def predicts_masks(self) -> bool:
+        """Whether the decoder gives masks and classes of queries (`segm.model.masks`), not logits."""
+        return getattr(self.decoder, "predicts_masks", False)
+
+    @property
     def scale(self) -> int:
         """Rows and columns of logits per patch."""
         return getattr(self.decoder, "scale", 1)
@@ -75,11 +80,19 @@ class Segmenter(nn.Module):
             images: (B, 3, H, W), normalized.
 
         Returns:
-            (B, n_cls, ceil(H / ph), ceil(W / pw)); of a decoder on the grid so many times that in both directions as
-            its `scale` says.
+            (B, n_cls, ceil(H / ph), ceil(W / pw)); so many times that in both directions as `scale` says. From masks
+            they are scores, 0 to the number of queries, and no logits: windows are averaged as they are.
         """
+        found = self.network(images)
+        if not self.predicts_masks:
+            return found
+        return class_scores(found, [side * self.scale for side in self.grid(images.shape[-2:])])
+
+    def network(self, images: Tensor) -> Any:
+        """What encoder and decoder give: `grid_logits`, or the `Prediction` of queries, which has fewer pixels."""
         if self.on_grid:
-            return self.decoder(self.decoder.neck(self.maps(images)))
+            found = self.decoder(self.decoder.neck(self.maps(images)))
+            return found[-1] if self.predicts_masks else found
         if self.joins:
             found = self.encoder.forward_features(self._pad(images))
             return self.decoder(*self._parted(found, self.grid(images.shape[-2:])))
@@ -120,7 +133,7 @@ class Segmenter(nn.Module):
     @property
     def trains_apart(self) -> bool:
         """Whether a training step takes more than logits: `training_outputs`."""
-        return len(self.aux_heads) > 0 or hasattr(self.decoder, "outputs")
+        return len(self.aux_heads) > 0 or self.predicts_masks
 
     def training_outputs(self, images: Tensor) -> list[Any]:
         """What a training step takes: the logits of `forward`, or what the decoder's own loss is made of; then the
@@ -131,8 +144,8 @@ class Segmenter(nn.Module):
         if self.joins:
             return [self._guided(images)]
         found = self.decoder.neck(self.maps(images))
-        if hasattr(self.decoder, "outputs"):
-            return [self.decoder.outputs(found)]
+        if self.predicts_masks:
+            return [self.decoder(found)]
         return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
 
     def _parted(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -146,12 +159,12 @@ class Segmenter(nn.Module):
         grid, found = self.grid(images.shape[-2:]), []
 
         def guide(index: int, x: Tensor) -> Tensor:
-            found.append(self.decoder.outputs(*self._parted(x, grid)))
+            found.append(self.decoder(*self._parted(x, grid)))
             return self.decoder.mask(index, found[-1].masks, grid, x.shape[1])
 
         more = {"guide": guide} if self.guides else {}
         x = self.encoder.forward_features(self._pad(images), **more)
-        return [*found, self.decoder.outputs(*self._parted(x, grid))]
+        return [*found, self.decoder(*self._parted(x, grid))]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits of images from what their encoder gave.

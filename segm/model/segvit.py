@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segm.model.masks import Prediction, class_scores
+from segm.model.masks import Prediction
 
 HEAD_WIDTH = 32
 
@@ -58,6 +58,8 @@ class SegViT(nn.Module):
         dropout: see `AttentionToMask`.
     """
 
+    predicts_masks = True
+
     def __init__(
         self, dim: int, n_cls: int, depth: int, patch_side: int, n_layers: int = 3, dropout: float = 0.1
     ) -> None:
@@ -77,16 +79,9 @@ class SegViT(nn.Module):
         )
         self.head = nn.Linear(width, n_cls + 1)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: (B, D, gh, gw) of every block that it reads -> scores (B, K, gh · scale, gw · scale), 0 to K.
-
-        They are no logits: windows are averaged as they are.
-        """
-        last = self.outputs(maps)[-1]
-        return class_scores(last, [side * self.scale for side in last.masks.shape[2:]])
-
-    def outputs(self, maps: Sequence[Tensor]) -> list[Prediction]:
-        """What is trained: every stage, of the deepest block first; maps as for `forward`."""
+    def forward(self, maps: Sequence[Tensor]) -> list[Prediction]:
+        """maps: (B, D, gh, gw) of every block that it reads -> what every stage predicts, of the deepest block first;
+        the last one counts, all are trained."""
         queries, found = self.query.expand(maps[0].shape[0], -1, -1), []
         total = 0
         for features, project, layers in zip(maps, self.inputs, self.stages, strict=True):

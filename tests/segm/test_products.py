@@ -28,7 +28,7 @@ def test_the_products_of_a_pass_are_repeated_and_nothing_else(batch_size):
     counts = []
     with torch.inference_mode():
         for one in (model, merged):
-            repeat = products_alone(one.grid_logits, images)
+            repeat = products_alone(one.network, images)
             counts.append(products(repeat))
-            assert counts[-1] == products(one.grid_logits, images)
+            assert counts[-1] == products(one.network, images)
     assert 0 < counts[1] < counts[0]
