@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from segm.eval.sliding import predict_labels, window_starts
 from segm.eval.timing import interleaved_turns
+from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 
@@ -68,7 +69,8 @@ class InDtype(nn.Module):
         if dtype == torch.qint8:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch announces a successor
-                self.model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=dtype)
+                own = restore_linear(copy.deepcopy(model))
+                self.model = torch.ao.quantization.quantize_dynamic(own, {nn.Linear}, dtype=dtype, inplace=True)
         else:
             self.model = copy.deepcopy(model).to(dtype)
 

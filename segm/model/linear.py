@@ -42,6 +42,18 @@ def use_whole_processor(model: Model) -> Model:
     return model
 
 
+def restore_linear(model: Model) -> Model:
+    """Undo `use_whole_processor`, in place: what goes by the type, as dynamic quantization, finds `nn.Linear` again.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        if type(module) is ConvolvedLinear:
+            module.__class__ = nn.Linear
+    return model
+
+
 def is_held_back() -> bool:
     """Whether PyTorch multiplies with less than the processor has: MKL on AMD, with AVX-512."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

@@ -70,6 +70,7 @@ def test_a_model_keeps_its_names_and_its_subclasses(held_back):
     linear.use_whole_processor(model)
     assert list(model.state_dict()) == names
     assert [type(module) for module in model] == [linear.ConvolvedLinear, Own]
+    assert [type(module) for module in linear.restore_linear(model)] == [nn.Linear, Own]
 
 
 @pytest.mark.parametrize(
