@@ -106,6 +106,7 @@ def measure_speed(runs: Mapping[str, Run], photo: np.ndarray, max_images: int | 
         List of dicts: `name`, `dtype`, `mean_iou`, and photographs/s under the names of `PHOTOS`.
     """
     plain = next(iter(runs.values()))
+    plain = replace(plain, model=restore_linear(copy.deepcopy(plain.model)))
     photos = {name: cv2.resize(photo, size[::-1], interpolation=cv2.INTER_CUBIC) for name, size in PHOTOS.items()}
     eager = ("plain PyTorch", "float32")
     calls: dict[tuple[str, str], Call] = {eager: lambda batch: plain_predict(plain, batch[0])}

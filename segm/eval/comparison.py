@@ -21,6 +21,7 @@ import patch
 from segm.eval.operations import count_operations
 from segm.eval.products import products_alone
 from segm.eval.timing import interleaved_turns
+from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
 
@@ -303,10 +304,11 @@ def replaying(model: Segmenter, recorded: Mapping[int, Merges]) -> Iterator[Call
 
 
 def eager_label_map(model: Segmenter) -> Call:
-    """Label map as one would write it today: all scores upsampled in float32, then the argmax."""
+    """Label map as one would write it today: PyTorch's layers, all scores upsampled in float32, then the argmax."""
+    plain = restore_linear(copy.deepcopy(model))
 
     def predict(images: Tensor) -> Tensor:
-        scores = model.grid_logits(images).float().contiguous()
+        scores = plain.grid_logits(images).float().contiguous()
         return upsample(scores, images.shape[-2:]).argmax(1)
 
     return predict
