@@ -95,7 +95,8 @@ CROPS_FIRST = {
 HEADS = {
     "linear_bn": [*NEW_HEAD, "--decoder", "linear_bn"],
     "setr_pup": [*NEW_HEAD, "--decoder", "setr_pup", "--epochs", "2", "--eval-freq", "2"],  # ten times as slow to train
-    **{name: [*LONGER, "--finetune", f"{{work}}/{name}_crops"] for name in CROPS_FIRST},
+    "clustvit": [*LONGER, "--finetune", "{work}/clustvit_crops"],
+    "eomt": [*LONGER, "--finetune", "{work}/eomt_crops", "--decoder", "eomt"],
 }
 STAGES = {
     "applied": "applied: mIoU (small classes)",

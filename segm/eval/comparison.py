@@ -341,7 +341,8 @@ def measure(
         models, MiB. With `compiled` also `scores_compiled_pure`, `scores_compiled`, and their ratios to the pure model
         as it is, `ratio_compiled_pure` and `ratio_compiled`.
     """
-    merged = patch.apply(copy.deepcopy(model), method, **options)
+    with torch.inference_mode(False):  # for `products_alone`: an inference tensor does not know whose view it is
+        merged = patch.apply(copy.deepcopy(model), method, **options)
     recorded = {batch.data_ptr(): Merges.record(merged, batch) for batch in batches}
     pair = {"scores_pure": model.network, "scores": merged.network}
     labels = {

@@ -24,7 +24,7 @@ class Operations:
     Attributes:
         total: all of them.
         encoder, decoder: those of the two parts; what merges tokens is part of the encoder. What is left is the
-            undoing of the merge, and upsampling.
+            undoing of the merge, upsampling, and the weighing of masks by their classes.
         uncounted: operator -> how often it ran without being counted: element-wise work, sorting, indexing.
     """
 

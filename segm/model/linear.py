@@ -10,6 +10,8 @@ from segm.processor import processor_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
+SMALL = 20480  # numbers: PyTorch convolves so few itself
+
 
 class ConvolvedLinear(nn.Linear):
     """`nn.Linear`, computed as a convolution of single pixels on a CPU in float32.
@@ -23,7 +25,8 @@ class ConvolvedLinear(nn.Linear):
         if not _suits(x, self.weight):
             return super().forward(x)
         pixels = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)  # features innermost, as they are
-        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        # In a single row a vertical stride changes nothing; without one, PyTorch does not ask oneDNN on one thread.
+        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias, stride=(2, 1))
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
@@ -61,7 +64,7 @@ def is_held_back() -> bool:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Not what is written down to run elsewhere: there a linear layer shall be one."""
+    """Not where other code is made of it, for which a linear layer shall be one, and not where it gains nothing."""
     if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return x.dtype == weight.dtype == torch.float32 and x.numel() > SMALL and not torch.is_autocast_enabled("cpu")

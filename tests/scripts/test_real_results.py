@@ -11,9 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import patch
 from segm.eval.comparison import mean_tokens
+from segm.model import linear
+from segm.model.factory import create_segmenter
 from segm.run import Run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -146,6 +149,16 @@ def test_all_precisions_are_measured(script, shapes_run, monkeypatch):
     names = [("plain PyTorch", "float32"), *((name, dtype) for dtype in speed.DTYPES for name in ("ours", "merged"))]
     assert [(row["name"], row["dtype"]) for row in rows] == names
     assert all(row["small"] > 0 for row in rows) and rows[1]["mean_iou"] == rows[0]["mean_iou"]
+
+
+def test_linear_layers_are_quantized_whatever_multiplies_them(script, small_net, monkeypatch):
+    monkeypatch.setattr(linear, "is_held_back", lambda: True)
+    model = create_segmenter(small_net).eval()
+    n_layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    quantized = sys.modules["real_speed"].InDtype(model, torch.qint8)
+    kinds = [type(module) for module in quantized.modules()]
+    assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == n_layers
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {linear.ConvolvedLinear}
 
 
 def test_neighbors_vote_by_their_similarity(script):

@@ -21,6 +21,7 @@ from segm.eval.comparison import (
     share_of_time,
     speed,
 )
+from segm.eval.products import products_alone
 from segm.eval.profiling import profile_merges, profile_passes
 from segm.merging import build_model
 
@@ -183,3 +184,17 @@ def test_a_method_that_is_undone_in_the_encoder_is_measured_too(net, batches):
     own = 32 * 129 // 32  # hidden width of the cluster module
     least = (64 * own * (32 + 3) + 3 * 32**2 * (64 - kept / 2)) / 1e9  # the modules' own work, per image
     assert Cost.of(merged, batches[:1]).encoder > least
+
+
+@torch.inference_mode()
+def test_products_are_repeated_with_the_weights_of_both_models(model, batches, monkeypatch):
+    """Stand-ins, one for all layers of a shape, would stay in the caches."""
+    found = []
+
+    def noted(call, images):
+        found.extend(weight.is_inference() for weight in call.__self__.parameters())
+        return products_alone(call, images)
+
+    monkeypatch.setattr("segm.eval.comparison.products_alone", noted)
+    measure(model, "graph", METHODS["graph"], batches[:1], CPU, repeats=1)
+    assert found and not any(found)
