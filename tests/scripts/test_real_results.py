@@ -158,7 +158,7 @@ def test_linear_layers_are_quantized_whatever_multiplies_them(script, small_net,
     quantized = sys.modules["real_speed"].InDtype(model, torch.qint8)
     kinds = [type(module) for module in quantized.modules()]
     assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == n_layers
-    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {linear.ConvolvedLinear}
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {linear.OneDNNLinear}
 
 
 def test_neighbors_vote_by_their_similarity(script):
