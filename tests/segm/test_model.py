@@ -65,7 +65,7 @@ def test_other_plain_vits_of_timm():
 
 def test_position_embedding_equals_timm_at_its_own_grid():
     net = {"backbone": "vit_tiny_patch16_224", "n_layers": 2, "n_cls": 2, "decoder": {"name": "linear"}}
-    encoder = create_segmenter(net).encoder.eval()
+    encoder = create_encoder(net).eval()  # a Segmenter's linear layers may round in other places
     reference = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
     reference.load_state_dict(encoder.state_dict())
     images = torch.randn(1, 3, 224, 224)
