@@ -43,7 +43,7 @@ COLUMNS = {
     "GFLOPs": "{gflops_pure:.1f} → {gflops:.1f}",
     "images/s, pure → merged": "{scores_pure:.2f} → {scores:.2f}",
     "ratio": "{ratio_scores:.2f}",
-    "realised share": "{share_scores:.2f}",
+    "realised share": "{share_scores:.2f} ({share_scores_low:.2f} to {share_scores_high:.2f})",
     "share of the products alone": "{share_products:.2f}",
     "label maps/s, eager → pure → merged": "{predict_eager:.2f} → {predict_pure:.2f} → {predict:.2f}",
     "ratio to eager": "{ratio_predict_eager:.2f}",
@@ -111,7 +111,8 @@ def main(
 
     Speeds are those over all batches, each at the median of its turns, all calls interleaved; ratios are medians over
     the turns of a batch. The realised share is the gain in speed over the gain in GFLOPs of encoder and decoder, image
-    in, token scores out; 1: every saved operation became saved time. The share of the products alone is that of the
+    in, token scores out; 1: every saved operation became saved time. The brackets behind it hold 95 % of the shares of
+    turns drawn anew from this run; another run may differ by more. The share of the products alone is that of the
     matrix products of the same passes, repeated without the rest: about what the machine's libraries let arrive. The
     merge is timed by itself, and as the difference to a pass that is given the same reductions.
     """

@@ -27,6 +27,8 @@ from segm.model.upsample import upsample
 
 BISECTIONS = 25
 PAIR_REPEATS = 4
+DRAWS = 2000  # of the bootstrap
+CONFIDENCE = 0.95
 COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
 
 Call = Callable[[Tensor], Any]
@@ -174,6 +176,22 @@ def share_of_time(others: Tensor, turns: Tensor) -> float:
 def ratio(turns: Tensor, others: Tensor) -> float:
     """Speed over all batches against another's, which takes the same time for each; as in `share_of_time`."""
     return 1 / share_of_time(others, turns)
+
+
+def ratio_interval(turns: Tensor, others: Tensor) -> tuple[float, float]:
+    """Between which values `ratio` lies with 95 %, as far as these turns can tell: they are drawn anew (bootstrap).
+
+    What a whole run has in common, as the place of the weights in memory, is not in it.
+
+    Args:
+        turns, others: (batches, turns), images/s.
+    """
+    quotients = (others / turns).cpu()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(quotients.shape[1], (DRAWS, *quotients.shape), generator=generator)
+    shares = quotients.expand(DRAWS, -1, -1).gather(2, drawn).quantile(0.5, dim=2).mean(1)
+    outside = (1 - CONFIDENCE) / 2
+    return 1 / shares.quantile(1 - outside).item(), 1 / shares.quantile(outside).item()
 
 
 def realised_share(turns: Tensor, pure_turns: Tensor, operations: float, pure_operations: float) -> float:
@@ -336,7 +354,8 @@ def measure(
     Returns:
         dict: `tokens`, `n_patches`, `gflops_pure`, `gflops` (encoder and decoder); images/s of token scores
         (`scores_pure`, `scores`) and of label maps (`predict_eager`, `predict_pure`, `predict`); `ratio` and `share` of
-        both, and `share_products`, of the matrix products of a pass alone; `upsampling_*_ms`; `overhead` of the merges
+        both, with `share_scores_low` and `_high` (`ratio_interval`), and `share_products`, of the matrix products of a
+        pass alone; `upsampling_*_ms`; `overhead` of the merges
         alone by layer, `overhead_undo` and `overhead_difference`, as shares of the pure pass; peak memory above the
         models, MiB. With `compiled` also `scores_compiled_pure`, `scores_compiled`, and their ratios to the pure model
         as it is, `ratio_compiled_pure` and `ratio_compiled`.
@@ -420,6 +439,9 @@ def _ratios(turns: Mapping[str, Tensor], pure: Cost, own: Cost) -> dict[str, flo
         mine, other = turns[name], turns[f"{name}_pure"]
         found[f"ratio_{name}"] = ratio(mine, other)
         found[f"share_{name}"] = realised_share(mine, other, own.network, pure.network)
+    found["share_scores_low"], found["share_scores_high"] = (
+        bound / found["saving"] for bound in ratio_interval(turns["scores"], turns["scores_pure"])
+    )
     products = turns["products"], turns["products_pure"]
     found["share_products"] = realised_share(*products, own.network, pure.network)
     for name in ("_pure", ""):

@@ -15,6 +15,7 @@ from segm.eval.comparison import (
     mean_tokens,
     measure,
     ratio,
+    ratio_interval,
     realised_share,
     replaying,
     settings_for,
@@ -77,6 +78,23 @@ def test_the_realised_share_is_speed_gained_over_operations_saved():
     assert realised_share(slow, torch.ones(1, 3), 1.0, 2.0) == pytest.approx(0.5)
 
 
+def test_the_interval_of_a_ratio_holds_the_true_one_about_as_often_as_it_says():
+    """Noisy turns of two models, one twice as fast, 100 times; more turns tell it better, and no noise tells it all."""
+    generator = torch.Generator().manual_seed(0)
+
+    def intervals(turns):
+        noise = (0.1 * torch.randn(100, 2, turns, generator=generator, dtype=torch.float64)).exp()
+        return [ratio_interval(2 * one, torch.ones(2, turns)) for one in noise]
+
+    def width(found):
+        return sum(high - low for low, high in found) / len(found)
+
+    found = intervals(16)
+    assert 85 <= sum(low <= 2 <= high for low, high in found) <= 99
+    assert width(intervals(64)) == pytest.approx(width(found) / 2, rel=0.2)
+    assert ratio_interval(torch.full((2, 4), 2.0), torch.ones(2, 4)) == (2, 2)
+
+
 def test_settings_keep_about_the_wanted_tokens(model, batches):
     for name in METHODS:
         layers = METHODS[name].get("layers")
@@ -133,6 +151,7 @@ def test_a_row_holds_together(model, batches):
         assert row["n_patches"] == 64 and 0 < row["tokens"] <= 64
         assert row["saving"] == pytest.approx(row["gflops_pure"] / row["gflops"])
         assert row["share_scores"] == pytest.approx(row["ratio_scores"] / row["saving"])
+        assert row["share_scores_low"] <= row["share_scores"] <= row["share_scores_high"]
         assert [*row["overhead"]] == [*row["settings"]["layers"]] and all(one > 0 for one in row["overhead"].values())
         assert row["memory_scores_mib"] is None or row["memory_scores_mib"] >= 0
         assert not patch.is_patched(model)
