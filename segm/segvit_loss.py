@@ -8,7 +8,8 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from segm.data.sample import IGNORE_LABEL
-from segm.model.masks import Prediction, resized
+from segm.model.masks import Prediction
+from segm.model.upsample import upsample
 
 ABSENT_WEIGHT = 0.1  # of the class "not in this image"
 FOCAL_WEIGHT = 20.0
@@ -35,7 +36,7 @@ def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
     total = stages[0].classes.new_zeros((), dtype=torch.float32)
     for stage in stages:
         total = total + F.cross_entropy(stage.classes.float().transpose(1, 2), targets, weight)
-        logits = resized(stage.masks[image, query].float().unsqueeze(1), labels.shape[1:])[:, 0]
+        logits = upsample(stage.masks[image, query].float().unsqueeze(1), labels.shape[1:])[:, 0]
         total = total + _mask_loss(logits, masks, where) / max(len(image), 1)
     return total
 

@@ -427,9 +427,9 @@ def _repeated(recorded: Mapping[int, Merges], merge: Callable[[patch.Step], patc
 
 
 def _upsampling_call(model: Segmenter, batches: Sequence[Tensor]) -> Call:
-    """From the scores of the patches to the label map, the last part of `predict`, as a function of a batch."""
-    scores = {batch.data_ptr(): model.grid_logits(batch) for batch in batches}
-    return lambda batch: model.to_labels(scores[batch.data_ptr()], batch.shape[-2:])
+    """From what the network gives to the label map, the last part of `predict`, as a function of a batch."""
+    found = {batch.data_ptr(): model.network(batch) for batch in batches}
+    return lambda batch: model.to_labels(found[batch.data_ptr()], batch.shape[-2:])
 
 
 def _ratios(turns: Mapping[str, Tensor], pure: Cost, own: Cost) -> dict[str, float]:

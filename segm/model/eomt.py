@@ -9,7 +9,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from segm.model.encoder import DistilledEncoder, Encoder
-from segm.model.masks import Prediction, resized
+from segm.model.masks import Prediction
+from segm.model.upsample import upsample
 
 POWER = 0.9  # of the annealing
 Guide = Callable[[int, Tensor], Tensor]
@@ -126,7 +127,7 @@ class EoMT(nn.Module):
         """
         n_images, n_queries, n_patches = *masks.shape[:2], grid[0] * grid[1]
         free = torch.rand(n_images, n_queries, 1, device=masks.device) >= self.masked[index]
-        seen = free | (resized(masks.detach(), grid).flatten(2) > 0)
+        seen = free | (upsample(masks.detach(), grid).flatten(2) > 0)
         mask = masks.new_zeros(n_images, 1, n_tokens, n_tokens)
         mask[:, 0, :n_queries, n_tokens - n_patches :].masked_fill_(~seen, float("-inf"))
         return mask

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+
+from segm.model.upsample import upsample, upsampled_bands
 
 
 class Prediction(NamedTuple):
@@ -25,10 +27,20 @@ def class_scores(found: Prediction, size: Sequence[int]) -> Tensor:
     Classes are innermost in memory, as in the scores of all decoders: the argmax reads them side by side.
     """
     probabilities = found.classes.softmax(-1)[..., :-1]
-    covered = resized(found.masks, size).sigmoid_()  # the largest tensor of the pass: not held twice
+    covered = upsample(found.masks, size).sigmoid_()  # the largest tensor of the pass: not held twice
     return (covered.flatten(2).mT @ probabilities).mT.unflatten(2, tuple(size))
 
 
-def resized(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, Q, h, w) -> (B, Q, *size)"""
-    return F.interpolate(masks, size=tuple(size), mode="bilinear", align_corners=False)
+def best_classes(found: Prediction, size: Sequence[int]) -> Tensor:
+    """`class_scores(found, size).argmax(1)`, but for ties, without the masks and scores of the whole image.
+
+    Returns:
+        (B, *size), int64.
+    """
+    probabilities = found.classes.float().softmax(-1)[..., :-1]
+    labels = torch.empty(len(probabilities), *size, dtype=torch.long, device=probabilities.device)
+    for own, masks, weights in zip(labels, found.masks.float(), probabilities, strict=True):
+        for band, part in upsampled_bands(masks, size):
+            scores = part.sigmoid_().flatten(1).mT @ weights
+            own[band] = scores.argmax(-1).unflatten(0, part.shape[1:])
+    return labels

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
-from segm.model.masks import Prediction, class_scores
+from segm.model.masks import Prediction, best_classes, class_scores
 from segm.model.upsample import label_map, upsample
 
 
@@ -86,7 +86,7 @@ class Segmenter(nn.Module):
         found = self.network(images)
         if not self.predicts_masks:
             return found
-        return class_scores(found, [side * self.scale for side in self.grid(images.shape[-2:])])
+        return class_scores(found, self._scaled(images.shape[-2:]))
 
     def network(self, images: Tensor) -> Any:
         """What encoder and decoder give: `grid_logits`, or the `Prediction` of queries, which has fewer pixels."""
@@ -113,6 +113,11 @@ class Segmenter(nn.Module):
         """Patches (gh, gw) of images of (height, width) pixels."""
         gh, gw = (-(-side // patch) for side, patch in zip(size, self.patch_size, strict=True))
         return gh, gw
+
+    def _scaled(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of `grid_logits` of images of (height, width) pixels."""
+        gh, gw = self.grid(size)
+        return gh * self.scale, gw * self.scale
 
     def to_grid(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
         """Put tokens on the patch grid.
@@ -182,22 +187,25 @@ class Segmenter(nn.Module):
         height, width = size
         gh, gw = self.grid(size)
         padded = (gh * self.patch_size[0], gw * self.patch_size[1])
-        return upsample(logits, padded)[..., :height, :width]
+        upsampled = logits if logits.shape[-2:] == padded else upsample(logits, padded)
+        return upsampled[..., :height, :width]
 
     def predict(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized, any size -> label map (B, H, W), int64.
 
         Equals `self(images).argmax(1)`, but never holds the logits of the whole image.
         """
-        return self.to_labels(self.grid_logits(images), images.shape[-2:])
+        return self.to_labels(self.network(images), images.shape[-2:])
 
-    def to_labels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Label map (B, height, width), int64, of images of this size from their `grid_logits`."""
+    def to_labels(self, found: Any, size: Sequence[int]) -> Tensor:
+        """Label map (B, height, width), int64, of images of this size from what `network` gave."""
         height, width = size
+        if self.predicts_masks:
+            return best_classes(found, self._scaled(size))[:, :height, :width]
         if any(side % self.scale for side in self.patch_size):  # no whole pixels per logit
-            return self._to_pixels(logits, size).argmax(1)
+            return self._to_pixels(found, size).argmax(1)
         stride = (self.patch_size[0] // self.scale, self.patch_size[1] // self.scale)
-        return label_map(logits, stride)[:, :height, :width]
+        return label_map(found, stride)[:, :height, :width]
 
     def attention(self, images: Tensor, layer_id: int, part: Literal["encoder", "decoder"] = "encoder") -> Tensor:
         """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.

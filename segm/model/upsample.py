@@ -1,5 +1,7 @@
 """From logits on the patch grid to logits or labels per pixel."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +13,9 @@ BAND_BYTES = 16 * 2**20
 CANDIDATES = 8
 
 
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear upsampling; logits: (B, C, gh, gw) -> (B, C, H, W)."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def label_map(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -142,13 +144,26 @@ def resized_label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (H, W), int64.
     """
-    n_cls, old = logits.shape[:2]
+    labels = torch.empty(*size, dtype=torch.long, device=logits.device)
+    for band, part in upsampled_bands(logits, size):
+        labels[band] = part.argmax(0)
+    return labels
+
+
+def upsampled_bands(maps: Tensor, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """`upsample(maps, size)` in bands of rows, each small enough to stay near the cache.
+
+    Args:
+        maps: (C, h, w).
+        size: (H, W).
+
+    Yields:
+        Which rows, and (C, rows, W), which may be written to.
+    """
     height, width = size
-    above, below, weight = bilinear_places(old, height, logits.device)
-    rows = max(1, BAND_BYTES // (n_cls * width * logits.element_size()))
-    labels = torch.empty(height, width, dtype=torch.long, device=logits.device)
+    above, below, weight = bilinear_places(maps.shape[1], height, maps.device)
+    rows = max(1, BAND_BYTES // (len(maps) * width * maps.element_size()))
     for top in range(0, height, rows):
         band = slice(top, top + rows)
-        mixed = torch.lerp(logits[:, above[band]], logits[:, below[band]], weight[band, None])
-        labels[band] = upsample(mixed.unsqueeze(0), (mixed.shape[1], width))[0].argmax(0)
-    return labels
+        mixed = torch.lerp(maps[:, above[band]], maps[:, below[band]], weight[band, None])
+        yield band, upsample(mixed.unsqueeze(0), (mixed.shape[1], width))[0]

@@ -1,4 +1,4 @@
-"""Label maps without the upsampled scores."""
+"""Label maps without the upsampled scores or masks."""
 
 from itertools import product
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from segm.model import upsample as module
+from segm.model.masks import Prediction, best_classes, class_scores
 from segm.model.upsample import label_map, upsample
 
 
@@ -50,8 +51,21 @@ def test_half_precision_scores_are_compared_in_single():
         assert torch.equal(label_map(scores, (8, 8)), label_map(scores.float(), (8, 8)))
 
 
-def test_memory_of_a_large_image_stays_flat():
-    """2048x1024 pixels, 150 classes: the upsampled scores alone would take 1.2 GB."""
+@pytest.mark.parametrize("band_bytes", [1, 30_000, module.BAND_BYTES])
+def test_masks_are_weighed_in_bands(band_bytes, monkeypatch):
+    """Of sizes that are a multiple of the masks' or not, for several images; in half precision, in float32."""
+    monkeypatch.setattr(module, "BAND_BYTES", band_bytes)
+    for size in ((24, 36), (25, 31), (6, 9), (3, 4)):
+        found = Prediction(torch.randn(2, 20, 8), 4 * torch.randn(2, 20, 6, 9))
+        assert torch.equal(best_classes(found, size), class_scores(found, size).argmax(1))
+    rounded = Prediction(*(x.bfloat16() for x in found))
+    assert torch.equal(best_classes(rounded, size), best_classes(Prediction(*(x.float() for x in rounded)), size))
+    assert found.masks.min() < 0  # they are as they were
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise", "masks"])
+def test_memory_of_a_large_image_stays_flat(kind):
+    """2048x1024 pixels, 150 classes: the upsampled scores alone would take 1.2 GB, as many masks 840 MB."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not clear.exists():
         pytest.skip("needs Linux's /proc")
@@ -59,9 +73,11 @@ def test_memory_of_a_large_image_stays_flat():
     def peak():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
-    for kind in ("smooth", "noise"):
+    if kind == "masks":
+        found = Prediction(torch.randn(1, 100, 151), torch.randn(1, 100, 256, 512))
+    else:
         scores = scores_of(kind, 1, 150, (64, 128)).float()
-        clear.write_text("5")  # the peak starts anew
-        before = peak()
-        label_map(scores, (16, 16))
-        assert peak() - before < 300 * 1024  # KiB
+    clear.write_text("5")  # the peak starts anew
+    before = peak()
+    labels = best_classes(found, (1024, 2048)) if kind == "masks" else label_map(scores, (16, 16))
+    assert labels.shape == (1, 1024, 2048) and peak() - before < 300 * 1024  # KiB
