@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -94,6 +95,17 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     monkeypatch.setattr(script.subprocess, "run", None)  # would fail: nothing is trained again
     monkeypatch.setattr("segm.tradeoff.compare", None)  # nor measured
     assert call(script, *options, "--steps", "methods,frontier")
+
+
+def test_second_trainings_go_on_with_the_decoder_of_the_first(monkeypatch):
+    """A run says which method it was trained with, but `train.py` asks anew for the decoder."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("real_results")
+
+    def decoder(options):
+        return dict(pairwise(options)).get("--decoder")
+
+    assert all(decoder(first) == decoder(module.HEADS[name]) for name, first in module.CROPS_FIRST.items())
 
 
 def test_shares_over_thresholds_are_those_of_graph_merging(script, shapes_run):
