@@ -186,7 +186,7 @@ def ratio_interval(turns: Tensor, others: Tensor) -> tuple[float, float]:
     Args:
         turns, others: (batches, turns), images/s.
     """
-    quotients = (others / turns).cpu()
+    quotients = others / turns
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(quotients.shape[1], (DRAWS, *quotients.shape), generator=generator)
     shares = quotients.expand(DRAWS, -1, -1).gather(2, drawn).quantile(0.5, dim=2).mean(1)
@@ -356,10 +356,10 @@ def measure(
         dict: `tokens`, `n_patches`, `gflops_pure`, `gflops` (encoder and decoder); images/s of token scores
         (`scores_pure`, `scores`) and of label maps (`predict_eager`, `predict_pure`, `predict`); `ratio` and `share` of
         both, with `share_scores_low` and `_high` (`ratio_interval`), and `share_products`, of the matrix products of a
-        pass alone; `upsampling_*_ms`; `overhead` of the merges
-        alone by layer, `overhead_undo` and `overhead_difference`, as shares of the pure pass; peak memory above the
-        models, MiB. With `compiled` also `scores_compiled_pure`, `scores_compiled`, and their ratios to the pure model
-        as it is, `ratio_compiled_pure` and `ratio_compiled`.
+        pass alone; `upsampling_*_ms`; `overhead` of the merges alone by layer, `overhead_undo` and
+        `overhead_difference`, as shares of the pure pass; peak memory above the models, MiB. With `compiled` also
+        `scores_compiled_pure`, `scores_compiled`, and their ratios to the pure model as it is, `ratio_compiled_pure`
+        and `ratio_compiled`.
     """
     with torch.inference_mode(False):  # for `products_alone`: an inference tensor does not know whose view it is
         merged = patch.apply(copy.deepcopy(model), method, **options)
