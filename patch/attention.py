@@ -199,7 +199,8 @@ class Within(AttentionMask):
 def carries(x: Tensor) -> bool:
     """Whether the bias of tokens is to go through channels: on a GPU, where attention runs in half precision.
 
-    In float32 there is no flash kernel, and on the CPU an additive bias costs nothing.
+    In float32 there is no flash kernel, and on the CPU more channels cost at least as much as an additive bias, which
+    takes 3 to 6 % of attention (ViT-S, 420 to 785 tokens).
     """
     if x.device.type != "cuda":
         return False
