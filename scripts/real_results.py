@@ -308,7 +308,7 @@ def frontier(real: Real) -> str:
     columns = {
         "shorter side": "{im_size}",
         "method, tokens left": "{label}",
-        "images/s": "{images_per_second:.2f}",
+        "label maps/s": "{images_per_second:.2f}",
         "mIoU": "{mean_iou:.2f}",
         "small classes": "{small_iou:.2f}",
         "boundary IoU": "{boundary_iou:.2f}",
@@ -340,7 +340,8 @@ def ablations(real: Real) -> str:
         "tokens": "{tokens:.0f}",
         "mIoU": "{mean_iou:.2f}",
         "small classes": "{small_iou:.2f}",
-        "images/s": "{images_per_second_scores:.2f}",
+        "GFLOPs": "{gflops:.1f}",
+        "token scores/s": "{images_per_second_scores:.2f}",
     }
     return markdown(columns, rows)
 

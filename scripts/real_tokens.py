@@ -104,7 +104,7 @@ def front_sheet(plain: Run, merged: Run, sample: Sample) -> np.ndarray:
     assignment = assignment_of(merged)
     outlined = outline_tokens(after, assignment, merged.model.grid(merged.crop_size), merged.model.patch_size)
     left = assignment.max() + 1
-    titles = [f"labels from {len(assignment)} tokens", f"merged: {left} tokens", f"labels from {left} tokens"]
+    titles = [f"labels from {len(assignment)} tokens", f"{merged.method}: {left} tokens", f"labels from {left} tokens"]
     return picture_sheet([[before, outlined, after]], titles, inches=3.2)
 
 

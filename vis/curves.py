@@ -18,6 +18,7 @@ LINES = [
 
 MARKERS = "osD^vP*X<>hp"
 PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")  # after Okabe and Ito
+DASHES = ("-", "--", ":")  # after each use of all colors the next one
 DEEPEST = 15  # points below the best: what loses more leaves the picture
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -54,14 +55,17 @@ def tradeoff_plot(
         for number, label in enumerate(dict.fromkeys(labels)):
             own = sorted(point for point, other in zip(points, labels, strict=True) if other == label)
             color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-            line = {"linestyle": "--" if number >= len(PALETTE) else "-", "linewidth": 1}
-            axis.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=5, **line, label=label)
+            dashes = DASHES[number // len(PALETTE) % len(DASHES)]
+            line = {"linestyle": dashes, "linewidth": 1, "markersize": 5}
+            if len(own) == 1:  # lines of others run across it
+                line = {"linestyle": "none", "markersize": 9, "zorder": 3}
+            axis.plot(*zip(*own, strict=True), color=color, marker=marker, **line, label=label)
         axis.set(xlabel="tokens per image" if tokens else "ms per image", ylabel=name)
         top = max(y for _, y in points)
         bottom = max(axis.get_ylim()[0], top - DEEPEST)
         axis.set_ylim(bottom, top + max(top - bottom, 1) / 20)
         axis.grid(color="0.9")
-        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -20,13 +20,15 @@ def picture_sheet(
         rows: list of rows of (H, W, 3) uint8 pictures.
         columns: a title for every column.
         captions: rows of texts below the pictures, or None.
-        inches: side of one picture on the sheet, at 100 dots per inch.
+        inches: width of one picture on the sheet, at 100 dots per inch.
 
     Returns:
         (H, W, 3), uint8.
     """
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(inches * len(columns), inches * len(rows) + 0.3), dpi=100, layout="constrained")
+        tallest = [max(picture.shape[0] / picture.shape[1] for picture in row) for row in rows]
+        height = inches * sum(tallest) + 0.2 * len(rows) * (captions is not None) + 0.3
+        figure = Figure(figsize=(inches * len(columns), height), dpi=100, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
         for index, (row, row_axes) in enumerate(zip(rows, axes, strict=True)):
