@@ -1,4 +1,4 @@
-"""Connected components of the 4-neighbour grid, over a whole batch at once.
+"""Connected components of the 4-neighbor grid, over a whole batch at once.
 
 The grid comes as two masks of surviving edges, never as a list of them: `right`, (B, gh, gw-1), joins a patch to
 the next of its row, `down`, (B, gh-1, gw), to the one below.
@@ -193,17 +193,17 @@ def propagated_components(right: Tensor, down: Tensor, rounds: int | None = None
     n_images, gh, gw = images_in(right), right.shape[1], down.shape[2]
     labels = torch.arange(n_images * gh * gw, device=right.device)
     index = labels.view(n_images, gh, gw)
-    neighbours = index.repeat(2, 1, 1, 1)  # every patch's right and lower one; itself where there is no edge
-    neighbours[0, :, :, :-1] += right
-    neighbours[1, :, :-1] += gw * down
-    neighbours = neighbours.flatten(1)
+    neighbors = index.repeat(2, 1, 1, 1)  # every patch's right and lower one; itself where there is no edge
+    neighbors[0, :, :, :-1] += right
+    neighbors[1, :, :-1] += gw * down
+    neighbors = neighbors.flatten(1)
     for _ in range(propagation_rounds(gh * gw) if rounds is None else rounds):
-        theirs = labels[neighbours]
+        theirs = labels[neighbors]
         low, high = torch.minimum(labels, theirs), torch.maximum(labels, theirs)
         labels = labels.scatter_reduce(0, high.flatten(), low.flatten(), "amin")
         labels = labels[labels]
         labels = labels[labels]
-    settled = (labels[neighbours] == labels).view(2, n_images, -1).all(2).all(0)
+    settled = (labels[neighbors] == labels).view(2, n_images, -1).all(2).all(0)
     assignment, counts = _number_roots(labels.view(n_images, -1))
     return assignment, counts * settled
 

@@ -1,4 +1,4 @@
-"""Graph-guided token merging (G2TM): connected components of similar neighbouring patches become one token."""
+"""Graph-guided token merging (G2TM): connected components of similar neighboring patches become one token."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ EPS = 1e-12  # of `torch.nn.functional.normalize`: smallest norm that a token is
 
 @selection
 def edge_similarities(x: Tensor, grid: tuple[int, int], backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Cosine similarity of neighbouring patches.
+    """Cosine similarity of neighboring patches.
 
     Args:
         x: (B, gh·gw, D), patch tokens in row-major order.
@@ -54,9 +54,9 @@ def graph_merge(
     batch: str = "ragged",
     backend: str = "auto",
 ) -> Grouping:
-    """Merge every connected component of similar neighbours into one token (G2TM).
+    """Merge every connected component of similar neighbors into one token (G2TM).
 
-    Patches are the nodes of the 4-neighbour grid; an edge survives if the cosine similarity of its ends
+    Patches are the nodes of the 4-neighbor grid; an edge survives if the cosine similarity of its ends
     exceeds the threshold.
 
     Args:

@@ -1,4 +1,4 @@
-"""The GPU form of what `graph` does before the merge: similarities of neighbours, and connected components.
+"""The GPU form of what `graph` does before the merge: similarities of neighbors, and connected components.
 
 One launch each. Tested in Triton's interpreter, and compiled for NVIDIA architectures, but not yet run on a GPU.
 """
@@ -15,7 +15,7 @@ UNLABELLED = tl.constexpr(2**30)  # larger than any patch's index
 
 
 def edge_similarities(x: Tensor, grid: tuple[int, int], eps: float) -> tuple[Tensor, Tensor]:
-    """Cosine similarity of neighbouring patches, each token read where it lies, in one launch.
+    """Cosine similarity of neighboring patches, each token read where it lies, in one launch.
 
     Args:
         x: (B, gh·gw, D), float32, float16 or bfloat16; compared in float32.

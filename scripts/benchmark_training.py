@@ -121,7 +121,7 @@ def _tokens(model: Segmenter) -> float | None:
 
 
 def row(name: str, entries: list[dict[str, Any]], pure: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds; the ratio is that of neighbouring turns."""
+    """Medians over the rounds; the ratio is that of neighboring turns."""
     ratios = [mine["images_per_second"] / other["images_per_second"] for mine, other in zip(entries, pure, strict=True)]
     medians = {key: statistics.median(entry[key] for entry in entries) for key in ("images_per_second", "data_wait")}
     return {"method": name, "tokens": entries[-1]["tokens"], **medians, "ratio": statistics.median(ratios)}

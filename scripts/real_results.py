@@ -468,7 +468,7 @@ def speed(real: Real) -> str:
 
 
 def classification(real: Real) -> str:
-    """Accuracy of the frozen backbone on a small labeled set."""
+    """Accuracy of the frozen backbone on a small labelled set."""
     run = real.run(FROZEN_RUN)
     names = [name for name in NO_TRAINING if patch.find(name).takes("r")]
     rows = classify(run.model.encoder, run.normalization, names, CLASSIFIED, real.device, real.max_images)

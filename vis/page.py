@@ -189,7 +189,7 @@ def explorer(images: Sequence[Mapping[str, Any]], threshold: float) -> str:
 
     Args:
         images: list of dicts of `name`, `photo` (H, W, 3) uint8 RGB, `right` (gh, gw-1) and `down` (gh-1, gw) float32,
-            the similarities of neighbouring patches, and `patch_size`, pixels of the photograph per patch (height,
+            the similarities of neighboring patches, and `patch_size`, pixels of the photograph per patch (height,
             width). The grid may be larger than the photograph at the right and bottom.
         threshold: where the slider stands at first.
     """
@@ -373,7 +373,7 @@ def explorer_section(name: str, layer: int, threshold: float, images: Sequence[M
         threshold, images: as in `explorer`.
     """
     explained = (
-        f"What graph merging does in layer {layer} of {name}: neighbouring patches whose cosine similarity exceeds τ "
-        "become one token, and so do all that hang together."
+        f"What graph merging does in layer {layer} of {name}: neighboring patches whose cosine similarity exceeds τ "
+        "become one token, and so does every connected group of them."
     )
     return section("Threshold explorer", note(explained), explorer(images, threshold)) if images else None

@@ -164,7 +164,7 @@ def speed(turns: Tensor) -> float:
 
 
 def share_of_time(others: Tensor, turns: Tensor) -> float:
-    """Time per pass as a share of another's: of every batch the median over neighbouring turns, in which both ran one
+    """Time per pass as a share of another's: of every batch the median over neighboring turns, in which both ran one
     after the other, so that a machine whose speed drifts changes little; then the mean over the batches.
 
     Args:

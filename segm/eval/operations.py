@@ -38,7 +38,7 @@ def count_operations(model: nn.Module, images: Tensor) -> Operations:
     """Operations of one forward pass; for a merging model the count depends on the images.
 
     fvcore counts matrix products, convolutions, layer norms and interpolation. Added are fused attention (its two
-    matrix products), the similarities of neighbours and the sums of the merge. Connected components are searched
+    matrix products), the similarities of neighbors and the sums of the merge. Connected components are searched
     outside PyTorch and do no arithmetic.
 
     Args:

@@ -38,7 +38,7 @@ def label_map(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
 def _label_map_by_cells(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Interpolate only where the label can change, and only the classes that can win.
 
-    The centres of four neighbouring patches are the corners of a cell of ph × pw pixels, whose logits are means of
+    The centres of four neighboring patches are the corners of a cell of ph × pw pixels, whose logits are means of
     the logits at the corners. A class that is the highest at all four is the highest in the whole cell, and a class
     wins nowhere in it whose highest corner is below the lowest corner of another.
     """

@@ -20,7 +20,7 @@ def partition(assignment):
 
 
 def grid_partition(x, grid, threshold):
-    """The definition, word for word: components of the 4-neighbour graph of similar patches."""
+    """The definition, word for word: components of the 4-neighbor graph of similar patches."""
     graph = networkx.grid_2d_graph(*grid)
     tokens = torch.nn.functional.normalize(x.float(), dim=-1).view(*grid, -1)
     for a, b in list(graph.edges):
@@ -30,7 +30,7 @@ def grid_partition(x, grid, threshold):
 
 
 def smooth_tokens(n_images, grid, dim=6):
-    """Tokens whose neighbours are often similar."""
+    """Tokens whose neighbors are often similar."""
     noise = torch.randn(n_images, dim, *grid)
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1).flatten(2).transpose(1, 2)
 

@@ -74,7 +74,7 @@ def test_the_realised_share_is_speed_gained_over_operations_saved():
     pure = torch.tensor([[10.0, 20.0, 40.0]])
     assert realised_share(pure / 0.6, pure, 1.0, 2.0) == pytest.approx(1 / 1.2)
     assert realised_share(pure, pure, 2.0, 2.0) == 1
-    slow = torch.tensor([[1.0, 1.0, 9.0]])  # the median over neighbouring turns
+    slow = torch.tensor([[1.0, 1.0, 9.0]])  # the median over neighboring turns
     assert realised_share(slow, torch.ones(1, 3), 1.0, 2.0) == pytest.approx(0.5)
 
 

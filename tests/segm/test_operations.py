@@ -63,7 +63,7 @@ def test_attention_counts_as_its_two_products(small_net):
 @pytest.mark.parametrize(
     ("method", "options", "added"),
     [
-        # A 4x4 grid of width 32: 24 pairs of neighbours and 16 norms; 16 tokens are summed, and their sizes.
+        # A 4x4 grid of width 32: 24 pairs of neighbors and 16 norms; 16 tokens are summed, and their sizes.
         ("graph", {"layers": [1], "threshold": 1.0}, (24 + 16) * 32 + 16 * 32 + 16),
         # The same sums; pairs within windows are element-wise work, which fvcore never counts.
         ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16),

@@ -1,6 +1,6 @@
 "use strict";
 
-// The threshold explorer of a report: what graph merging does at any threshold, from the similarities of neighbouring
+// The threshold explorer of a report: what graph merging does at any threshold, from the similarities of neighboring
 // patches alone. The functions above the line know no page; tests hold them to g2tm.graph_merge.
 
 /**
