@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from segm.cli import checkpoint_argument, device_option, im_size_option
-from segm.data.images import SUFFIXES, is_image, read_image
+from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
 from segm.exported import open_run
 from segm.merging import MergingCommand
 from segm.pictures import write_picture
@@ -53,6 +53,9 @@ def main(
         write_picture(target / f"{file.stem}.png", labels)
         write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, run.palette), opacity))
     click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
+    others = count_suffixes(file for file in source.iterdir() if not is_image(file) and not file.name.startswith("."))
+    if others:
+        click.echo(f"not read: {others}; photographs are {', '.join(SUFFIXES)}")
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(photographs)} photographs left out: {'; '.join(damaged[:5])}")
 

@@ -165,16 +165,21 @@ def _is_typed(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
+def parse(words: Sequence[str], *own: click.Parameter) -> dict[str, Any]:
     """What a `MergingCommand` makes of words such as ["--patch-type", "tome", "--r", "8"].
+
+    Args:
+        words: as typed.
+        own: other options, which stand beside those of merging where they are given.
 
     Raises:
         ValueError: unknown options or values.
     """
     try:
-        return MergingCommand(None, add_help_option=False).make_context("merging", [*words]).params["merging"]
+        params = MergingCommand(None, params=[*own], add_help_option=False).make_context("merging", [*words]).params
     except click.ClickException as error:
         raise ValueError(error.format_message()) from error
+    return params.pop("merging") | {name: value for name, value in params.items() if value is not None}
 
 
 def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ from segm.tables import markdown
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
+IM_SIZE = click.Option(["--im-size"], type=click.IntRange(min=1))
 
 
 class RecordedCommand(Command):
@@ -112,7 +113,7 @@ def check_out(out: Path) -> None:
 
 
 def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
-    """A RUN as the user gave it -> (name, path, method and options as `segm.merging.parse` gives them).
+    """A RUN as the user gave it -> (name, path, method, options and `im_size` as `segm.merging.parse` gives them).
 
     Raises:
         click.UsageError: neither a path nor NAME=PATH with merging options.
@@ -127,29 +128,12 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
     except ValueError as error:  # nothing after NAME=, or quotes that do not close
         raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
-        given = parse_with_size(options)
+        given = parse(options, IM_SIZE)
     except ValueError as error:
         raise click.UsageError(f"{text}: {error}") from error
     if not name:
         raise click.UsageError(f"{text}: give it a name, NAME=PATH")
     return name, Path(path), given
-
-
-def parse_with_size(options: Sequence[str]) -> dict[str, Any]:
-    """Merging options, and `im_size` from --im-size.
-
-    Raises:
-        ValueError: one that is not known or allowed.
-    """
-    left, own = [*options], dict[str, Any]()
-    if "--im-size" in left:
-        place = left.index("--im-size")
-        number = "".join(left[place + 1 : place + 2])
-        if not number.isdigit() or int(number) == 0:
-            raise ValueError(f"--im-size {number}: give the shorter side of the images in pixels")
-        own = {"im_size": int(number)}
-        del left[place : place + 2]
-    return parse(left) | own
 
 
 def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.device) -> list[Run]:

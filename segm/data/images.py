@@ -6,6 +6,7 @@ What mmcv's loader and transforms give for the same file and size is the same to
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -41,9 +42,13 @@ def is_image(path: Path) -> bool:
 
 def suffixes_below(folder: Path) -> str:
     """In words, which pictures are looked for and what lies below a folder instead."""
-    found = Counter(path.suffix.lower() or "no suffix" for path in folder.rglob("*") if path.is_file())
-    there = ", ".join(f"{suffix} ({count})" for suffix, count in found.most_common(5)) or "no file"
-    return f"pictures are {', '.join(SUFFIXES)}; found: {there}"
+    return f"pictures are {', '.join(SUFFIXES)}; found: {count_suffixes(folder.rglob('*')) or 'no file'}"
+
+
+def count_suffixes(paths: Iterable[Path]) -> str:
+    """In words, the most frequent suffixes of the files among these paths; "" if there is no file."""
+    found = Counter(path.suffix.lower() or "no suffix" for path in paths if path.is_file())
+    return ", ".join(f"{suffix} ({count})" for suffix, count in found.most_common(5))
 
 
 def read_image(path: str | Path, check: bool = True) -> np.ndarray:

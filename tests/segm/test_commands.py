@@ -141,6 +141,14 @@ def test_photographs_without_labels(run, folder_data, tmp_path, call):
         labels = cv2.imread(str(tmp_path / f"out/{name}.png"), cv2.IMREAD_UNCHANGED)
         assert (labels == Run.load(run, device="cpu").predict(folder_data / f"images/val/{name}.jpg")).all()
         assert cv2.imread(str(tmp_path / f"out/{name}_blend.jpg")).shape == (40, 48, 3)
+    assert "not read" not in output
+
+
+def test_files_that_inference_does_not_read_are_named(run, folder_data, tmp_path, call):
+    for name in ("phone.HEIC", "phone2.heic", ".hidden", "notes"):
+        (folder_data / "images/val" / name).write_bytes(b"-")
+    output = call(inference, run, "-i", folder_data / "images/val", "-o", tmp_path / "out", *CPU)
+    assert "2 photographs" in output and "not read: .heic (2), no suffix (1); photographs are .jpg" in output
 
 
 def test_the_golden_checkpoint_runs_through_the_commands(call):

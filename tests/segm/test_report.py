@@ -80,6 +80,8 @@ def test_a_run_is_a_path_or_a_name_with_a_path_and_options(pure):
     assert (name, str(path), given["patch_type"]) == ("a", "runs/x y", "algm")
     _, _, given = report.read_run("a=runs/x --selected-layers 1 3 --threshold 0.9")
     assert given == {"layers": [1, 3], "threshold": 0.9}
+    for size in ("--im-size 48", "--im-size=48"):
+        assert report.read_run(f"a=runs/x --threshold 0.9 {size}")[2] == {"threshold": 0.9, "im_size": 48}
 
 
 def test_every_run_is_measured_and_shown(tmp_path, pure, graph):
