@@ -120,7 +120,8 @@ def scale_curves(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
                 ]
                 axis.plot(*zip(*points, strict=True) if points else ([], []), label=method, **style)
             axis.set(xlabel="patches", ylabel=label, xscale="log", ylim=(0, None))
-            axis.set_xticks(sorted({row["patches"] for row in rows}), sorted({row["patches"] for row in rows}))
+            numbers = sorted({row["patches"] for row in rows})
+            axis.set_xticks(numbers, numbers, fontsize=8)
             axis.minorticks_off()
             axis.grid(color="0.9")
         figure.axes[0].legend(frameon=False, fontsize=9)
