@@ -129,8 +129,15 @@ class Real:
     amp: bool = False
 
     def run(self, name: str) -> Run:
-        """A finished training."""
-        return Run.load(self.work / name / "checkpoint_best.pth", device=self.device, name=name, amp=False)
+        """A finished training.
+
+        Raises:
+            FileNotFoundError: it has not run.
+        """
+        file = self.work / name / "checkpoint_best.pth"
+        if not file.exists():
+            raise FileNotFoundError(f"no {file}: train it first (--steps models), or give another folder (--work)")
+        return Run.load(file, device=self.device, name=name, amp=False)
 
     def tradeoff(self, name: str, run: Run) -> Tradeoff:
         """Where the settings of a table are measured and kept."""

@@ -97,6 +97,11 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     assert call(script, *options, "--steps", "methods,frontier")
 
 
+def test_a_step_without_its_models_says_which_step_trains_them(script, tmp_path, refused):
+    options = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--device", "cpu", "--steps", "methods"]
+    assert "--steps models" in refused(script, *options) and not (tmp_path / "out").exists()
+
+
 def test_second_trainings_go_on_with_the_decoder_of_the_first(monkeypatch):
     """A run says which method it was trained with, but `train.py` asks anew for the decoder."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
