@@ -1,8 +1,22 @@
-"""Merging methods: pure functions from tokens to a `Reduction`. Knows no model, no file, no command line."""
+"""Merging methods: pure functions from tokens to a `Reduction`. Knows no model, no file, no command line.
+
+These arguments mean the same in all of them; a value that is not allowed raises a ValueError that says what is:
+
+- `x`: (B, N, D), the patch tokens of B images. `metric` or `keys`: the tokens' vectors that are compared by cosine.
+- `grid`: (gh, gw) with gh·gw = N; the tokens are then in row-major order.
+- `r`: number of tokens to remove, at most half of an image's.
+- `tokens`: exact number of tokens that every image keeps; shapes are then known without waiting for the device.
+- `threshold`: from -1 to 1 where it is a cosine similarity.
+- `sizes`: (B, N), patches that each token carries already; None: one each.
+- `padding`: (B, N), bool, True for slots without a token, the last ones of their image; None: there are none.
+- `odd_first`: True if the first token is at an odd position of the whole sequence: behind an odd number of prefix
+  tokens.
+- `batch`: "ragged": every image keeps its own number of tokens. "uniform": every image merges as much as the one that
+  merges least, its most similar tokens.
+"""
 
 from g2tm.atc import LINKAGES, atc
 from g2tm.attention import ATTENTION_MODES, attention_bias, attention_means, attention_row
-from g2tm.chance import random_merge
 from g2tm.clap import clap
 from g2tm.clustvit import Clusters, cluster_labels, clustering_loss
 from g2tm.crossget import crossget
@@ -15,60 +29,22 @@ from g2tm.ltmp import ltmp, ltmp_training, operations_left
 from g2tm.masked import above, masked_softmax
 from g2tm.matching import ADAPTIVE, bipartite
 from g2tm.mctf import mctf
-from g2tm.mutual import mutual_pairs
+from g2tm.mpm import mutual_pairs
 from g2tm.pitome import energy_margin, matches_all, pitome
+from g2tm.random_merge import random_merge
 from g2tm.reduction import Chain, Grouping, Reduction
 from g2tm.statistics import mean_and_std, similarity_moments
 from g2tm.tofu import prunes, tofu
 from g2tm.validation import BATCH_MODES, budget, check_threshold, check_window
 
-__all__ = [
-    "ADAPTIVE",
-    "ATTENTION_MODES",
-    "BATCH_MODES",
-    "LINKAGES",
-    "Chain",
-    "Clusters",
-    "Grouping",
-    "Reduction",
-    "above",
-    "atc",
-    "attention_bias",
-    "attention_means",
-    "attention_row",
-    "bipartite",
-    "budget",
-    "check_threshold",
-    "check_window",
-    "clap",
-    "cluster_labels",
-    "clustering_loss",
-    "crossget",
-    "dct",
-    "diffrate",
-    "diffrate_training",
-    "edge_similarities",
-    "embed",
-    "energy_margin",
-    "fpet",
-    "fpet_training",
-    "gigaflops",
-    "graph_merge",
-    "kept_tokens",
-    "ltmp",
-    "ltmp_training",
-    "masked_softmax",
-    "matches_all",
-    "mctf",
-    "mean_and_std",
-    "mutual_pairs",
-    "operations_left",
-    "pitome",
-    "prunes",
-    "random_merge",
-    "rate_mask",
-    "similarity_moments",
-    "soft_merge",
-    "split",
-    "tofu",
-]
+# The record of a step, the methods, and the numbers that models and training need beside them.
+__all__ = ["Chain", "Grouping", "Reduction"]
+__all__ += ["atc", "bipartite", "clap", "crossget", "dct", "diffrate", "fpet", "graph_merge", "ltmp", "mctf"]
+__all__ += ["mutual_pairs", "pitome", "random_merge", "tofu"]
+__all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES"]
+__all__ += ["attention_bias", "attention_means", "attention_row", "edge_similarities", "mean_and_std"]
+__all__ += ["budget", "check_threshold", "check_window", "similarity_moments"]
+__all__ += ["energy_margin", "matches_all", "prunes"]
+__all__ += ["Clusters", "cluster_labels", "clustering_loss", "embed", "fpet_training", "soft_merge", "split"]
+__all__ += ["diffrate_training", "gigaflops", "kept_tokens", "ltmp_training", "operations_left", "rate_mask"]
+__all__ += ["above", "masked_softmax"]

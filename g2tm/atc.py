@@ -2,46 +2,57 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.reduction import Grouping
-from g2tm.selection import extent, precise, selection
-from g2tm.validation import check_tokens
+from g2tm.reduction import Grouping, one_by_one
+from g2tm.selection import batch_and_length, selection
+from g2tm.similarity import exact_product, unit_vectors
+from g2tm.validation import check_choice, check_tokens
 
 LINKAGES = ("average", "complete", "single")
 
 
+@one_by_one
 @selection
-def atc(metric: Tensor, *, clusters: int, linkage: str = "average", sizes: Tensor | None = None) -> Grouping:
+def atc(
+    metric: Tensor,
+    *,
+    clusters: int,
+    linkage: str = "average",
+    sizes: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Grouping:
     """Join the two nearest clusters until so many are left (section 3).
 
-    The clustering itself is SciPy's, on the CPU, image by image; it takes memory of N² numbers.
+    Clusters are in the order of their first token. The clustering itself is SciPy's, on the CPU, image by image; it
+    takes memory of N² numbers.
 
     Args:
-        metric: (B, N, D), patch tokens; their distance is 1 - cosine.
+        metric, sizes, padding: see `g2tm`. Sizes weigh in means, not in distances, which are 1 - cosine.
         clusters: how many clusters are left; N if that is fewer.
         linkage: distance of two clusters: "average": the mean over all pairs, "complete": the largest, "single": the
             smallest.
-        sizes: (B, N), patches that each token carries; None: one each. They weigh in means, not in distances.
-
-    Returns:
-        A `Grouping`; clusters are in the order of their first token.
-
-    Raises:
-        ValueError: an unknown linkage, or no number of clusters.
     """
-    if linkage not in LINKAGES:
-        raise ValueError(f"linkage {linkage!r}: choose {', '.join(LINKAGES)}")
-    n_images, n_tokens = extent(metric)
+    check_choice("linkage", linkage, LINKAGES)
+    n_images, n_tokens = batch_and_length(metric)
     if clusters >= n_tokens or n_images == 0:
         return Grouping.identity(metric, sizes)
     check_tokens(clusters, 1, n_tokens)
     # A token that is not finite is far from all others, as a zero vector is.
-    unit = F.normalize(precise(metric), dim=-1).nan_to_num(0, 0, 0)
-    distance = (1 - unit @ unit.mT).cpu().numpy()
-    assignment = np.stack([_clusters(own, clusters, linkage) for own in distance])
-    return Grouping.of_length(torch.from_numpy(assignment).to(metric.device), clusters, sizes)
+    unit = unit_vectors(metric).nan_to_num(0, 0, 0)
+    return Grouping.of_length(_agglomerated(1 - exact_product(unit, unit.mT), clusters, linkage), clusters, sizes)
+
+
+@torch.library.custom_op("g2tm::agglomerate", mutates_args=())
+def _agglomerated(distance: Tensor, clusters: int, linkage: str) -> Tensor:
+    """(B, N, N) -> (B, N), int64; one operator to a compiler or a trace, which could not look into SciPy."""
+    assignment = np.stack([_clusters(own, clusters, linkage) for own in distance.cpu().numpy()])
+    return torch.from_numpy(assignment).to(distance.device)
+
+
+@_agglomerated.register_fake
+def _(distance: Tensor, clusters: int, linkage: str) -> Tensor:
+    return distance.new_empty(distance.shape[:2], dtype=torch.int64)
 
 
 def _clusters(distance: np.ndarray, clusters: int, linkage: str) -> np.ndarray:

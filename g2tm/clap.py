@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import images_in, precise, ranks, rows, selection, square_sums
+from g2tm.selection import images_in, ranks, rows, selection, tokens_in, true_positions
+from g2tm.similarity import LOWEST, row_dot, unit_vectors
 from g2tm.validation import check_batch, check_grid, check_threshold, check_tokens, check_window
 
 
@@ -18,28 +19,22 @@ def clap(
     tokens: int | None = None,
     window: tuple[int, int] = (2, 2),
     sizes: Tensor | None = None,
+    padding: Tensor | None = None,
     batch: str = "ragged",
 ) -> Grouping:
     """Merge every window of the grid whose tokens are alike.
 
+    Merged windows come first, by falling similarity, then the other tokens in their old order.
+
     Args:
-        x: (B, N, D), patch tokens in row-major order.
-        grid: (gh, gw) with gh·gw = N; windows that hang over its edge are not merged.
-        threshold: a window merges if the mean cosine similarity of its pairs is at least this; from -1 to 1. Not
-            used, and may be None, with `tokens`.
+        x, grid, sizes, padding, batch: see `g2tm`; padding goes with a threshold. Windows that hang over the edge of
+            the grid are not merged.
+        threshold: a window merges if the mean cosine similarity of its pairs is at least this. Not used, and may be
+            None, with `tokens`.
         tokens: instead, merge the most similar windows of every image until exactly so many tokens are left. The
             last of them merges only as many of its patches as are needed: those most similar to the mean of its unit
-            vectors, of equal ones the first. Shapes are then known without waiting for the device.
+            vectors, of equal ones the first.
         window: patches per window, (height, width).
-        sizes: (B, N), patches that each token carries already; None: one each.
-        batch: "ragged": every image keeps its own number of tokens. "uniform": every image merges as many windows
-            as the image that merges least, the most similar ones.
-
-    Returns:
-        A `Grouping`; merged windows come first, by falling similarity, then the other tokens in their old order.
-
-    Raises:
-        ValueError: a threshold, number of tokens, grid, window or batch mode that is not allowed.
     """
     check_grid(grid, x.shape[1])
     check_window(window, grid)
@@ -48,10 +43,13 @@ def clap(
     if tokens is None:
         check_threshold(threshold)
     else:
-        check_tokens(tokens, n_tokens - (grid[0] // window[0]) * (grid[1] // window[1]) * removed, n_tokens)
+        check_tokens(tokens, n_tokens - (grid[0] // window[0]) * (grid[1] // window[1]) * removed, n_tokens, padding)
     if images_in(x) == 0:
         return Grouping.identity(x, sizes)
     similarity = window_similarities(x, grid, window)
+    if padding is not None:
+        inside = _window_sums(padding.view(-1, *grid, 1).float(), window)
+        similarity = similarity.masked_fill(inside.flatten(1) > 0, LOWEST)
     rank = _rank_of_patches(ranks(similarity), grid, window)
     if tokens is not None:
         n_merged, rest = divmod(n_tokens - tokens, removed)
@@ -65,7 +63,7 @@ def clap(
     if batch == "uniform":
         merged = merged.min().expand_as(merged)
     assignment = _windows_first(rank, rank >= merged[:, None], merged[:, None])
-    return Grouping.of_counts(assignment, n_tokens - merged * removed, sizes)
+    return Grouping.of_counts(assignment, tokens_in(x, padding) - merged * removed, sizes, padding)
 
 
 def _windows_first(rank: Tensor, alone: Tensor, n_merged: Tensor | int) -> Tensor:
@@ -74,19 +72,14 @@ def _windows_first(rank: Tensor, alone: Tensor, n_merged: Tensor | int) -> Tenso
 
 
 def _all_but_nearest(x: Tensor, inside: Tensor, area: int, n_nearest: int) -> tuple[Tensor, Tensor]:
-    """The patches of one window per image, and whether each is not among the nearest to the window's mean.
+    """The patches of one window per image, and True for those not among the nearest to its mean: (B, area) each.
 
-    Args:
-        x: (B, N, D).
-        inside: (B, N), bool, True for the `area` patches of the window.
-
-    Returns:
-        (B, area), int64 and bool.
+    inside: (B, N), bool, True for the `area` patches of the window.
     """
-    patches = (~inside).argsort(dim=1, stable=True)[:, :area]
-    unit = F.normalize(precise(rows(x, patches)), dim=-1)
+    patches = true_positions(inside, area)
+    unit = unit_vectors(rows(x, patches))
     nearness = (unit * unit.sum(1, keepdim=True)).sum(-1)
-    return patches, ranks(nearness.nan_to_num(nan=float("-inf"))) >= n_nearest
+    return patches, ranks(nearness.nan_to_num(nan=LOWEST)) >= n_nearest
 
 
 def _rank_of_patches(rank: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
@@ -98,25 +91,17 @@ def _rank_of_patches(rank: Tensor, grid: tuple[int, int], window: tuple[int, int
 
 
 def window_similarities(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """Mean cosine similarity over the pairs of distinct tokens of each window.
+    """Mean cosine similarity over the pairs of distinct tokens of each whole window, in row-major order.
 
-    The sum over all pairs is the squared length of the sum of the unit vectors, less their own.
-
-    Args:
-        x: (B, gh·gw, D).
-        grid: (gh, gw).
-        window: patches per window, (height, width).
-
-    Returns:
-        (B, W), float32 (float64 for float64 tokens), -inf where a token is not finite; whole windows alone, in
-        row-major order.
+    The sum over all pairs is the squared length of the sum of the unit vectors, less their own. The result is (B, W),
+    float32 (float64 for float64 tokens), -inf where a token is not finite.
     """
-    unit = F.normalize(precise(x), dim=-1)
+    unit = unit_vectors(x)
     total = _window_sums(unit.unflatten(1, tuple(grid)), window)
-    own = _window_sums(square_sums(unit).view(-1, *grid, 1), window).squeeze(-1)
+    own = _window_sums(row_dot(unit, unit).view(-1, *grid, 1), window).squeeze(-1)
     area = window[0] * window[1]
-    similarity = (square_sums(total) - own) / (area * (area - 1))
-    return similarity.clamp(-1, 1).nan_to_num(nan=float("-inf")).flatten(1)
+    similarity = (row_dot(total, total) - own) / (area * (area - 1))
+    return similarity.clamp(-1, 1).nan_to_num(nan=LOWEST).flatten(1)
 
 
 def _window_sums(x: Tensor, window: tuple[int, int]) -> Tensor:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g2tm.selection import images_in, numpy_helps, ranks
-from g2tm.spanning import strongest_edges
+from g2tm.selection import images_in, inverse, numpy_helps, ranks
+from g2tm.validation import check_choice
 
 HAS_TRITON = find_spec("triton") is not None
-# Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs).
+# Patches whose labels any GPU holds in the shared memory of one program (8 bytes each while a scan runs); Triton pads
+# both sides of the grid to powers of two.
 MAX_ON_CHIP = 64 * 64
 
 
@@ -26,57 +27,45 @@ def grid_components(right: Tensor, down: Tensor, backend: str = "auto") -> tuple
     """Number the connected components of every image.
 
     Args:
-        right, down: (B, gh, gw-1) and (B, gh-1, gw), bool, the edges that survive.
+        right, down: bool, the edges that survive.
         backend: "opencv" (compiled labelling of an image of the edges) works on the CPU, wherever the masks are;
-            "triton" (one kernel) on CUDA; "torch" (label propagation) on any device; "networkx" is slow, for
-            comparison. "auto": OpenCV on the CPU, Triton on CUDA where it is installed and the grid is no larger
-            than 64×64, torch elsewhere.
+            "triton" (one kernel) on CUDA; "torch" (label propagation) on any device. "auto": OpenCV on the CPU,
+            Triton on CUDA where it is installed and the grid fits (`MAX_ON_CHIP`), torch elsewhere.
 
     Returns:
         assignment: (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
         counts: (B,), int64, components of each image.
         lengths: the counts as B numbers: the one wait for the device.
-
-    Raises:
-        ValueError: unknown backend.
     """
-    n_images, n_patches = images_in(right), right.shape[1] * down.shape[2]
-    backend = _chosen(backend, right, down)
-    if n_images == 0:
+    backend, n_patches = _chosen(backend, right, down), right.shape[1] * down.shape[2]
+    if images_in(right) == 0:
         empty = torch.zeros(0, n_patches, dtype=torch.int64, device=right.device)
         return empty, empty.new_zeros(0), []
     assignment, counts = BACKENDS[backend](right, down)
-    lengths = counts.tolist()
     rounds = propagation_rounds(n_patches)
-    while 0 in lengths:  # of torch's propagation alone, and never seen
+    while 0 in (lengths := counts.tolist()):  # of torch's propagation alone, and never seen
         rounds *= 2
         assignment, counts = propagated_components(right, down, rounds)
-        lengths = counts.tolist()
     return assignment, counts, lengths
 
 
 def strongest_components(right: Tensor, down: Tensor, n_components: int, backend: str = "auto") -> Tensor:
-    """Components along the strongest edges of every image: as few edges as leave `n_components`.
+    """Number the components along the strongest edges of every image: as few edges as leave `n_components`.
 
     An edge lowers the number of components by one at most, so every number is reached. How many edges that takes
     is found for all images at once: by bisection, or with torch, where a labelling is many operations, from a spanning
     tree. Nothing is read back from the device.
 
     Args:
-        right, down: (B, gh, gw-1) and (B, gh-1, gw), strength of every edge, which the strongest survive; of equal
-            ones the first in row-major order, those of `right` before those of `down`; NaN is the weakest.
+        right, down: strength of every edge; of equal ones the first in row-major order is the strongest, those of
+            `right` before those of `down`; NaN is the weakest.
         n_components: from 1 to gh·gw.
-        backend: see `grid_components`.
-
-    Returns:
-        (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
-
-    Raises:
-        ValueError: unknown backend.
+        backend: and the assignment that is returned: see `grid_components`.
     """
     backend = _chosen(backend, right, down)
     low, high = int(right.shape[1] * down.shape[2] - n_components), int(right[0].numel() + down[0].numel())
-    right, down = _places(right, down)
+    strength = _together(right, down).nan_to_num(nan=-math.inf)
+    right, down = _apart(ranks(strength), right, down)
     if backend == "torch":
         return propagated_components(*strongest_edges(right, down, n_components))[0]
     if backend != "opencv":
@@ -86,12 +75,9 @@ def strongest_components(right: Tensor, down: Tensor, n_components: int, backend
 
 
 def _bisect(label: Callable, right: Any, down: Any, n_components: int, low: Any, high: Any) -> Any:
-    """The components that `label` finds along so many of the first edges that there are `n_components`.
+    """The assignment by `label`, of tensors or of NumPy arrays, along as few of the first edges as it takes.
 
-    Args:
-        label: from (right, down), bool, to (assignment, counts); of tensors or of NumPy arrays.
-        right, down: place of every edge; of the same kind.
-        low, high: bounds of the number of edges.
+    right, down: rank of every edge, from 0; low, high: bounds of the number of edges.
     """
     for _ in range((high - low).bit_length() + 1):
         middle = (low + high) // 2
@@ -106,8 +92,7 @@ def _bisect(label: Callable, right: Any, down: Any, n_components: int, low: Any,
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raise a ValueError for an unknown backend, or for one that does not run on this device."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
+    check_choice("backend", backend, ("auto", *BACKENDS))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own way to run kernels anywhere
     if backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(f"backend 'triton' runs on CUDA, the tokens are on {device}: choose 'torch' or 'auto'")
@@ -120,14 +105,19 @@ def _chosen(backend: str, right: Tensor, down: Tensor) -> str:
         return backend
     if numpy_helps(right):
         return "opencv"
-    fits = right.shape[1] * down.shape[2] <= MAX_ON_CHIP
+    powers_of_2 = [1 << (int(side) - 1).bit_length() for side in (right.shape[1], down.shape[2])]  # tensors in a trace
+    fits = math.prod(powers_of_2) <= MAX_ON_CHIP
     return "triton" if right.device.type == "cuda" and HAS_TRITON and fits else "torch"
 
 
-def _places(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of every edge among those of its image, the strongest first, from 0: int64, shaped as the edges."""
-    strength = torch.cat([right.flatten(1), down.flatten(1)], 1)
-    first, second = ranks(strength.nan_to_num(nan=-math.inf)).split([right[0].numel(), down[0].numel()], 1)
+def _together(right: Tensor, down: Tensor) -> Tensor:
+    """The K edges of every image in one row: (B, K)."""
+    return torch.cat([right.flatten(1), down.flatten(1)], 1)
+
+
+def _apart(edges: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `_together`: from (B, K) to the shapes of `right` and `down`."""
+    first, second = edges.split([right[0].numel(), down[0].numel()], 1)
     return first.view(right.shape), second.view(down.shape)
 
 
@@ -151,13 +141,9 @@ def _opencv_labels(right: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _first_seen_order(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number labels from 0 in each image, in the order in which they first appear.
+    """Number labels, (B, N), from 0 in each image in the order of their first appearance, and count them, (B,).
 
-    Args:
-        labels: (B, N), integers from 1 without gaps; no two images share one.
-
-    Returns:
-        (B, N) and (B,), int64: new labels, and how many there are.
+    labels: integers from 1 without gaps; no two images share one.
     """
     flat = labels.ravel()
     highest = np.maximum.accumulate(flat)
@@ -183,12 +169,7 @@ def propagated_components(right: Tensor, down: Tensor, rounds: int | None = None
 
     Nothing is read back: a count of 0 says that the image needs more rounds.
 
-    Args:
-        right, down: see `grid_components`.
-        rounds: of propagation; None: `propagation_rounds`.
-
-    Returns:
-        assignment, counts: see `grid_components`.
+    right, down, and (assignment, counts): as in `grid_components`; rounds: None for `propagation_rounds`.
     """
     n_images, gh, gw = images_in(right), right.shape[1], down.shape[2]
     labels = torch.arange(n_images * gh * gw, device=right.device)
@@ -204,22 +185,59 @@ def propagated_components(right: Tensor, down: Tensor, rounds: int | None = None
         labels = labels[labels]
         labels = labels[labels]
     settled = (labels[neighbors] == labels).view(2, n_images, -1).all(2).all(0)
-    assignment, counts = _number_roots(labels.view(n_images, -1))
-    return assignment, counts * settled
+    number = (labels == index.flatten()).view(n_images, -1).cumsum(1)  # of the root of every component, from 1
+    return number.flatten()[labels].view(n_images, -1) - 1, number[:, -1] * settled
 
 
-def _number_roots(roots: Tensor) -> tuple[Tensor, Tensor]:
-    """Components from 0 in each image, from the first patch of every patch's component.
+def strongest_edges(right: Tensor, down: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
+    """Masks of as few of the strongest edges as leave `n_components`, none of which closes a circle.
 
-    Args:
-        roots: (B, N), int64, numbered through the whole batch.
+    The first edges of a maximum spanning tree join the same patches as all edges down to the same strength. The
+    number of operations depends on the grid alone, and nothing is read back from the device.
 
-    Returns:
-        (B, N) and (B,), int64: components, and how many there are.
+    right, down: int64, rank of every edge in its image, the strongest first, from 0.
     """
-    is_root = roots == torch.arange(roots.numel(), device=roots.device).view_as(roots)
-    rank = is_root.cumsum(1)
-    return rank.flatten()[roots] - 1, rank[:, -1]
+    n_patches = right.shape[1] * down.shape[2]
+    place = _together(right, down)
+    order = inverse(place)
+    in_tree = _spanning_tree(_ends(right, down, order), images_in(right), n_patches).view(order.shape)
+    chosen = in_tree * (in_tree.cumsum(1) <= n_patches - n_components)
+    return _apart(chosen.gather(1, place).bool(), right, down)
+
+
+def _ends(right: Tensor, down: Tensor, order: Tensor) -> Tensor:
+    """Both patches of every edge, numbered through the batch: (2, B·K), in the order (B, K) of each image's K edges."""
+    n_images, gh, gw = images_in(right), right.shape[1], down.shape[2]
+    patch = torch.arange(gh * gw, device=order.device).view(gh, gw)
+    first = torch.cat([patch[:, :-1].flatten(), patch[:-1].flatten()])
+    second = torch.cat([patch[:, 1:].flatten(), patch[1:].flatten()])
+    ends = torch.stack([first, second])[:, order]
+    return (ends + gh * gw * torch.arange(n_images, device=order.device)[:, None]).flatten(1)
+
+
+def _spanning_tree(ends: Tensor, n_images: int, n_patches: int) -> Tensor:
+    """Borůvka (1926): every component takes its strongest edge to another one, until one is left.
+
+    ends: (2, B·K), from `_ends`, each connected grid's edges from the strongest on. Returns (B·K,), int64, 1 for the
+    edges of the trees.
+    """
+    n_edges, rounds = ends.shape[1], math.ceil(math.log2(n_patches))  # each leaves half of the components at most
+    edge = torch.arange(n_edges, device=ends.device)
+    patch = labels = torch.arange(n_images * n_patches, device=ends.device)
+    taken = torch.zeros(n_edges + 1, dtype=torch.int64, device=ends.device)  # the last stands for none
+    for done in range(rounds):
+        theirs = labels[ends]
+        between = torch.where(theirs[0] == theirs[1], n_edges, edge)
+        best = torch.full_like(patch, n_edges).scatter_reduce(0, theirs.flatten(), between.repeat(2), "amin")
+        taken = taken.scatter(0, best, 1)
+        other = theirs.sum(0)[best.clamp(max=n_edges - 1)] - patch
+        parent = torch.where(best < n_edges, other, patch)
+        mutual = (parent[parent] == patch) & (patch < parent)  # two took the same edge: the first becomes the root
+        parent = torch.where(mutual, patch, parent)
+        for _ in range(rounds - done):  # no chain is longer than there are components
+            parent = parent[parent]
+        labels = parent[labels]
+    return taken[:-1]
 
 
 def _triton_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,25 +246,4 @@ def _triton_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return components(right, down)
 
 
-def _networkx_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: a textbook search in Python."""
-    import networkx
-
-    index = torch.arange(len(right) * right.shape[1] * down.shape[2]).view(len(right), right.shape[1], down.shape[2])
-    right_of, below = right.cpu(), down.cpu()
-    graph = networkx.Graph()
-    graph.add_nodes_from(range(index.numel()))
-    graph.add_edges_from(zip(index[:, :, :-1][right_of].tolist(), index[:, :, 1:][right_of].tolist(), strict=True))
-    graph.add_edges_from(zip(index[:, :-1][below].tolist(), index[:, 1:][below].tolist(), strict=True))
-    roots = torch.empty(index.numel(), dtype=torch.long)
-    for component in networkx.connected_components(graph):
-        roots[list(component)] = min(component)
-    return _number_roots(roots.view(len(right), -1).to(right.device))
-
-
-BACKENDS = {
-    "opencv": _opencv_components,
-    "torch": propagated_components,
-    "triton": _triton_components,
-    "networkx": _networkx_components,
-}
+BACKENDS = {"opencv": _opencv_components, "torch": propagated_components, "triton": _triton_components}

@@ -6,90 +6,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.reduction import Chain, Reduction
-from g2tm.selection import extent, images_in, precise, repeated
+from g2tm.reduction import Reduction, equal_counts
+from g2tm.selection import at_least_float32, batch_and_length, cached, images_in, without_autocast
 from g2tm.validation import check_r
 
 
-def dct(x: Tensor, *, r: int, keep_mean: bool = False) -> "Truncation":
+def dct(x: Tensor, *, r: int) -> "Truncation":
     """Drop the r highest frequencies of the token sequence.
 
-    The transform is one-dimensional over the raster sequence, line ends included.
-
-    Args:
-        x: (B, N, D), patch tokens alone.
-        r: number of tokens to remove, at most half of them.
-        keep_mean: keep the mean of the sequence, which the published transform scales; see `Truncation`.
-
-    Returns:
-        A reduction to N - min(r, N // 2) tokens, which are samples of a resampled sequence and no longer patches.
-
-    Raises:
-        ValueError: r is no number of tokens.
+    The transform is one-dimensional over the raster sequence, line ends included. The N - r tokens that are left are
+    samples of a resampled sequence and no longer patches. x, r: see `g2tm`.
     """
     check_r(r)
-    n_images, n_tokens = extent(x)
-    return Truncation(n_images, n_tokens, n_tokens - min(r, n_tokens // 2), x.device, keep_mean)
+    n_tokens = batch_and_length(x)[1]
+    return Truncation(x, n_tokens, n_tokens - min(r, n_tokens // 2))
 
 
-class Truncation:
+class Truncation(Reduction):
     """Orthonormal DCT-II of length N, truncated to M coefficients, inverse of length M: y = R x with R Rᵀ = I.
 
     `unmerge` is Rᵀ, so that merge(unmerge(y)) = y, and unmerge(merge(x)) is x without its high frequencies. R
     multiplies a constant sequence by √(N/M) and Rᵀ divides it by that; `unmerge(y, scores=True)` does not divide.
+    Every token has the size N/M.
 
-    Args:
-        n_images: B.
-        n_tokens: N.
-        kept: M, from 1 to N.
-        device: of `counts` and `sizes`.
-        keep_mean: multiply R by √(M/N), and Rᵀ by √(N/M). Both keep a constant then, with or without `scores`, and
-            the statements above on merge(unmerge(y)) and unmerge(merge(x)) hold as before.
-
-    Attributes:
-        counts, lengths: M for every image.
-        padding: None.
-        sizes: (B, M), float32, N/M each.
+    like: (B, ...), for the number of images and the device; n_tokens, kept: N, and M, from 1 to N.
     """
 
-    padding = None
+    def __init__(self, like: Tensor, n_tokens: int, kept: int) -> None:
+        self.n_tokens, self.kept = n_tokens, kept
+        self.counts, self.lengths = equal_counts(like, kept)
 
-    def __init__(
-        self, n_images: int, n_tokens: int, kept: int, device: torch.device | str, keep_mean: bool = False
-    ) -> None:
-        self.n_tokens, self.kept, self.keep_mean = n_tokens, kept, keep_mean
-        self.counts = torch.full((n_images,), kept, device=device)
-        self.lengths = tuple(repeated(kept, n_images))
-
-    @property
+    @cached
     def sizes(self) -> Tensor:
         share = self.n_tokens / max(self.kept, 1)
         return torch.full((images_in(self.counts), self.kept), share, dtype=torch.float32, device=self.counts.device)
 
     def merge(self, x: Tensor) -> Tensor:
-        """x: (B, N, D) -> (B, M, D), in the dtype of x, computed in at least float32."""
-        return _resampled(x, self.kept, self.keep_mean)
+        return _resampled(x, self.kept)
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
-        """y: (B, M, D) -> (B, N, D); with `scores` or `keep_mean` a constant stays the same constant."""
-        return _resampled(y, self.n_tokens, scores or self.keep_mean)
+        """y: (B, M, D) -> (B, N, D); with `scores` a constant stays the same constant."""
+        return _resampled(y, self.n_tokens, scores)
 
     def then(self, second: Reduction) -> Reduction:
-        """This step followed by `second`; two truncations of one kind compose to one."""
-        if isinstance(second, Truncation) and second.keep_mean == self.keep_mean:
-            return Truncation(images_in(self.counts), self.n_tokens, second.kept, self.counts.device, self.keep_mean)
-        return Chain(self, second)
+        """This step followed by `second`; two truncations compose to one."""
+        if isinstance(second, Truncation):
+            return Truncation(self.counts, self.n_tokens, second.kept)
+        return super().then(second)
 
 
-def _resampled(x: Tensor, length: int, keep_constants: bool) -> Tensor:
+def _resampled(x: Tensor, length: int, keep_constants: bool = False) -> Tensor:
     """Sequence of another length with the same low frequencies: (B, N, D) -> (B, length, D)."""
     n_tokens = x.shape[1]
     if length == n_tokens:
         return x
     if x.numel() == 0:  # which FFT libraries refuse
         return x.new_zeros(images_in(x), length, x.shape[2])
-    with torch.autocast(x.device.type, enabled=False):
-        frequencies = F.pad(_frequencies(precise(x)), (0, length - n_tokens))  # a negative number cuts
+    with without_autocast(x):
+        frequencies = F.pad(_frequencies(at_least_float32(x)), (0, length - n_tokens))  # a negative number cuts
         if keep_constants:
             frequencies = frequencies * math.sqrt(length / n_tokens)
         return _samples(frequencies).to(x.dtype)

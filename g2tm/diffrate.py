@@ -1,99 +1,69 @@
-"""DiffRate (ICCV 2023): sort by importance, prune the tail, merge the next part; both rates can be learned."""
+"""DiffRate (ICCV 2023): sort by importance, prune the tail, merge the next part; both rates can be learned.
+
+Counts are those of patch tokens: the published ones, which count CLS, are larger by one.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.attention import SMALLEST_SIZE
-from g2tm.masked import Masked, straight_through
-from g2tm.pruning import tie_pruned
-from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, extent, most_similar, precise, rows, selection
+from g2tm.masked import MaskedTokens, straight_through
+from g2tm.reduction import Grouping, one_by_one
+from g2tm.selection import batch_and_length, falling, inverse, or_ones, own_positions, rows, selection
+from g2tm.similarity import most_similar, tie_pruned, unit_vectors
 
 
+@one_by_one
 @selection
 def diffrate(
-    x: Tensor,
-    *,
-    importance: Tensor,
-    kept: int,
-    merged: int,
-    sizes: Tensor | None = None,
-    prefix: int = 1,
+    x: Tensor, *, importance: Tensor, kept: int, merged: int, sizes: Tensor | None = None, padding: Tensor | None = None
 ) -> Grouping:
     """Keep the most important tokens, and merge the last of these into those in front of them (section 3.2).
 
+    Tokens come by falling importance. Means are plain ones, in which pruned tokens do not count. The size of a token
+    that merged is discounted by its similarity.
+
     Args:
-        x: (B, L, D), the residual stream, compared by cosine; prefix tokens first.
-        importance: (B, L), attention of CLS to every token, mean over the heads.
-        kept: tokens that pruning leaves, prefix tokens included.
-        merged: tokens that merging leaves of these, prefix tokens included.
-        sizes: (B, L), what each token counts already; None: 1 each.
-        prefix: number of prefix tokens, which neither leave nor are merged into.
-
-    Returns:
-        A `Grouping` of the whole sequence: prefix tokens, then patch tokens by falling importance. Its means are plain
-        ones, in which pruned tokens do not count. The size of a token that merged is discounted by its similarity.
-
-    Raises:
-        ValueError: a merge without a patch token to merge into.
+        x, sizes, padding: see `g2tm`; x is the residual stream, compared by cosine.
+        importance: (B, N), attention of CLS to every token, mean over the heads.
+        kept, merged: tokens, 1 or more, that pruning leaves, and that merging leaves of these; no more than there are.
     """
-    n_images, length = extent(x)
-    kept = min(kept, length)
-    merged = check_counts(kept, merged, prefix)
-    sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
-    if n_images == 0:
+    if min(kept, merged) < 1:
+        raise ValueError(f"{kept} patch tokens kept and {merged} after merging: keep at least one")
+    n_images, n_tokens = batch_and_length(x)
+    kept, merged = min(kept, n_tokens), min(kept, merged, n_tokens)
+    sizes = or_ones(sizes, x[..., 0])
+    if n_images == 0 or n_tokens == 0:
         return Grouping.identity(x, sizes)
-    order = by_importance(importance, prefix)
-    sources, places = order[:, merged:kept], torch.arange(length, device=x.device)
-    similarity, targets = sources_to_targets(x, order, kept, merged, prefix)
+    order = falling(importance)
+    sources = order[:, merged:kept]
+    similarity, targets = sources_to_targets(x, order, kept, merged)
     pruned = torch.zeros_like(order, dtype=torch.bool)
-    if kept < length:  # ONNX cannot scatter nothing
+    if kept < n_tokens:  # ONNX cannot scatter nothing
         pruned.scatter_(1, order[:, kept:], 1)
     sizes = sizes.masked_fill(pruned, 0.0)
     sizes = sizes.scatter(1, sources, similarity.to(sizes.dtype) * sizes.gather(1, sources))
-    target = places.repeat(n_images, 1).scatter_(1, sources, order.gather(1, targets))
+    target = own_positions(x).scatter_(1, sources, order.gather(1, targets))
     target = torch.where(pruned, order[:, :1], target)  # until they are tied
     step = Grouping.of_targets(target, order[:, :merged], _floored(sizes, target), (~pruned).float())
-    if kept == length:
+    if kept == n_tokens:
         return step
-    assignment = tie_pruned(x, step.merge(x), step.assignment, pruned, length - kept, prefix, None)
+    assignment = tie_pruned(x, step.merge(x), step.assignment, pruned, n_tokens - kept)
     return Grouping(assignment, step.counts, step.lengths, step.old_sizes, (~pruned).float())
 
 
-def check_counts(kept: int, merged: int, prefix: int) -> int:
-    """Tokens that are left; raises a ValueError where none could be merged into, or where nothing would be kept."""
-    if kept < max(prefix, 1) or merged < 1 or (merged <= prefix and merged < kept):
-        raise ValueError(
-            f"{kept} tokens kept and {merged} after merging: keep the {prefix} prefix tokens and at least one patch"
-        )
-    return min(kept, merged)
+def sources_to_targets(x: Tensor, order: Tensor, kept: int, merged: int) -> tuple[Tensor, Tensor]:
+    """Find, of the sorted tokens, the best target of every source, which has one of the places `merged` to `kept`.
 
-
-def by_importance(importance: Tensor, prefix: int) -> Tensor:
-    """(B, L) -> positions, (B, L): prefix tokens, then the others by falling importance, of equal ones the first."""
-    importance = importance.clone()
-    importance[:, :prefix] = -LOWEST
-    return importance.argsort(dim=1, descending=True, stable=True)
-
-
-def sources_to_targets(x: Tensor, order: Tensor, kept: int, merged: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Of the sorted tokens, the best target of every source, places `merged` to `kept`.
-
-    Returns:
-        similarity, (B, kept - merged), cosine; targets, likewise, places below `merged`, and no prefix token.
+    Both similarity (cosine) and targets (places below `merged`) are (B, kept - merged).
     """
-    unit = F.normalize(precise(rows(x, order[:, :kept])), dim=-1)
-
-    def no_prefix(product: Tensor, _: int) -> None:
-        product[:, :, :prefix] = LOWEST
-
+    unit = unit_vectors(rows(x, order[:, :kept]))
     if kept == merged:
         return unit.new_zeros(len(unit), 0), order[:, :0]
-    return most_similar(unit[:, merged:], unit[:, :merged], no_prefix)
+    return most_similar(unit[:, merged:], unit[:, :merged])
 
 
 def _floored(sizes: Tensor, target: Tensor) -> Tensor:
@@ -103,34 +73,23 @@ def _floored(sizes: Tensor, target: Tensor) -> Tensor:
     return sizes + is_target * (SMALLEST_SIZE - sums).clamp(min=0)
 
 
-def kept_tokens(logits: Tensor, candidates: Tensor, prefix: int) -> Tensor:
-    """Number of tokens that a learned rate keeps, prefix tokens included (section 3.3).
+def kept_tokens(logits: Tensor, candidates: Tensor) -> Tensor:
+    """Number of patch tokens that a learned rate keeps, a whole scalar with the gradient of the expected number
+    (section 3.3).
 
-    Args:
-        logits: (K,), of the candidates.
-        candidates: (K,), numbers of patch tokens.
-
-    Returns:
-        Scalar, whole; its gradient is that of the expected number.
+    logits, candidates: (K,) each, of numbers of patch tokens.
     """
     expected = (candidates * logits.softmax(0)).sum()
-    return prefix + straight_through(expected.ceil(), expected)
+    return straight_through(expected.ceil(), expected)
 
 
-def rate_mask(logits: Tensor, candidates: Tensor, kept: int, alive: int, length: int, prefix: int) -> Tensor:
-    """Mask over the sorted tokens: 0 from `kept` up to `alive`, else 1.
+def rate_mask(logits: Tensor, candidates: Tensor, kept: int, alive: int, length: int) -> Tensor:
+    """Mask over the sorted tokens, (length,): 0 from `kept` up to `alive`, else 1.
 
-    Its gradient is that of the probability that a position stays, the sum over all candidates that keep it.
-
-    Args:
-        logits, candidates: (K,) each.
-        kept, alive, length: numbers of tokens, prefix tokens included.
-
-    Returns:
-        (L,).
+    Its gradient is that of the probability that a position stays, the sum over all candidates, (K,), that keep it.
     """
     position = torch.arange(length, device=logits.device)
-    stays = ((candidates + prefix > position[:, None]) * logits.softmax(0)).sum(1)
+    stays = ((candidates > position[:, None]) * logits.softmax(0)).sum(1)
     hard = (position < kept) | (position >= alive)
     return straight_through(hard.to(stays.dtype), stays)
 
@@ -139,69 +98,66 @@ def diffrate_training(
     x: Tensor,
     *,
     importance: Tensor,
-    mask: Tensor,
     prune: tuple[Tensor, Tensor],
     merge: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
     sizes: Tensor | None = None,
-    prefix: int = 1,
-) -> Masked:
+) -> MaskedTokens:
     """The training form: nothing is removed, and gradients reach the rates through the mask (section 3.4).
 
-    Args:
-        x, importance, sizes, prefix: as for `diffrate`.
-        mask: (B, L), 1 for the tokens that are alive, the same number in every image.
-        prune, merge: logits and candidates of both rates, (K,) each.
+    Tokens come in sorted order, those that are alive first.
 
-    Returns:
-        The tokens in sorted order: those that are alive first.
+    Args:
+        x, importance, sizes: as for `diffrate`.
+        prune, merge: logits and candidates of both rates, (K,) each.
+        mask: (B, N), 1 for the tokens that are alive, the same number in every image; None: all are.
     """
-    n_images, length = extent(x)
-    sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
-    order = by_importance(importance, prefix)
-    alive = int(mask[0].detach().sum())
-    kept, merged = (int(kept_tokens(*rate, prefix)) for rate in (prune, merge))
+    n_images, n_tokens = batch_and_length(x)
+    ones = torch.ones_like(x[..., 0], dtype=torch.float32)
+    alive = n_tokens if mask is None else int(mask[:1].detach().sum())
+    mask, sizes = ones if mask is None else mask, or_ones(sizes, ones)
+    order = falling(importance)
+    kept, merged = (int(kept_tokens(*rate)) for rate in (prune, merge))
     mask, sizes = mask.gather(1, order), sizes.gather(1, order)
     if kept < alive:
-        mask = mask * rate_mask(*prune, kept, alive, length, prefix)
+        mask = mask * rate_mask(*prune, kept, alive, n_tokens)
     kept = min(kept, alive)
     if merged < kept:
-        mask = mask * rate_mask(*merge, merged, kept, length, prefix)
+        mask = mask * rate_mask(*merge, merged, kept, n_tokens)
     merged = min(merged, kept)
+    position = torch.arange(n_tokens, device=x.device).expand_as(order)
     with torch.no_grad():
-        group = torch.arange(length, device=x.device).repeat(n_images, 1)  # in sorted order
+        group = position.clone()  # in sorted order
         if merged < kept:
-            similarity, targets = sources_to_targets(x, order, kept, merged, prefix)
+            similarity, targets = sources_to_targets(x, order, kept, merged)
             group[:, merged:kept] = targets
             sizes = sizes.clone()
             sizes[:, merged:kept] *= similarity
             sizes[:, :kept] = sizes[:, :kept].clamp(min=1)
             sizes[:, :merged] = sizes.new_zeros(n_images, merged).scatter_add(1, group[:, :kept], sizes[:, :kept])
-        place = torch.empty_like(order).scatter_(1, order, torch.arange(length, device=x.device).expand_as(order))
-        carried = _carried(rows(x, order), group, kept, merged, alive, prefix)
-    weights = torch.ones_like(sizes)
-    return Masked(group.gather(1, place), weights, order, sizes, mask, carried.gather(1, place))
+        place = inverse(order)
+        carried = _carried(rows(x, order), group, kept, merged, alive)
+    return MaskedTokens(group.gather(1, place), ones, order, sizes, mask, carried.gather(1, place))
 
 
-def _carried(x: Tensor, group: Tensor, kept: int, merged: int, alive: int, prefix: int) -> Tensor:
-    """(B, L), of the sorted tokens x, (B, L, D): the position that carries each; pruned ones are tied."""
+def _carried(x: Tensor, group: Tensor, kept: int, merged: int, alive: int) -> Tensor:
+    """(B, N), of the sorted tokens x, (B, N, D): the position that carries each; pruned ones are tied."""
     if kept >= alive:
         return group
     position = torch.arange(x.shape[1], device=x.device)
     result = Grouping.of_length(group, x.shape[1]).merge(x)
     pruned = ((position >= kept) & (position < alive)).expand_as(group)
-    gone = (position >= merged).expand_as(group)
-    return tie_pruned(x, result, group, pruned, alive - kept, prefix, gone)
+    return tie_pruned(x, result, group, pruned, alive - kept, (position >= merged).expand_as(group))
 
 
 def gigaflops(
     prune: Sequence[Tensor | float],
     merge: Sequence[Tensor | float],
     *,
-    patches: int,
+    length: int,
     width: int,
     patch_size: int = 16,
     classes: int = 0,
-    prefix: int = 1,
 ) -> Tensor:
     """10⁹ operations of an encoder whose blocks keep so many tokens (section 3.4); differentiable.
 
@@ -209,14 +165,11 @@ def gigaflops(
     before.
 
     Args:
-        prune, merge: tokens that each block keeps after pruning and after merging, prefix tokens included.
-        patches: of an image.
-        width: D.
-        patch_size: side of a patch in pixels.
-        classes: of a classification head.
-        prefix: number of prefix tokens.
+        prune, merge: tokens of the whole sequence that each block keeps after pruning and after merging.
+        length, width: tokens of the whole sequence at first, and D.
+        patch_size, classes: side of a patch in pixels, and outputs of a classification head.
     """
-    tokens: Any = float(patches + prefix)
+    tokens: Any = float(length)
     total = tokens * width * 3 * patch_size**2 + width * classes
     for kept, merged in zip(prune, merge, strict=True):
         total = total + 4 * tokens * width**2 + 2 * tokens**2 * width

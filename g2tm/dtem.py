@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.reduction import Chain, Reduction
-from g2tm.selection import precise, rows
+from g2tm.reduction import Reduction, equal_counts
+from g2tm.selection import at_least_float32, falling, rows, without_autocast
+from g2tm.similarity import exact_product
 from g2tm.validation import check_r
 
 NORM_FLOOR = 1e-6  # smallest norm that a metric is divided by
@@ -21,78 +22,58 @@ def embed(h: Tensor, weight: Tensor, bias: Tensor | None, share: float = 0.1) ->
     """Learned metric E·h + b, which lets only a share of its gradient into the features.
 
     Args:
-        h: (B, N, D), what the attention projects: the normalized input of the block.
-        weight: (E, D).
-        bias: (E,).
+        h: (B, N, D), the normalized input of the block, which the attention projects.
+        weight, bias: (E, D) and (E,); the result is (B, N, E).
         share: of the gradient that reaches h; 0.1 in the published code, 0 in the paper. Weight and bias get all.
-
-    Returns:
-        (B, N, E).
     """
     return F.linear(torch.lerp(h.detach(), h, share) if h.requires_grad else h, weight, bias)
 
 
 @torch.no_grad()
-def split(
-    sizes: Tensor, n_live: int, prefix: int, random: bool, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def split(sizes: Tensor, n_live: int, random: bool, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Choose the tokens of a training step that may merge, A, and those that they may merge into, B.
 
-    The largest patch tokens take part, of equal ones the first: as many as a hard reduction would have left. So
-    tokens that have merged before fade out, though none is removed.
+    The largest tokens take part, of equal ones the first: as many as a hard reduction would have left. So tokens that
+    have merged before fade out, though none is removed.
 
     Args:
-        sizes: (B, N), what each token counts; the whole sequence, prefix tokens first.
-        n_live: number of tokens that take part, prefix tokens included, though these are in neither set.
-        prefix: number of prefix tokens.
-        random: False: the P patch tokens that take part alternate in their order, the first is in A (the paper).
-            True: a random half of them is A in each image (the published code).
+        sizes, n_live: (B, N), and the number of tokens that take part, P; more than N count as N.
+        random: False: the P tokens alternate in their order, the first is in A (the paper). True: a random half of
+            them is A in each image (the published code).
         generator: on the device of the sizes, for `random`.
 
     Returns:
-        a_index: (B, P // 2); b_index: (B, P - P // 2); int64, positions in the whole sequence, ascending.
+        a_index: (B, P // 2); b_index: (B, P - P // 2); int64, positions, ascending.
     """
-    order = sizes[:, prefix:].argsort(dim=1, descending=True, stable=True)
-    live = order[:, : max(n_live - prefix, 0)].sort(dim=1).values + prefix
-    n_images, n_patches = live.shape
-    half = n_patches // 2
+    order = falling(sizes)
+    live = order[:, : max(n_live, 0)].sort(dim=1).values
+    n_images, n_live = live.shape
+    half = n_live // 2
     if random:
-        chosen = torch.rand(n_images, n_patches, generator=generator, device=sizes.device).argsort(dim=1)
+        chosen = torch.rand(n_images, n_live, generator=generator, device=sizes.device).argsort(dim=1)
         a, b = (part.sort(dim=1).values for part in (chosen[:, :half], chosen[:, half:]))
         return live.gather(1, a), live.gather(1, b)
     return live[:, : 2 * half : 2], torch.cat([live[:, 1 : 2 * half : 2], live[:, 2 * half :]], 1)
 
 
 def soft_merge(
-    metric: Tensor,
-    *,
-    r: int,
-    inverse_temperature: float,
-    a_index: Tensor,
-    b_index: Tensor,
-    sizes: Tensor | None = None,
+    metric: Tensor, *, r: int, inverse_temperature: float, a_index: Tensor, b_index: Tensor, sizes: Tensor | None = None
 ) -> "SoftMerge":
-    """Merge about r tokens of A into those of B, softly (training).
+    """Merge about r tokens of A into those of B, softly, all N in their order (training).
 
     Args:
         metric: (B, N, E), see `embed`; gradients reach it through what the reduction merges and through its sizes.
         r: number of merges; more than A has count as all of A.
         inverse_temperature: 30 in the published code, 10 in the paper.
         a_index, b_index: (B, A) and (B, K), positions of the two sets, see `split`.
-        sizes: (B, N), what each token counts already; None: one each. Gradients reach them too.
-
-    Returns:
-        A reduction that keeps all N tokens in their order.
-
-    Raises:
-        ValueError: r is no number of tokens.
+        sizes: see `g2tm`. Gradients reach them too.
     """
     check_r(r)
-    with torch.autocast(metric.device.type, enabled=False):
-        metric = precise(metric)
+    with without_autocast(metric):
+        metric = at_least_float32(metric)
         sizes = metric.new_ones(metric.shape[:2]) if sizes is None else sizes.to(metric.dtype)
         unit = F.normalize(metric, dim=-1, eps=NORM_FLOOR)
-        similarity = rows(unit, a_index) @ rows(unit, b_index).mT
+        similarity = exact_product(rows(unit, a_index), rows(unit, b_index).mT)
         within, amount = soft_top_r(similarity, min(r, a_index.shape[1]), inverse_temperature)
         return SoftMerge(within, amount, a_index, b_index, sizes)
 
@@ -105,14 +86,11 @@ def soft_top_r(similarity: Tensor, r: int, inverse_temperature: float) -> tuple[
     whole row, so the softmax *within* a row is the same in every round. It is computed once, and the rounds choose
     among rows. That is the published loop exactly, but gradients need one matrix of pairs and not one per round.
 
-    Args:
-        similarity: (B, A, K), K > 0 unless A = 0.
-        r: number of rounds.
-        inverse_temperature: the reciprocal of the temperature.
+    similarity: (B, A, K), K > 0 unless A = 0; r: number of rounds.
 
     Returns:
-        within: (B, A, K), how what a token of A gives is spread over B; a row sums to 1.
-        amount: (B, A), how much of it is given, from 0 to 1.
+        within: (B, A, K), the shares in which a token of A gives to those of B; a row sums to 1.
+        amount: (B, A), how much of itself it gives, from 0 to 1.
     """
     logits = inverse_temperature * similarity
     within = logits.softmax(dim=2)
@@ -128,30 +106,18 @@ def soft_top_r(similarity: Tensor, r: int, inverse_temperature: float) -> tuple[
     return within, amount / amount.detach().clamp(min=1)
 
 
-class SoftMerge:
+class SoftMerge(Reduction):
     """Tokens of A give, tokens of B receive, and all of them stay: the training form of a merge.
 
     A token of B becomes the mean of itself and of what it receives, weighted by size, and counts for all of it. A
     token of A keeps its value and counts for what it has not given: so it fades out of the next attention.
 
-    Args:
-        within: (B, A, K), how what each token of A gives is spread over B.
-        amount: (B, A), how much of itself it gives.
-        a_index, b_index: (B, A) and (B, K), positions.
-        sizes: (B, N), what the tokens count before.
-
-    Attributes:
-        counts, lengths: N for every image.
-        padding: None.
-        sizes: (B, N), float32, what the tokens count afterwards, from 0 up; it carries gradients.
+    within, amount: see `soft_top_r`; a_index, b_index: see `soft_merge`; sizes: (B, N), of the tokens before. Those
+    afterwards, from 0 up, carry gradients.
     """
 
-    padding = None
-
     def __init__(self, within: Tensor, amount: Tensor, a_index: Tensor, b_index: Tensor, sizes: Tensor) -> None:
-        n_images, n_tokens = map(int, sizes.shape)
-        self.counts = torch.full((n_images,), n_tokens, device=sizes.device)
-        self.lengths = (n_tokens,) * n_images
+        self.counts, self.lengths = equal_counts(sizes, int(sizes.shape[1]))
         self._within, self._amount, self._a_index, self._b_index = within, amount, a_index, b_index
         size_a, self._size_b = sizes.gather(1, a_index), sizes.gather(1, b_index)
         self._gifts = amount * size_a
@@ -167,7 +133,7 @@ class SoftMerge:
 
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, N, D), in the dtype of x; differentiable in x, the metric and the old sizes."""
-        values = precise(x)
+        values = at_least_float32(x)
         b, total = rows(values, self._b_index), self._new_size_b.unsqueeze(2)
         gifts = self._gifts.unsqueeze(2) * rows(values, self._a_index)
         some = total > 0  # a token that counts nothing and receives nothing stays as it is
@@ -179,11 +145,7 @@ class SoftMerge:
         """y: (B, N, D), as it is: no token has left."""
         return y
 
-    def then(self, second: Reduction) -> Chain:
-        """This step followed by `second`."""
-        return Chain(self, second)
-
     def _collect(self, gifts: Tensor) -> Tensor:
         """Sum of what each token of B is given: (B, A, D) -> (B, K, D)."""
-        with torch.autocast(gifts.device.type, enabled=False):
+        with without_autocast(gifts):
             return self._within.mT @ gifts.to(self._within.dtype)

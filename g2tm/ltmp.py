@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.masked import Masked, above
-from g2tm.matching import assign, best_partners, count_above, present_tokens
-from g2tm.pruning import tie_pruned
+from g2tm.masked import MaskedTokens, above
+from g2tm.matching import assign, best_partners, count_above, sides
 from g2tm.reduction import Grouping, Reduction
-from g2tm.selection import LOWEST, extent, most_similar, precise, ranks, repeated, selection
+from g2tm.selection import batch_and_length, or_ones, own_positions, ranks, same_for_all, selection, tokens_in
+from g2tm.similarity import LOWEST, most_similar, tie_pruned, unit_vectors
 from g2tm.validation import check_batch, check_share, check_tokens
 
 
@@ -27,59 +25,53 @@ def ltmp(
     tokens: int | None = None,
     fewest: int = 1,
     sizes: Tensor | None = None,
-    prefix: int = 1,
+    padding: Tensor | None = None,
+    odd_first: bool = True,
     batch: str = "ragged",
-    padded: bool = True,
 ) -> Reduction:
     """Merge as in `bipartite` every pair above one threshold, then prune every token up to another (section 3).
 
-    A merged token is as important as the most important one in it.
+    A merged token is as important as the most important one in it. The order is that of `bipartite`.
 
     Args:
-        x: (B, L, D), the residual stream; the whole sequence, prefix tokens first.
-        keys: (B, L, d), by which tokens are compared (cosine).
-        importance: (B, L), attention that each token gets, mean over heads and queries.
+        x, keys, sizes, padding, odd_first: see `g2tm`; x is the residual stream.
+        importance: (B, N), attention that each token gets, mean over heads and queries.
         merge_threshold: cosine similarity above which a pair merges, from 0 to 1, or a tensor of one number; 1: none
             does.
         prune_threshold: importance above which a token stays, likewise; 0: all do.
-        tokens: keep exactly so many patch tokens, in images without padding. Pairs above the threshold merge, the
-            most similar first, as long as there are more; then the least important tokens are pruned, whatever their
-            importance. There is nothing to wait for on the device. A number that the image has not: all stay.
-        fewest: patch tokens that every image keeps, the most important ones; 0 in the published code.
-        sizes: (B, L), patches that each token carries, 0 for padding, which must come last; None: one each.
-        prefix: number of prefix tokens, which neither merge nor leave.
-        batch: "ragged": every image keeps its own number. "uniform": every image merges as many pairs as the image
-            that merges least, and then keeps as many tokens as the image that keeps most.
-        padded: False if `sizes` marks no padding.
-
-    Returns:
-        A reduction of the whole sequence: prefix tokens, then patch tokens in the order of `bipartite`.
-
-    Raises:
-        ValueError: a threshold, number or batch mode that is not allowed.
+        tokens: keep exactly so many tokens, in images without padding. Pairs above the threshold merge, the most
+            similar first, as long as there are more; then the least important tokens are pruned, whatever their
+            importance. A number that the image has not: all stay.
+        fewest: tokens that every image keeps, the most important ones; 0 in the published code, which may leave an
+            image without any.
+        batch: see `g2tm`; "uniform": every image then keeps as many tokens as the image that keeps most.
     """
     for name, threshold in (("merge_threshold", merge_threshold), ("prune_threshold", prune_threshold)):
         if not isinstance(threshold, Tensor):  # which would have to be waited for
             check_share(threshold, name)
     check_batch(batch)
-    n_images, length = extent(x)
-    if n_images == 0 or length <= prefix:
-        return Grouping.identity(x, sizes)
+    n_images, n_tokens = batch_and_length(x)
     if tokens is not None:
-        check_tokens(tokens, 1, max(length - prefix, tokens))
-        tokens = min(tokens, length - prefix)
-    present = present_tokens(sizes, prefix) if padded and sizes is not None and tokens is None else None
-    merge = _merge(keys, merge_threshold, tokens, sizes, prefix, batch, present)
-    importance = _of_groups(importance, merge, prefix, present)
-    count = (importance > prune_threshold).sum(1) if tokens is None else merge.counts * 0 + prefix + tokens
-    count = torch.minimum(count.clamp(min=prefix + fewest), merge.counts)
+        check_tokens(tokens, 1, max(n_tokens, tokens), padding)
+        tokens = min(tokens, n_tokens)
+    if n_images == 0 or n_tokens == 0:
+        return Grouping.identity(x, sizes)
+    importance = importance.float()
+    if padding is not None:
+        importance = importance.masked_fill(padding, LOWEST)
+        sizes = (~padding).float() if sizes is None else sizes.masked_fill(padding, 0)
+    merge = _merge(keys, merge_threshold, tokens, sizes, padding, odd_first, batch)
+    largest = torch.full_like(importance, LOWEST)  # in every group; padding keeps it
+    importance = largest.scatter_reduce_(1, merge.assignment, importance, "amax")
+    count = (importance > prune_threshold).sum(1) if tokens is None else torch.full_like(merge.counts, tokens)
+    count = torch.minimum(count.clamp(min=fewest), merge.counts)
     if batch == "uniform":
-        count = count.max().expand_as(count)
+        count = torch.minimum(count.max(), merge.counts)
     if tokens is None:
         lengths, pruned = torch.stack([count, merge.counts - count]).tolist()
     else:
-        lengths, pruned = repeated(prefix + tokens, n_images), [length - prefix - tokens]
-    return merge.then(_prune(merge.merge(x), importance, count, lengths, max(pruned), merge.sizes, prefix))
+        lengths, pruned = same_for_all(tokens, n_images), [n_tokens - tokens]
+    return merge.then(_prune(merge.merge(x), importance, count, lengths, max(pruned), merge.sizes))
 
 
 def _merge(
@@ -87,45 +79,36 @@ def _merge(
     threshold: float | Tensor,
     tokens: int | None,
     sizes: Tensor | None,
-    prefix: int,
+    padding: Tensor | None,
+    odd_first: bool,
     batch: str,
-    present: Tensor | None,
 ) -> Grouping:
-    """The first half. Its groups have padding up to L, so that there is nothing to wait for yet."""
-    n_images, length = extent(keys)
-    n_tokens = torch.full((n_images,), length, device=keys.device) if present is None else present.sum(1)
-    if length // 2 == prefix // 2:  # nothing to merge into
-        assignment, n_merges = torch.arange(length, device=keys.device).repeat(n_images, 1), n_tokens * 0
+    """The first half. Its groups have padding up to N, so that there is nothing to wait for yet."""
+    n_images, n_tokens = batch_and_length(keys)
+    lengths = tokens_in(keys, padding)
+    if n_tokens < 2:  # nothing to merge into
+        assignment, n_merges = torch.zeros_like(keys[..., 0], dtype=torch.int64), lengths * 0
     else:
-        similarity, partner = best_partners(keys, prefix, present)
+        similarity, partner = best_partners(keys, odd_first, padding)
         n_merges = count_above(similarity, threshold, None, batch)
         if tokens is not None:
-            n_merges = torch.minimum(n_merges, n_tokens - prefix - tokens)
-        assignment = assign(similarity, partner, n_merges, n_tokens, length, prefix, present)
-    return Grouping(assignment, n_tokens - n_merges, repeated(length, n_images), sizes, width=length)
+            n_merges = torch.minimum(n_merges, lengths - tokens)
+        assignment = assign(similarity, partner, n_merges, lengths, odd_first, n_tokens)
+    if padding is not None:
+        assignment = assignment.masked_fill(padding, 0)
+    return Grouping(assignment, lengths - n_merges, same_for_all(n_tokens, n_images), sizes, width=n_tokens)
 
 
-def _of_groups(importance: Tensor, merge: Grouping, prefix: int, present: Tensor | None) -> Tensor:
-    """The largest importance in every group, (B, L); infinite for prefix tokens, -inf for padding."""
-    importance = importance.float()
-    if present is not None:
-        importance = importance.masked_fill(~present, LOWEST)
-    largest = torch.full_like(importance, LOWEST).scatter_reduce_(1, merge.assignment, importance, "amax")
-    largest[:, :prefix] = -LOWEST
-    return largest
-
-
-def _prune(
-    x: Tensor, importance: Tensor, count: Tensor, lengths: list[int], most: int, sizes: Tensor, prefix: int
-) -> Grouping:
+def _prune(x: Tensor, importance: Tensor, count: Tensor, lengths: list[int], most: int, sizes: Tensor) -> Grouping:
     """Keep the `count` most important tokens of every image in their order; the others, `most` in an image, are tied
-    to one of them."""
+    to one of them. Where no image keeps any, one slot of padding is left."""
     keep = ranks(importance) < count[:, None]
-    is_token = importance > LOWEST
     assignment = (keep.cumsum(1) - 1).clamp_(min=0) * keep
-    step = Grouping(assignment, count, lengths, sizes * keep, keep.float())
-    assignment = tie_pruned(x, step.merge(x), assignment, is_token & ~keep, most, prefix, step.padding)
-    return Grouping(assignment, count, lengths, sizes * keep, keep.float())
+    sizes, weights, width = sizes * keep, keep.float(), None if max(lengths) > 0 else 1
+    step = Grouping(assignment, count, lengths, sizes, weights, width)
+    pruned = (importance > LOWEST) & ~keep
+    assignment = tie_pruned(x, step.merge(x), assignment, pruned, most, step.padding)
+    return Grouping(assignment, count, lengths, sizes, weights, width)
 
 
 def ltmp_training(
@@ -133,87 +116,75 @@ def ltmp_training(
     keys: Tensor,
     *,
     importance: Tensor,
-    mask: Tensor,
-    merge_threshold: Tensor,
-    prune_threshold: Tensor,
+    merge_threshold: float | Tensor,
+    prune_threshold: float | Tensor,
+    mask: Tensor | None = None,
     temperature: float = 0.1,
     sizes: Tensor | None = None,
-    prefix: int = 1,
-) -> Masked:
+    odd_first: bool = True,
+) -> MaskedTokens:
     """The training form: nothing is removed, and gradients reach the thresholds through the mask (section 3.2).
 
-    Args:
-        x, keys, sizes, prefix: as for `ltmp`.
-        importance: likewise; gradients reach it.
-        mask: (B, L), 1 for the tokens that are there; gradients reach it.
-        merge_threshold, prune_threshold: one number each, which gradients reach.
-        temperature: of the soft decisions.
+    Tokens come in a new order: those at even and then those at odd positions. At the next step they are split by
+    their new positions, and so in another way than at inference: as in the published code.
 
-    Returns:
-        The tokens in a new order: prefix tokens, then those at even and those at odd positions. At the next step
-        they are split by their new positions, and so in another way than at inference: as in the published code.
+    Args:
+        x, keys, sizes, odd_first: as for `ltmp`.
+        importance: likewise; gradients reach it.
+        merge_threshold, prune_threshold: one number each, which gradients reach.
+        mask: (B, N), 1 for the tokens that are there; gradients reach it. None: all are.
+        temperature: of the soft decisions.
     """
-    n_images, length = extent(x)
-    sizes = torch.ones_like(x[..., 0], dtype=torch.float32) if sizes is None else sizes.float()
-    best, target = _best_even(keys, mask.detach(), prefix)
+    n_images, n_tokens = batch_and_length(x)
+    sizes = or_ones(sizes, x[..., 0])
+    mask = torch.ones_like(sizes) if mask is None else mask
+    best, target = _best_even(keys, mask.detach(), odd_first)
     merging = above(best, merge_threshold, temperature)
     moves = merging.detach() > 0.5
     largest = importance.scatter_reduce(1, target, importance * moves, "amax")
     stays = above(largest, prune_threshold, temperature)
-    stays = torch.cat([torch.ones_like(stays[:, :prefix]), stays[:, prefix:]], 1)
     left = torch.where(mask.detach() > 0.5, 1 - merging, mask)
     after = torch.where(left.detach() > 0.5, stays, left)
 
-    position = torch.arange(length, device=x.device)
-    order = torch.cat([position[:prefix], *(part[part >= prefix] for part in (position[::2], position[1::2]))])
+    position = torch.arange(n_tokens, device=x.device)
+    order = torch.cat([position[side] for side in sides(odd_first)])
     place = torch.empty_like(order).scatter_(0, order, position)  # of the old tokens
     with torch.no_grad():
         group = torch.where(moves, target, position)
         sizes_after = sizes.scatter_add(1, target, sizes * moves)
-        result = Grouping.of_length(group, length, sizes).merge(x)
+        result = Grouping.of_length(group, n_tokens, sizes).merge(x)
         pruned = (left > 0.5) & (after < 0.5)
-        most = int(pruned.sum(1).max())
-        tied = tie_pruned(result, result, position.expand_as(group), pruned, most, prefix, after < 0.5)
+        most = int(pruned.sum(1).max()) if n_images else 0
+        tied = tie_pruned(result, result, position.expand_as(group), pruned, most, after < 0.5)
         carried = place[tied.gather(1, group)]
     order = order.expand(n_images, -1)
     new_sizes, new_mask = sizes_after.gather(1, order), after.gather(1, order)
-    return Masked(place[group], sizes, order, new_sizes, new_mask, carried)
+    return MaskedTokens(place[group], sizes, order, new_sizes, new_mask, carried)
 
 
 @selection
-def _best_even(keys: Tensor, mask: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """For every token at an even position the most similar one at an odd position.
+def _best_even(keys: Tensor, mask: Tensor, odd_first: bool) -> tuple[Tensor, Tensor]:
+    """Find for every token at an even position the most similar one at an odd position.
 
-    Args:
-        keys: (B, L, d).
-        mask: (B, L), 0 for tokens that are gone, which are similar to none: their cosine is 0.
-
-    Returns:
-        similarity, (B, L), -inf for odd positions and prefix tokens; target, (B, L), a position, its own for those.
+    mask: (B, N), 0 for tokens that are gone, which are similar to none: their cosine is 0. Returns similarity, (B, N),
+    -inf for odd positions; target, (B, N), a position, its own for those.
     """
-    unit = F.normalize(precise(keys), dim=-1) * mask.unsqueeze(2)
-    n_images, length = mask.shape
+    unit = unit_vectors(keys) * mask.unsqueeze(2)
     similarity = torch.full_like(unit[..., 0], LOWEST)
-    target = torch.arange(length, device=keys.device).repeat(n_images, 1)
-    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2  # patch tokens of either parity
-    if first_b < length:
-        even = slice(first_a, None, 2)
-        similarity[:, even], partner = most_similar(unit[:, even], unit[:, first_b::2])
-        target[:, even] = first_b + 2 * partner
+    target = own_positions(keys)
+    even, odd = sides(odd_first)
+    if odd.start < mask.shape[1]:
+        similarity[:, even], partner = most_similar(unit[:, even], unit[:, odd])
+        target[:, even] = odd.start + 2 * partner
     return similarity, target
 
 
-def operations_left(masks: Sequence[Tensor], width: int, prefix: int = 1) -> Tensor:
+def operations_left(lengths: Sequence[Tensor | float], width: int) -> Tensor:
     """Share of a network's operations that are left (section 3.3); differentiable.
 
-    Args:
-        masks: after the merge of each block, (B, N) each, patch tokens alone.
-        width: D.
-        prefix: number of prefix tokens, which count as tokens.
+    lengths: of the whole sequence, at first, and after the merge of each block; means over the images. width: D.
     """
-    length = prefix + masks[0].shape[1]
-    entering = [torch.as_tensor(float(length))] + [prefix + mask.sum(1).mean() for mask in masks]
-    total: Any = 0
-    for before, after in pairwise(entering):
+    length, total = lengths[0], torch.zeros(())
+    for before, after in pairwise(lengths):
         total = total + 2 * before * width**2 + before**2 * width + 4 * after * width**2
-    return total / len(masks) / (6 * length * width**2 + length**2 * width)
+    return total / (len(lengths) - 1) / (6 * length * width**2 + length**2 * width)

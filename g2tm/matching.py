@@ -4,11 +4,11 @@ with a threshold."""
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.reduction import Grouping
-from g2tm.selection import LOWEST, extent, images_in, most_similar, precise, ranks, selection, surely
+from g2tm.selection import batch_and_length, images_in, ranks, selection, statically_true, tokens_in
+from g2tm.similarity import LOWEST, most_similar, unit_vectors
 from g2tm.validation import check_batch, check_r, check_threshold, check_tokens
 
 ADAPTIVE = "adaptive"
@@ -24,102 +24,65 @@ def bipartite(
     tokens: int | None = None,
     layer: int | None = None,
     sizes: Tensor | None = None,
-    prefix: int = 1,
+    padding: Tensor | None = None,
+    odd_first: bool = True,
     batch: str = "ragged",
-    padded: bool = True,
 ) -> Grouping:
     """Merge tokens at even positions (A) into their most similar token at an odd position (B).
 
+    The order is: A tokens that stay, then B tokens, each in their old order.
+
     Args:
-        metric: (B, L, D), what tokens are compared by (cosine); the whole sequence, prefix tokens first.
-        r: merge the r most similar pairs, at most half of the patch tokens; tokens that are not finite come last.
+        metric, sizes, padding, odd_first: see `g2tm`. Without padding nothing but a threshold waits for the device.
+        r: give one of r, threshold and tokens. The r most similar pairs merge, at most half of an image's tokens; those
+            that are not finite come last.
         threshold: instead, merge the pairs whose similarity exceeds it; from -1 to 1, or "adaptive": the mean of the
             A tokens' best similarities plus their standard deviation divided by `layer`.
-        tokens: instead, merge the most similar pairs until exactly so many patch tokens are left, in images without
-            padding.
+        tokens: instead, merge the most similar pairs until exactly so many tokens are left.
         layer: 1-based layer, for the adaptive threshold.
-        sizes: (B, L), patches that each token carries, 0 for padding, which must come last; None: one each.
-        prefix: number of prefix tokens, which neither merge nor are merged into.
-        batch: "ragged": every image merges what it has to. "uniform", with a threshold: every image merges as many
-            pairs as the image that merges least, and the adaptive threshold is the mean over the images; r is the
-            same for all images anyway.
-        padded: False if `sizes` marks no padding: with r, there is then nothing to wait for on the device. There never
-            is with `tokens`.
-
-    Returns:
-        A `Grouping` of the whole sequence: prefix tokens, A tokens that stay, B tokens, each in their old order.
-
-    Raises:
-        ValueError: not exactly one of r, threshold and tokens, or a value that is not allowed.
+        batch: see `g2tm`; with "uniform" the adaptive threshold is the mean over the images.
     """
-    n_images, length = extent(metric)
-    _check(r, threshold, tokens, layer, prefix, length)
+    n_images, n_slots = batch_and_length(metric)
+    _check(r, threshold, tokens, layer, padding, odd_first, n_slots)
     check_batch(batch)
-    if n_images == 0:
-        return Grouping.identity(metric, sizes)
-    present = present_tokens(sizes, prefix) if padded and sizes is not None and tokens is None else None
-    position = torch.arange(length, device=metric.device)
-    n_tokens = position.new_full((n_images,), length) if present is None else present.sum(1)
-    if surely(length // 2 == prefix // 2):  # no B token but prefix tokens
-        everyone = Grouping.identity(metric, sizes)
-        return everyone if present is None else Grouping.of_counts(everyone.assignment * present, n_tokens, sizes)
-    similarity, partner = best_partners(metric, prefix, present)
-    if threshold is not None:
-        n_merges = count_above(similarity, threshold, layer, batch)
+    if n_images == 0 or statically_true(n_slots < 2):
+        return Grouping.identity(metric, sizes, padding)
+    lengths = tokens_in(metric, padding)
+    similarity, partner = best_partners(metric, odd_first, padding)
+    if r is not None:
+        n_merges = (lengths // 2).clamp(max=r)
+        tokens = n_slots - min(r, n_slots // 2) if padding is None else None
     elif tokens is not None:
-        n_merges = n_tokens - prefix - tokens
+        n_merges = lengths - tokens
     else:
-        n_merges = ((n_tokens - prefix) // 2).clamp(max=r)
-    assignment = assign(similarity, partner, n_merges, n_tokens, length, prefix, present)
-    if threshold is None and present is None:
-        left = prefix + tokens if r is None else length - min(r, (length - prefix) // 2)
-        return Grouping.of_length(assignment, left, sizes)
-    return Grouping.of_counts(assignment, n_tokens - n_merges, sizes)
+        n_merges = count_above(similarity, threshold, layer, batch)
+    assignment = assign(similarity, partner, n_merges, lengths, odd_first, n_slots)
+    if tokens is not None:  # without padding
+        return Grouping.of_length(assignment, tokens, sizes)
+    return Grouping.of_counts(assignment, lengths - n_merges, sizes, padding)
 
 
-def present_tokens(sizes: Tensor, prefix: int) -> Tensor:
-    """(B, L), bool: False for padding, which prefix tokens never are."""
-    present = sizes > 0
-    present[:, :prefix] = True
-    return present
+def sides(odd_first: bool) -> tuple[slice, slice]:
+    """The tokens of A, at even positions of the whole sequence, and those of B."""
+    return slice(int(odd_first), None, 2), slice(1 - int(odd_first), None, 2)
 
 
-def best_partners(metric: Tensor, prefix: int, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Most similar B token of every A token.
+def best_partners(metric: Tensor, odd_first: bool = True, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the most similar B token of every A token: its similarity, and its index among those of B, (B, A) each.
 
-    Args:
-        metric: (B, L, D).
-        prefix: number of prefix tokens, which come first.
-        present: (B, L), bool, False for padding, which comes last; None: there is none.
-
-    Returns:
-        similarity: (B, ceil(L/2)), at most 1, `UNKNOWN` where a token is not finite or there is no B token, -inf
-        for prefix tokens and padding; partner: (B, ceil(L/2)), index among the B tokens.
+    B has at least one token. The similarity is at most 1, `UNKNOWN` where a token is not finite or an image has no B
+    token, -inf for padding.
     """
-    metric = F.normalize(precise(metric), dim=-1)
-
-    def exclude(product: Tensor, _: int) -> None:
-        if prefix > 1:
-            product[:, :, : prefix // 2] = LOWEST
-        if present is not None:
-            product.masked_fill_(~present[:, None, 1::2], LOWEST)
-
-    similarity, partner = most_similar(metric[:, ::2], metric[:, 1::2], exclude)
+    unit, (a, b) = unit_vectors(metric), sides(odd_first)
+    similarity, partner = most_similar(unit[:, a], unit[:, b], None if padding is None else padding[:, b])
     similarity = similarity.nan_to_num(nan=UNKNOWN, neginf=UNKNOWN).clamp_(max=1)  # NaN would sort as the most similar
-    similarity[:, : (prefix + 1) // 2] = LOWEST
-    if present is not None:
-        similarity.masked_fill_(~present[:, ::2], LOWEST)
-    return similarity, partner
+    return similarity if padding is None else similarity.masked_fill(padding[:, a], LOWEST), partner
 
 
 def adaptive_threshold(similarity: Tensor, layer: int) -> Tensor:
-    """Mean + (unbiased) standard deviation / layer of the best similarities of each image.
+    """Mean + (unbiased) standard deviation / layer of the best similarities of each image: (B, 1).
 
-    Args:
-        similarity: (B, A), see `best_partners`; what is `UNKNOWN` or -inf does not count.
-
-    Returns:
-        (B, 1).
+    similarity: (B, A), see `best_partners`; `UNKNOWN` and -inf do not count.
     """
     known = similarity > UNKNOWN
     count = known.sum(1, keepdim=True)
@@ -139,51 +102,32 @@ def count_above(similarity: Tensor, threshold: Any, layer: Any, batch: str) -> T
 
 
 def assign(
-    similarity: Tensor,
-    partner: Tensor,
-    n_merges: Tensor,
-    n_tokens: Tensor,
-    length: int,
-    prefix: int,
-    present: Tensor | None = None,
+    similarity: Tensor, partner: Tensor, n_merges: Tensor, lengths: Tensor, odd_first: bool, n_slots: int
 ) -> Tensor:
-    """The most similar pairs merge: prefix tokens, then A tokens that stay, then B tokens.
+    """Merge the most similar pairs: the assignment, (B, N), to A tokens that stay, then B tokens.
 
-    Args:
-        similarity, partner: see `best_partners`.
-        n_merges: (B,), number of pairs that merge.
-        n_tokens: (B,), number of tokens that are no padding.
-        length: L, with padding.
-        prefix: number of prefix tokens.
-        present: (B, L), bool, False for padding, which goes anywhere, for it carries no weight; None: there is none.
-
-    Returns:
-        (B, L), int64.
+    similarity, partner: see `best_partners`; n_merges, lengths: (B,), of pairs, and of tokens that are no padding;
+    n_slots: N. Padding gets any number below N.
     """
-    merging = ranks(similarity) < n_merges[:, None]
-    first_b = (n_tokens + 1) // 2 - n_merges  # the A tokens that stay, prefix tokens included, come before
-    position = torch.arange(length, device=similarity.device)
-    place_a = (~merging).cumsum(1).add_(prefix // 2 - 1)
-    place_b = position[: length // 2] + first_b[:, None]
-    assignment = position.new_empty(images_in(merging), length)
-    assignment[:, 1::2] = place_b
-    assignment[:, ::2] = torch.where(merging, place_b.gather(1, partner), place_a)
-    assignment[:, :prefix] = position[:prefix]
-    if present is not None:
-        assignment[:, prefix:] *= present[:, prefix:]
+    merging, (a, b) = ranks(similarity) < n_merges[:, None], sides(odd_first)
+    first_b = (lengths + int(not odd_first)) // 2 - n_merges  # the A tokens that stay come before
+    slot_a = (~merging).cumsum(1) - 1
+    slot_b = torch.arange(n_slots - similarity.shape[1], device=similarity.device) + first_b[:, None]
+    assignment = slot_a.new_empty(images_in(slot_a), n_slots)
+    assignment[:, b] = slot_b
+    assignment[:, a] = torch.where(merging, slot_b.gather(1, partner), slot_a)
     return assignment
 
 
-def _check(r: Any, threshold: Any, tokens: Any, layer: Any, prefix: int, length: int) -> None:
+def _check(
+    r: Any, threshold: Any, tokens: Any, layer: Any, padding: Tensor | None, odd_first: bool, n_slots: int
+) -> None:
     if [r, threshold, tokens].count(None) != 2:
         raise ValueError("bipartite matching takes r, threshold or tokens: give exactly one of them")
-    if prefix < 0 or surely(prefix > length):
-        raise ValueError(f"prefix {prefix}: give the number of prefix tokens, from 0 to all {length}")
     if r is not None:
         check_r(r)
     elif tokens is not None:
-        n_a, n_b = (length + 1) // 2 - (prefix + 1) // 2, length // 2 - prefix // 2
-        check_tokens(tokens, n_b or n_a, n_a + n_b)
+        check_tokens(tokens, (n_slots + int(odd_first)) // 2 or n_slots, n_slots, padding)
     elif threshold == ADAPTIVE:
         if not isinstance(layer, int) or layer < 1:
             raise ValueError(f"layer {layer!r}: the adaptive threshold needs the 1-based layer")

@@ -1,72 +1,101 @@
-"""What a reduction step did, and how to go back: the protocol, reductions by assignment, and chains of both."""
+"""The record of a reduction step, and the way back: the base class, reductions by assignment, and chains."""
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Protocol, Self, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.selection import extent, images_in, precise, repeated, rows
+from g2tm.selection import at_least_float32, cached, images_in, or_ones, own_positions, rows, same_for_all, tokens_in
 
 TINY = torch.finfo(torch.float32).tiny
 
+P = ParamSpec("P")
 
-@runtime_checkable
-class Reduction(Protocol):
+
+class Reduction(ABC):
     """From N tokens to M in every image of a batch, and back.
 
-    A reduction by assignment has `assignment` as well, (B, N): for every token the index of the one that carries it.
-
     Attributes:
-        counts: (B,), int64, how many tokens each image keeps; an image with fewer than M has padding behind them.
+        counts: (B,), int64, how many tokens each image keeps; an image with fewer than M has padding.
         lengths: the counts as B numbers, known without asking the device.
-        padding: (B, M), bool, True where a slot holds no token; None: no image has any.
-        sizes: (B, M), float32, what attention and statistics call a token's size; 0 in the padding.
     """
 
-    @property
-    def counts(self) -> Tensor: ...
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-    @property
-    def padding(self) -> Tensor | None: ...
-    @property
-    def sizes(self) -> Tensor: ...
+    counts: Tensor
+    lengths: tuple[int, ...]
 
+    @cached
+    def sizes(self) -> Tensor:
+        """(B, M), float32, the size of every token in attention and statistics; 0 in the padding."""
+        raise NotImplementedError
+
+    @cached
+    def padding(self) -> Tensor | None:
+        """(B, M), bool, True where a slot holds no token; None: no image has any."""
+        return None
+
+    @cached
+    def assignment(self) -> Tensor:
+        """(B, N), int64, for every token the index of the one that carries it.
+
+        A reduction whose tokens are no groups of others does not have this attribute, and `hasattr` tells.
+        """
+        raise AttributeError("assignment")
+
+    @abstractmethod
     def merge(self, x: Tensor) -> Tensor:
         """x: (B, N, D) -> (B, M, D), in the dtype of x; differentiable."""
-        ...
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
-        """y: (B, M, D) -> (B, N, D), every position gets its token back.
+        """Give every position its token back: y: (B, M, D) -> (B, N, D).
 
         scores: the values do not share the scale of the residual stream (class logits, normalized features): a
         constant then stays a constant also where a linear transform would scale it.
         """
-        ...
+        return rows(y, self.assignment)
 
     def then(self, second: "Reduction") -> "Reduction":
         """This step followed by `second`, which acts on the M tokens, seen as one step from N."""
-        ...
+        return Chain(self, second)
+
+    @property
+    def width(self) -> int:
+        """M"""
+        return max(self.lengths) if self.lengths else int(self.sizes.shape[1])
+
+    def detached(self) -> Self:
+        """A copy whose tensors, also those of the reductions that it holds, are cut from their autograd graph."""
+        copied = object.__new__(type(self))
+        vars(copied).update({name: _detached(value) for name, value in vars(self).items()})
+        return copied
 
 
-class Grouping:
-    """Reduction by assignment: N tokens to M groups per image.
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor | Reduction):
+        return value.detach() if isinstance(value, Tensor) else value.detached()
+    return type(value)(map(_detached, value)) if isinstance(value, tuple | list) else value
+
+
+def equal_counts(like: Tensor, length: int) -> tuple[Tensor, tuple[int, ...]]:
+    """`counts` and `lengths` where every image keeps so many tokens; like: (B, ...), on their device."""
+    n_images = images_in(like)
+    counts = torch.full((n_images,), length, dtype=torch.int64, device=like.device)
+    return counts, tuple(same_for_all(length, n_images))
+
+
+class Grouping(Reduction):
+    """Reduction by assignment: N tokens to M groups per image. The size of a group is the sum of its tokens'.
 
     Args:
-        assignment: (B, N), int64; for every token the index of its group.
-        counts: (B,), int64, number of groups of each image.
-        lengths: the counts as B numbers.
-        sizes: (B, N), what the tokens bring along as their size; None: 1 each. Padding has 0.
+        assignment, counts, lengths: see `Reduction`; of every token the group, and of every image the number of groups.
+        sizes: (B, N), see `g2tm`; padding has 0.
         weights: (B, N), how much each token counts in the mean of its group; 0: it is carried along (pruning). None:
             its size.
         width: M, at least the largest count, which it is for None. With a given width the images count as padded.
-
-    Attributes:
-        assignment, counts, lengths: as given.
-        width: M.
-        sizes: (B, M), float32, the sum over the group.
+        padding: (B, M), bool, with a given width: the slots that hold no token; None: those behind the counts.
     """
 
     def __init__(
@@ -77,28 +106,34 @@ class Grouping:
         sizes: Tensor | None = None,
         weights: Tensor | None = None,
         width: int | None = None,
+        padding: Tensor | None = None,
     ) -> None:
-        self.assignment = assignment
-        self.counts = counts
-        self.lengths = tuple(lengths)
-        self.width = max(self.lengths, default=assignment.shape[1]) if width is None else width
-        self._given_width = width
+        self.assignment, self.counts, self.lengths = assignment, counts, tuple(lengths)
+        self._given_width, self._given_padding = width, padding
         self._old_sizes = None if sizes is None else sizes.float()
         self._weights = None if weights is None else weights.float()
 
     @classmethod
-    def of_counts(cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None) -> Self:
-        """Reduction to `counts` groups per image; waits for the device once, to learn them."""
+    def of_counts(
+        cls, assignment: Tensor, counts: Tensor, sizes: Tensor | None = None, padding: Tensor | None = None
+    ) -> Self:
+        """Reduction to `counts` groups per image; waits for the device once, to learn them.
+
+        padding: (B, N), see `g2tm`, of the tokens before the step: `assignment` need not say where it goes.
+        """
+        if padding is not None:
+            assignment = assignment.masked_fill(padding, 0)
+            sizes = or_ones(sizes, padding).masked_fill(padding, 0)
         if torch.compiler.is_exporting():
-            longest = counts.max().item()
+            longest = torch.sym_int(counts.max().item())  # stays a symbol
             torch._check(longest <= assignment.shape[1])
-            return cls(assignment, counts, repeated(longest, 1), sizes, width=longest)
+            return cls(assignment, counts, same_for_all(longest, 1), sizes, width=longest)
         return cls(assignment, counts, counts.tolist(), sizes)
 
     @classmethod
     def of_length(cls, assignment: Tensor, length: int, sizes: Tensor | None = None) -> Self:
         """Reduction to `length` groups in every image; nothing to wait for."""
-        return cls(assignment, *_equal_counts(assignment, length), sizes)
+        return cls(assignment, *equal_counts(assignment, length), sizes)
 
     @classmethod
     def of_targets(
@@ -110,40 +145,37 @@ class Grouping:
         """
         order = torch.arange(survivors.shape[1], device=target.device).expand_as(survivors)
         assignment = torch.zeros_like(target).scatter_(1, survivors, order).gather(1, target)
-        return cls(assignment, *_equal_counts(assignment, survivors.shape[1]), sizes, weights)
+        return cls(assignment, *equal_counts(assignment, survivors.shape[1]), sizes, weights)
 
     @classmethod
-    def identity(cls, x: Tensor, sizes: Tensor | None = None) -> Self:
-        """The step that merges none of the tokens x: (B, N, D)."""
-        n_images, n_tokens = extent(x)
-        return cls.of_length(torch.arange(n_tokens, device=x.device).repeat(n_images, 1), n_tokens, sizes)
+    def identity(cls, x: Tensor, sizes: Tensor | None = None, padding: Tensor | None = None) -> Self:
+        """The step that merges none of the tokens x, (B, N, D); padding, (B, N), bool, comes last and stays."""
+        assignment = own_positions(x)
+        if padding is None:
+            return cls.of_length(assignment, assignment.shape[1], sizes)
+        return cls.of_counts(assignment, tokens_in(x, padding), sizes, padding)
 
-    @cached_property
+    @cached
     def sizes(self) -> Tensor:
-        return self._group_sums(self._old_sizes)
+        return self._group_sums(self.old_sizes)
 
     @property
-    def padded(self) -> bool:
-        """Whether images have padding."""
-        return self._given_width is not None or min(self.lengths, default=self.width) < self.width
+    def width(self) -> int:
+        if self._given_width is not None:
+            return self._given_width
+        return max(self.lengths, default=self.assignment.shape[1])
 
-    @property
+    @cached
     def padding(self) -> Tensor | None:
-        """(B, M), bool: True where a slot holds no token; None if no image has padding."""
-        if not self.padded:
+        if self._given_padding is not None:
+            return self._given_padding
+        if self._given_width is None and min(self.lengths, default=self.width) == self.width:
             return None
         return torch.arange(self.width, device=self.counts.device) >= self.counts[:, None]
 
     def merge(self, x: Tensor) -> Tensor:
-        """Weighted mean of every group; differentiable.
-
-        Args:
-            x: (B, N, D).
-
-        Returns:
-            (B, M, D), in the dtype of x, summed in at least float32; padding is zero.
-        """
-        values = precise(x)
+        """Weighted mean of every group, summed in at least float32: (B, N, D) -> (B, M, D); padding is zero."""
+        values = at_least_float32(x)
         weights = self._mean_weights
         totals = self._weight_sums.to(values.dtype).clamp(min=TINY)  # 0 in padding, or where nothing counts
         if weights is not None:  # each token's share of its group
@@ -157,7 +189,7 @@ class Grouping:
         return mean.to(x.dtype)
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
-        """Give every token the value of its group: y: (B, M, D) -> (B, N, D). `scores` makes no difference."""
+        """As the base class, by rows of the whole batch; `scores` makes no difference."""
         shape = (*self.assignment.shape, *y.shape[2:])
         return y.flatten(0, 1).index_select(0, self._flat_assignment).view(shape)
 
@@ -175,53 +207,47 @@ class Grouping:
             left = second._old_sizes / self.sizes.clamp(min=TINY)
             sizes = self.old_sizes * left.gather(1, self.assignment)
         if self._weights is not None or second._weights is not None:
-            per_weight = second._all_weights / self._weight_sums.clamp(min=TINY)
-            weights = self._all_weights * per_weight.gather(1, self.assignment)
-        return Grouping(assignment, second.counts, second.lengths, sizes, weights, second._given_width)
-
-    def without_prefix(self, prefix: int) -> Self:
-        """The same step for the patch tokens alone, where `prefix` tokens come first before and after it."""
-        if prefix == 0:
-            return self
-        sizes, weights = (x if x is None else x[:, prefix:] for x in (self._old_sizes, self._weights))
-        assignment = (self.assignment[:, prefix:] - prefix).clamp_(min=0)  # padding may point at a prefix token
-        lengths = [length - prefix for length in self.lengths]
-        width = None if self._given_width is None else self._given_width - prefix
-        return type(self)(assignment, self.counts - prefix, lengths, sizes, weights, width)
+            per_weight = second.all_weights / self._weight_sums.clamp(min=TINY)
+            weights = self.all_weights * per_weight.gather(1, self.assignment)
+        return Grouping(
+            assignment, second.counts, second.lengths, sizes, weights, second._given_width, second._given_padding
+        )
 
     def widened(self, width: int) -> Self:
         """The same step with padding up to `width` groups, so that shapes repeat; M if that is more."""
-        given = self.assignment, self.counts, self.lengths, self._old_sizes, self._weights
-        return type(self)(*given, max(width, self.width))
+        wide, width = object.__new__(type(self)), max(width, self.width)
+        computed = "sizes", "padding", "_weight_sums", "_flat_assignment"  # anew, for this width
+        vars(wide).update({name: value for name, value in vars(self).items() if name not in computed})
+        wide._given_width = width
+        if self._given_padding is not None:
+            wide._given_padding = F.pad(self._given_padding, (0, width - self.width), value=True)
+        return wide
 
     @property
     def old_sizes(self) -> Tensor:
-        """(B, N), float32, what the tokens brought along as their size."""
-        return torch.ones_like(self.assignment, dtype=torch.float32) if self._old_sizes is None else self._old_sizes
+        """(B, N), float32, the sizes that the tokens brought along."""
+        return or_ones(self._old_sizes, self.assignment)
 
     @property
-    def _all_weights(self) -> Tensor:
-        """(B, N), float32, what the mean is weighted by."""
-        weights = self._mean_weights
-        return torch.ones_like(self.assignment, dtype=torch.float32) if weights is None else weights
+    def all_weights(self) -> Tensor:
+        """(B, N), float32, the weights of the tokens in the means."""
+        return or_ones(self._mean_weights, self.assignment)
 
     @property
     def _mean_weights(self) -> Tensor | None:
-        """(B, N), what the mean is weighted by; None: all count 1."""
+        """As `all_weights`; None: all count 1."""
         return self._old_sizes if self._weights is None else self._weights
 
-    @cached_property
+    @cached
     def _weight_sums(self) -> Tensor:
         """(B, M), float32, the weights of every group together."""
         return self.sizes if self._weights is None else self._group_sums(self._weights)
 
-    def _group_sums(self, values: Tensor | None) -> Tensor:
-        """Sum over every group: (B, N) -> (B, M); None: how many it has."""
-        if values is None:
-            values = torch.ones_like(self.assignment, dtype=torch.float32)
+    def _group_sums(self, values: Tensor) -> Tensor:
+        """Sum over every group: (B, N) -> (B, M)."""
         return values.new_zeros(images_in(self.assignment), self.width).scatter_add_(1, self.assignment, values)
 
-    @cached_property
+    @cached
     def _flat_assignment(self) -> Tensor:
         """(B·N,): the assignment as rows of the flattened (B·M, D) matrix of groups."""
         n_images = images_in(self.assignment)
@@ -231,41 +257,30 @@ class Grouping:
         return (self.assignment + offsets[:, None]).flatten()
 
 
-def _equal_counts(assignment: Tensor, length: int) -> tuple[Tensor, list[int]]:
-    """`counts` and `lengths` where every image has so many groups."""
-    n_images = images_in(assignment)
-    counts = torch.full((n_images,), length, dtype=torch.int64, device=assignment.device)
-    return counts, repeated(length, n_images)
-
-
-class Chain:
-    """Any two reductions, one after the other.
-
-    Args:
-        first: from N tokens to some.
-        second: from those to M.
-
-    Attributes:
-        assignment: (B, N), composed, where both steps have one; reading it raises an AttributeError elsewhere.
-    """
+class Chain(Reduction):
+    """Two reductions, one after the other; it has an assignment where both have one."""
 
     def __init__(self, first: Reduction, second: Reduction) -> None:
         self.first, self.second = first, second
+        self.counts, self.lengths = second.counts, second.lengths
 
-    counts = property(lambda self: self.second.counts)
-    lengths = property(lambda self: self.second.lengths)
-    padding = property(lambda self: self.second.padding)
-    sizes = property(lambda self: self.second.sizes)
+    @cached
+    def sizes(self) -> Tensor:
+        return self.second.sizes
 
-    @cached_property
+    @cached
+    def padding(self) -> Tensor | None:
+        return self.second.padding
+
+    @property
+    def width(self) -> int:
+        return self.second.width
+
+    @cached
     def assignment(self) -> Tensor:
-        first, second = self.first, self.second
-        if not (hasattr(first, "assignment") and hasattr(second, "assignment")):
-            raise AttributeError("assignment")  # so that hasattr tells
-        return second.assignment.gather(1, first.assignment)
+        return self.second.assignment.gather(1, self.first.assignment)
 
     def merge(self, x: Tensor) -> Tensor:
-        """x: (B, N, D) -> (B, M, D)."""
         return self.second.merge(self.first.merge(x))
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
@@ -274,6 +289,34 @@ class Chain:
             return rows(y, self.assignment)
         return self.first.unmerge(self.second.unmerge(y, scores), scores)
 
-    def then(self, third: Reduction) -> "Chain":
-        """This chain, one longer."""
-        return Chain(self, third)
+
+def one_by_one(merge: Callable[P, Grouping]) -> Callable[P, Grouping]:
+    """Decorator that takes over the `padding` of a method that knows none: padded images are reduced one by one.
+
+    Every tensor (B, N, ...) is cut to the tokens of one image; the results are padded to the longest.
+    """
+
+    @wraps(merge)
+    def reduce(*args: Any, **given: Any) -> Grouping:
+        padding = given.pop("padding", None)
+        if padding is None or not len(padding):
+            return merge(*args, **given)
+        lengths = (~padding).sum(1).tolist()
+
+        def own(value: Any, image: int) -> Any:
+            is_batch = isinstance(value, Tensor) and value.shape[:2] == padding.shape
+            return value[image : image + 1, : lengths[image]] if is_batch else value
+
+        def batch(rows: tuple[Tensor, ...]) -> Tensor:
+            return torch.cat([F.pad(row, (0, padding.shape[1] - row.shape[1])) for row in rows])
+
+        steps = [
+            merge(*(own(value, image) for value in args), **{name: own(value, image) for name, value in given.items()})
+            for image in range(len(lengths))
+        ]
+        parts = zip(*((step.assignment, step.old_sizes, step.all_weights) for step in steps), strict=True)
+        assignment, sizes, weights = map(batch, parts)
+        counts, widths = torch.cat([step.counts for step in steps]), [step.width for step in steps]
+        return type(steps[0])(assignment, counts, widths, sizes, weights, width=max(*widths, 1))
+
+    return reduce

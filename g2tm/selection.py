@@ -1,19 +1,32 @@
-"""How every selection runs: without gradients, and in float32 whatever surrounds it."""
+"""Helpers of every selection, which runs without gradients and autocast: precision, shapes, order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# Similarities that are held at once, in numbers: bounds the memory of long sequences.
-MAX_SIMILARITIES = 2**24
-LOWEST = float("-inf")  # similarity of what may not be chosen
-
 P = ParamSpec("P")
 R = TypeVar("R")
+
+if TYPE_CHECKING:
+    from functools import cached_property as cached
+else:
+
+    class cached(Generic[R]):  # noqa: N801 - used like `property`
+        """`functools.cached_property` without the lock that it takes on Python 3.11, at which Dynamo breaks a graph."""
+
+        def __init__(self, compute: Callable[[Any], R]) -> None:
+            self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+        def __get__(self, instance: Any, owner: type | None = None) -> R:
+            if instance is None:
+                return self
+            value = self.compute(instance)
+            setattr(instance, self.name, value)  # from now on found in front of this descriptor
+            return value
 
 
 def selection(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
@@ -24,16 +37,21 @@ def selection(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concate
 
     @wraps(function)
     def select(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad():
-            if not torch.is_autocast_enabled(x.device.type):
-                return function(x, *args, **kwargs)
-            with torch.autocast(x.device.type, enabled=False):
-                return function(x, *args, **kwargs)
+        with torch.no_grad(), without_autocast(x):
+            return function(x, *args, **kwargs)
 
     return select
 
 
-def precise(x: Tensor) -> Tensor:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which no operation on tensors of this device is cast."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device knows no autocast
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
     """In the precision that tokens are compared and averaged in: float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -43,13 +61,13 @@ def images_in(x: Tensor) -> int:
     return x.shape[0] if torch.compiler.is_exporting() else int(x.shape[0])
 
 
-def extent(x: Tensor) -> tuple[int, int]:
+def batch_and_length(x: Tensor) -> tuple[int, int]:
     """Images and tokens of x, (B, N, ...), as numbers; in an export symbols, where they vary."""
     return images_in(x), x.shape[1] if torch.compiler.is_exporting() else int(x.shape[1])
 
 
-def surely(condition: Any) -> bool:
-    """Whether a condition on lengths holds; False in an export, where lengths that the image decides are symbols."""
+def statically_true(condition: Any) -> bool:
+    """Return whether a condition on lengths holds; False in an export, if symbols cannot tell."""
     if not torch.compiler.is_exporting():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import, and new
@@ -57,7 +75,7 @@ def surely(condition: Any) -> bool:
     return guard_or_false(condition)
 
 
-def repeated(number: int, n_images: int) -> list[int]:
+def same_for_all(number: int, n_images: int) -> list[int]:
     """A number for every image; in an export, where these are not counted, one stands for all."""
     return [number] * (1 if torch.compiler.is_exporting() else n_images)
 
@@ -67,82 +85,45 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products over the last axis: two (..., D) of one dtype, without gradients -> (...).
-
-    NumPy's need no matrix of all products on the CPU.
-    """
-    if numpy_helps(a):
-        return torch.from_numpy(np.asarray(np.vecdot(a.detach().numpy(), b.detach().numpy())))
-    return torch.linalg.vecdot(a, b)
+def own_positions(x: Tensor) -> Tensor:
+    """Every token's own position: (B, N, ...) -> (B, N), int64, in memory of its own."""
+    n_images, n_tokens = batch_and_length(x)
+    return torch.arange(n_tokens, device=x.device).repeat(n_images, 1)
 
 
-def square_sums(x: Tensor) -> Tensor:
-    """Squared lengths of the vectors on the last axis: (..., D), without gradients -> (...)."""
-    return products(x, x) if numpy_helps(x) else x.square().sum(-1)
-
-
-def itself(product: Tensor, first: int) -> Tensor:
-    """Where tokens meet themselves in the products (B, i, J) of some of them, from `first` on, with all: (i, J)."""
-    position = torch.arange(product.shape[2], device=product.device)
-    return position == position[first : first + product.shape[1], None]
-
-
-def places(mask: Tensor, count: int) -> Tensor:
+def true_positions(mask: Tensor, count: int) -> Tensor:
     """Positions of the true ones, (B, N), bool, `count` in every row, ascending: (B, count). Nothing to wait for."""
     return mask.logical_not().argsort(dim=1, stable=True)[:, :count]
 
 
+def falling(values: Tensor) -> Tensor:
+    """Positions of a row's numbers, (B, K), from the largest on; of equal ones the first comes first."""
+    return values.argsort(dim=1, descending=True, stable=True)
+
+
 def ranks(values: Tensor) -> Tensor:
-    """Place of every number of its row, (B, K), the largest first, from 0; of equal ones the first comes first."""
-    order = values.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(values.shape[1], device=values.device)
+    """Place of every number of its row, (B, K), in the order of `falling`, from 0."""
+    return inverse(falling(values))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutations that undo those of the rows of `order`, (B, K)."""
+    places = torch.arange(order.shape[1], device=order.device)
     return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
 
 
-def first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, indices) of the largest number of the last axis, of equal ones the first; NaN is the largest.
-
-    x: (..., K), without gradients. NumPy's is ten times as fast on the CPU.
-    """
-    if numpy_helps(x):
-        indices = torch.from_numpy(np.asarray(x.detach().numpy().argmax(-1)))
-        return x.gather(-1, indices.unsqueeze(-1)).squeeze(-1), indices
-    return x.max(dim=-1)
+def tokens_in(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Number of tokens of x, (B, N, ...), that are no padding, see `g2tm`: (B,), int64."""
+    n_images, n_tokens = batch_and_length(x)
+    return torch.full((n_images,), n_tokens, device=x.device) if padding is None else (~padding).sum(1)
 
 
-def chunks(a: Tensor, columns: int) -> Iterator[Tensor]:
-    """Parts of (B, I, D) along I, whose products with so many columns may be held at once; at least one."""
-    if torch.compiler.is_exporting():  # nobody knows how many images there will be
-        yield a
-        return
-    yield from a.split(max(1, MAX_SIMILARITIES // max(len(a) * columns, 1)), dim=1)
-
-
-def most_similar(a: Tensor, b: Tensor, change: Callable[[Tensor, int], object] | None = None) -> tuple[Tensor, Tensor]:
-    """The b with the largest inner product for every a, never all products at once.
-
-    Args:
-        a, b: (B, I, D) and (B, J, D).
-        change: is given the products of some a, (B, i, J), and the index of the first of them; changes them in place,
-            sets those that do not count to -inf.
-
-    Returns:
-        (values, indices), (B, I) each; of equal ones the first, and NaN is the largest.
-    """
-    transposed, best, first = b.transpose(1, 2), [], 0
-    for part in chunks(a, b.shape[1]):
-        product = part @ transposed
-        if change is not None:
-            change(product, first)
-        best.append(first_maximum(product))
-        first += part.shape[1]
-    if len(best) == 1:
-        return best[0]
-    values, indices = zip(*best, strict=True)
-    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+def or_ones(numbers: Tensor | None, like: Tensor) -> Tensor:
+    """Sizes or weights, in float32; None stands for 1 each, in the shape of `like`."""
+    return torch.ones_like(like, dtype=torch.float32) if numbers is None else numbers.float()
 
 
 def numpy_helps(x: Tensor) -> bool:
-    """On the CPU, unless torch.compile looks on, which has loops of its own, or a trace, in which operations count."""
+    """Return whether NumPy is faster: on the CPU, unless torch.compile looks on, which has loops of its own, or a
+    trace, in which operations count."""
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())

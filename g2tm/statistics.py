@@ -1,4 +1,4 @@
-"""How similar the tokens of a model are: what ALGM's automatic threshold is made of (section 3.4)."""
+"""Mean and spread of the similarities of a model's tokens, for ALGM's automatic threshold (section 3.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,10 @@ from g2tm.selection import selection
 
 @selection
 def similarity_moments(x: Tensor) -> Tensor:
-    """Number, sum and sum of squares of the cosine similarities of all pairs i < j of tokens.
+    """Number, sum and sum of squares of the cosine similarities of all pairs of tokens of an image: (3,), float64.
 
-    Exact without an N×N matrix: with unit vectors u, the sum over all i, j of u_i·u_j is |Σu|², and that of
-    (u_i·u_j)² is the squared norm of the D×D matrix Σ u uᵀ.
-
-    Args:
-        x: (B, N, D), patch tokens; pairs lie within an image.
-
-    Returns:
-        (3,), float64: pairs, sum, sum of squares over all images.
+    x: (B, N, D). Exact without an N×N matrix: with unit vectors u, the sum over all i, j of u_i·u_j is |Σu|², and
+    that of (u_i·u_j)² is the squared norm of the D×D matrix Σ u uᵀ.
     """
     unit = F.normalize(x.double(), dim=-1)
     n_images, n_tokens = x.shape[:2]

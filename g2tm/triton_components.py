@@ -1,6 +1,7 @@
 """The GPU form of what `graph` does before the merge: similarities of neighbors, and connected components.
 
-One launch each. Tested in Triton's interpreter, and compiled for NVIDIA architectures, but not yet run on a GPU.
+One launch each, as an operator of its own: so a compiler, an export and tensors without values know its shapes. Tested
+in Triton's interpreter, and compiled for NVIDIA architectures, but not yet run on a GPU.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,27 +15,25 @@ from torch import Tensor
 UNLABELLED = tl.constexpr(2**30)  # larger than any patch's index
 
 
-def edge_similarities(x: Tensor, grid: tuple[int, int], eps: float) -> tuple[Tensor, Tensor]:
-    """Cosine similarity of neighboring patches, each token read where it lies, in one launch.
+@torch.library.custom_op("g2tm::edge_similarities", mutates_args=())
+def edge_similarities(x: Tensor, gh: int, gw: int, eps: float) -> tuple[Tensor, Tensor]:
+    """As `g2tm.edge_similarities`, in float32 and one launch, each token read where it lies.
 
-    Args:
-        x: (B, gh·gw, D), float32, float16 or bfloat16; compared in float32.
-        grid: (gh, gw).
-        eps: smallest norm that a token is divided by.
-
-    Returns:
-        (right, down): (B, gh, gw-1) and (B, gh-1, gw), float32, from -1 to 1.
+    x: (B, gh·gw, D), float32, float16 or bfloat16; eps: smallest norm that a token is divided by.
     """
-    gh, gw = grid
     x = x if x.stride(-1) == 1 else x.contiguous()
-    right = x.new_empty(len(x), gh, gw - 1, dtype=torch.float32)
-    down = x.new_empty(len(x), gh - 1, gw, dtype=torch.float32)
-    if len(x) == 0:
-        return right, down
-    _edge_similarities[(triton.cdiv(gh * gw, 16), len(x))](
-        x, right, down, x.stride(0), x.stride(1), gh, gw, x.shape[2], eps, block=16, chunk=64
-    )
+    right, down = _empty_edges(x, gh, gw, eps)
+    if len(x):
+        _edge_similarities[(triton.cdiv(gh * gw, 16), len(x))](
+            x, right, down, x.stride(0), x.stride(1), gh, gw, x.shape[2], eps, block=16, chunk=64
+        )
     return right, down
+
+
+@edge_similarities.register_fake
+def _empty_edges(x: Tensor, gh: int, gw: int, eps: float) -> tuple[Tensor, Tensor]:
+    right, down = (x.shape[0], gh, gw - 1), (x.shape[0], gh - 1, gw)
+    return x.new_empty(right, dtype=torch.float32), x.new_empty(down, dtype=torch.float32)
 
 
 @triton.jit
@@ -86,34 +85,26 @@ def _clamp(cosine):
     return tl.where(cosine < -1, -1.0, cosine)
 
 
+@torch.library.custom_op("g2tm::components", mutates_args=())
 def components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Connected components of every image, in one launch of one program per image; its labels never leave the chip.
 
-    Args:
-        right, down: (B, gh, gw-1) and (B, gh-1, gw), bool, the edges that survive.
-
-    Returns:
-        assignment: (B, gh·gw), int64, components from 0 in the row-major order of their first patch.
-        counts: (B,), int64.
+    From the edges that survive to (assignment, counts), all as in `g2tm.components.grid_components`.
     """
     n_images, gh, gw = len(right), right.shape[1], down.shape[2]
-    assignment = torch.empty(n_images, gh * gw, dtype=torch.int64, device=right.device)
-    counts = torch.empty(n_images, dtype=torch.int64, device=right.device)
-    rank = torch.empty(n_images, gh * gw, dtype=torch.int32, device=right.device)
+    assignment, counts = _empty_components(right, down)
+    rank = torch.empty_like(assignment, dtype=torch.int32)
+    edges = right.contiguous().view(torch.uint8), down.contiguous().view(torch.uint8)
     height, width = triton.next_power_of_2(gh), triton.next_power_of_2(gw)
-    _components[(n_images,)](
-        right.contiguous().view(torch.uint8),
-        down.contiguous().view(torch.uint8),
-        assignment,
-        counts,
-        rank,
-        gh,
-        gw,
-        height=height,
-        width=width,
-        num_warps=min(max(height * width // 256, 4), 32),
-    )
+    warps = min(max(height * width // 256, 4), 32)
+    _components[(n_images,)](*edges, assignment, counts, rank, gh, gw, height, width, num_warps=warps)
     return assignment, counts
+
+
+@components.register_fake
+def _empty_components(right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    n_images, n_patches = right.shape[0], right.shape[1] * down.shape[2]
+    return right.new_empty(n_images, n_patches, dtype=torch.int64), right.new_empty(n_images, dtype=torch.int64)
 
 
 @triton.jit

@@ -1,25 +1,41 @@
 """Checks of arguments that the merging methods share; each raises a ValueError that says what is allowed."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor
 
 BATCH_MODES = ("ragged", "uniform")
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of some words."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_batch(batch: Any) -> None:
+    """A way in which images of one batch share a tensor."""
+    check_choice("batch mode", batch, BATCH_MODES)
+
+
 def check_threshold(threshold: Any, name: str = "threshold") -> None:
     """A cosine similarity."""
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= float(threshold) <= 1:
+    if not _is_within(threshold, -1, 1):
         raise ValueError(f"{name} {threshold!r}: give a cosine similarity from -1 to 1")
 
 
 def check_share(value: Any, name: str) -> None:
     """A number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    if not _is_within(value, 0, 1):
         raise ValueError(f"{name} {value!r}: give a number from 0 to 1")
 
 
-def check_tokens(tokens: Any, lowest: int, highest: int) -> None:
-    """A number of patch tokens that a merge can leave: from `lowest` to `highest`."""
+def check_tokens(tokens: Any, lowest: int, highest: int, padding: Tensor | None = None) -> None:
+    """A number of patch tokens that a merge can leave: from `lowest` to `highest`, in images without padding."""
+    if padding is not None:
+        raise ValueError(f"tokens {tokens!r}: a budget goes with images that have no padding; give another rule")
     if not _is_count(tokens) or not lowest <= tokens <= highest:
         raise ValueError(f"tokens {tokens!r}: this merge can leave {lowest} to {highest} patch tokens")
 
@@ -47,12 +63,6 @@ def check_r(r: Any) -> None:
         raise ValueError(f"r {r!r}: give the number of tokens that a layer removes, 0 or more")
 
 
-def check_batch(batch: Any) -> None:
-    """How images of one batch share a tensor."""
-    if batch not in BATCH_MODES:
-        raise ValueError(f"batch mode {batch!r}: choose {' or '.join(BATCH_MODES)}")
-
-
 def check_grid(grid: tuple[int, int], n_tokens: int) -> None:
     """A grid of patches that holds all tokens."""
     gh, gw = grid
@@ -70,6 +80,10 @@ def check_window(window: Any, grid: tuple[int, int] | None = None) -> None:
         raise ValueError("a window of one patch has nothing to merge: give at least two patches")
     if grid is not None and (window[0] > grid[0] or window[1] > grid[1]):
         raise ValueError(f"window {window[0]}×{window[1]} is larger than the grid of {grid[0]}×{grid[1]} patches")
+
+
+def _is_within(value: Any, lowest: int, highest: int) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and lowest <= float(value) <= highest
 
 
 def _is_count(value: Any) -> bool:

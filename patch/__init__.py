@@ -6,47 +6,50 @@ patch.compile(model)     # for inference
 patch.remove(model)
 """
 
-import patch.methods  # noqa: F401 - fills the registry
 from g2tm import Reduction, mean_and_std
+from patch.attention import SoftMasking
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
-from patch.learned import add_modules, bound_parts, has_modules, has_resting_parts, learned_parameters
-from patch.method import METHODS, Choice, Method, Number, Option, Step, Target, find, register
+from patch.learned import add_modules, clamp_parts, has_modules, has_unused_parts, learned_parameters
+from patch.method import METHODS, Choice, LossInput, Method, ModelShape, Number, Option, Step, find, register
 from patch.observe import edges, merge_ranges, reductions, similarities
 from patch.patching import (
     apply,
     check,
     is_patched,
     loss,
-    method,
     options,
     reduction,
     remove,
     replaced_merge,
-    segmenter,
     set_threshold,
-    timm,
 )
+from patch.patching import method_of as method
+
+# isort: split
+import patch.methods  # noqa: F401 - fills the registry; last, because the file of a method may import from here
 
 __all__ = [
     "METHODS",
     "Choice",
     "Curriculum",
+    "LossInput",
     "Method",
+    "ModelShape",
     "Number",
     "Option",
     "Reduction",
+    "SoftMasking",
     "Step",
-    "Target",
     "add_modules",
     "apply",
-    "bound_parts",
     "check",
+    "clamp_parts",
     "compile",
     "edges",
     "find",
     "has_modules",
-    "has_resting_parts",
+    "has_unused_parts",
     "is_compiled",
     "is_patched",
     "learned_parameters",
@@ -60,8 +63,6 @@ __all__ = [
     "register",
     "remove",
     "replaced_merge",
-    "segmenter",
     "set_threshold",
     "similarities",
-    "timm",
 ]

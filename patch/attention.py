@@ -5,18 +5,16 @@ No attention code is copied: a block hands its own attention module a mask, and 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from g2tm import Reduction, masked_softmax
-
-if TYPE_CHECKING:
-    from patch.method import Masking
-    from patch.packing import Packing
+from g2tm import masked_softmax
+from g2tm.selection import without_autocast
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -25,6 +23,7 @@ try:
 except ImportError:
     HAS_VARLEN = False
 
+QKV = tuple[Tensor, Tensor, Tensor]
 HALF = (torch.float16, torch.bfloat16)
 # Stands for -inf in a key's channel; exact in every dtype. Divided by the square root of the head dimension, it takes
 # 3600 off a logit even at a head dimension of 80, and exp(-104) is 0 in float32.
@@ -32,52 +31,63 @@ PADDING = -(2.0**15)
 ALIGNMENT = 8  # channels: what the kernels ask of a head dimension
 
 
-def can_look(attn: nn.Module) -> bool:
-    """Whether the queries and keys of an attention module can be seen while it runs: not in compiled code."""
-    return not torch.compiler.is_compiling() and attn._compiled_call_impl is None
+class AttentionMask:
+    """An object that takes the place of `scaled_dot_product_attention` where it is handed over as `attn_mask`.
 
-
-class AttentionMask(Tensor):
-    """What stands for `scaled_dot_product_attention` where it is handed this as `attn_mask`, by whatever code: the
-    `attend` of a subclass, with the same arguments. Everywhere else it is an ordinary tensor."""
-
-    attend: Callable[..., Tensor]
-
-    @classmethod
-    def of(cls, **attributes: Any) -> Self:
-        """A mask with these attributes."""
-        mask = torch.empty(0).as_subclass(cls)
-        mask.__dict__.update(attributes)
-        return mask
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            function = cls.attend if function is F.scaled_dot_product_attention else function
-            return function(*args, **(kwargs or {}))
-
-
-class Seen(AttentionMask):
-    """Keeps the queries and keys that attention works with, and lets it go on with the mask that it stands for.
+    PyTorch lets any object with `__torch_function__` do so; everywhere else such a mask is refused with a TypeError.
 
     Attributes:
-        mask: that mask, or None.
+        was_taken: whether attention ran under it.
+    """
+
+    was_taken = False
+
+    def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
+        """Queries, keys, values, (B, H, L, d) each -> (B, H, L, d); options: of `scaled_dot_product_attention`."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return NotImplemented
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        qkv = given.pop("query"), given.pop("key"), given.pop("value")
+        mask: AttentionMask = given.pop("attn_mask")
+        mask.was_taken = True
+        return mask.attend(qkv, **given)
+
+
+class QKRecorder(AttentionMask):
+    """Keeps the queries and keys that attention works with, and lets it go on with another mask.
+
+    Args:
+        mask: that mask; None: none.
+
+    Attributes:
         pair: queries and keys, (B, H, L, d) each, once attention has run.
     """
 
-    mask: Tensor | None
-    pair: tuple[Tensor, Tensor] | None = None
+    def __init__(self, mask: AttentionMask | Tensor | None) -> None:
+        self.mask = mask
+        self.pair: tuple[Tensor, Tensor] | None = None
 
-    @staticmethod
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: "Seen", **options: Any) -> Tensor:
-        """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
-        attn_mask.pair, mask = (query, key), attn_mask.mask
-        attend = type(mask).attend if isinstance(mask, AttentionMask) else F.scaled_dot_product_attention
-        return attend(query, key, value, attn_mask=mask, **options)
+    def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
+        self.pair, mask = qkv[:2], self.mask
+        options |= {"dropout_p": dropout_p, "scale": scale}
+        if isinstance(mask, AttentionMask):
+            return mask.attend(qkv, **options)
+        return F.scaled_dot_product_attention(*qkv, attn_mask=mask, **options)
 
 
-class KeyBias(AttentionMask):
-    """An additive bias of the keys, (B, 1, 1, M), float32, that enters fused attention by channels.
+class SizeBias(AttentionMask):
+    """An additive bias of the keys that enters fused attention by channels.
 
     Flash attention takes no additive bias: with one, PyTorch falls back to slower kernels. But a bias per key is part
     of a dot product: give every query a channel of ones, and every key the bias in that channel. It becomes one
@@ -87,117 +97,84 @@ class KeyBias(AttentionMask):
     in that dtype it would be 2⁻⁹ and 2⁻¹². Tolerance of the output, absolute plus relative, for values of unit variance
     and sizes up to 900, against float64 on the CPU: 1e-5 in float32, 4e-3 in bfloat16 and 5e-4 in float16; that is
     less than half the error of an additive bias in half precision. The GPU's kernels have not been compared yet.
+
+    Args:
+        bias: (B, 1, 1, L), float32; -inf marks padding.
     """
 
-    @staticmethod
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float | None = None, **options: Any
-    ) -> Tensor:
-        """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        carried = carry(query, key, value, attn_mask, scale)
-        return F.scaled_dot_product_attention(*carried, scale=scale, **options)[..., : value.shape[-1]]
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+
+    def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
+        scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+        wide = append_bias_channels(*qkv, self.bias, scale)
+        out = F.scaled_dot_product_attention(*wide, dropout_p=dropout_p, scale=scale, **options)
+        return out[..., : qkv[2].shape[-1]]
 
 
-class Masked(AttentionMask):
-    """A mask of tokens that carries gradients, with which a learned method trains; attention is explicit then.
+@dataclass(frozen=True)
+class SoftMasking:
+    """The way in which a mask enters the attention of a training step, see `g2tm.masked_softmax`.
 
     Attributes:
+        epsilon, keeps_self: its arguments.
+    """
+
+    epsilon: float
+    keeps_self: bool
+
+
+class SoftMaskAttention(AttentionMask):
+    """Explicit attention under a mask of tokens that carries gradients, with which a learned method trains.
+
+    Args:
         mask: (B, L), of the keys.
         bias: (B, 1, 1, L), of the keys; None: none.
         masking: how the mask enters.
+
+    Attributes:
         pair: queries and keys, (B, H, L, d) each, once attention has run.
         map: attention probabilities, (B, H, L, L), likewise.
     """
 
-    mask: Tensor
-    bias: Tensor | None
-    masking: "Masking"
-    pair: tuple[Tensor, Tensor] | None = None
     map: Tensor
 
-    @staticmethod
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: "Masked",
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        """query, key, value: (B, H, L, d) -> (B, H, L, d)"""
+    def __init__(self, mask: Tensor, bias: Tensor | None, masking: SoftMasking) -> None:
+        self.mask, self.bias, self.masking = mask, bias, masking
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
+        query, key, value = qkv
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             logits = query.float() @ key.float().mT * scale
-            logits = logits if attn_mask.bias is None else logits + attn_mask.bias
-            masking = attn_mask.masking
-            attn_mask.map = masked_softmax(logits, attn_mask.mask, masking.epsilon, masking.keeps_self)
-        attn_mask.pair = query, key
-        return F.dropout(attn_mask.map, dropout_p).to(value.dtype) @ value
+            logits = logits if self.bias is None else logits + self.bias
+            self.map = masked_softmax(logits, self.mask, self.masking.epsilon, self.masking.keeps_self)
+        self.pair = query, key
+        return F.dropout(self.map, dropout_p).to(value.dtype) @ value
 
 
-class Ahead(AttentionMask):
-    """Lets merged tokens reuse the attention of the tokens that they were made of (MCTF, section 3.3).
+class BlockDiagonal(AttentionMask):
+    """Lets the concatenated tokens of several images attend within their image.
 
-    That map, merged along both sides, never has to be there: a merged key counts with all its members, and a merged
-    query takes the mean of its own.
-
-    Attributes:
-        pair: queries and keys of the tokens before the merge, (B, H, L, d) each, as they are multiplied.
-        mask: of them, or None.
-        step: the merge of the tokens behind the first ones.
-        prefix: number of those.
+    Args:
+        lengths: B numbers of tokens that sum to T.
+        starts: (B + 1,), int32, where each image begins, and the end of the last.
+        bias: (1, 1, 1, T), float32, of the keys; None: none.
     """
 
-    pair: tuple[Tensor, Tensor]
-    mask: Tensor | None
-    step: Reduction
-    prefix: int
+    def __init__(self, lengths: Sequence[int], starts: Tensor, bias: Tensor | None) -> None:
+        self.lengths, self.starts, self.bias = list(lengths), starts, bias
 
-    @staticmethod
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: "Ahead", **options: Any) -> Tensor:
-        """value: (B, H, L', d) -> (B, H, L', d); query and key, those of merged tokens, do not count."""
-        step, front, mask = attn_mask.step, attn_mask.prefix, attn_mask.mask
-
-        def on_patches(change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            flat = x.transpose(1, 2).flatten(2)
-            flat = torch.cat([flat[:, :front], change(flat[:, front:])], dim=1)
-            return flat.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-
-        attend = type(mask).attend if isinstance(mask, AttentionMask) else F.scaled_dot_product_attention
-        query, key = (x.to(value.dtype) for x in attn_mask.pair)
-        out = attend(query, key, on_patches(step.unmerge, value), attn_mask=mask, **options)
-        return on_patches(step.merge, out)
+    def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
+        """Queries, keys, values, (1, H, T, d) each -> (1, H, T, d)"""
+        scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+        attention = _in_one_kernel if qkv[0].device.type == "cuda" else _image_by_image
+        return attention(*qkv, self, dropout_p, scale)
 
 
-class Within(AttentionMask):
-    """Lets packed tokens attend within their image.
-
-    Attributes:
-        packing: the `Packing`.
-    """
-
-    packing: "Packing"
-
-    @staticmethod
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: "Within",
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        """query, key, value: (1, H, T, d) -> (1, H, T, d)"""
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        attend = _in_one_kernel if query.device.type == "cuda" else _image_by_image
-        return attend(query, key, value, attn_mask.packing, dropout_p, scale)
-
-
-def carries(x: Tensor) -> bool:
-    """Whether the bias of tokens is to go through channels: on a GPU, where attention runs in half precision.
+def bias_in_channels(x: Tensor) -> bool:
+    """Return whether the bias of tokens goes through channels: on a GPU, where attention runs in half precision.
 
     In float32 there is no flash kernel, and on the CPU more channels cost at least as much as an additive bias, which
     takes 3 to 6 % of attention (ViT-S, 420 to 785 tokens).
@@ -208,7 +185,7 @@ def carries(x: Tensor) -> bool:
 
 
 def can_pack(x: Tensor, dropout: float = 0.0) -> bool:
-    """Whether attention runs within the images of a packed sequence, where these tokens are.
+    """Return whether attention runs within the images of a packed sequence, where these tokens are.
 
     On the CPU it does, image by image. On a GPU it takes a kernel for sequences of different lengths, which there is
     in half precision from compute capability 8.0 on, and without dropout.
@@ -222,37 +199,37 @@ def can_pack(x: Tensor, dropout: float = 0.0) -> bool:
     if x.device.type != "cuda":
         return x.device.type == "cpu"
     has_kernel = HAS_VARLEN and torch.backends.cuda.flash_sdp_enabled()
-    return has_kernel and not dropout and carries(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return has_kernel and not dropout and bias_in_channels(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _image_by_image(
-    query: Tensor, key: Tensor, value: Tensor, packing: "Packing", dropout: float, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockDiagonal, dropout: float, scale: float
 ) -> Tensor:
     """(1, H, T, d), laid out as (1, T, H, d), as timm goes on with it."""
-    images = (x.split(packing.lengths, dim=2) for x in (query, key, value))
-    bias, none = packing.bias, [None] * len(packing.lengths)
-    biases: Sequence[Any] = none if bias is None else bias.to(query.dtype).split(packing.lengths, dim=3)
+    images = (x.split(mask.lengths, dim=2) for x in (query, key, value))
+    bias, none = mask.bias, [None] * len(mask.lengths)
+    biases: Sequence[Any] = none if bias is None else bias.to(query.dtype).split(mask.lengths, dim=3)
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
-        for q, k, v, mask in zip(*images, biases, strict=True)
+        F.scaled_dot_product_attention(q, k, v, attn_mask=own, dropout_p=dropout, scale=scale).transpose(1, 2)
+        for q, k, v, own in zip(*images, biases, strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def _in_one_kernel(
-    query: Tensor, key: Tensor, value: Tensor, packing: "Packing", dropout: float, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockDiagonal, dropout: float, scale: float
 ) -> Tensor:
     """(1, H, T, d); the kernel takes no bias, so it goes through channels."""
     assert not dropout
     width = value.shape[-1]
-    query, key, value = carry(query, key, value, packing.bias, scale)
+    query, key, value = append_bias_channels(query, key, value, mask.bias, scale)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    starts, longest = packing.starts, max(packing.lengths)
+    starts, longest = mask.starts, max(mask.lengths)
     output: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
     return output[..., :width].transpose(0, 1).unsqueeze(0)
 
 
-def carry(
+def append_bias_channels(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values whose products hold the bias, all of one width that the kernels accept.
@@ -275,7 +252,7 @@ def carry(
 
 
 def key_channels(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What the channels of the keys hold: their sum times `scale` is the bias.
+    """Channels of the keys whose sum, times `scale`, is the bias.
 
     Args:
         bias: (B, 1, 1, M), -inf marks padding.

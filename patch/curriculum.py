@@ -1,5 +1,6 @@
 """Threshold curriculum: training starts with little merging and approaches the final threshold."""
 
+import math
 from dataclasses import dataclass
 
 from g2tm import check_threshold
@@ -36,4 +37,5 @@ class Curriculum:
     @property
     def epochs(self) -> int:
         """Epochs after which the target has been trained with for a whole period."""
-        return self.warmup + self.period * round((self.start - self.target) / STEP)
+        steps = math.ceil(round((self.start - self.target) / STEP, 6))  # rounded first: 7.000000000000006 are 7
+        return self.warmup + self.period * steps

@@ -1,16 +1,15 @@
 """Look at tokens: those of an unpatched model where a method would merge them, and what a patched one merges."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from g2tm import Reduction, edge_similarities
 from g2tm.statistics import similarity_moments
-from patch.families import family_of
-from patch.method import check_layers
-from patch.patching import is_patched, merging_of
+from patch.method import COMMON, Method, Step, check_layers
+from patch.patching import attach, is_patched, merging_of, remove
 
 
 @contextmanager
@@ -18,7 +17,7 @@ def similarities(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int
     """While open, every forward pass adds to the moments of the pairwise similarities after attention.
 
     Args:
-        encoder: a ViT that `patch.apply` knows, unpatched.
+        encoder: a model that `patch.apply` knows, unpatched.
         layers: 1-based, ascending.
 
     Yields:
@@ -27,16 +26,12 @@ def similarities(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int
     Raises:
         ValueError: layers that the encoder lacks, or not in ascending order, or a patched encoder.
     """
-    blocks, prefix = _unpatched(encoder)
     moments: dict[int, Tensor] = {}
 
-    def add(layer: int, norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        new = similarity_moments(inputs[0][:, prefix:])  # what enters norm2 is the residual stream after attention
-        moments[layer] = moments.get(layer, 0) + new
+    def add(step: Step) -> None:
+        moments[step.layer] = moments.get(step.layer, 0) + similarity_moments(step.x)
 
-    with ExitStack() as stack:
-        for layer in check_layers(layers, len(blocks)):
-            stack.enter_context(blocks[layer - 1].norm2.register_forward_pre_hook(partial(add, layer)))
+    with _observed(encoder, layers, add):
         yield moments
 
 
@@ -47,7 +42,7 @@ def edges(encoder: nn.Module, layer: int) -> Iterator[dict[str, Tensor]]:
     `graph_merge` keeps the edges above its threshold: what it would do at any threshold can be told from these.
 
     Args:
-        encoder: a ViT that `patch.apply` knows, unpatched.
+        encoder: a model that `patch.apply` knows, unpatched.
         layer: 1-based.
 
     Yields:
@@ -57,34 +52,49 @@ def edges(encoder: nn.Module, layer: int) -> Iterator[dict[str, Tensor]]:
     Raises:
         ValueError: a layer that the encoder lacks, or a patched encoder.
     """
-    blocks, prefix = _unpatched(encoder)
-    (layer,) = check_layers(layer, len(blocks))
     found: dict[str, Tensor] = {}
-    grid: list[int] = []
 
-    def note_grid(patch_embed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        grid[:] = family_of(encoder).grid(encoder, inputs[0].shape[-2:])
+    def note(step: Step) -> None:
+        found["right"], found["down"] = edge_similarities(step.x, step.grid)
 
-    def note_edges(norm2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found["right"], found["down"] = edge_similarities(inputs[0][:, prefix:], tuple(grid))
-
-    with (
-        encoder.patch_embed.register_forward_pre_hook(note_grid),
-        blocks[layer - 1].norm2.register_forward_pre_hook(note_edges),
-    ):
+    with _observed(encoder, [layer], note):
         yield found
 
 
-def _unpatched(encoder: nn.Module) -> tuple[Sequence[nn.Module], int]:
-    """Blocks and number of prefix tokens of an encoder whose tokens are all there."""
-    if is_patched(encoder):
+class _Observers:
+    """Functions that look at the steps of some layers each; nothing merges."""
+
+    def __init__(self) -> None:
+        self.looks: list[list[Any]] = []
+
+    def __call__(self, step: Step) -> None:
+        for layers, look in self.looks:
+            if step.layer in layers:
+                look(step)
+
+
+@contextmanager
+def _observed(model: nn.Module, layers: Sequence[int], look: Callable[[Step], None]) -> Iterator[None]:
+    """While open, a function sees every step at which the layers would merge."""
+    if not is_patched(model):
+        attach(model, Method("observed", _Observers(), COMMON, static=True), {})
+    merging = merging_of(model)
+    observers = merging.method.merge
+    if not isinstance(observers, _Observers):
         raise ValueError("the model is patched, so its tokens leave the grid: call patch.remove first")
-    family = family_of(encoder)
-    return family.blocks(encoder), family.prefix(encoder)
+    own: list[Any] = []
+    try:
+        own += check_layers(layers, merging.shape.depth), look
+        observers.looks.append(own)
+        yield
+    finally:
+        observers.looks[:] = [one for one in observers.looks if one is not own]
+        if not observers.looks:
+            remove(model)
 
 
 def reductions(model: nn.Module) -> dict[int, Reduction]:
-    """What was merged by when in this thread's last forward pass.
+    """The reductions of this thread's last forward pass, layer by layer.
 
     Args:
         model: patched or not.

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from g2tm import Reduction
-from patch.families import family_of, vit_within
-from patch.families.base import Patched, put_in_front, take_away
+from patch.families import family_of, models_within
+from patch.families.base import RECORD, Patched, Record, check_forward, mix_in, mix_out, modules_of
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_blocks
-from patch.learned import has_modules
-from patch.method import Step, Target, Trained, resolve
-from patch.state import Merging, Watchers
+from patch.learned import built_options, has_modules
+from patch.method import LossInput, Method, ModelShape, Step, complete, find, resolve
+from patch.track import Merging
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,11 +24,13 @@ def apply(model: Model, method: str, **options: Any) -> Model:
 
     No parameter and no state-dict key changes. Images of a batch that keep different numbers of tokens are not padded
     but concatenated, (1, T, D), while they are between blocks, where attention runs fused and no hook looks into a
-    block.
+    block. Hooks on blocks of timm see merged tokens, one row per image; those on blocks of transformers and of
+    mmsegmentation see all patches, each with the features of the token that carries it. What a hook returns goes on.
 
     Args:
-        model: a Segmenter, whose logits come back for all patches; or a plain ViT of timm (`VisionTransformer`, `Eva`),
-            whose `forward_features` gives back all tokens, each with the features of the token that carries it.
+        model: a Segmenter, whose logits come back for all patches; a plain ViT of timm (`VisionTransformer`, `Eva`),
+            of transformers or of mmsegmentation, which gives back all tokens, each with the features of the token that
+            carries it; or a model that holds exactly one of these (wrappers are looked through).
         method: a registered name, such as "graph".
         options: options of the method; None means its default. All methods take
             layers: 1-based layers in which to merge, ascending;
@@ -43,59 +44,76 @@ def apply(model: Model, method: str, **options: Any) -> Model:
     Raises:
         ValueError: the model is patched already or cannot be patched, or an option is not allowed.
     """
-    encoder, more_blocks = _parts(model)
-    if is_patched(encoder):
-        raise ValueError(f"the model is patched with {encoder.merging.method.name} already: call patch.remove first")
-    if isinstance(encoder, Patched):
-        raise ValueError("the model is compiled already: call patch.remove first, and patch before compiling")
-    family = family_of(encoder)
-    blocks = family.blocks(encoder)
-    check_blocks(more_blocks, Block)
-    target = Target(len(blocks), family.grid(encoder))
-    entry, completed = resolve(method, target, options)
-    if entry.learns(completed) and not has_modules(encoder, method):
-        raise ValueError(
-            f"{method} has learned parts, which this model lacks: call patch.add_modules(encoder, {method!r})"
-        )
-    if "row" in entry.needs and not family.has_cls(encoder):
-        raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
-    watchers = Watchers(module for block in (*blocks, *more_blocks) for module in block.modules())
-    merging = Merging(entry, completed, target, family.prefix(encoder), watchers)
-    places = _places(entry.place_of(completed), completed["layers"], len(blocks))
-    for index, block in enumerate(blocks, start=1):
-        front, last = family.in_front(encoder, index)
-        own = {"neighbors": (front, 0), "places": places.get(index, {}), "last": last, "index": index - 1}
-        put_in_front(block, family.block_front, merging=merging, **own)
-    for block in more_blocks:
-        own = {"neighbors": (0, model.n_cls), "places": {}, "last": block is more_blocks[-1], "index": -1}
-        put_in_front(block, PatchedTimmBlock, merging=merging, **own)
-    family.attach(encoder, merging)
-    if is_segmenter(model):
-        put_in_front(model, PatchedSegmenter, merging=merging)
-    elif encoder is not model:
-        model.__dict__["merging"] = merging
+    attach(model, find(method), options)
     return model
 
 
-segmenter = timm = apply  # names of the first form
+def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
+    """Patch a model with a method, registered or not; see `apply`."""
+    parts, method = _parts(model), entry.name
+    encoder, family = parts.encoder, family_of(parts.encoder)
+    if is_patched(encoder):
+        raise ValueError(f"the model is patched with {method_of(encoder)} already: call patch.remove first")
+    if any(isinstance(module, Patched) for module in parts.model.modules()):
+        raise ValueError("a part of the model is patched or compiled already: call patch.remove, patch, then compile")
+    family.check(encoder)
+    check_blocks(parts.more_blocks, Block)
+    check_forward(modules_of(parts.more_blocks))
+    blocks = family.blocks(encoder)
+    if len({*blocks, *parts.more_blocks}) < len(blocks) + len(parts.more_blocks):
+        raise ValueError("cannot patch a model that runs one block twice: a block merges at one place")
+    shape = ModelShape(len(blocks), family.grid(encoder))
+    completed = complete(entry, shape, built_options(encoder, entry, options))
+    if entry.uses_learned(completed) and not has_modules(encoder, method):
+        raise ValueError(
+            f"{method} has learned parts, which this model lacks: call patch.add_modules(encoder, {method!r})"
+        )
+    if entry.needs_cls and not family.has_cls(encoder):
+        raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
+    places = _slots(entry.place, completed["layers"])
+    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places))
+    joining = family.n_queries(encoder)[1] - 1
+    for index, block in enumerate(blocks):
+        around = family.tokens_before(encoder, index), 0
+        mix_in(
+            block, family.block_mixin, _patch=Record(merging, index, around, places.get(index, {}), index == joining)
+        )
+    for block in parts.more_blocks:
+        last = block is parts.more_blocks[-1]
+        mix_in(block, PatchedTimmBlock, _patch=Record(merging, around=(0, parts.model.n_cls), leaves_rows=last))
+    family.attach(encoder, merging)
+    if parts.model is not encoder:
+        mix_in(parts.model, PatchedSegmenter, _patch=Record(merging))
 
 
-def _parts(model: Any) -> tuple[nn.Module, list[nn.Module]]:
-    """The ViT of a model, and further blocks that see its tokens."""
-    if is_segmenter(model):
-        return model.encoder, list(model.decoder.blocks)
-    return vit_within(model) or model, []
+class _Parts(NamedTuple):
+    """A model taken apart: the Segmenter, or the ViT itself; its ViT; and further blocks that see its tokens."""
+
+    model: Any
+    encoder: Any
+    more_blocks: list[nn.Module]
 
 
-def _places(place: str, layers: tuple[int, ...], depth: int) -> dict[int, dict[str, int]]:
-    """1-based block -> where in it a merge takes place, and the layer that the method calls it."""
-    places: dict[int, dict[str, int]] = {}
+def _parts(model: nn.Module) -> _Parts:
+    """The one Segmenter or ViT that a model is or holds.
+
+    Raises:
+        ValueError: it holds several.
+    """
+    found = models_within(model)
+    if len(found) > 1:
+        raise ValueError(f"the model holds {len(found)} ViTs: choose one of {', '.join(found)}")
+    own: Any = next(iter(found.values()), model)
+    return _Parts(own, own.encoder, list(own.decoder.blocks)) if is_segmenter(own) else _Parts(own, own, [])
+
+
+def _slots(place: str, layers: tuple[int, ...]) -> dict[int, dict[str, int]]:
+    """Index of a block -> where in it a merge takes place, and the layer that the method calls it."""
+    slots: dict[int, dict[str, int]] = {}
     for layer in layers:
-        block, where = (1, "before") if layer == 0 else (layer, place)
-        block += where == "ahead"
-        if block <= depth:
-            places.setdefault(block, {})[where] = layer
-    return places
+        index, where = (0, "before") if layer == 0 else (layer - 1, place)
+        slots.setdefault(index, {})[where] = layer
+    return slots
 
 
 def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dict[str, Any]:
@@ -112,21 +130,26 @@ def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dic
     Raises:
         ValueError: what `apply` would refuse.
     """
-    return resolve(method, Target(depth, tuple(grid)), options)[1]
+    return resolve(method, ModelShape(depth, (grid[0], grid[1])), options)[1]
 
 
 def remove(model: Model) -> Model:
-    """Undo `apply`, and `compile`: the model is exactly what it was before. Without them, nothing happens."""
-    for module in model.modules():
-        while isinstance(module, Patched):
-            take_away(module)
-        module.__dict__.pop("merging", None)  # of models that no class was put in front of
+    """Undo `apply`, and `compile`: the model is exactly what it was before. Without them, nothing happens.
+
+    Raises:
+        ValueError: a patched module got a `forward` of its instance since, which would go on calling the patch.
+    """
+    patched = [module for module in model.modules() if isinstance(module, Patched)]
+    check_forward(patched)
+    for module in patched:
+        mix_out(module)
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `apply` was called."""
-    return "merging" in vars(model)
+    """Return whether `apply` was called, on the model or on a ViT that it holds."""
+    found: list[Any] = [*models_within(model).values()]
+    return any(RECORD in vars(one.encoder if is_segmenter(one) else one) for one in found)
 
 
 def reduction(model: nn.Module) -> Reduction | None:
@@ -142,27 +165,33 @@ def reduction(model: nn.Module) -> Reduction | None:
 
 
 def loss(model: nn.Module, labels: Tensor | None = None) -> Tensor | float:
-    """What a learned method adds to the loss of this thread's last training pass; 0 for the others.
+    """The part of the loss that a learned method adds after this thread's last training pass; 0 for the others.
 
     Args:
         model: patched.
         labels: (B, H, W), of the images.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or there is no training pass in this thread, or its output is gone.
     """
     merging = merging_of(model)
-    last, own = merging.last, merging.method.loss
-    if own is None or last is None or not last.soft_steps:
+    own = merging.method.loss
+    if own is None or not merging.method.trains_softly(merging.options):
         return 0.0
-    encoder: Any = _parts(model)[0]
-    blocks = family_of(encoder, check=False).blocks(encoder)
-    sides = encoder.patch_embed.patch_size
-    known = (last.grid, merging.prefix, last.options, labels, (int(sides[0]), int(sides[1])))
-    return own(Trained(last.soft_steps, blocks, encoder.embed_dim, *known))
+    track = merging.thread.trained[-1].track() if merging.thread.trained else None
+    if track is None:
+        raise ValueError(
+            f"{merging.method.name} has no training pass of this thread whose output is still there: call patch.loss "
+            "after the forward pass, in its thread, before its output is released"
+        )
+    encoder, grid = track.encoder, track.grid
+    assert grid is not None
+    height, width = encoder.patch_embed.patch_size
+    known = (encoder.blocks, encoder.embed_dim, grid, merging.n_prefix)
+    return own(LossInput(track.soft_steps, *known, track.options, labels, (int(height), int(width))))
 
 
-def method(model: nn.Module) -> str:
+def method_of(model: nn.Module) -> str:
     """Name of the method in force.
 
     Raises:
@@ -189,27 +218,28 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
     merging = merging_of(model)
     if not merging.method.takes("threshold"):
         raise ValueError(f"{merging.method.name} has no threshold")
-    merging.options = resolve(merging.method.name, merging.target, {**merging.options, "threshold": threshold})[1]
+    merging.options = resolve(merging.method.name, merging.shape, {**merging.options, "threshold": threshold})[1]
 
 
 @contextmanager
-def replaced_merge(model: nn.Module, merge: Callable[[Step], Reduction]) -> Iterator[None]:
-    """While open, another function takes the place of the method's own: to record merges, or to replay them."""
-    merging = merging_of(model)
-    own = merging.method
-    merging.method = replace(own, merge=merge)
+def replaced_merge(model: nn.Module, merge: Callable[[Step], Reduction | None]) -> Iterator[None]:
+    """While open, another function takes the place of the method's own in this thread: to record merges, or to replay
+    them."""
+    thread = merging_of(model).thread
+    before, thread.merge = thread.merge, merge
     try:
         yield
     finally:
-        merging.method = own
+        thread.merge = before
 
 
 def merging_of(model: nn.Module) -> Merging:
-    """What the patch put into a model.
+    """The record of the patch in a model.
 
     Raises:
         ValueError: the model is not patched.
     """
-    if not is_patched(model):
+    record = vars(_parts(model).encoder).get(RECORD)
+    if record is None:
         raise ValueError("the model is not patched: call patch.apply first")
-    return vars(model)["merging"]
+    return record.merging

@@ -66,7 +66,7 @@ def serve(root: str, threads: int) -> None:
                 pixels = [cv2.resize(scenes[i].image, (SIDE, SIDE)) for i in range(question["batch"])]
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
                 if question["method"] != "pure":
-                    patch.segmenter(model, question["method"], **question["options"])
+                    patch.apply(model, question["method"], **question["options"])
                 logits = getattr(model, "grid_logits", None) or model.grid_scores  # its name until 2026-11
                 total = logits(images).double().abs().sum().item()
                 counts = patch.reduction(model).counts.tolist() if question["method"] != "pure" else []

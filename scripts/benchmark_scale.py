@@ -29,7 +29,7 @@ THRESHOLD = 0.5
 MERGES = {
     "graph": lambda x, grid: g2tm.graph_merge(x, grid, THRESHOLD),
     "CLAP": lambda x, grid: g2tm.clap(x, grid, THRESHOLD),
-    "ToMe": lambda x, grid: g2tm.bipartite(x, r=x.shape[1] // 12, prefix=0),
+    "ToMe": lambda x, grid: g2tm.bipartite(x, r=x.shape[1] // 12),
 }
 COLUMNS = {
     "method": "{method}",

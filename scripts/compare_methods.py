@@ -141,7 +141,7 @@ def fill(
 def with_parts(model: Any, method: str) -> Any:
     """A copy of a model, with the learned parts that a method cannot do without."""
     model, entry = copy.deepcopy(model), patch.find(method)
-    if entry.modules is not None and entry.switch is None:
+    if entry.modules is not None and entry.enabled_by is None:
         patch.add_modules(model.encoder, method)
     return model
 

@@ -1,13 +1,14 @@
 """Whole blocks under a patch, at inference and in training, against vectors."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from conformance_common import MODEL, Case, Cases, Vectors, exactly, same, same_partition
-from conformance_steps import candidates_of
+from conformance_common import MODEL, Case, Cases, Vectors, exactly, same, same_partition, with_cls
+from conformance_steps import candidates_of, operations
 from torch import Tensor, nn
 
 import g2tm
@@ -15,7 +16,6 @@ import patch
 from patch.method import Step
 from patch.patching import merging_of
 
-HEADS = 2  # of the blocks in the vectors, unless the width of an embedding, that of a head, says otherwise
 FAMILY = "chain of blocks"
 
 
@@ -33,13 +33,12 @@ def cases(vectors: Vectors) -> Cases:
 
 
 def _model(v: Vectors, method: str | None = None, **parts: Any) -> nn.Module:
-    """The blocks as a ViT, which takes `chain.input` for its tokens whatever the image."""
-    weights, n_tokens = v.below("chain.blocks."), v["chain.input"].shape[1]
+    """The blocks as a ViT, which takes `chain.input` for its tokens whatever the image: a row of patches."""
+    weights, n_patches = v.below("chain.blocks."), v["chain.input"].shape[1] - 1
     width, hidden = weights["0.mlp.fc2.weight"].shape
-    side = round((n_tokens - 1) ** 0.5)
-    heads = width // len(weights["0.attn.metric_layer.bias"]) if "0.attn.metric_layer.bias" in weights else HEADS
     depth = 1 + max(int(name.split(".")[0]) for name in weights)
-    size = {"img_size": 8 * side, "patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": heads}
+    size = {"img_size": (1, n_patches), "patch_size": 1, "embed_dim": width, "depth": depth}
+    size["num_heads"] = _heads(v, width)
     model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, mlp_ratio=hidden / width, **size)
     plain = {name: value for name, value in weights.items() if "metric_layer" not in name}
     model.blocks.load_state_dict(plain)
@@ -54,17 +53,32 @@ def _model(v: Vectors, method: str | None = None, **parts: Any) -> nn.Module:
     return model.eval()
 
 
+def _heads(v: Vectors, width: int) -> int:
+    """Their number: as the header says, or as follows from DTEM's embedding or an attention map."""
+    if v.numbers("heads"):
+        return v.numbers("heads")[0]
+    if "chain.blocks.0.attn.metric_layer.bias" in v:  # as wide as a head, or twice that
+        return width * (1 if width < 1024 else 2) // len(v["chain.blocks.0.attn.metric_layer.bias"])
+    maps = [values for name, values in v.items() if re.fullmatch(r"n\d+\.attn", name)]
+    if not maps:
+        raise v.lacks("heads")
+    return maps[0].shape[1]
+
+
+def _forward(v: Vectors, model: Any) -> Tensor:
+    return model.forward_features(torch.zeros(len(v["chain.input"]), 3, *model.patch_embed.img_size))
+
+
 def _outputs(v: Vectors, model: Any) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(1-based block, its output, sizes of its patch tokens, prefix included)."""
     found: list[Tensor] = []
     handles = [block.register_forward_hook(lambda m, i, output: found.append(output)) for block in model.blocks]
-    side = model.patch_embed.img_size[0]
-    model.forward_features(torch.zeros(len(v["chain.input"]), 3, side, side))
+    _forward(v, model)
     for handle in handles:
         handle.remove()
     steps = patch.reductions(model)
     for layer, output in enumerate(found, start=1):
-        sizes = nn.functional.pad(steps[layer].sizes, (1, 0), value=1.0) if layer in steps else None
+        sizes = with_cls(1.0, steps[layer].sizes) if layer in steps else None
         yield layer, output, sizes
 
 
@@ -75,14 +89,11 @@ def _compare(v: Vectors, model: nn.Module, case: str) -> None:
         if f"{case}.block{layer}.size" in v:
             same(f"the size after block {layer}", sizes, v.sizes(f"{case}.block{layer}.size"), MODEL)
     if f"{case}.assignment" in v:
-        expected = v[f"{case}.assignment"][:, 1:]
-        exactly("the assignment", 1 + patch.reduction(model).assignment, expected)
+        exactly("the assignment", with_cls(0, 1 + patch.reduction(model).assignment), v[f"{case}.assignment"])
 
 
 def _plain(v: Vectors) -> None:
-    model: Any = _model(v)
-    side = model.patch_embed.img_size[0]
-    same("x", model.forward_features(torch.zeros(len(v["chain.input"]), 3, side, side)), v["chain.plain.x"], MODEL)
+    same("x", _forward(v, _model(v)), v["chain.plain.x"], MODEL)
 
 
 def _diffrate(v: Vectors) -> None:
@@ -104,7 +115,7 @@ def _atc(v: Vectors) -> None:
     model = patch.apply(_model(v), "atc", layers=list(range(1, len(counts) + 1)))
 
     def merge(step: Step) -> g2tm.Grouping:
-        return g2tm.atc(step.keys[:, step.prefix :], clusters=counts[step.layer - 1], sizes=step.sizes)
+        return g2tm.atc(step.keys, clusters=counts[step.layer - 1], sizes=step.sizes)
 
     with patch.replaced_merge(model, merge):
         outputs = list(_outputs(v, model))
@@ -149,7 +160,7 @@ def _ltmp_training(v: Vectors) -> None:
     model = patch.apply(_ltmp_model(v), "ltmp", learned=True, flops_target=target, flops_weight=1.0).train()
     outputs = list(_outputs(v, model))
     for layer, x, sizes in outputs:
-        mask = nn.functional.pad(merging_of(model).last.soft_steps[layer].mask, (1, 0), value=1.0)
+        mask = with_cls(1.0, merging_of(model).last.track().soft_steps[layer].mask)
         same(f"x after block {layer}", x, v[f"{case}.block{layer}.x"], MODEL)
         same(f"the size after block {layer}", sizes, v.sizes(f"{case}.block{layer}.size"), MODEL)
         same(f"the mask after block {layer}", mask, v[f"{case}.block{layer}.mask"])
@@ -183,7 +194,7 @@ def _diffrate_training(v: Vectors) -> None:
         for kind, known in rates.items():
             rate = getattr(block, f"{kind}_ddp")
             logits = v[f"{case}.block{index}.{kind}_logits"]
-            rate.kept_token_candidate = candidates_of(logits, patches)
+            rate.kept_token_candidate = candidates_of(v, logits, patches)
             rate.selected_probability.data = logits.clone()
             known.append(rate)
     patch.apply(model, "diffrate", learned=True).train()
@@ -194,10 +205,10 @@ def _diffrate_training(v: Vectors) -> None:
     alive = v[f"{case}.x_kept"].shape[1]
     same("x", x[:, :alive], v[f"{case}.x_kept"], MODEL)
     same("the size", sizes[:, :alive], v.sizes(f"{case}.size_kept"), MODEL)
-    same("the mask", nn.functional.pad(merging_of(model).last.alive, (1, 0), value=1.0), v[f"{case}.mask"])
-    width = x.shape[2]
-    flops = 1e3 * g2tm.gigaflops(*counts.values(), patches=patches, width=width, classes=10)
-    same("MFLOPs", flops, v[f"{case}.mflops"], MODEL)
+    same("the mask", with_cls(1.0, merging_of(model).last.track().tokens.soft_mask), v[f"{case}.mask"])
+    expected = v[f"{case}.mflops"]
+    flops = 1e3 * operations(v, case, expected / 1e3, list(counts.values()), x.shape[2], patches)
+    same("MFLOPs", flops, expected, MODEL)
     task = (x[:, :alive] * v[f"{case}.x_cotangent"]).sum()
     for name, value in (("x", task), ("flops", flops)):
         for kind, known in rates.items():

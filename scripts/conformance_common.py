@@ -1,6 +1,7 @@
-"""What the checks of conformance vectors share: a file of vectors, cases, and comparing."""
+"""A file of conformance vectors, its cases, and how numbers are compared."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class Vectors(dict[str, Tensor]):
 
     Attributes:
         file: as given.
-        parameters: case -> its parameters, where the header has them.
+        header: of the file, text by name.
+        parameters: case -> its parameters, where the header or a .json file of the same name has them.
 
     Raises:
         ValueError: the file cannot be read.
@@ -32,7 +34,10 @@ class Vectors(dict[str, Tensor]):
         try:
             with safe_open(file, "pt") as opened:
                 super().__init__({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-                self.parameters: dict[str, Any] = json.loads((opened.metadata() or {}).get("cases", "{}"))
+                self.header: dict[str, str] = opened.metadata() or {}
+            beside = file.with_suffix(".json")
+            cases = self.header.get("cases") or (beside.read_text() if beside.exists() else "{}")
+            self.parameters: dict[str, Any] = json.loads(cases)
         except Exception as error:  # the library's own, of many kinds
             raise ValueError(f"{file} is no .safetensors file ({type(error).__name__})") from error
         self.file = file
@@ -41,13 +46,27 @@ class Vectors(dict[str, Tensor]):
         """The tensors whose names begin so, without that prefix."""
         return {name.removeprefix(prefix): value for name, value in self.items() if name.startswith(prefix)}
 
+    def numbers(self, name: str) -> list[int]:
+        """The integers of an entry of the header; none where it is not there."""
+        return [int(number) for number in re.findall(r"\d+", self.header.get(name, ""))]
+
+    def lacks(self, name: str) -> "DoesNotHoldError":
+        """The error of a file that does not tell a number which no shape of its tensors tells."""
+        return DoesNotHoldError(f"the header of {self.file.name} lacks {name}")
+
     def sizes(self, name: str) -> Tensor:
         """(B, N, 1) -> (B, N)"""
         return self[name].squeeze(-1)
 
 
+def with_cls(cls: Tensor | float, patches: Tensor) -> Tensor:
+    """The whole sequence: patches, (B, N, ...), after CLS, the first of (B, L, ...) or a number."""
+    first = cls[:, :1] if isinstance(cls, Tensor) else torch.full_like(patches[:, :1], cls)
+    return torch.cat([first, patches], dim=1)
+
+
 class DoesNotHoldError(Exception):
-    """What is computed is not what the vectors say."""
+    """A computed result differs from the vectors."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
 """Single steps of merging methods, and their training forms, against vectors."""
 
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from conformance_common import MODEL, Cases, Vectors, exactly, same, same_partition
+from conformance_common import MODEL, Cases, Vectors, exactly, same, same_partition, with_cls
 from conformance_common import Case as Case
 from torch import Tensor
 
 import g2tm
 from g2tm import Grouping
-
-GRANULARITY = 4  # of DiffRate's candidates in the vectors
 
 
 def cases(vectors: Vectors) -> Cases:
@@ -39,95 +38,160 @@ def cases(vectors: Vectors) -> Cases:
         yield Case(found[name][0], name, found[name][1])
 
 
+def _patches(v: Vectors, name: str) -> Tensor:
+    """(B, N + 1, ...) -> (B, N, ...), without CLS."""
+    return v[name][:, 1:]
+
+
+def _sizes(v: Vectors, source: str) -> Tensor:
+    """(B, N)"""
+    return v.sizes(f"{source}.size")[:, 1:]
+
+
 def _step(v: Vectors, case: str, source: str, step: Any) -> None:
-    """Order, values and sizes of a reduction of the whole sequence."""
-    exactly("the assignment", step.assignment, v[f"{case}.assignment"])
-    same("x", step.merge(v[f"{source}.x"]), v[f"{case}.x"])
-    same("the size", step.sizes, v.sizes(f"{case}.size"))
+    """Order, values and sizes of a reduction of the patch tokens; CLS stays in front as it is."""
+    _assigned(v, case, step)
+    same("x", with_cls(v[f"{source}.x"], step.merge(_patches(v, f"{source}.x"))), v[f"{case}.x"])
+    same("the size", with_cls(v.sizes(f"{source}.size"), step.sizes), v.sizes(f"{case}.size"))
+
+
+def _assigned(v: Vectors, case: str, step: Any) -> None:
+    exactly("the assignment", with_cls(0, 1 + step.assignment), v[f"{case}.assignment"])
 
 
 def _tofu(v: Vectors, case: str, source: str, given: dict[str, Any]) -> None:
+    x = v[f"{source}.x"]
     for prune, values in ((True, "pruned"), (False, "merged")):
-        step = g2tm.tofu(v[f"{source}.metric"], r=given["r"], prune=prune, sizes=v.sizes(f"{source}.size"))
-        exactly("the assignment", step.assignment, v[f"{case}.assignment"])
-        same(values, step.merge(v[f"{source}.x"]), v[f"{case}.{values}"])
-        same("the size", step.sizes, v.sizes(f"{case}.size"))
+        rule = {"r": given["r"], "prune": prune, "sizes": _sizes(v, source)}
+        step = g2tm.tofu(_patches(v, f"{source}.metric"), **rule)
+        _assigned(v, case, step)
+        same(values, with_cls(x, step.merge(x[:, 1:])), v[f"{case}.{values}"])
+        same("the size", with_cls(v.sizes(f"{source}.size"), step.sizes), v.sizes(f"{case}.size"))
 
 
 def _pitome(v: Vectors, case: str, source: str, given: dict[str, Any]) -> None:
-    _step(v, case, source, g2tm.pitome(v[f"{source}.metric"], sizes=v.sizes(f"{source}.size"), **given))
+    _step(v, case, source, g2tm.pitome(_patches(v, f"{source}.metric"), sizes=_sizes(v, source), **given))
 
 
 def _mctf(v: Vectors, case: str, source: str, given: dict[str, Any]) -> None:
     rule = {"r": given["r"], "tau": given["tau"], "bidirectional": given["bidirection"]}
-    means = v[f"{source}.attn"].mean((1, 2))
-    step = g2tm.mctf(v[f"{source}.metric"], importance=means, sizes=v.sizes(f"{source}.size"), **rule)
-    _step(v, case, source, step)
+    importance = v[f"{source}.attn"].mean((1, 2))[:, 1:]
+    x = _patches(v, f"{source}.metric")
+    _step(v, case, source, g2tm.mctf(x, importance=importance, sizes=_sizes(v, source), **rule))
 
 
 def _crossget(v: Vectors, case: str, source: str, given: dict[str, Any]) -> None:
-    importance = v[f"{source}.importance"] if given["importance"] else None
+    importance = _patches(v, f"{source}.importance") if given["importance"] else None
     rule = {"r": given["r"], "importance": importance, "suffix": int(given["last"])}
-    _step(v, case, source, g2tm.crossget(v[f"{source}.metric"], sizes=v.sizes(f"{source}.size"), **rule))
+    _step(v, case, source, g2tm.crossget(_patches(v, f"{source}.metric"), sizes=_sizes(v, source), **rule))
 
 
 def _fpet(v: Vectors, case: str, source: str, given: dict[str, Any]) -> None:
     rows, columns = re.search(r"\.g(\d+)x(\d+)", case).groups()
     grid, metric = (int(rows), int(columns)), v[f"{source}.metric"].clone().requires_grad_()
-    _step(v, case, source, g2tm.fpet(metric, grid, sizes=v.sizes(f"{source}.size")))
-    step = g2tm.fpet_training(metric, grid, sizes=v.sizes(f"{source}.size"))
+    _step(v, case, source, g2tm.fpet(metric[:, 1:], grid, sizes=_sizes(v, source)))
+    step = g2tm.fpet_training(metric[:, 1:], grid, sizes=_sizes(v, source))
     _step(v, case, source, step)
     if f"{case}.metric_grad" in v:
-        (step.merge(v[f"{source}.x"]) * v[f"{source}.cotangent"]).sum().backward()
+        merged = with_cls(v[f"{source}.x"], step.merge(_patches(v, f"{source}.x")))
+        (merged * v[f"{source}.cotangent"]).sum().backward()
         same("the gradient of the metric", metric.grad, v[f"{case}.metric_grad"], MODEL, relative=True)
 
 
+def _cls_attention(v: Vectors, source: str) -> Tensor:
+    """(B, N), attention of CLS to the patches."""
+    return v[f"{source}.attn"][:, :, 0, 1:].mean(1)
+
+
 def _diffrate(v: Vectors, case: str, source: str, kept: str, merged: str) -> None:
-    given = {"importance": v[f"{source}.attn"][:, :, 0].mean(1), "kept": int(kept), "merged": int(merged)}
-    _step(v, case, source, g2tm.diffrate(v[f"{source}.x"], sizes=v.sizes(f"{source}.size"), **given))
+    given = {"importance": _cls_attention(v, source), "kept": int(kept) - 1, "merged": int(merged) - 1}
+    _step(v, case, source, g2tm.diffrate(_patches(v, f"{source}.x"), sizes=_sizes(v, source), **given))
 
 
-def candidates_of(logits: Tensor, patches: int) -> Tensor:
-    """The numbers of patches that a learned rate chooses from; one logit: all of them."""
+def candidates_of(v: Vectors, logits: Tensor, patches: int) -> Tensor:
+    """The numbers of patches that a learned rate chooses from; one logit: all of them.
+
+    Raises:
+        DoesNotHoldError: several distances of candidates give so many logits, and the file does not say which.
+    """
+    fitting = [step for step in range(1, patches + 1) if math.ceil(patches / step) == len(logits)]
+    known = v.numbers("granularity") or [
+        int(-step) for step in v.get("diffrate.rate.candidates", logits[:0]).diff()[:1]
+    ]
+    fitting = [step for step in fitting if step in known] or fitting
     if len(logits) == 1:
         return torch.tensor([float(patches)])
-    usual = torch.arange(patches, 0, -GRANULARITY)
-    step = GRANULARITY if len(usual) == len(logits) else math.ceil(patches / len(logits))
-    return torch.arange(patches, 0, -step).float()
+    if len(fitting) != 1:
+        raise v.lacks("granularity")
+    return torch.arange(patches, 0, -fitting[0]).float()
 
 
 def _diffrate_rate(v: Vectors, case: str) -> None:
     logits, choice = v[f"{case}.logits"].clone().requires_grad_(), v[f"{case}.candidates"]
-    kept = g2tm.kept_tokens(logits, choice, 1)
-    same("the number of tokens", kept, v[f"{case}.kept"])
+    kept, expected = g2tm.kept_tokens(logits, choice), v[f"{case}.mask"]
+    same("the number of tokens", 1 + kept, v[f"{case}.kept"])
     same("its gradient", torch.autograd.grad(kept, logits)[0], v[f"{case}.kept_grad"], MODEL, relative=True)
-    mask = g2tm.rate_mask(logits, choice, int(kept), int(v[f"{case}.tokens_now"]), len(v[f"{case}.mask"]), 1)
-    same("the mask", mask, v[f"{case}.mask"])
-    (gradient,) = torch.autograd.grad((mask * v[f"{case}.mask_cotangent"]).sum(), logits)
+    mask = g2tm.rate_mask(logits, choice, int(kept), int(v[f"{case}.tokens_now"]) - 1, len(expected) - 1)
+    same("the mask", with_cls(1.0, mask[None]), expected[None])
+    (gradient,) = torch.autograd.grad((mask * v[f"{case}.mask_cotangent"][1:]).sum(), logits)
     same("its gradient", gradient, v[f"{case}.mask_grad"], MODEL, relative=True)
+
+
+PATCH_SIZES, CLASSES = (8, 14, 16, 32), (0, 10, 100, 1000, 21841)  # of usual models
+
+
+def operations(
+    v: Vectors, case: str, expected: Tensor, counts: list[Sequence[Tensor]], width: int, patches: int | None = None
+) -> Tensor:
+    """10⁹ operations of the model that a case is about.
+
+    A file tells its patches, their size and the classes, as tensors of the case or in the header. Of what it does not
+    tell, that usual value is taken which comes nearest to the expected number of operations.
+
+    Args:
+        expected: that number.
+        counts: after pruning and after merging, CLS included.
+        patches: None: the file tells them, or the grid is a square.
+    """
+
+    def told(name: str, usual: Iterable[int]) -> Iterable[int]:
+        return [int(v[f"{case}.{name}"])] if f"{case}.{name}" in v else v.numbers(name) or usual
+
+    most = max(math.ceil(max(float(count.detach()) for count in kind)) for kind in counts) - 1
+    squares = [side**2 for side in range(math.isqrt(most - 1) + 1, 2 * math.isqrt(most) + 2)]
+    models = itertools.product(
+        [patches] if patches else told("patches", squares), told("patch_size", PATCH_SIZES), told("classes", CLASSES)
+    )
+    found = [
+        g2tm.gigaflops(*counts, length=1 + n, width=width, patch_size=side, classes=classes)
+        for n, side, classes in models
+    ]
+    return min(found, key=lambda value: abs(float(value.detach()) - float(expected)))
 
 
 def _diffrate_flops(v: Vectors, case: str) -> None:
     counts = [v[f"{case}.{kind}_kept"].float().clone().requires_grad_() for kind in ("prune", "merge")]
-    width = int(v[f"{case}.width"]) if f"{case}.width" in v else 384
-    found = g2tm.gigaflops(*map(list, counts), patches=196, width=width, classes=1000)  # as the format says
+    width = [int(v[f"{case}.width"])] if f"{case}.width" in v else v.numbers("width")
+    if not width:
+        raise v.lacks("width")
+    found = operations(v, case, v[f"{case}.gflops"], list(map(list, counts)), width[0])
     same("GFLOPs", found, v[f"{case}.gflops"])
     for kind, gradient in zip(("prune", "merge"), torch.autograd.grad(found, counts), strict=True):
         same(f"the gradient of {kind}", gradient, v[f"{case}.{kind}_grad"], MODEL, relative=True)
 
 
 def _diffrate_train(v: Vectors, case: str, source: str) -> None:
-    x, n_tokens = v[f"{source}.x"], v[f"{source}.x"].shape[1]
+    x = _patches(v, f"{source}.x")
     logits = {kind: v[f"{case}.{kind}_logits"].clone().requires_grad_() for kind in ("prune", "merge")}
-    rates = {kind: (value, candidates_of(value, n_tokens - 1)) for kind, value in logits.items()}
-    given = {"importance": v[f"{source}.attn"][:, :, 0].mean(1), "mask": torch.ones(x.shape[:2])}
-    step = g2tm.diffrate_training(x, sizes=v.sizes(f"{source}.size"), **given, **rates)
+    rates = {kind: (value, candidates_of(v, value, x.shape[1])) for kind, value in logits.items()}
+    step = g2tm.diffrate_training(x, importance=_cls_attention(v, source), sizes=_sizes(v, source), **rates)
     for kind, rate in rates.items():
-        same(f"the tokens of {kind}", g2tm.kept_tokens(*rate, 1), v[f"{case}.{kind}_kept"])
-    same("x", step.merge(x), v[f"{case}.x"])
-    same("the size", step.sizes, v.sizes(f"{case}.size"))
-    same("the mask", step.mask, v[f"{case}.mask"])
-    gradients = torch.autograd.grad((step.mask * v[f"{case}.mask_cotangent"]).sum(), list(logits.values()))
+        same(f"the tokens of {kind}", 1 + g2tm.kept_tokens(*rate), v[f"{case}.{kind}_kept"])
+    same("x", with_cls(v[f"{source}.x"], step.merge(x)), v[f"{case}.x"])
+    same("the size", with_cls(v.sizes(f"{source}.size"), step.sizes), v.sizes(f"{case}.size"))
+    same("the mask", with_cls(1.0, step.mask), v[f"{case}.mask"])
+    cotangent = _patches(v, f"{case}.mask_cotangent")
+    gradients = torch.autograd.grad((step.mask * cotangent).sum(), list(logits.values()))
     for kind, gradient in zip(logits, gradients, strict=True):
         same(f"the gradient of {kind}", gradient, v[f"{case}.{kind}_grad"], MODEL, relative=True)
 
@@ -136,18 +200,21 @@ def _dct(v: Vectors, case: str, source: str, r: str) -> None:
     x = v[f"{source}.x"]
     step = g2tm.dct(x[:, 1:], r=int(r))
     merged = step.merge(x[:, 1:])
-    same("x", torch.cat([x[:, :1], merged], 1), v[f"{case}.x"])
-    same("the way back", torch.cat([x[:, :1], step.unmerge(merged)], 1), v[f"{case}.restored"])
+    same("x", with_cls(x, merged), v[f"{case}.x"])
+    same("the way back", with_cls(x, step.unmerge(merged)), v[f"{case}.restored"])
 
 
 def _atc(v: Vectors, case: str, source: str, clusters: str, linkage: str) -> None:
-    x, sizes = v[f"{source}.x"], v.sizes(f"{source}.size")[:, 1:]
-    step = g2tm.atc(v[f"{source}.metric"][:, 1:], clusters=int(clusters), linkage=linkage, sizes=sizes)
+    x, sizes = v[f"{source}.x"], v.sizes(f"{source}.size")
+    rule = {"clusters": int(clusters), "linkage": linkage}
+    step = g2tm.atc(_patches(v, f"{source}.metric"), sizes=sizes[:, 1:], **rule)
     expected = v[f"{case}.assignment"]
-    same_partition("the clustering", step.assignment, expected[:, 1:])
-    back = torch.cat([x[:, :1], step.unmerge(step.merge(x[:, 1:]))], 1)
+    same_partition("the clustering", with_cls(0, 1 + step.assignment), expected)
+    exactly("the place of CLS", torch.zeros_like(expected[:, :1]), expected[:, :1])
+    back = with_cls(x, step.unmerge(step.merge(x[:, 1:])))
     same("x", back, v[f"{case}.x"].gather(1, expected.unsqueeze(2).expand_as(x)))
-    same("the size", step.sizes.gather(1, step.assignment), v.sizes(f"{case}.size").gather(1, expected)[:, 1:])
+    found = with_cls(sizes, step.sizes.gather(1, step.assignment))
+    same("the size", found, v.sizes(f"{case}.size").gather(1, expected))
 
 
 def _metric(v: Vectors, source: str) -> Tensor:
@@ -155,30 +222,30 @@ def _metric(v: Vectors, source: str) -> Tensor:
 
 
 def _dtem(v: Vectors, case: str, source: str, r: str) -> None:
-    _step(v, case, source, g2tm.bipartite(_metric(v, source), r=int(r), sizes=v.sizes(f"{source}.size")))
+    _step(v, case, source, g2tm.bipartite(_metric(v, source)[:, 1:], r=int(r), sizes=_sizes(v, source)))
 
 
 def _dtem_train(v: Vectors, case: str, _: str) -> None:
-    n_tokens = v[f"{case}.x"].shape[1]
-    source = f"n{n_tokens}"
+    source = f"n{v[f'{case}.x'].shape[1]}"
     metric = _metric(v, source).detach().requires_grad_()
     given: dict[str, Any] = {"r": int(v[f"{case}.r"]), "inverse_temperature": float(v[f"{case}.inverse_temperature"])}
-    given |= {name: v[f"{case}.{name}"] for name in ("a_index", "b_index")}
-    step = g2tm.soft_merge(metric, sizes=v.sizes(f"{source}.size"), **given)
-    merged = step.merge(v[f"{source}.x"])
+    given |= {name: v[f"{case}.{name}"] - 1 for name in ("a_index", "b_index")}
+    step = g2tm.soft_merge(metric[:, 1:], sizes=_sizes(v, source), **given)
+    merged = with_cls(v[f"{source}.x"], step.merge(_patches(v, f"{source}.x")))
+    sizes = with_cls(v.sizes(f"{source}.size"), step.sizes)
     same("the shares", step.shares, v[f"{case}.assign"])
     same("x", merged, v[f"{case}.x"])
-    same("the size", step.sizes, v.sizes(f"{case}.size"))
-    loss = (merged * v[f"{case}.x_cotangent"]).sum() + (step.sizes * v.sizes(f"{case}.size_cotangent")).sum()
+    same("the size", sizes, v.sizes(f"{case}.size"))
+    loss = (merged * v[f"{case}.x_cotangent"]).sum() + (sizes * v.sizes(f"{case}.size_cotangent")).sum()
     (gradient,) = torch.autograd.grad(loss, metric)
     same("the gradient of the metric", gradient, v[f"{case}.metric_grad"], MODEL, relative=True)
 
 
 def _ltmp(v: Vectors, case: str, source: str, _: str) -> None:
     given: dict[str, Any] = {name: float(v[f"{case}.{name}"]) for name in ("merge_threshold", "prune_threshold")}
-    given |= {"importance": v[f"{source}.attn"].mean((1, 2)), "fewest": 0}
-    step = g2tm.ltmp(v[f"{source}.x"], v[f"{source}.metric"], sizes=v.sizes(f"{source}.size"), **given)
-    exactly("the number of tokens", step.counts, v[f"{case}.count"])
+    given |= {"importance": v[f"{source}.attn"].mean((1, 2))[:, 1:], "fewest": 0, "sizes": _sizes(v, source)}
+    step = g2tm.ltmp(_patches(v, f"{source}.x"), _patches(v, f"{source}.metric"), **given)
+    exactly("the number of tokens", 1 + step.counts, v[f"{case}.count"])
     _step(v, case, source, step)
 
 
@@ -192,9 +259,10 @@ def _ltmp_masker(v: Vectors, case: str) -> None:
 
 
 def _tome(v: Vectors, case: str, r: str) -> None:
-    step: Grouping = g2tm.bipartite(v["tome.metric"], r=int(r), sizes=v.sizes("tome.size"))
+    step: Grouping = g2tm.bipartite(_patches(v, "tome.metric"), r=int(r), sizes=_sizes(v, "tome"))
     _step(v, case, "tome", step)
-    same("the way back", step.unmerge(step.merge(v["tome.x"])), v[f"{case}.unmerged"])
+    x = v["tome.x"]
+    same("the way back", with_cls(x, step.unmerge(step.merge(x[:, 1:]))), v[f"{case}.unmerged"])
 
 
 WITH_HEADER: dict[str, Callable[..., None]] = {

@@ -6,8 +6,9 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import click
+import torch
 from click.core import ParameterSource
-from torch import nn
+from torch import Tensor, nn
 
 import patch
 from patch.method import Choice, Number, Option
@@ -294,10 +295,18 @@ def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmente
         ValueError: as `patch.apply`, and for a model without the method's learned parts.
     """
     if method != PURE:
-        if patch.find(method).learns(options) and not patch.has_modules(model.encoder, method):
+        if patch.find(method).uses_learned(options) and not patch.has_modules(model.encoder, method):
             raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
         patch.apply(model, method, **options)
     return model
+
+
+def compile_network(model: Segmenter) -> Callable[[Tensor], Any]:
+    """`Segmenter.network` of a model, compiled for inference: one graph, or, where the image decides how many tokens
+    are left, one from each merge to the next (`patch.compile`, in place). The next call may overwrite what it gives."""
+    if patch.is_patched(model) and not patch.find(patch.method(model)).is_static(patch.options(model)):
+        return patch.compile(model).network
+    return torch.compile(model.network, mode="reduce-overhead")
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -310,7 +319,7 @@ def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | N
 
     None if the method has no learned parts.
     """
-    return _shape(method, options) if method != PURE and patch.find(method).learns(options) else None
+    return _shape(method, options) if method != PURE and patch.find(method).uses_learned(options) else None
 
 
 def _shape(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -385,7 +385,7 @@ def _learning(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     entry = None if method == PURE else find(method)
     if entry is None or entry.modules is None:
         raise ValueError(f"--train-only method: {method} has nothing to learn; name another method with --patch-type")
-    return {**options} if entry.switch is None else {entry.switch: True, **options}
+    return {**options} if entry.enabled_by is None else {entry.enabled_by: True, **options}
 
 
 def _check_cacheable(settings: Settings, method: str) -> None:

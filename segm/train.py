@@ -274,7 +274,7 @@ def build_optimizer(model: Segmenter, plan: Plan) -> torch.optim.Optimizer:
         return own if parameter in learned else layer_scale(name, **rates)
 
     optimizer = create_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay, scale)
-    optimizer.register_step_post_hook(lambda *_: patch.bound_parts(model.encoder))
+    optimizer.register_step_post_hook(lambda *_: patch.clamp_parts(model.encoder))
     return optimizer
 
 
@@ -340,7 +340,7 @@ def train(
         if parallel.world_size() > 1:
             for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
-            resting = patch.has_resting_parts(model.encoder, plan.method, plan.options.get("layers", ()))
+            resting = patch.has_unused_parts(model.encoder, plan.method, plan.options.get("layers", ()))
             wrapped = DistributedDataParallel(wrapped, find_unused_parameters=resting)
         windows = Windows.of(settings.window_size, settings.window_stride)
         main_process = parallel.is_main()

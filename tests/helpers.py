@@ -1,10 +1,12 @@
 """What the tests of several folders share and no fixture can give."""
 
 import os
+import re
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import patch
 
@@ -37,6 +39,13 @@ RAGGED = (
     "ltmp",
     "clustvit",
 )  # of these, the methods whose images keep different numbers of tokens
+
+# Every method whose number of tokens does not depend on the image, and options that make it so.
+STATIC_OPTIONS = {name: METHOD_OPTIONS[name] for name in METHOD_OPTIONS if patch.find(name).static} | {
+    "graph": {"tokens": 7},
+    "algm": {"layers": [1, 3], "tokens": [9, 6]},
+    "ltmp": {"tokens": [13, 10, 7]},
+}
 
 
 def options_for(method, **options):
@@ -82,6 +91,26 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Copies(TorchDispatchMode):
+    """Counts operations of several devices: copies from one to the other, and whatever mixes them.
+
+    Numbers without dimensions do not count: PyTorch hands them over with the kernel.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        copies = name in ("_to_copy", "copy_")
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and (x.ndim or copies)]
+        if len({x.device.type for x in tensors}) > 1:
+            self.names.append(name)
+        return out
+
+
 def end_process(*_, **__):
     """Ends the process at once, as a fault in a compiled library does."""
     os.abort()
@@ -89,4 +118,19 @@ def end_process(*_, **__):
 
 def with_parts(encoder, method):
     """An encoder with the learned parts that a method cannot do without."""
-    return encoder if patch.find(method).switch else patch.add_modules(encoder, method)
+    return encoder if patch.find(method).enabled_by else patch.add_modules(encoder, method)
+
+
+def right_or_refused(action, expected, match=".", **tolerance):
+    """Run something that either gives what is expected, or a ValueError of one sentence that matches.
+
+    Returns True where it was refused.
+    """
+    try:
+        found = action()
+    except ValueError as error:
+        assert re.search(match, str(error)), error
+        assert "\n" not in str(error) and len(str(error).split()) > 5, error
+        return True
+    torch.testing.assert_close(found, expected, **{"atol": 1e-5, "rtol": 1e-5} | tolerance)
+    return False

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +71,29 @@ def test_python_of_the_readme(shapes_run, tmp_path, monkeypatch):
         names["model"](torch.rand(2, 3, 224, 224))
     assert patch.reduction(names["model"]).lengths == (49, 49)
     assert merging.parse(["--patch-type", "runs", "--run-length", "4"]) == {"patch_type": "runs", "length": 4}
+
+
+def python(folder, *arguments):
+    """Runs Python in a new process, where a copy of `patch` in the folder comes first; returns what it prints."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    run = [sys.executable, *arguments]
+    found = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_a_method_in_a_file_of_its_own(tmp_path):
+    """The example of the README: as a script, as a module, and, without its use, in the folder of the methods."""
+    (code,) = (code for _, _, code in FENCE.findall(DOCUMENTS["README"]) if "register(" in code)
+    (tmp_path / "mine.py").write_text(f"{code}\nprint(patch.method(model), patch.options(model)['length'])\n")
+    for arguments in (["mine.py"], ["-c", "import mine"], ["-c", "import patch; import mine"]):
+        assert python(tmp_path, *arguments) == "runs 4\n"
+
+    shutil.copytree(ROOT / "patch", tmp_path / "patch", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "patch/methods/runs.py").write_text(code[: code.index("\nmodel = ")])
+    for first in ("patch", "patch.method", "patch.methods.runs", "patch.learned"):
+        found = python(tmp_path, "-c", f"import {first}; import patch; print(patch.__file__, *patch.METHODS)")
+        assert found.split() == [str(tmp_path / "patch/__init__.py"), *patch.METHODS, "runs"]
 
 
 @torch.inference_mode()

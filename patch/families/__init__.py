@@ -1,9 +1,10 @@
-"""How each kind of ViT is taken apart: one file per kind."""
+"""The kinds of ViT and the ways to take them apart: one file per kind."""
 
 from torch import nn
 
 from patch.families.base import Family
 from patch.families.mmseg_vit import MMSegViT
+from patch.families.segmenter import is_segmenter
 from patch.families.timm_eva import TimmEva
 from patch.families.timm_vit import TimmViT
 from patch.families.transformers_vit import TransformersViT
@@ -11,24 +12,28 @@ from patch.families.transformers_vit import TransformersViT
 FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT(), MMSegViT())
 
 
-def vit_within(model: nn.Module) -> nn.Module | None:
-    """The first ViT that a model is or holds; None: none that is known."""
-    return next((one for one in model.modules() if any(family.knows(one) for family in FAMILIES)), None)
-
-
-def family_of(model: nn.Module, check: bool = True) -> Family:
+def family_of(model: nn.Module) -> Family:
     """The family that knows a ViT.
 
-    Args:
-        check: whether it is to be patched; not for one that is patched already.
-
     Raises:
-        ValueError: none does, or the model is of a known kind but has a part that cannot be patched.
+        ValueError: none does.
     """
-    family = next((family for family in FAMILIES if family.knows(model)), None)
+    family = _family(model)
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(f"cannot patch a {type(model).__name__}: known are a Segmenter and {known}")
-    if check:
-        family.check(model)
     return family
+
+
+def models_within(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> the Segmenters that a model is or holds, and the ViTs outside of them. Wrappers are looked through."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and (is_segmenter(module) or _family(module) is not None):
+            found[name] = module
+    return found
+
+
+def _family(model: nn.Module) -> Family | None:
+    return next((family for family in FAMILIES if family.knows(model)), None)

@@ -1,85 +1,129 @@
-"""What all families share: the class that is put in front of a module's own, and the flow through a block."""
+"""The common part of all families: the class that is mixed into a module's own, and the way through a block."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patch.attention import Ahead, Masked, Seen, can_look, can_pack
-from patch.state import Merging, Pass
+from patch.attention import AttentionMask, QKRecorder
+from patch.hooks import shows_output
+from patch.layout import Around, Rows
+from patch.look import Look
+from patch.track import Merging, Track
 
-FROM_ATTENTION = frozenset({"keys", "row", "means"})  # needs that are made of queries and keys
+RECORD = "_patch"  # the one attribute that a patch gives a module
+COMPILATION = "_compilation"  # and `patch.compile`
+
+
+@dataclass(eq=False)
+class Record:
+    """The record of a patch in one module.
+
+    Attributes:
+        merging: what the patch put into the model.
+        index: of a block of the encoder, counted from 0; -1 for others.
+        around: number of tokens before and after the patch tokens: in a block, of a ViT behind its last block.
+        merges_at: place of a merge in a block -> the layer that the method calls it.
+        leaves_rows: whether every image has its row after a block: at the end of a stack, and where queries join.
+        more: what its family adds.
+    """
+
+    merging: Merging
+    index: int = -1
+    around: Around = (0, 0)
+    merges_at: dict[str, int] = field(default_factory=dict)
+    leaves_rows: bool = False
+    more: Any = None
 
 
 class Patched(nn.Module):
-    """Base of the classes that a patch puts in front of a module's own. Such modules copy and pickle.
+    """Base of the classes that a patch mixes into a module's own. Such modules copy and pickle."""
 
-    Attributes:
-        ATTRIBUTES: names of what the patch gives such a module.
-    """
-
-    ATTRIBUTES: tuple[str, ...]
+    _patch: Record
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, _classes(self), self.__dict__
+        return _blank, _classes(type(self)), self.__dict__
 
 
 @cache
-def _in_front(front: type[Patched], own: type[nn.Module]) -> type:
-    return type(f"Patched{own.__name__}", (front, own), {})
+def _mixed(mixin: Any, own: Any) -> type:
+    """A class of the same name: libraries look classes up by it."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_mixin": mixin}
+    return type(own.__name__, (mixin, own), names)
 
 
-def _classes(module: nn.Module) -> tuple[type, ...]:
-    """What was put in front of a module, outermost first, then its own class."""
-    fronts, own = [], type(module)
-    while issubclass(own, Patched):
-        front, own = own.__bases__
-        fronts.append(front)
-    return *fronts, own
+def _is_mixed(cls: type) -> bool:
+    return "_mixin" in vars(cls)
+
+
+def _classes(cls: type) -> tuple[type, ...]:
+    """The mixins of a class, outermost first, then the class that they were mixed into."""
+    mixins = []
+    while _is_mixed(cls):
+        mixin, cls = cls.__bases__
+        mixins.append(mixin)
+    return *mixins, cls
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before anything was put in front."""
-    return _classes(module)[-1]
+    """The class of a module before anything was mixed into it."""
+    return _without_mixins(type(module))
 
 
 def _blank(*classes: type) -> nn.Module:
     """A module without attributes, of `_classes`."""
-    *fronts, new = classes
-    for front in reversed(fronts):
-        new = _in_front(front, new)
-    return nn.Module.__new__(new)
+    *mixins, cls = classes
+    for mixin in reversed(mixins):
+        cls = _mixed(mixin, cls)
+    return nn.Module.__new__(cls)
 
 
-def put_in_front(module: nn.Module, front: type[Patched], **attributes: Any) -> None:
-    """Give a module another class, `front` before its own; its parameters stay the objects they are."""
+def mix_in(module: Any, mixin: Any, **attributes: Any) -> None:
+    """Give a module another class, `mixin` before its own; its parameters stay the objects they are."""
     module.__dict__.update(attributes)
-    module.__class__ = _in_front(front, type(module))
+    own: Any = type(module)
+    module.__class__ = _mixed(mixin, own)
 
 
-def take_away(module: nn.Module) -> None:
-    """Undo `put_in_front`."""
-    bases: Any = type(module).__bases__
-    front, module.__class__ = bases
-    for name in front.ATTRIBUTES:
+def mix_out(module: nn.Module) -> None:
+    """Undo every `mix_in`, also below classes that others put on top since (FSDP2, parametrizations)."""
+    module.__class__ = _without_mixins(type(module))
+    for name in (RECORD, COMPILATION):
         module.__dict__.pop(name, None)
 
 
+def _without_mixins(cls: type) -> type:
+    if _is_mixed(cls):
+        return _without_mixins(cls.__bases__[1])
+    if not issubclass(cls, Patched):
+        return cls
+    bases = tuple(map(_without_mixins, cls.__bases__))  # of a class that a wrapper made of a mixed one
+    siblings: list[type] = bases[-1].__subclasses__()
+    for known in siblings:  # as it would have made of the class itself
+        if known.__bases__ == bases and known.__qualname__ == cls.__qualname__:
+            return known
+    # Not a forward that transformers wrapped around the patched one when the class was made.
+    left_out = {name for name, value in vars(cls).items() if hasattr(value, "__wrapped__")} | {
+        "__dict__",
+        "__weakref__",
+    }
+    content = {name: value for name, value in vars(cls).items() if name not in left_out}
+    return type.__call__(type(cls), cls.__name__, bases, content)
+
+
 class PatchedModel(Patched):
-    """A model, or the encoder in it, that begins and ends passes."""
-
-    ATTRIBUTES = ("merging",)
-
-    merging: Merging
+    """A model, or the encoder in it, that starts passes."""
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """While open, this thread may trace or export the model, whose shapes depend on the image."""
-        with self.merging.tracing():
+        with self._patch.merging.tracing():
             yield
 
 
@@ -89,93 +133,110 @@ class Family(ABC):
     Attributes:
         name: for messages.
         learns: whether the learned parts of methods can be built into it.
-        block_front: `PatchedBlock` of this kind.
-        encoder_front: `Patched` of the model itself: begins and ends a pass.
+        block_mixin: `PatchedBlock` of this kind.
+        model_mixin: `Patched` of the ViT itself: starts and ends a pass.
     """
 
     name: str
     learns = True
-    block_front: type["PatchedBlock"]
-    encoder_front: type[Patched]
+    block_mixin: type["PatchedBlock"]
+    model_mixin: type[Patched]
 
-    def attach(self, model: nn.Module, merging: Merging) -> None:
-        """Let a model begin and end passes; `take_away` undoes it."""
-        put_in_front(model, self.encoder_front, merging=merging)
+    def attach(self, model: Any, merging: Merging) -> None:
+        """Let a ViT start and end passes; `mix_out` undoes it."""
+        around = self.tokens_before(model, len(self.blocks(model)) - 1), 0
+        mix_in(model, self.model_mixin, _patch=Record(merging, around=around))
 
     @abstractmethod
     def knows(self, model: nn.Module) -> bool:
-        """Whether a model is of this kind, a subclass included."""
+        """Return whether a model is of this kind, a subclass included."""
 
     @abstractmethod
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         """Raise a ValueError if this one cannot be patched, with the reason."""
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[Any]:
         """Its blocks."""
 
     @abstractmethod
-    def prefix(self, model: nn.Module) -> int:
+    def n_prefix(self, model: Any) -> int:
         """Number of prefix tokens: CLS, distillation and register tokens."""
 
-    def in_front(self, model: nn.Module, index: int) -> tuple[int, bool]:
-        """How many tokens are in front of the patches in a block, and whether every image has its row again after it:
-        at the end, and where tokens join.
+    def n_queries(self, model: Any) -> tuple[int, int]:
+        """Number of learned queries that join the tokens, and the number of blocks before they do; (0, 0): none do."""
+        return 0, 0
 
-        Args:
-            index: of the block, counted from 1.
-        """
-        return self.prefix(model), index == len(self.blocks(model))
-
-    @abstractmethod
-    def has_cls(self, model: nn.Module) -> bool:
-        """Whether the first prefix token is a CLS token."""
+    def tokens_before(self, model: Any, index: int) -> int:
+        """Number of tokens before the patches in a block; index: of the block, counted from 0."""
+        n_queries, first = self.n_queries(model)
+        return self.n_prefix(model) + (n_queries if index >= first else 0)
 
     @abstractmethod
-    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """What comes before the blocks: images (B, 3, H, W) -> tokens (B, P + N, D), and the rotary table that each
-        block gets, None for a family without."""
+    def has_cls(self, model: Any) -> bool:
+        """Return whether the first token of the sequence is a CLS token."""
 
     @abstractmethod
-    def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
+    def grid(self, model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(gh, gw), patches of images of (height, width) pixels; None: of those that it was made for."""
 
 
 class PatchedBlock(Patched):
     """A block after a patch: the bias of merged tokens goes into its attention, and tokens merge where the method
-    says. A family says what its halves are.
+    says. A family says what its halves are."""
 
-    Attributes:
-        merging: what the patch put into the model.
-        neighbors: number of tokens in front of and behind the patch tokens.
-        places: place of a merge in this block -> the layer that the method calls it.
-        last: whether it is the last of its stack, behind which every image has its row again.
-        index: counted from 0; -1 behind the encoder.
-    """
+    attn: Any
+    norm1: Any
 
-    ATTRIBUTES = ("merging", "neighbors", "places", "last", "index")
+    def run(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """The way through a block.
 
-    merging: Merging
-    neighbors: tuple[int, int]
-    places: dict[str, int]
-    last: bool
-    index: int
+        Args:
+            x: (B, L, D), or the tokens of all images concatenated, (1, T, D), as the block before left them.
+            rope: rotary table of the patches; None: the model has none.
 
-    def go(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """`flow`, and all patches where the output of this block is read."""
-        here = self.merging.current
-        x = self.flow(here.hidden(x), rope)
-        return here.show(x, self.neighbors[0]) if self.index in here.reads else x
+        Returns:
+            (B, L', D) or (1, T', D), with L' ≤ L where tokens merge.
+        """
+        track = self._patch.merging.current
+        assert track is not None
+        x = track.merge_at("before", track.enter(x, self), self)
+        x, layout = track.arrange(x, self)
+        x, look = self.attend(x, layout, rope)
+        x, layout = track.arrange(track.merge_at("attention", x, self, look), self)
+        x = self.feed(x, layout)
+        return track.leave(track.merge_at("block", x, self, look), self)
+
+    def attend(self, x: Tensor, layout: Rows, rope: Tensor | None) -> tuple[Tensor, Look | None]:
+        """The half before the merge; x: as it lies. Gives a look at its attention, where tokens merge by it."""
+        normed, rotary = self.normalized(x), layout.rotary(rope)
+        mask = layout.mask(normed, self.attention_is_fused)
+        looks = self._patch.merges_at.keys() - {"before"}
+        if looks and self.attention_is_fused and layout.tokens.soft_masking is None:
+            mask = QKRecorder(mask)
+        out = self.run_attention(normed, mask, rotary)
+        if isinstance(mask, AttentionMask) and not mask.was_taken:
+            raise ValueError(
+                f"the attention of a {own_class(self).__name__} ran without the mask of merged tokens, by a forward or "
+                "a function that was exchanged: call patch.remove, take it away, then patch.apply"
+            )
+        soft = self.training and self._patch.merging.method.soft is not None
+        look = Look(self, layout, x, normed, rotary, mask, soft) if looks else None
+        return self.add_attention(x, out, layout), look
 
     def normalized(self, x: Tensor) -> Tensor:
-        """What the attention of this block works with; x: (B, L, D)."""
+        """The input of the block's attention; x: (B, L, D)."""
         return self.norm1(x)
 
-    def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """The half before the merge, by way of `attention_of`; x: (B, L, D)."""
+    def run_attention(self, normed: Tensor, mask: AttentionMask | Tensor | None, rotary: Tensor | None) -> Tensor:
+        """The block's own attention module: (B, L, D) -> (B, L, D)."""
+        return self.attn(normed, attn_mask=mask, **({} if rotary is None else {"rope": rotary}))
+
+    def add_attention(self, x: Tensor, out: Tensor, layout: Rows) -> Tensor:
+        """The residual stream after attention; x, out: (B, L, D)."""
         raise NotImplementedError
 
-    def feed(self, x: Tensor, here: Pass) -> Tensor:
+    def feed(self, x: Tensor, layout: Rows) -> Tensor:
         """The half after the merge; x: (B, L, D)."""
         raise NotImplementedError
 
@@ -183,37 +244,22 @@ class PatchedBlock(Patched):
         """Queries and keys that the attention forms of its input: (B, L, D) -> (B, H, L, d) each, before rotation."""
         raise NotImplementedError
 
-    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
         """Queries or keys, (B, H, L, d), rotated as the attention does."""
         raise NotImplementedError
 
-    def flow(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x: (B, L, D) -> (B, L', D), with L' ≤ L where tokens merge. Between the blocks of a stack, the tokens of all
-        images may be concatenated, (1, T, D)."""
-        here = self.merging.current
-        x = self._merge("before", x, here)
-        x = self._merge_ahead(here.unpack(x), here, rope) if "ahead" in self.places else self._arrange(x, here)
-        x = self.begin(x, here, rope)
-        if "attention" in self.places:
-            x = self._arrange(self._merge("attention", x, here), here)
-        x = self._merge("block", self.feed(x, here), here)
-        x = here.unpack(x) if self.last else x
-        return here.finish(x, self.neighbors[0]) if self.index == self.merging.target.depth - 1 else x
-
-    def begin(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """`attend`, after a look at the input of the block."""
-        if "input" in self.needs:
-            here.see(input=x)
-        return self.attend(x, here, rope)
+    def is_read(self, track: Track, is_last: bool) -> bool:
+        """Return whether the output of this block is looked at, so that it has to have all patches."""
+        return self._patch.index in track.outputs_read
 
     @property
     def attention_is_fused(self) -> bool:
-        """Whether its attention hands masks to `scaled_dot_product_attention`."""
+        """True where its attention hands masks to `scaled_dot_product_attention`."""
         return self.attn.fused_attn
 
     @property
     def attention_scale(self) -> float:
-        """Of the products of queries and keys."""
+        """Factor of the products of queries and keys."""
         return self.attn.scale
 
     @property
@@ -221,130 +267,39 @@ class PatchedBlock(Patched):
         """Probability with which attention weights are dropped in training."""
         return self.attn.attn_drop.p
 
-    def run_attention(self, normed: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
-        """The block's own attention module: (B, L, D) -> (B, L, D)."""
-        return self.attn(normed, attn_mask=mask, **({} if rope is None else {"rope": rope}))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the method has to see while this block runs."""
-        return self.merging.method.needs if self.places.keys() - {"ahead"} else frozenset()
-
-    def attention_of(self, normed: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """This block's own attention under the mask of the pass; normed: its input, (B, L, D)."""
-        needs = self.needs
-        mask = here.take_ahead()
-        if mask is None:
-            mask = here.mask(*self.neighbors, normed, self.attention_is_fused, self.training)
-        looks = needs & FROM_ATTENTION and self.attention_is_fused and can_look(self.attn) and not self.merging.watched
-        if looks and not isinstance(mask, Masked):
-            mask = Seen.of(mask=mask)
-        out = self.run_attention(normed, mask, rope)
-        if "normed" in needs:
-            here.see(normed=normed)
-        if needs & FROM_ATTENTION:
-            soft = self.training and self.merging.method.softens(here.options)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and soft):
-                self._look(normed, here, rope, needs, mask)
-        return out
-
-    def _look(
-        self, normed: Tensor, here: Pass, rope: Tensor | None, needs: Collection[str], mask: Tensor | None
-    ) -> None:
-        """Keep what the method needs of the attention that has run under a mask."""
-        pair = mask.pair if isinstance(mask, Seen | Masked) else None
-        plain = pair if rope is None else None  # rotated keys tell where a token stands, not what it shows
-        if plain is None and ("keys" in needs or pair is None):
-            plain = self.project(normed)
-        if "keys" in needs:
-            here.see(keys=plain[1].float().mean(1))
-        if isinstance(mask, Masked):
-            summaries = {"row": mask.map[:, :, 0].mean(1), "means": mask.map.mean((1, 2))}
-            here.see(**{name: value for name, value in summaries.items() if name in needs})
-            return
-        query, key = pair or plain
-        if pair is None and rope is not None:
-            query, key = self.rotate(query, rope), self.rotate(key, rope)
-        here.see_map(query, key, self.attention_scale, needs, self.neighbors)
-
-    def _merge_ahead(self, x: Tensor, here: Pass, rope: Tensor | None) -> Tensor:
-        """Merge by the attention that all tokens would have in this block, which then goes on with that."""
-        if not self.attention_is_fused:
-            name = self.merging.method.name
-            raise ValueError(
-                f"{name} reuses attention in this form, which takes fused attention: set fused_attn = True"
-            )
-        table, normed, needs = here.rotary(rope), self.normalized(x), self.merging.method.needs
-        mask = here.mask(*self.neighbors, normed, True, self.training)
-        query, key = self.project(normed)
-        here.see(input=x, normed=normed, keys=key.float().mean(1))
-        if table is not None:
-            query, key = self.rotate(query, table), self.rotate(key, table)
-        with torch.no_grad():
-            here.see_map(query, key, self.attention_scale, needs, self.neighbors)
-        merged = self._merge("ahead", x, here)
-        if here.step is not None:  # it is where there is no image
-            here.keep_ahead(Ahead.of(pair=(query, key), mask=mask, step=here.step, prefix=self.neighbors[0]))
-        return merged
-
-    def _merge(self, place: str, x: Tensor, here: Pass) -> Tensor:
-        """One reduction step, if the method has one at this place."""
-        return here.reduce(here.unpack(x), self, self.places[place]) if place in self.places else x
-
-    def _arrange(self, x: Tensor, here: Pass) -> Tensor:
-        """Tokens packed where this block can work on them so, else padded."""
-        if self.attention_is_fused and can_pack(x, self.attention_dropout if self.training else 0):
-            return here.pack(x, *self.neighbors)
-        return here.unpack(x)
-
 
 class OpenBlock(PatchedBlock):
-    """A block of a model whose own class has to stay: a pass begins before the first block, see `OpenFamily`. The last
-    one gives every patch its token back, so that what follows sees all of them; so does one whose output is looked at.
+    """A block whose last one gives every patch its token back, so that what follows sees all of them; so does one
+    whose output a hook looks at."""
 
-    Attributes:
-        ends: whether it is the last one.
-        shown: whether the model itself looks at its output.
-    """
-
-    ATTRIBUTES = (*PatchedBlock.ATTRIBUTES, "ends", "shown")
-
-    ends: bool
-    shown: bool
-
-    def go(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """(B, P + N, D), or tokens that are merged already, to the same."""
-        here = self.merging.current
-        x = self.flow(here.hidden(x), rope)
-        if self.ends:
-            self.merging.end()
-            return here.unmerge(x, self.neighbors[0])
-        return here.show(x, self.neighbors[0]) if self.shown or self._forward_hooks else x
+    def is_read(self, track: Track, is_last: bool) -> bool:
+        return is_last or super().is_read(track, is_last) or shows_output(self)
 
 
 class OpenFamily(Family):
-    """A kind of ViT whose own class has to stay: a module in front of its blocks begins a pass, the last block ends
-    it."""
+    """A kind of ViT that is patched by its call: its embedding tells the grid, its last block gives all patches
+    back."""
 
     learns = False  # learned parts are named after timm's modules
 
     @abstractmethod
-    def begin(self, model: nn.Module, merging: Merging) -> None:
-        """Put a class that begins passes in front of the module that comes before the blocks."""
+    def embedding(self, model: Any) -> tuple[nn.Module, type["PatchedEmbedding"], Any]:
+        """The module before the blocks, what is mixed into it, and what that has to know."""
 
-    def shown(self, model: nn.Module, index: int) -> bool:
-        """Whether the model looks at the output of a block, counted from 1."""
-        return False
+    def attach(self, model: Any, merging: Merging) -> None:
+        super().attach(model, merging)
+        module, mixin, more = self.embedding(model)
+        mix_in(module, mixin, _patch=Record(merging, more=more))
 
-    def attach(self, model: nn.Module, merging: Merging) -> None:
-        model.__dict__["merging"] = merging
-        blocks = self.blocks(model)
-        for index, block in enumerate(blocks, start=1):
-            block.__dict__.update(ends=index == len(blocks), shown=self.shown(model, index))
-        self.begin(model, merging)
 
-    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        raise ValueError(f"patch.compile knows Segmenters alone, not {self.name}: use torch.compile")
+class PatchedEmbedding(Patched):
+    """The module before the blocks, which tells a pass the grid."""
+
+    def tell_grid(self, grid: Sequence[int]) -> None:
+        """grid: (gh, gw), patches of the images. Outside of a pass nobody needs to know."""
+        track = self._patch.merging.current
+        if track is not None and track.grid is None:
+            track.begin((int(grid[0]), int(grid[1])))
 
 
 def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -353,4 +308,29 @@ def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise ValueError(
             "a patched model takes no attn_mask and no is_causal: a mask of patches does not fit merged tokens; "
             "call patch.remove first"
+        )
+
+
+def modules_of(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """All modules in some blocks, the blocks first."""
+    for block in blocks:
+        yield from block.modules()
+
+
+def check_forward(modules: Iterable[nn.Module]) -> None:
+    """Raise a ValueError for a module with a `forward` of its instance, which may pass a patch by."""
+    for module in modules:
+        if "forward" in vars(module):
+            raise ValueError(
+                f"a {own_class(module).__name__} has a forward of its own instance (as accelerate's hooks set it), "
+                "which a patch does not see: call patch.apply before it is set, or patch.remove after it is taken away"
+            )
+
+
+def note_outside(block: PatchedBlock) -> None:
+    """Warn that a block runs without a pass around it."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"a patched {own_class(block).__name__} ran by itself, nothing merges: call the model, which starts a pass",
+            stacklevel=3,
         )

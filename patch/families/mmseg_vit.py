@@ -6,8 +6,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patch.families.base import OpenBlock, OpenFamily, Patched, own_class, put_in_front
-from patch.state import Merging, Pass
+from patch.attention import AttentionMask
+from patch.families.base import (
+    OpenBlock,
+    OpenFamily,
+    PatchedEmbedding,
+    PatchedModel,
+    check_forward,
+    modules_of,
+    note_outside,
+    own_class,
+)
+from patch.layout import Rows
 
 MODULE, MODEL, BLOCK = "mmseg.models.backbones.vit", "VisionTransformer", "TransformerEncoderLayer"
 
@@ -15,13 +25,18 @@ MODULE, MODEL, BLOCK = "mmseg.models.backbones.vit", "VisionTransformer", "Trans
 class PatchedEncoderLayer(OpenBlock):
     """mmsegmentation's `TransformerEncoderLayer`, whose attention is PyTorch's `MultiheadAttention`."""
 
+    ffn: Any
+    norm2: Any
+    with_cp: bool
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L', D); outside of a pass, as unpatched."""
-        if self.merging.current is None:
+        if self._patch.merging.current is None:
+            note_outside(self)
             return super().forward(x)
         if self.with_cp and x.requires_grad:
             raise ValueError("a patched model cannot run with checkpoints, it would merge twice: set with_cp=False")
-        return self.go(x)
+        return self.run(x)
 
     @property
     def attention_is_fused(self) -> bool:
@@ -36,70 +51,77 @@ class PatchedEncoderLayer(OpenBlock):
     def attention_dropout(self) -> float:
         return self.attn.attn.dropout
 
-    def run_attention(self, normed: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+    def run_attention(self, normed: Tensor, mask: AttentionMask | Tensor | None, rotary: Tensor | None) -> Tensor:
+        assert not isinstance(mask, AttentionMask)
         bias = None if mask is None else mask.flatten(1)  # PyTorch takes a bias of the keys as their padding mask
         return self.attn(normed, identity=normed.new_zeros(()), key_padding_mask=bias)
 
-    def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """The half before the merge; x: (B, L, D)."""
-        return x + self.attention_of(self.normalized(x), here)
+    def add_attention(self, x: Tensor, out: Tensor, layout: Rows) -> Tensor:
+        return x + out
 
-    def feed(self, x: Tensor, here: Pass) -> Tensor:
-        """The half after the merge; x: (B, L, D)."""
+    def feed(self, x: Tensor, layout: Rows) -> Tensor:
         return self.ffn(self.norm2(x), identity=x)
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> (B, H, L, d) each"""
         attn = self.attn.attn
         query, key, _ = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
         query, key = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (query, key))
         return query, key
 
 
-class PatchedPatchEmbed(Patched):
-    """mmsegmentation's `PatchEmbed`, with which a pass begins: it knows the grid."""
-
-    ATTRIBUTES = ("merging",)
-
-    merging: Merging
+class PatchedPatchEmbed(PatchedEmbedding):
+    """mmsegmentation's `PatchEmbed`."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """(B, 3, H, W) -> ((B, N, D), grid)"""
         tokens, grid = super().forward(x)
-        self.merging.begin((int(grid[0]), int(grid[1])))
+        self.tell_grid(grid)
         return tokens, grid
+
+
+class PatchedMMSegViT(PatchedModel):
+    """mmsegmentation's ViT: its call starts and ends a pass."""
+
+    layers: Any
+    out_indices: Sequence[int]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As unpatched, from blocks whose outputs have all patches."""
+        own: Any = super()
+        with self._patch.merging.start_pass(self, self.layers) as track:
+            track.outputs_read = self.out_indices
+            return track.release_with(own.forward(*args, **kwargs))
 
 
 class MMSegViT(OpenFamily):
     """mmsegmentation's plain ViT."""
 
     name = "mmsegmentation's VisionTransformer"
-    block_front = PatchedEncoderLayer
+    block_mixin = PatchedEncoderLayer
+    model_mixin = PatchedMMSegViT
 
     def knows(self, model: nn.Module) -> bool:
         return any((cls.__module__, cls.__name__) == (MODULE, MODEL) for cls in type(model).__mro__)
 
-    def check(self, model: nn.Module) -> None:
-        other = next((cls for cls in map(own_class, self.blocks(model)) if cls.__name__ != BLOCK), None)
+    def check(self, model: Any) -> None:
+        classes = [own_class(block) for block in self.blocks(model)]
+        other = next((cls for cls in classes if BLOCK not in [base.__name__ for base in cls.__mro__]), None)
         if other is not None:
             raise ValueError(f"cannot patch a {other.__name__}: only mmsegmentation's {BLOCK} is known")
+        check_forward([model, model.patch_embed, *modules_of(self.blocks(model))])
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[Any]:
         return list(model.layers)
 
-    def prefix(self, model: nn.Module) -> int:
+    def n_prefix(self, model: Any) -> int:
         return int(model.with_cls_token)
 
-    def has_cls(self, model: nn.Module) -> bool:
+    def has_cls(self, model: Any) -> bool:
         return bool(model.with_cls_token)
 
-    def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
+    def grid(self, model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
         gh, gw = (-(-side // model.patch_size) for side in (size or model.img_size))
         return gh, gw
 
-    def shown(self, model: nn.Module, index: int) -> bool:
-        return index - 1 in model.out_indices
-
-    def begin(self, model: nn.Module, merging: Merging) -> None:
-        embed: Any = model.patch_embed
-        put_in_front(embed, PatchedPatchEmbed, merging=merging)
+    def embedding(self, model: Any) -> tuple[nn.Module, type[PatchedEmbedding], Any]:
+        return model.patch_embed, PatchedPatchEmbed, None

@@ -4,27 +4,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patch.families.base import PatchedModel
+from patch.families.base import RECORD, PatchedModel
 
 
 def is_segmenter(model: nn.Module) -> bool:
-    """Whether a model has the parts of a Segmenter."""
-    return all(hasattr(model, name) for name in ("encoder", "decoder", "to_grid"))
+    """Return whether a model has the parts of a Segmenter; not a wrapper that passes them on (`torch.compile`)."""
+    return model._modules.keys() >= {"encoder", "decoder"} and hasattr(model, "to_grid")
 
 
 class PatchedSegmenter(PatchedModel):
     """A Segmenter: a pass begins with the images and ends with what the decoder gives, for all patches."""
 
     guides = False
+    encoder: Any
+    decoder: Any
 
     def network(self, images: Tensor) -> Any:
         """images (B, 3, H, W) -> (B, C, gh, gw), or masks and classes of queries"""
         own: Any = super()
-        with self.merging.open_pass():
+        if RECORD not in vars(self.encoder):  # it was taken out by itself
+            return own.network(images)
+        with self._patch.merging.start_pass(self.encoder, self.encoder.blocks, self.decoder.blocks):
             return own.network(images)
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
         """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""
         own: Any = super()
-        here = self.merging.current
-        return own.to_grid(scores if here is None else here.unmerge(scores), grid)
+        track = self._patch.merging.current
+        return own.to_grid(scores if track is None else track.unmerge(scores), grid)

@@ -1,19 +1,26 @@
 """timm's `Eva` with rotary embeddings: EVA-02, DINOv3, PE, ViTs with RoPE."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from timm.layers import apply_rot_embed_cat
-from timm.models.eva import Eva, EvaBlock
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from patch.families.base import PatchedBlock, check_plain
+from patch.families.base import PatchedBlock, check_plain, note_outside
 from patch.families.timm_vit import TimmFamily
-from patch.state import Pass
+from patch.layout import Rows
 
 
 class PatchedEvaBlock(PatchedBlock):
     """timm's `EvaBlock`."""
+
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+    mlp: Any
+    norm2: Any
+    drop_path1: nn.Module
+    drop_path2: nn.Module
 
     def forward(
         self,
@@ -23,22 +30,19 @@ class PatchedEvaBlock(PatchedBlock):
         is_causal: bool = False,
     ) -> Tensor:
         """x: (B, L, D), rope: sine and cosine of every patch -> (B, L', D); outside of a pass, as unpatched."""
-        if self.merging.current is None:
+        if self._patch.merging.current is None:
+            note_outside(self)
             return super().forward(x, rope, attn_mask, is_causal)
         check_plain(attn_mask, is_causal)
-        return self.go(x, rope)
+        return self.run(x, rope)
 
-    def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """The half before the merge; x: (B, L, D)."""
-        out = self.attention_of(self.normalized(x), here, here.rotary(rope))
-        return x + here.drop(self.drop_path1, _scaled(self.gamma_1, out))
+    def add_attention(self, x: Tensor, out: Tensor, layout: Rows) -> Tensor:
+        return x + layout.drop(self.drop_path1, _scaled(self.gamma_1, out))
 
-    def feed(self, x: Tensor, here: Pass) -> Tensor:
-        """The half after the merge; x: (B, L, D)."""
-        return x + here.drop(self.drop_path2, _scaled(self.gamma_2, self.mlp(self.norm2(x))))
+    def feed(self, x: Tensor, layout: Rows) -> Tensor:
+        return x + layout.drop(self.drop_path2, _scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> (B, H, L, d) each"""
         attn = self.attn
         if attn.qkv is None:
             query, key = attn.q_proj(normed), attn.k_proj(normed)
@@ -50,11 +54,10 @@ class PatchedEvaBlock(PatchedBlock):
         shared = getattr(attn, "num_kv_groups", 1)  # heads that share their keys
         return attn.q_norm(query), attn.k_norm(key).repeat_interleave(shared, dim=1)
 
-    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, H, L, d), but for the prefix tokens"""
-        front = self.attn.num_prefix_tokens
+    def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
+        n_prefix = self.attn.num_prefix_tokens
         half = getattr(self.attn, "rotate_half", False)
-        return torch.cat([x[:, :, :front], apply_rot_embed_cat(x[:, :, front:], rope, half=half)], dim=2)
+        return torch.cat([x[:, :, :n_prefix], apply_rot_embed_cat(x[:, :, n_prefix:], rotary, half=half)], dim=2)
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
@@ -66,10 +69,5 @@ class TimmEva(TimmFamily):
     """timm's ViTs with rotary embeddings."""
 
     name = "timm's Eva"
-    model_class, block_class = Eva, EvaBlock
-    block_front = PatchedEvaBlock
-
-    def embed(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        x, rope = model._pos_embed(model.patch_embed(images))
-        per_block = list(rope) if model.rope_mixed and rope is not None else [rope] * len(model.blocks)
-        return model.norm_pre(x), per_block
+    model_class, block_class, attention_classes = Eva, EvaBlock, (EvaAttention, AttentionRope)
+    block_mixin = PatchedEvaBlock

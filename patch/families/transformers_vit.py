@@ -8,16 +8,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patch.families.base import OpenBlock, OpenFamily, Patched, check_plain, own_class, put_in_front
-from patch.state import Merging, Pass
+from patch.attention import AttentionMask
+from patch.families.base import (
+    OpenBlock,
+    OpenFamily,
+    PatchedEmbedding,
+    PatchedModel,
+    check_forward,
+    check_plain,
+    modules_of,
+    note_outside,
+    own_class,
+)
+from patch.layout import Rows
 
 LIBRARY = "transformers.models."
 STACKS = ("layers", "encoder.layer", "encoder.layers", "model.layer")  # where a ViT keeps its blocks
 ATTENTIONS = ("sdpa", "eager")
+UNMASKED = "fill model.attn_mask_probs with zeros, as after training"
 
 
 class Names(NamedTuple):
-    """What a block calls its parts; None: it has none."""
+    """Names of the parts of a block; None: it has none."""
 
     attention: str
     norm1: str
@@ -43,6 +55,8 @@ BLOCKS = {
 class PatchedLayer(OpenBlock):
     """A block of transformers, which looks at outputs of blocks through hooks, for `output_hidden_states`."""
 
+    mlp: Any
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -51,155 +65,194 @@ class PatchedLayer(OpenBlock):
         **kwargs: Any,
     ) -> Tensor:
         """(B, L, D) -> (B, L', D); outside of a pass, as unpatched."""
-        here = self.merging.current
-        if here is None:
+        if self._patch.merging.current is None:
+            note_outside(self)
             rope = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
             return super().forward(hidden_states, attention_mask, **rope, **kwargs)
-        check_plain(attention_mask, False)
+        if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # then the library makes one
+            check_plain(attention_mask, False)
         if self.training and getattr(self, "gradient_checkpointing", False):
             raise ValueError(
                 "a patched model cannot run with gradient checkpointing, it would merge twice: turn that off"
             )
-        rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], dim=-1)
-        return self.go(hidden_states, rope)
+        return self.run(
+            hidden_states, None if position_embeddings is None else torch.cat(position_embeddings[::-1], -1)
+        )
 
     @property
     def names(self) -> Names:
-        """What its parts are called."""
-        return BLOCKS[own_class(self).__name__]
+        """Names of its parts."""
+        return names_of(self)
 
     @property
-    def attn(self) -> Any:
-        """Its attention module."""
+    def _attn(self) -> Any:
         return getattr(self, self.names.attention)
 
     @property
     def attention_is_fused(self) -> bool:
-        return self.attn.config._attn_implementation == "sdpa"
+        return self._attn.config._attn_implementation == "sdpa"
 
     @property
     def attention_scale(self) -> float:
-        attn = self.attn
-        return attn.scaling if hasattr(attn, "scaling") else attn.scale
+        return self._attn.scaling if hasattr(self._attn, "scaling") else self._attn.scale
 
     @property
     def attention_dropout(self) -> float:
-        attn = self.attn
+        attn = self._attn
         return attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
 
-    def run_attention(self, normed: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
-        more = {} if rope is None else {"position_embeddings": tuple(rope.chunk(2, dim=-1)[::-1])}
-        return self.attn(normed, attention_mask=mask, **more)[0]
+    def run_attention(self, normed: Tensor, mask: AttentionMask | Tensor | None, rotary: Tensor | None) -> Tensor:
+        more = {} if rotary is None else {"position_embeddings": tuple(rotary.chunk(2, dim=-1)[::-1])}
+        return self._attn(normed, attention_mask=mask, **more)[0]
 
     def normalized(self, x: Tensor) -> Tensor:
         return getattr(self, self.names.norm1)(x)
 
-    def attend(self, x: Tensor, here: Pass, rope: Tensor | None = None) -> Tensor:
-        """The half before the merge; x: (B, L, D)."""
-        out = self.attention_of(self.normalized(x), here, here.rotary(rope))
-        return x + self._leave(out, self.names.scale1, here)
+    def add_attention(self, x: Tensor, out: Tensor, layout: Rows) -> Tensor:
+        return x + self._scaled(out, self.names.scale1, layout)
 
-    def feed(self, x: Tensor, here: Pass) -> Tensor:
-        """The half after the merge; x: (B, L, D)."""
-        return x + self._leave(self.mlp(getattr(self, self.names.norm2)(x)), self.names.scale2, here)
+    def feed(self, x: Tensor, layout: Rows) -> Tensor:
+        return x + self._scaled(self.mlp(getattr(self, self.names.norm2)(x)), self.names.scale2, layout)
 
-    def _leave(self, x: Tensor, scale: str | None, here: Pass) -> Tensor:
-        """Layer scale and what is dropped, where the block has them."""
+    def _scaled(self, x: Tensor, scale: str | None, layout: Rows) -> Tensor:
+        """Layer scale and dropout, where the block has them."""
         x = x if scale is None else getattr(self, scale)(x)
         drop = None if self.names.drop is None else getattr(self, self.names.drop)
         if isinstance(drop, nn.Dropout) or drop is None:  # of single values, not of whole images
             return x if drop is None else drop(x)
-        return here.drop(drop, x)
+        return layout.drop(drop, x)
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> (B, H, L, d) each"""
-        attn = self.attn
+        attn = self._attn
         both = (projection(normed).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.q_proj, attn.k_proj))
         query, key = (x.transpose(1, 2) for x in both)
         return query, key
 
-    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, H, L, d), but for the prefix tokens"""
-        sine, cosine = rope.chunk(2, dim=-1)
-        apply = sys.modules[type(self.attn).__module__].apply_rotary_pos_emb
+    def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
+        sine, cosine = rotary.chunk(2, dim=-1)
+        apply = sys.modules[own_class(self._attn).__module__].apply_rotary_pos_emb
         return apply(x, x, cosine, sine)[0]
 
 
-class PatchedEmbeddings(Patched):
-    """The embeddings of a ViT of transformers, with which a pass begins."""
-
-    ATTRIBUTES = ("merging", "patch_sides")
-
-    merging: Merging
-    patch_sides: tuple[int, int]
+class PatchedEmbeddings(PatchedEmbedding):
+    """The embeddings of a ViT of transformers."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, 3, H, W) -> (B, P + N, D)"""
-        height, width = (side // patch for side, patch in zip(pixel_values.shape[-2:], self.patch_sides, strict=True))
-        self.merging.begin((height, width))
+        self.tell_grid([side // p for side, p in zip(pixel_values.shape[-2:], self._patch.more, strict=True)])
         return super().forward(pixel_values, *args, **kwargs)
+
+
+class PatchedTransformer(PatchedModel):
+    """A ViT of transformers: its call starts and ends a pass."""
+
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As unpatched; all patches come back."""
+        check_attention(self.config)
+        check_plain(kwargs.get("attention_mask"), False)
+        check_masking(self)
+        own: Any = super()
+        with self._patch.merging.start_pass(self, [*(stack_of(self) or ())]) as track:
+            return track.release_with(own.forward(*args, **kwargs))
 
 
 class TransformersViT(OpenFamily):
     """The plain ViTs of transformers."""
 
     name = "transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP and EoMT"
-    block_front = PatchedLayer
+    block_mixin = PatchedLayer
+    model_mixin = PatchedTransformer
 
     def knows(self, model: nn.Module) -> bool:
-        return type(model).__module__.startswith(LIBRARY) and stack_of(model) is not None
+        return any(cls.__module__.startswith(LIBRARY) for cls in type(model).__mro__) and stack_of(model) is not None
 
-    def check(self, model: nn.Module) -> None:
-        chosen = model.config._attn_implementation
-        if chosen not in ATTENTIONS:
-            raise ValueError(f"cannot patch a model with {chosen} attention: load it with sdpa or eager attention")
-        if getattr(model, "attn_mask_probs", torch.zeros(1)).any():
-            raise ValueError(
-                "cannot merge while EoMT masks its attention: fill model.attn_mask_probs with zeros, as after training"
-            )
+    def check(self, model: Any) -> None:
+        check_attention(model.config)
+        check_forward([model, model.embeddings, *modules_of(self.blocks(model))])
+        for block in self.blocks(model):
+            check_parts(block)
+        if bool(getattr(model, "attn_mask_probs", torch.zeros(1)).any()):
+            raise ValueError(f"cannot merge while EoMT masks its attention: {UNMASKED}")
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[Any]:
         return list(stack_of(model) or ())
 
-    def prefix(self, model: nn.Module) -> int:
-        embeddings: Any = model.embeddings
+    def n_prefix(self, model: Any) -> int:
+        embeddings = model.embeddings
         registers = getattr(embeddings, "register_tokens", None)
         ones = sum(getattr(embeddings, name, None) is not None for name in ("cls_token", "distillation_token"))
         return ones + (0 if registers is None else registers.shape[1])
 
-    def in_front(self, model: nn.Module, index: int) -> tuple[int, bool]:
-        own, end = super().in_front(model, index)
-        joining = len(self.blocks(model)) - getattr(model.config, "num_blocks", 0)  # blocks before the queries join
-        return own + (n_queries(model) if index > joining else 0), end or (n_queries(model) > 0 and index == joining)
+    def n_queries(self, model: Any) -> tuple[int, int]:
+        if not isinstance(getattr(model, "query", None), nn.Embedding):
+            return 0, 0
+        return model.config.num_queries, len(self.blocks(model)) - model.config.num_blocks
 
-    def has_cls(self, model: nn.Module) -> bool:
+    def has_cls(self, model: Any) -> bool:
         # Behind EoMT's queries the CLS token is not the first one.
-        return getattr(model.embeddings, "cls_token", None) is not None and not n_queries(model)
+        return getattr(model.embeddings, "cls_token", None) is not None and not self.n_queries(model)[0]
 
-    def grid(self, model: nn.Module, size: Sequence[int] | None = None) -> tuple[int, int]:
-        config: Any = model.config
+    def grid(self, model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
+        config = model.config
         whole, patch = (_pair(value) for value in (size or config.image_size, config.patch_size))
         return whole[0] // patch[0], whole[1] // patch[1]
 
-    def begin(self, model: nn.Module, merging: Merging) -> None:
-        embeddings: Any = model.embeddings
-        put_in_front(embeddings, PatchedEmbeddings, merging=merging, patch_sides=_pair(model.config.patch_size))
+    def embedding(self, model: Any) -> tuple[nn.Module, type[PatchedEmbedding], Any]:
+        return model.embeddings, PatchedEmbeddings, _pair(model.config.patch_size)
 
 
-def n_queries(model: nn.Module) -> int:
-    """Number of learned queries that join the tokens; 0 for a plain ViT."""
-    return model.config.num_queries if isinstance(getattr(model, "query", None), nn.Embedding) else 0
+def names_of(block: nn.Module) -> Names:
+    """Names of the parts of a block, by its class or the one that it derives from."""
+    return next(BLOCKS[cls.__name__] for cls in own_class(block).__mro__ if cls.__name__ in BLOCKS)
 
 
-def stack_of(model: nn.Module) -> nn.ModuleList | None:
+def is_block(module: nn.Module) -> bool:
+    """Return whether a module is a block that can be patched."""
+    return any(cls.__name__ in BLOCKS and cls.__module__.startswith(LIBRARY) for cls in own_class(module).__mro__)
+
+
+def check_parts(block: Any) -> None:
+    """Raise a ValueError for a block that lacks a part which a patch uses: another version of the library's."""
+    names = names_of(block)
+    attn = getattr(block, names.attention, None)
+    needed = {name: block for name in names if name is not None}
+    needed |= dict.fromkeys(("q_proj", "k_proj", "head_dim", "config"), attn)
+    missing = [name for name, owner in needed.items() if not hasattr(owner, name)]
+    if missing:
+        raise ValueError(
+            f"cannot patch a {own_class(block).__name__} that lacks {', '.join(missing)}: install transformers 5.18 or "
+            "newer"
+        )
+
+
+def check_masking(model: Any) -> None:
+    """Raise a ValueError for an EoMT that would mask its attention in this pass, patch by patch."""
+    masked = getattr(model, "attn_mask_probs", None)
+    if masked is None or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return
+    if model.training or bool(masked.any()):
+        raise ValueError(f"cannot merge while EoMT masks its attention: call model.eval(), and {UNMASKED}")
+
+
+def check_attention(config: Any) -> None:
+    """Raise a ValueError for an implementation of attention that takes no mask of ours."""
+    chosen = config._attn_implementation
+    if chosen not in ATTENTIONS:
+        raise ValueError(f"cannot patch a model with {chosen} attention: load it with sdpa or eager attention")
+
+
+def stack_of(model: Any) -> nn.ModuleList | None:
     """The blocks of a ViT of transformers; None: the model is none, though it may hold one."""
-    if not hasattr(model, "embeddings"):
-        return None
+    embeddings = getattr(model, "embeddings", None)
+    if not isinstance(embeddings, nn.Module) or not any(isinstance(m, nn.Conv2d) for m in embeddings.modules()):
+        return None  # a tower of text has no patches
     for path in STACKS:
         found: Any = model
         for name in path.split("."):
             found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList) and len(found) and own_class(found[0]).__name__ in BLOCKS:
+        if isinstance(found, nn.ModuleList) and len(found) and is_block(found[0]):
             return found
     return None
 

@@ -1,14 +1,17 @@
-"""What the entries of several methods share: options, budgets, and numbers of removed tokens per layer."""
+"""The shared part of the methods' entries: options, budgets, and numbers of removed tokens per layer."""
 
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
+
+from torch import Tensor
 
 from g2tm import budget
 from g2tm.validation import check_r as check_count
-from patch.method import Choice, Number, Option, Step, Target
+from patch.method import Choice, LossInput, ModelShape, Number, Option, Options, Step
 
 CODE, PAPER = "code", "paper"
+COUNT, POSITIVE, SHARE = Number(0, integer=True), Number(1, integer=True), Number(0, 1)
 THRESHOLD = Option(
     0.88,
     "Cosine similarity (-1 to 1) above which tokens may merge; auto: only in training, with --from.",
@@ -21,63 +24,67 @@ TOKENS = Option(
     type=Number(0, integer=None),
     many=True,
 )
+KEEP = Option(0.5, "Share of the patch tokens that each merging layer keeps.", type=SHARE, flag="--keep-rate")
 DEFAULT_R = 8
-R = Option(
-    DEFAULT_R,
-    "Tokens that a layer removes; or one number per layer, as in 16 8 8 0.",
-    type=Number(0, integer=True),
-    many=True,
-)
-INFLECTION = Option(
-    None, "From fewer to more removed tokens over the layers (1), or from more to fewer (-1).", type=Number(-1, 1)
-)
+
+
+def variant(differences: str) -> Option:
+    """The option of a method whose published code and paper differ."""
+    return Option(CODE, differences, type=Choice((CODE, PAPER)))
+
+
+def kept_share(step: Step) -> int:
+    """Number of patch tokens that the share `keep` leaves, at least one."""
+    return max(int(step.options["keep"] * step.x.shape[1]), 1)
 
 
 def tokens_left(step: Step) -> int | None:
     """The budget of this layer; None: the threshold decides."""
     tokens = step.options["tokens"]
-    if isinstance(tokens, list):
+    if isinstance(tokens, Sequence):
         tokens = tokens[step.options["layers"].index(step.layer)]
     return None if tokens is None else budget(tokens, step.grid[0] * step.grid[1])
 
 
-def check_tokens(options: Mapping[str, Any], target: Target) -> None:
+def check_tokens(options: Options, shape: ModelShape) -> None:
+    """Raise a ValueError for budgets that do not fit the layers or the patches."""
     tokens, n_layers = options["tokens"], len(options["layers"])
-    if isinstance(tokens, list) and len(tokens) != n_layers:
+    if isinstance(tokens, Sequence) and len(tokens) != n_layers:
         raise ValueError(f"tokens {tokens}: give one number, or one for each of the {n_layers} merging layers")
-    for one in tokens if isinstance(tokens, list) else [tokens]:
+    for one in tokens if isinstance(tokens, Sequence) else [tokens]:
         if one is not None:
-            budget(one, target.grid[0] * target.grid[1])
+            budget(one, shape.grid[0] * shape.grid[1])
 
 
 def r_of_pair(given: dict[str, Any]) -> dict[str, Any]:
-    """`r=(8, 0.5)` stands for r=8 with r_inflection=0.5."""
+    """`r=(8, 0.5)` stands for r=8 with r_inflection=0.5; any other tuple is a list with one number per layer."""
     r = given.get("r")
     if not isinstance(r, tuple):
         return given
-    if len(r) != 2 or not isinstance(r[1], Real):
-        raise ValueError(f"r {r}: give a pair of tokens per layer, 0 or more, and inflection, -1 to 1")
-    return given | {"r": r[0], "r_inflection": r[1]}
+    if len(r) == 2 and (not isinstance(r[1], Integral) or int(r[1]) in (-1, 0, 1)):
+        return given | {"r": r[0], "r_inflection": r[1]}
+    return given | {"r": [*r]}
 
 
-def check_r(options: Mapping[str, Any], target: Target) -> None:
+def check_r(options: Options, shape: ModelShape) -> None:
+    """Raise a ValueError for a list that does not fit the layers, or that has an inflection besides."""
     r = options["r"]
-    if isinstance(r, list) and options["r_inflection"] is not None:
+    if isinstance(r, Sequence) and options["r_inflection"] is not None:
         raise ValueError(f"r {r}: an inflection goes with one number for all layers")
-    if isinstance(r, list) and len(r) != target.depth:
-        raise ValueError(f"r {r}: give one number from 0 for each of the {target.depth} layers")
+    if isinstance(r, Sequence) and len(r) != shape.depth:
+        raise ValueError(f"r {r}: give one number from 0 for each of the {shape.depth} layers")
 
 
-def scheduled_r(r: int | list[int], inflection: float | None, layer: int, depth: int) -> int:
+def scheduled_r(r: int | Sequence[int], inflection: float | None, layer: int, depth: int) -> int:
     """Tokens that a layer removes (ToMe, section 3 and appendix).
 
     Args:
-        r: the same in every layer, or a list with one number per layer.
+        r: the same in every layer, or one number per layer.
         inflection: f: layer l (from 0) removes int(lo + (hi - lo)·l/(depth - 1)), lo = int(r·(1 - f)), hi = 2r - lo.
         layer: 1-based.
         depth: number of layers.
     """
-    if isinstance(r, list):
+    if isinstance(r, Sequence):
         return r[layer - 1]
     if inflection is None:
         return r
@@ -86,19 +93,20 @@ def scheduled_r(r: int | list[int], inflection: float | None, layer: int, depth:
     return int(low + (high - low) * (layer - 1) / max(depth - 1, 1))
 
 
-def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
-    """Tokens that every layer removes so that all layers together remove a number (OpenToMe's schedules).
+def r_here(step: Step, layer: int | None = None) -> int:
+    """Tokens that this layer removes, or another one."""
+    r, layer = step.options["r"], step.layer if layer is None else layer
+    return scheduled_r(DEFAULT_R if r is None else r, step.options["r_inflection"], layer, step.depth)
 
-    Each layer removes total / depth, inflected as in `scheduled_r`; what the whole numbers lack goes to the first layer
+
+def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
+    """Tokens that every layer removes so that all layers together remove `total` (OpenToMe's schedules).
+
+    Each layer removes total / depth, inflected as in `scheduled_r`. The rest of the division goes to the first layer
     where the inflection is below 0, else to the last.
 
-    Args:
-        total: of all layers.
-        inflection: from -1 to 1.
-        depth: number of layers.
-
     Raises:
-        ValueError: a total or an inflection that is not allowed.
+        ValueError: a negative total, or an inflection outside of -1 to 1.
     """
     check_count(total)
     if not -1 <= inflection <= 1:
@@ -108,9 +116,40 @@ def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
     return schedule
 
 
-def r_here(step: Step) -> int:
-    return scheduled_r(step.options["r"], step.options["r_inflection"], step.layer, step.depth)
+def check_learned(options: Options, *others: str) -> None:
+    """Raise a ValueError where some of the other options are given, though learned values are used."""
+    given = [name for name in others if options[name] is not None]
+    if options["learned"] and given:
+        raise ValueError(f"{', '.join(given)}: learned values are used in its place; give --not-learned as well")
 
 
-VARIANT = Option(CODE, "As the published code does it, or as the paper says.", type=Choice((CODE, PAPER)))
-SCHEDULE = {"prepare": r_of_pair, "check": check_r, "r": R, "r_inflection": INFLECTION, "static": True}
+def flops_loss(trained: LossInput, share: Tensor) -> Tensor:
+    """The weighted squared distance from the target; share: of the encoder's operations that are left."""
+    return trained.options["flops_weight"] * (share - trained.options["flops_target"]) ** 2
+
+
+SCHEDULE: dict[str, Any] = {
+    "prepare": r_of_pair,
+    "check": check_r,
+    "static": True,
+    "r": Option(
+        DEFAULT_R, "Tokens that a layer removes; or one number per layer, as in 16 8 8 0.", type=COUNT, many=True
+    ),
+    "r_inflection": Option(
+        None, "From fewer to more removed tokens over the layers (1), or from more to fewer (-1).", type=Number(-1, 1)
+    ),
+}
+LEARNING: dict[str, Any] = {
+    "enabled_by": "learned",
+    "learned": Option(
+        False,
+        "Go by what was learned, or train it, instead of what the other options say.",
+        flag={"--learned": True, "--not-learned": False},
+    ),
+    "flops_target": Option(
+        0.7, "Share of the encoder's operations that a training of the learned parts aims at.", type=SHARE
+    ),
+    "flops_weight": Option(
+        10.0, "Weight in the loss of (share of the encoder's operations - target)².", type=Number(0)
+    ),
+}

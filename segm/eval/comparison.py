@@ -21,6 +21,7 @@ import patch
 from segm.eval.operations import count_operations
 from segm.eval.products import products_alone
 from segm.eval.timing import interleaved_turns
+from segm.merging import compile_network
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
@@ -281,7 +282,7 @@ class Merges:
         """Of one pass of a patched model over images (B, 3, H, W)."""
         merge, steps = patch.find(patch.method(model)).merge, {}
 
-        def noted(step: patch.Step) -> patch.Reduction:
+        def noted(step: patch.Step) -> patch.Reduction | None:
             steps[step.layer] = step, merge(step)
             return steps[step.layer][1]
 
@@ -402,7 +403,7 @@ def _products(model: Segmenter, batches: Sequence[Tensor]) -> Call:
 def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tensor]) -> dict[str, Call]:
     """Token scores of compiled copies, which have met the batches."""
     copies = {"scores_compiled_pure": model, "scores_compiled": merged}
-    calls: dict[str, Call] = {name: patch.compile(copy.deepcopy(one)).network for name, one in copies.items()}
+    calls: dict[str, Call] = {name: compile_network(copy.deepcopy(one)) for name, one in copies.items()}
     meet_every_shape(calls, batches)
     return calls
 

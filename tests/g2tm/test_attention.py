@@ -1,9 +1,9 @@
-"""The attention bias of merged tokens."""
+"""The attention bias of merged tokens, and the attention that tokens get."""
 
 import pytest
 import torch
 
-from g2tm import attention_bias
+from g2tm import attention_bias, attention_means, attention_row
 
 SIZES = torch.tensor([[1.0, 4.0, 2.0], [7.0, 1.0, 0.0]])
 PADDING = torch.tensor([[False, False, False], [False, False, True]])
@@ -53,3 +53,24 @@ def test_nothing_to_add_is_none():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="proportional"):
         attention_bias(SIZES, "prop")
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_attention_that_tokens_get_is_exact(monkeypatch, precision):
+    """Whatever precision a user has set, in one piece and in parts, with padding."""
+    query, key = torch.randn(2, 3, 50, 16), torch.randn(2, 3, 50, 16)
+    padding = torch.arange(50) >= torch.tensor([[50], [31]])
+    bias = attention_bias(torch.randint(1, 5, (2, 50)).float(), "proportional", padding)
+    whole = (query.double() @ key.double().mT * 0.25 + bias).softmax(-1)
+    asks = (~padding)[:, None, :, None]
+    means = (whole * asks).sum((1, 2)) / (3 * (~padding).sum(1, keepdim=True))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for most in (2**24, 500):
+            monkeypatch.setattr("g2tm.similarity.MAX_SIMILARITIES", most)
+            row, found = (see(query, key, bias=bias, scale=0.25) for see in (attention_row, attention_means))
+            torch.testing.assert_close(row, whole[:, :, 0].mean(1).float(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(found, means.float(), atol=1e-6, rtol=0)
+            assert not found[padding].any()
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -7,6 +7,7 @@ import torch
 
 from g2tm import clap
 from g2tm.clap import window_similarities
+from tests.g2tm.oracle import assert_each_is_alone
 
 
 def grid_windows(grid, window):
@@ -121,6 +122,29 @@ def test_a_batch_equals_its_images():
     for image in range(4):
         alone = clap(x[image : image + 1], (5, 6), 0.2)
         assert torch.equal(batch.assignment[image], alone.assignment[0])
+
+
+def test_padding_of_whole_rows_is_a_smaller_grid():
+    x, sizes = torch.randn(3, 48, 3), torch.randint(0, 4, (3, 48)).float()
+
+    def merge(x, sizes, padding):
+        return clap(x, (x.shape[1] // 6, 6), 0.1, sizes=sizes, padding=padding)
+
+    assert_each_is_alone(merge, x, [48, 36, 12], None)
+    assert_each_is_alone(merge, x, [30, 48, 24], sizes)
+
+
+def test_a_window_with_padding_does_not_merge():
+    x, padding = torch.ones(2, 16, 3), torch.zeros(2, 16, dtype=torch.bool)
+    padding[0, 15:] = padding[1, 9:] = True
+    step = clap(x, (4, 4), 0.5, padding=padding)
+    assert step.assignment[0, :15].view(-1).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 4, 2, 2, 5]
+    assert step.assignment[1, :9].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2]
+    assert step.lengths == (6, 3) and step.sizes.sum(1).tolist() == [15, 9]
+    uniform = clap(x, (4, 4), 0.5, padding=padding, batch="uniform")
+    assert uniform.lengths == (15 - 6, 9 - 6)
+    with pytest.raises(ValueError, match="no padding"):
+        clap(x, (4, 4), None, tokens=10, padding=padding)
 
 
 def test_a_window_that_is_not_finite_does_not_merge():

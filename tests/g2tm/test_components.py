@@ -1,4 +1,4 @@
-"""Connected components of the grid: every backend against NetworkX, worst cases, numbering."""
+"""Connected components of the grid: every backend against a textbook search, worst cases, numbering."""
 
 import os
 import subprocess
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from g2tm import components
-from g2tm.components import BACKENDS, grid_components, propagation_rounds
+from g2tm.components import BACKENDS, MAX_ON_CHIP, grid_components, propagation_rounds
+from tests.g2tm import oracle
 
-FAST = [backend for backend in BACKENDS if backend not in ("networkx", "triton")]
+FAST = [backend for backend in BACKENDS if backend != "triton"]
 GRIDS = [(8, 8), (5, 11), (1, 7), (7, 1), (1, 1), (2, 2), (3, 200), (200, 3), (33, 32)]
 
 
@@ -100,11 +101,11 @@ def assert_same(found, expected):
     assert found[0].dtype == found[1].dtype == torch.int64
 
 
-def test_backends_agree_with_networkx():
+def test_backends_agree_with_the_oracle():
     for grid in GRIDS:
         for density in (0.0, 0.3, 0.5, 0.7, 1.0):
             edges = random_edges(grid, density)
-            expected = grid_components(*edges, "networkx")
+            expected = oracle.components(*edges)
             for backend in FAST:
                 assert_same(grid_components(*edges, backend), expected)
 
@@ -112,7 +113,7 @@ def test_backends_agree_with_networkx():
 def test_components_are_numbered_by_their_first_patch():
     right = torch.tensor([[[0, 1], [1, 0]], [[0, 0], [1, 1]]]).bool()
     down = torch.tensor([[[0, 0, 1]], [[0, 1, 0]]]).bool()
-    for backend in (*FAST, "networkx"):
+    for backend in FAST:
         assignment, counts, lengths = grid_components(right, down, backend)
         assert assignment.tolist() == [[0, 1, 1, 2, 2, 1], [0, 1, 2, 1, 1, 1]]
         assert counts.tolist() == [3, 3] and lengths == [3, 3]
@@ -122,7 +123,7 @@ def test_winding_components_are_found_whole():
     for shape in WINDING:
         for grid in ((16, 16), (9, 14)):
             for edges in turned(*shape(grid)):
-                expected = grid_components(*edges, "networkx")
+                expected = oracle.components(*edges)
                 for backend in FAST:
                     assert_same(grid_components(*edges, backend), expected)
 
@@ -150,7 +151,7 @@ def test_unsettled_images_are_marked_and_finished(monkeypatch):
     ]
     assert components.propagated_components(*edges, 1)[1].tolist() == [0, 1024]
     monkeypatch.setitem(BACKENDS, "torch", lambda right, down: components.propagated_components(right, down, 1))
-    assert_same(grid_components(*edges, "torch"), grid_components(*edges, "networkx"))
+    assert_same(grid_components(*edges, "torch"), oracle.components(*edges))
 
 
 def test_opencv_labels_in_any_order_are_renumbered():
@@ -166,9 +167,43 @@ def test_opencv_labels_in_any_order_are_renumbered():
             assert counts[image] == len(seen)
 
 
-def test_large_batches_equal_networkx():
+def test_large_batches_equal_the_oracle():
     edges = random_edges((128, 128), 0.5, 4)
-    assert_same(grid_components(*edges), grid_components(*edges, "networkx"))
+    assert_same(grid_components(*edges), oracle.components(*edges))
+
+
+def test_triton_labels_grids_that_fit_on_a_chip(monkeypatch):
+    """Its tile has sides of powers of two: 65×63 patches fill one of 128×64, and 4,096 patches may be too many."""
+    masks = {
+        grid: (torch.ones(1, grid[0], grid[1] - 1).bool(), torch.ones(1, grid[0] - 1, grid[1]).bool())
+        for grid in ((64, 64), (65, 63), (63, 65), (33, 64), (2, 2048), (3, 1365), (1, 4096), (1, 4097))
+    }
+    monkeypatch.setattr(components, "HAS_TRITON", True)
+    monkeypatch.setattr(components, "check_backend", lambda backend, device: None)
+    found = {}
+    for grid, (right, down) in masks.items():
+        right = OnCuda(right)
+        found[grid] = components._chosen("auto", right, down)
+    assert found == {
+        (64, 64): "triton",
+        (65, 63): "torch",
+        (63, 65): "torch",
+        (33, 64): "triton",
+        (2, 2048): "triton",
+        (3, 1365): "torch",
+        (1, 4096): "triton",
+        (1, 4097): "torch",
+    }
+    assert MAX_ON_CHIP * 8 == 32 * 1024
+
+
+class OnCuda:
+    """Stands for a mask on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, mask):
+        self.shape = mask.shape
 
 
 IN_INTERPRETER = """
@@ -176,6 +211,7 @@ import torch
 from g2tm.components import grid_components
 from g2tm.graph import EPS, edge_similarities, graph_merge
 from g2tm.triton_components import edge_similarities as in_one_launch
+from tests.g2tm import oracle
 
 torch.manual_seed(0)
 x = torch.randn(2, 64, 6)
@@ -186,15 +222,15 @@ assert graph_merge(x[:0], (8, 8), 0.3, backend="triton").lengths == ()
 for gh, gw in ((1, 1), (1, 7), (7, 1), (5, 6), (8, 8)):
     for density in (0, 0.5, 0.8, 1):
         edges = torch.rand(2, gh, gw - 1) < density, torch.rand(2, gh - 1, gw) < density
-        found, expected = grid_components(*edges, "triton"), grid_components(*edges, "networkx")
+        found, expected = grid_components(*edges, "triton"), oracle.components(*edges)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]), (gh, gw, density)
     x = torch.randn(2, gh * gw + 1, 70)[:, 1:]
     x[0, 0] = 0
     for dtype in (torch.float32, torch.bfloat16):
-        for one, other in zip(in_one_launch(x.to(dtype), (gh, gw), EPS), edge_similarities(x.to(dtype), (gh, gw))):
+        for one, other in zip(in_one_launch(x.to(dtype), gh, gw, EPS), edge_similarities(x.to(dtype), (gh, gw))):
             torch.testing.assert_close(one, other)
     x[:, -1] = float("nan")
-    for one, other in zip(in_one_launch(x, (gh, gw), EPS), edge_similarities(x, (gh, gw))):
+    for one, other in zip(in_one_launch(x, gh, gw, EPS), edge_similarities(x, (gh, gw))):
         torch.testing.assert_close(one, other, equal_nan=True)
 """
 

@@ -61,7 +61,7 @@ def test_pairs_are_stored_once_however_many_rounds():
             return tensor
 
         metric = torch.randn(1, 201, 4, requires_grad=True)
-        a, b = split(torch.ones(1, 201), 201, 1, False)
+        a, b = split(torch.ones(1, 201), 201, False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step = soft_merge(metric, r=r, inverse_temperature=10, a_index=a, b_index=b)
             merged = step.merge(torch.randn(1, 201, 4))
@@ -100,7 +100,7 @@ def test_size_is_kept_and_nothing_moves_but_b(vectors):
 def test_tokens_that_count_nothing_stay_finite():
     sizes = torch.zeros(1, 9).requires_grad_()
     metric, x = torch.randn(1, 9, 4, requires_grad=True), torch.randn(1, 9, 3)
-    a, b = split(sizes, 9, 1, False)
+    a, b = split(sizes, 9, False)
     step = soft_merge(metric, r=2, inverse_temperature=30, a_index=a, b_index=b, sizes=sizes)
     assert torch.equal(step.merge(x), x)
     (step.merge(x).sum() + step.sizes.sum()).backward()
@@ -108,9 +108,9 @@ def test_tokens_that_count_nothing_stay_finite():
 
 
 def test_nothing_to_merge_changes_nothing():
-    for n_tokens, r in ((9, 0), (1, 3), (2, 3), (0, 3)):
+    for n_tokens, r in ((9, 0), (1, 3), (0, 3)):
         metric, x = torch.randn(2, n_tokens, 4), torch.randn(2, n_tokens, 3)
-        a, b = split(torch.ones(2, n_tokens), n_tokens, 1, False)
+        a, b = split(torch.ones(2, n_tokens), n_tokens, False)
         step = soft_merge(metric, r=r, inverse_temperature=30, a_index=a, b_index=b)
         assert torch.equal(step.merge(x), x) and torch.equal(step.sizes, torch.ones(2, n_tokens))
 
@@ -129,7 +129,7 @@ def test_soft_steps_chain():
     x, metric = torch.randn(2, 21, 3), torch.randn(2, 21, 4)
     total, stepwise, sizes = None, x, torch.ones(2, 21)
     for n_live in (21, 17, 13):
-        a, b = split(sizes, n_live, 1, True)
+        a, b = split(sizes, n_live, True)
         step = soft_merge(metric, r=4, inverse_temperature=30, a_index=a, b_index=b, sizes=sizes)
         stepwise, sizes, total = step.merge(stepwise), step.sizes, step if total is None else total.then(step)
     assert isinstance(total, Chain) and not hasattr(total, "assignment") and not isinstance(total, SoftMerge)
@@ -151,34 +151,34 @@ def test_the_metric_lets_a_share_of_its_gradient_through():
 
 
 def test_the_split_of_the_paper_alternates(vectors):
-    a, b = split(torch.ones(2, 65), 65, 1, False)
-    assert torch.equal(a, vectors["dtem.train.parity.a_index"])
-    assert torch.equal(b, vectors["dtem.train.parity.b_index"])
-    a, b = split(torch.ones(1, 8), 8, 1, False)
-    assert a.tolist() == [[1, 3, 5]] and b.tolist() == [[2, 4, 6, 7]]
+    a, b = split(torch.ones(2, 64), 64, False)
+    assert torch.equal(1 + a, vectors["dtem.train.parity.a_index"])  # which count CLS
+    assert torch.equal(1 + b, vectors["dtem.train.parity.b_index"])
+    a, b = split(torch.ones(1, 7), 7, False)
+    assert a.tolist() == [[0, 2, 4]] and b.tolist() == [[1, 3, 5, 6]]
 
 
 def test_the_largest_tokens_take_part_and_of_equal_ones_the_first():
-    sizes = torch.tensor([[9.0, 1, 3, 1, 0, 2, 1, 3], [9.0, 1, 1, 1, 1, 1, 1, 1]])
-    a, b = split(sizes, 6, 1, False)
-    assert a.tolist() == [[1, 3], [1, 3]] and b.tolist() == [[2, 5, 7], [2, 4, 5]]
-    for n_live, patches in ((0, 0), (1, 0), (2, 1), (8, 7), (50, 7)):
+    sizes = torch.tensor([[1.0, 3, 1, 0, 2, 1, 3], [1.0, 1, 1, 1, 1, 1, 1]])
+    a, b = split(sizes, 5, False)
+    assert a.tolist() == [[0, 2], [0, 2]] and b.tolist() == [[1, 4, 6], [1, 3, 4]]
+    for n_live, live in ((-1, 0), (0, 0), (1, 1), (7, 7), (50, 7)):
         for random in (False, True):
-            a, b = split(sizes, n_live, 1, random)
-            assert a.shape == (2, patches // 2) and b.shape == (2, patches - patches // 2)
+            a, b = split(sizes, n_live, random)
+            assert a.shape == (2, live // 2) and b.shape == (2, live - live // 2)
 
 
 def test_the_random_split_is_a_half_of_each_image_and_follows_its_generator():
     sizes = torch.rand(3, 42)
-    for prefix, n_live in ((0, 42), (1, 30), (2, 15)):
-        a, b = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(7))
-        again, _ = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(7))
-        other, _ = split(sizes, n_live, prefix, True, torch.Generator().manual_seed(8))
+    for n_live in (42, 29, 13):
+        a, b = split(sizes, n_live, True, torch.Generator().manual_seed(7))
+        again, _ = split(sizes, n_live, True, torch.Generator().manual_seed(7))
+        other, _ = split(sizes, n_live, True, torch.Generator().manual_seed(8))
         assert torch.equal(a, again) and not torch.equal(a, other)
-        live = sizes[:, prefix:].topk(n_live - prefix, dim=1).indices.sort(1).values + prefix
+        live = sizes.topk(n_live, dim=1).indices.sort(1).values
         assert torch.equal(torch.cat([a, b], 1).sort(1).values, live)
         assert (a.diff(dim=1) > 0).all() and (b.diff(dim=1) > 0).all()
-        assert a.shape[1] == (n_live - prefix) // 2
+        assert a.shape[1] == n_live // 2
 
 
 def test_a_wrong_number_is_refused():

@@ -60,12 +60,8 @@ def test_clap():
 def test_global_matching():
     """GBM, with a fixed and with the adaptive threshold."""
     for grid in GRIDS:
-        for prefix in (0, 1, 5):
+        for odd_first in (True, False):
             for x in tokens(grid):
                 for threshold in (*THRESHOLDS, "adaptive"):
-                    check(
-                        lambda x, given, prefix=prefix: bipartite(x, layer=3, prefix=prefix, **given),
-                        x,
-                        threshold,
-                        lambda count, prefix=prefix: {"tokens": count - prefix},
-                    )
+                    rule = {"layer": 3, "odd_first": odd_first}
+                    check(lambda x, more, rule=rule: bipartite(x, **rule, **more), x, threshold, budget)

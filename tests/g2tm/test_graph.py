@@ -6,6 +6,7 @@ import torch
 
 from g2tm import edge_similarities, graph_merge
 from g2tm.components import BACKENDS, grid_components, strongest_components
+from tests.g2tm.oracle import assert_each_is_alone
 
 GRIDS = [(8, 8), (5, 11), (1, 7), (7, 1), (1, 1)]
 ON_CPU = [backend for backend in BACKENDS if backend != "triton"]
@@ -153,6 +154,59 @@ def test_uniform_is_the_budget_of_the_image_that_merges_least():
     assert torch.equal(uniform.assignment, budget.assignment)
 
 
+def cut(x, grid, lengths):
+    """Rows of the images: (the tokens of whole rows, their padding)."""
+    padding = torch.arange(x.shape[1]) >= torch.tensor(lengths)[:, None]
+    return torch.where(padding.unsqueeze(-1), x[:, :1], x), padding
+
+
+def test_padding_joins_nothing_and_is_no_group():
+    """It holds the first token again, which is like some of its neighbors."""
+    x, lengths = smooth_tokens(4, (6, 9)), [54, 45, 50, 7]
+    padded, padding = cut(x, (6, 9), lengths)
+    for sizes in (None, torch.randint(0, 4, (4, 54)).float()):
+        for backend in ("auto", "torch"):
+            batch = graph_merge(padded, (6, 9), 0.6, sizes=sizes, padding=padding, backend=backend)
+            assert torch.equal(batch.counts, torch.tensor(batch.lengths))
+            assert torch.equal(batch.padding, torch.arange(batch.width) >= batch.counts[:, None])
+            for image, length in enumerate(lengths):
+                edges = [s[image] > 0.6 for s in edge_similarities(x, (6, 9))]
+                graph = networkx.Graph([(i, i) for i in range(length)])
+                pairs = edge_list(*edges)
+                graph.add_edges_from((one, other) for joined, one, other in pairs if joined and other < length)
+                expected = {frozenset(part) for part in networkx.connected_components(graph)}
+                assert partition(batch.assignment[image, :length]) == expected and batch.lengths[image] == len(expected)
+                own = torch.ones(length) if sizes is None else sizes[image, :length]
+                assert batch.sizes[image].sum() == own.sum()
+
+
+def test_padding_of_whole_rows_is_a_smaller_grid():
+    x, sizes = smooth_tokens(2, (6, 9)), torch.randint(1, 4, (2, 54)).float()
+
+    def merge(x, sizes, padding):
+        return graph_merge(x, (x.shape[1] // 9, 9), 0.6, sizes=sizes, padding=padding)
+
+    assert_each_is_alone(merge, x, [54, 36], sizes)
+    assert_each_is_alone(merge, x, [45, 9], None)
+
+
+def test_uniform_with_padding_merges_as_often_in_every_image():
+    x, lengths = smooth_tokens(3, (6, 9)), [54, 45, 36]
+    padded, padding = cut(x, (6, 9), lengths)
+    ragged = graph_merge(padded, (6, 9), 0.6, padding=padding)
+    uniform = graph_merge(padded, (6, 9), 0.6, padding=padding, batch="uniform")
+    fewest = min(length - count for length, count in zip(lengths, ragged.lengths, strict=True))
+    assert uniform.lengths == tuple(length - fewest for length in lengths)
+    for image, length in enumerate(lengths):
+        coarse, fine = (partition(step.assignment[image, :length]) for step in (ragged, uniform))
+        assert all(any(small <= large for large in coarse) for small in fine)
+
+
+def test_a_budget_takes_no_padding():
+    with pytest.raises(ValueError, match="no padding"):
+        graph_merge(torch.randn(1, 8, 3), (2, 4), None, tokens=4, padding=torch.zeros(1, 8, dtype=torch.bool))
+
+
 def test_a_higher_threshold_only_splits():
     x = smooth_tokens(1, (8, 8))
     coarse = partition(graph_merge(x, (8, 8), 0.4).assignment[0])
@@ -215,9 +269,9 @@ def test_similarities_are_those_of_the_backend(monkeypatch):
 
     x = smooth_tokens(2, (6, 9))
     expected = graph_merge(x, (6, 9), 0.6).assignment
-    monkeypatch.setattr("g2tm.graph.products", refuse)
+    monkeypatch.setattr("g2tm.graph.row_dot", refuse)
     assert torch.equal(graph_merge(x, (6, 9), 0.6, backend="torch").assignment, expected)
-    for backend in ("opencv", "networkx", "auto"):
+    for backend in ("opencv", "auto"):
         with pytest.raises(AssertionError):
             graph_merge(x, (6, 9), 0.6, backend=backend)
 
@@ -234,7 +288,7 @@ def test_bad_arguments_are_named():
         ({"grid": (3, 3)}, "3×3"),
         ({"grid": (-2, -4)}, "at least one row"),
         ({"batch": "padded"}, "ragged or uniform"),
-        ({"backend": "scipy"}, "auto, opencv, torch, triton, networkx"),
+        ({"backend": "scipy"}, "auto, opencv, torch or triton$"),
     ):
         with pytest.raises(ValueError, match=allowed):
             graph_merge(torch.randn(1, 8, 3), **({"grid": (2, 4), "threshold": 0.5} | arguments))

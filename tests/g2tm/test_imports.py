@@ -1,4 +1,4 @@
-"""What importing the merging methods costs."""
+"""The cost of importing the merging methods."""
 
 import subprocess
 import sys

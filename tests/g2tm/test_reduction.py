@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from g2tm import Chain, Grouping, Reduction
+from g2tm.reduction import equal_counts
 
 
 def random_reduction(n_images, n_tokens, n_groups, sizes=None, weights=None):
@@ -121,6 +122,75 @@ def test_a_chain_is_its_steps_one_after_the_other():
     assert torch.equal(chain.unmerge(y), total.unmerge(y))
     assert torch.equal(chain.assignment, total.assignment) and chain.lengths == total.lengths
     assert all(isinstance(step, Reduction) for step in (chain, first))
+
+
+def test_given_padding_need_not_come_last():
+    padding = torch.tensor([[False, True, False], [True, False, False]])
+    step = Grouping(torch.tensor([[0, 2, 2], [1, 2, 1]]), torch.tensor([2, 2]), [2, 2], width=3, padding=padding)
+    assert step.padding is padding and step.sizes.tolist() == [[1, 0, 2], [0, 2, 1]] and step.width == 3
+    wide = step.widened(5)
+    assert wide.padding.tolist() == [[False, True, False, True, True], [True, False, False, True, True]]
+    assert Grouping.identity(torch.randn(2, 3, 1)).then(step).padding is padding
+
+
+def test_identity_keeps_padding():
+    x, padding = torch.randn(2, 4, 3), torch.arange(4) >= torch.tensor([[3], [2]])
+    step = Grouping.identity(x, padding=padding)
+    assert step.lengths == (3, 2) and step.sizes.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert torch.equal(step.merge(x)[1, :2], x[1, :2]) and step.padding.tolist() == [[False] * 3, [False, False, True]]
+
+
+class Scaled(Reduction):
+    """A reduction with no more than it has to have: it keeps all tokens, times a number that it learns."""
+
+    def __init__(self, factor, like, inner=None):
+        self.factor, self.parts = factor, (factor, [inner, "name"])
+        self.counts, self.lengths = equal_counts(like, like.shape[1])
+        self.sizes = torch.ones(like.shape[:2])
+
+    def merge(self, x):
+        return x * self.factor
+
+    def unmerge(self, y, scores=False):
+        return y if scores else y / self.factor
+
+
+def test_the_base_class_states_the_defaults():
+    x, factor = torch.randn(2, 5, 3), torch.tensor(2.0)
+    step = Scaled(factor, x)
+    assert step.padding is None and step.width == 5 and step.lengths == (5, 5) and step.counts.tolist() == [5, 5]
+    chain = step.then(step)
+    assert isinstance(chain, Chain) and not hasattr(chain, "assignment") and chain.width == 5
+    torch.testing.assert_close(chain.unmerge(chain.merge(x)), x)
+    assert torch.equal(chain.unmerge(x, scores=True), x)
+    assert Scaled(factor, x[:0]).width == 5
+    with pytest.raises(TypeError, match="abstract"):
+        Reduction()
+
+
+def test_detached_copies_hold_no_graph():
+    x, factor = torch.randn(2, 5, 3), torch.tensor(2.0, requires_grad=True) * 1
+    weights = torch.rand(2, 5, requires_grad=True) * 1
+    inner = Grouping(torch.zeros(2, 5, dtype=torch.long), torch.tensor([1, 1]), [1, 1], weights=weights)
+    inner.merge(x)  # computes what is kept
+    chain = Scaled(factor, x, inner).then(inner)
+    found = chain.detached()
+    assert type(found) is Chain and chain.merge(x).requires_grad and not found.merge(x).requires_grad
+    torch.testing.assert_close(found.merge(x), chain.merge(x).detach())
+    first = found.first
+    assert not first.factor.requires_grad and not first.parts[0].requires_grad and first.parts[1][1] == "name"
+    assert not first.parts[1][0].merge(x).requires_grad and inner.merge(x).requires_grad
+
+
+def test_reductions_stay_in_one_graph():
+    def function(x):
+        step = Grouping.of_length(torch.arange(6, device=x.device).div(2, rounding_mode="floor").repeat(2, 1), 3)
+        total = step.then(Grouping.identity(step.merge(x)))
+        return total.unmerge(total.merge(x)), total.sizes, total.width
+
+    x = torch.randn(2, 6, 3)
+    found = torch.compile(function, fullgraph=True, backend="eager")(x)
+    assert torch.equal(found[0], function(x)[0]) and torch.equal(found[1], torch.full((2, 3), 2.0)) and found[2] == 3
 
 
 def test_identity_changes_nothing():

@@ -1,4 +1,4 @@
-"""How often a merge waits for the device: whenever a tensor becomes a number, or its values decide on a shape."""
+"""Waits of a merge for the device: whenever a tensor becomes a number, or its values decide on a shape."""
 
 import warnings
 
@@ -6,11 +6,29 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from g2tm import Grouping, bipartite, clap, components, dct, graph_merge, mutual_pairs, tofu
+from g2tm import (
+    Grouping,
+    bipartite,
+    clap,
+    components,
+    crossget,
+    dct,
+    diffrate,
+    fpet,
+    fpet_training,
+    graph_merge,
+    ltmp,
+    mctf,
+    mutual_pairs,
+    pitome,
+    random_merge,
+    tofu,
+)
 from tests.helpers import Reads, Waits
 
 X = torch.randn(3, 64, 6, generator=torch.Generator().manual_seed(0)) + 0.5
 SIZES = torch.ones(3, 64)
+PADDING = torch.arange(64) >= torch.tensor([[64], [40], [57]])
 MERGES = {
     "graph": (lambda: graph_merge(X, (8, 8), 0.5, backend="torch"), 1),
     "graph uniform": (lambda: graph_merge(X, (8, 8), 0.5, batch="uniform", backend="torch"), 1),
@@ -24,11 +42,16 @@ MERGES = {
     "clap uniform": (lambda: clap(X, (8, 8), 0.3, batch="uniform"), 1),
     "gbm": (lambda: bipartite(X, threshold="adaptive", layer=3, sizes=SIZES), 1),
     "gbm uniform": (lambda: bipartite(X, threshold="adaptive", layer=3, batch="uniform"), 1),
-    "tome": (lambda: bipartite(X, r=5, prefix=0), 0),
-    "tome, prefix": (lambda: bipartite(X, r=5, prefix=3), 0),
-    "tome, nothing to match": (lambda: bipartite(X, r=5, prefix=64), 0),
-    "tome, sizes": (lambda: bipartite(X, r=5, sizes=SIZES, padded=False), 0),
-    "tome, padding": (lambda: bipartite(X, r=5, sizes=SIZES), 1),
+    "tome": (lambda: bipartite(X, r=5), 0),
+    "tome, even number of prefix tokens": (lambda: bipartite(X, r=5, odd_first=False), 0),
+    "tome, nothing to match": (lambda: bipartite(X[:, :1], r=5), 0),
+    "tome, sizes": (lambda: bipartite(X, r=5, sizes=SIZES), 0),
+    "tome, budget": (lambda: bipartite(X, tokens=50, sizes=SIZES), 0),
+    "tome, padding": (lambda: bipartite(X, r=5, sizes=SIZES, padding=PADDING), 1),
+    "tofu": (lambda: tofu(X, r=5, prune=False), 0),
+    "random": (lambda: random_merge(X, tokens=5, seed=3), 0),
+    "clap, padding": (lambda: clap(X, (8, 8), 0.3, padding=PADDING), 1),
+    "mutual, padding": (lambda: mutual_pairs(X, padding=PADDING), 1),
 }
 
 
@@ -37,9 +60,9 @@ def test_one_wait_at_most(name):
     merge, expected = MERGES[name]
     with Waits() as waits, Reads() as reads:
         reduction = merge()
-        reduction.unmerge(reduction.merge(X))
+        reduction.unmerge(reduction.merge(X[:, : reduction.assignment.shape[1]]))
         second = Grouping.of_length(torch.zeros(3, reduction.width, dtype=torch.long), 1)  # made without waiting
-        reduction.then(second).without_prefix(0)
+        reduction.then(second)
     assert (reads.count, waits.count) == (expected, 0)
 
 
@@ -57,9 +80,18 @@ def test_a_device_is_asked_for_nothing():
             graph_merge(x, (8, 8), None, tokens=40, backend="torch"),
             clap(x, (8, 8), None, tokens=40),
             clap(x, (8, 8), None, tokens=41),  # the last window merges in part
-            bipartite(x, r=5, sizes=sizes, padded=False),
-            tofu(x, r=5, prune=True, sizes=sizes, padded=False),
+            bipartite(x, r=5, sizes=sizes),
+            tofu(x, r=5, prune=True, sizes=sizes),
             dct(x, r=5),
+            random_merge(x, tokens=40, seed=3),
+            *(pitome(x, r=5, margin=0.5, variant=variant, sizes=sizes) for variant in ("bsm", "energy")),
+            *(mctf(x, r=5, importance=sizes, tau=(1, 20, 40), odd_first=odd_first) for odd_first in (False, True)),
+            *(crossget(x, r=5, importance=importance, sizes=sizes) for importance in (None, sizes)),
+            diffrate(x, importance=sizes, kept=50, merged=40, sizes=sizes),
+            fpet(x, (8, 8), sizes=sizes),
+            fpet_training(x, (8, 8)),
+            ltmp(x, x, importance=sizes, merge_threshold=0.9, prune_threshold=0.0, tokens=40, sizes=sizes),
+            ltmp(x, x, importance=sizes, merge_threshold=sizes[0, :1], prune_threshold=sizes[0, :1], tokens=40),
         ]
         for step in steps:
             assert step.unmerge(step.merge(x)).device.type == "cuda" and step.padding is None

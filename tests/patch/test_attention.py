@@ -3,32 +3,38 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import patch
 from g2tm import attention_bias
-from patch import state
-from patch.attention import KeyBias, carries, key_channels
-from patch.families import base
+from patch import layout
+from patch.attention import SizeBias, bias_in_channels, key_channels
 from segm.model.factory import create_segmenter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 WIDTHS = (64, 32, 80, 20)
 
 
+class Channels(TorchFunctionMode):
+    """Counts the attentions that take the bias through channels."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += isinstance((kwargs or {}).get("attn_mask"), SizeBias)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def through_channels(monkeypatch):
-    """On the CPU too, and padded as where packed sequences have no kernel; gives the attentions that took the bias."""
-    taken = []
-    original = KeyBias.attend
+    """As on a GPU in half precision."""
+    monkeypatch.setattr(layout, "bias_in_channels", lambda x: True)
 
-    def counted(*args, **kwargs):
-        taken.append(True)
-        return original(*args, **kwargs)
 
-    monkeypatch.setattr(state, "carries", lambda x: True)
-    monkeypatch.setattr(base, "can_pack", lambda x, dropout: False)
-    monkeypatch.setattr(KeyBias, "attend", staticmethod(counted))
-    return taken
+def in_rows(model):
+    """The model with a hook that changes nothing: images are padded, as where packed sequences have no kernel."""
+    model.encoder.blocks[0].register_forward_hook(lambda *_: None)
+    return model
 
 
 def attention_case(width, dtype=torch.float32, mode="proportional"):
@@ -44,7 +50,7 @@ def attention_case(width, dtype=torch.float32, mode="proportional"):
 def test_attention_is_that_with_the_additive_bias(width, dtype, mode):
     qkv, bias = attention_case(width, dtype, mode)
     expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
-    found = F.scaled_dot_product_attention(*qkv, attn_mask=bias.as_subclass(KeyBias))
+    found = F.scaled_dot_product_attention(*qkv, attn_mask=SizeBias(bias))
     assert found.dtype == dtype and type(found) is torch.Tensor
     torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -55,7 +61,7 @@ def test_half_precision_is_nearer_than_an_additive_bias(dtype):
     expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
     error = [
         (F.scaled_dot_product_attention(*qkv, attn_mask=mask).double() - expected).abs().max()
-        for mask in (bias.as_subclass(KeyBias), bias.to(dtype))
+        for mask in (SizeBias(bias), bias.to(dtype))
     ]
     assert error[0] < error[1] / 2
 
@@ -72,7 +78,7 @@ def test_padding_has_no_weight_and_no_gradient(width):
     (q, k, v), bias = attention_case(width)
     v[1, :, 30:] = 1e6
     k, v = k.requires_grad_(), v.requires_grad_()
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.as_subclass(KeyBias))
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=SizeBias(bias))
     assert found.abs().max() < 100
     found.square().sum().backward()
     assert not k.grad[1, :, 30:].any() and not v.grad[1, :, 30:].any()
@@ -81,20 +87,20 @@ def test_padding_has_no_weight_and_no_gradient(width):
 def test_gradients_are_those_with_the_additive_bias():
     qkv, bias = attention_case(32)
     gradients = []
-    for mask in (bias, bias.as_subclass(KeyBias)):
+    for mask in (bias, SizeBias(bias)):
         inputs = [x.clone().requires_grad_() for x in qkv]
         F.scaled_dot_product_attention(*inputs, attn_mask=mask).square().sum().backward()
         gradients.append([x.grad for x in inputs])
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
-def test_elsewhere_it_is_an_ordinary_tensor():
+def test_elsewhere_it_is_refused():
+    """An explicit attention that is handed such a mask must not add it in some way of its own."""
     bias = torch.randn(2, 1, 1, 5)
-    carried = bias.as_subclass(KeyBias)
-    for result in (carried + 1, 1 + carried, torch.cat([carried, bias]), carried[0], carried.to(torch.float64)):
-        assert type(result) is torch.Tensor
-    assert torch.equal(torch.zeros(2, 3, 5, 5) + carried, torch.zeros(2, 3, 5, 5) + bias)
-    assert carried.dtype == torch.float32 and carried.shape == bias.shape
+    with pytest.raises(TypeError):
+        torch.zeros(2, 3, 5, 5) + SizeBias(bias)
+    with pytest.raises(TypeError):
+        torch.cat([SizeBias(bias), bias])
 
 
 @pytest.mark.parametrize("attention", ["none", "proportional", "inverse"])
@@ -103,25 +109,26 @@ def test_elsewhere_it_is_an_ordinary_tensor():
 def test_a_model_gives_the_same_either_way(small_net, monkeypatch, through_channels, method, options, attention):
     """Prefix tokens in the encoder, class tokens in the decoder, padding in a ragged batch."""
     model = create_segmenter(small_net).eval()
-    patch.apply(model, method, attention=attention, **options)
+    patch.apply(in_rows(model), method, attention=attention, **options)
     images = torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)
-    found = model(images)
-    assert sum(through_channels) == {"graph": 2, "tome": 3 if attention != "none" else 0}[method]
-    monkeypatch.setattr(state, "carries", carries)
+    with Channels() as channels:
+        found = model(images)
+    assert channels.count == {"graph": 2, "tome": 1 if attention != "none" else 0}[method]  # a merge looks as well
+    monkeypatch.undo()
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_training_gives_the_same_gradients(small_net, monkeypatch, through_channels):
-    model = create_segmenter(small_net).train()
-    patch.apply(model, "graph", threshold=0.2, attention="proportional")
+    model = patch.apply(in_rows(create_segmenter(small_net)), "graph", threshold=0.2, attention="proportional").train()
     images = torch.randn(2, 3, 32, 32)
     gradients = []
-    for decide in (lambda x: True, carries):
-        monkeypatch.setattr(state, "carries", decide)
+    for expected in (2, 0):
         model.zero_grad()
-        model(images).square().mean().backward()
+        with Channels() as channels:
+            model(images).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert through_channels
+        assert channels.count == expected
+        monkeypatch.undo()
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
@@ -130,8 +137,9 @@ def test_training_gives_the_same_gradients(small_net, monkeypatch, through_chann
 def test_attention_weights_can_still_be_shown(small_net, through_channels, dtype):
     model = create_segmenter(small_net).eval().to(dtype)
     patch.apply(model, "graph", threshold=0.2, attention="proportional")
-    weights = model.attention(torch.randn(1, 3, 32, 32, dtype=dtype), 2)
-    assert any(through_channels)
+    with Channels() as channels:
+        weights = model.attention(torch.randn(1, 3, 32, 32, dtype=dtype), 2)
+    assert channels.count
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
 
 
@@ -141,8 +149,9 @@ def test_explicit_attention_keeps_the_additive_bias(small_net, through_channels)
     patch.apply(model, "graph", threshold=0.2, attention="proportional")
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         block.attn.fused_attn = False
-    assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
-    assert not through_channels
+    with Channels() as channels:
+        assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).isfinite().all()
+    assert not channels.count
 
 
 @torch.inference_mode()
@@ -156,9 +165,9 @@ def test_mixed_precision(small_net, through_channels):
 
 
 def test_the_cpu_keeps_the_additive_bias(small_net):
-    assert not carries(torch.ones(1, dtype=torch.bfloat16))
+    assert not bias_in_channels(torch.ones(1, dtype=torch.bfloat16))
     with torch.device("meta"):
-        assert not carries(torch.ones(1))
+        assert not bias_in_channels(torch.ones(1))
 
 
 @pytest.mark.cuda
@@ -167,8 +176,8 @@ def test_the_cpu_keeps_the_additive_bias(small_net):
 @pytest.mark.parametrize("width", [64, 32, 80])
 def test_flash_kernels_take_the_bias(width, dtype):
     qkv, bias = attention_case(width, dtype)
-    assert carries(qkv[0].cuda()) and not carries(qkv[0].cuda().float())
+    assert bias_in_channels(qkv[0].cuda()) and not bias_in_channels(qkv[0].cuda().float())
     expected = F.scaled_dot_product_attention(*(x.double() for x in qkv), attn_mask=bias.double())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        found = F.scaled_dot_product_attention(*(x.cuda() for x in qkv), attn_mask=bias.cuda().as_subclass(KeyBias))
+        found = F.scaled_dot_product_attention(*(x.cuda() for x in qkv), attn_mask=SizeBias(bias.cuda()))
     torch.testing.assert_close(found.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import patch
-from patch.packing import Packing
+from patch.layout import Packed
 from segm.model.factory import create_segmenter
 from tests.helpers import Reads, Waits, different_images, with_parts
 
@@ -36,7 +36,7 @@ def models(small_net, monkeypatch):
     def refuse(self, x):
         raise AssertionError("packed")
 
-    monkeypatch.setattr(Packing, "pack", refuse)
+    monkeypatch.setattr(Packed, "lay", refuse)
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
     names = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")
     return [create_segmenter(small_net).eval(), *(timm.create_model(name, **size).eval() for name in names)]

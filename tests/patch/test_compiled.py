@@ -9,19 +9,14 @@ import torch
 
 import patch
 from g2tm import Grouping
-from patch import state
+from patch import layout
 from segm.model.factory import create_segmenter
-from tests.helpers import RAGGED, with_parts
 
 METHODS = {
-    "pure": {},
     "graph": {"threshold": 0.2},
     "algm": {"layers": [1, 2], "threshold": 0.1},
-    "tome": {"r": 3},
-    "tofu": {"r": 3},
-    "dct": {"r": 3, "layers": [0, 1, 2]},  # at the boundaries of blocks
-    "dtem": {"r": 3},
     "mpm": {"layers": [1, 2]},  # in front of a block
+    "ltmp": {"merge_threshold": 0.1, "prune_threshold": 0.01},  # looks at attention
 }
 ROTARY = {"backbone": "vit_small_patch16_dinov3"}
 SIZES = ((64, 64), (48, 80), (60, 60), (64, 64))
@@ -40,18 +35,12 @@ def net(small_net):
 
 
 def create(net, method, **options):
-    model = create_segmenter(net).eval()
-    if method == "pure":
-        return model
-    with_parts(model.encoder, method)
-    return patch.apply(model, method, **METHODS[method] | options)
+    return patch.apply(create_segmenter(net).eval(), method, **METHODS[method] | options)
 
 
 def check_equal(model, compiled, images, tolerance=1e-5):
     """Logits and reductions, but for the padding up to a bucket."""
     torch.testing.assert_close(compiled(images), model(images), atol=tolerance, rtol=1e-5)
-    if not patch.is_patched(model):
-        return
     found, expected = patch.reduction(compiled), patch.reduction(model)
     assert found.lengths == expected.lengths and torch.equal(found.counts, expected.counts)
     n_tokens = expected.sizes.shape[1]
@@ -84,7 +73,7 @@ class Counting:
 
 CASES = [(method, {"attention": "proportional"} if method == "algm" else {}) for method in METHODS]
 CASES += [("graph", {"attention": "inverse"})]
-MORE_CASES = [*CASES, ("algm", {}), ("graph", {"tokens": 11})]
+MORE_CASES = [*CASES, ("algm", {})]
 
 
 @torch.inference_mode()
@@ -95,11 +84,10 @@ def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(ne
         compiled = patch.compile(copy.deepcopy(model), bucket=8, backend=backend)
         for images in batches(SIZES[:1], n_images=(2,), repeats=6):
             check_equal(model, compiled, images)
-            widths.add(None if method == "pure" else patch.reduction(compiled).sizes.shape[1])
+            widths.add(patch.reduction(compiled).sizes.shape[1])
         n_merges = len(patch.reductions(compiled))
         assert len(backend.shapes) == n_merges + 2  # one part more than there are merges, and the decoder
-        assert n_merges == {"pure": 0, "graph": 1, "dct": 3}.get(method, 2)
-        assert len(widths) > 1 or method not in RAGGED
+        assert n_merges == {"graph": 1}.get(method, 2) and (len(widths) > 1 or method != "graph")
 
 
 @pytest.mark.slow
@@ -162,15 +150,14 @@ def test_buckets_bound_the_shapes_and_merges_can_be_profiled(net):
     assert sum(event.name == "merging" for event in profile.events()) == 3  # two layers, and the undoing
 
 
-@pytest.mark.parametrize("method", ["pure", "tome"])
+@pytest.mark.parametrize("method", ["graph", "mpm"])
 @torch.inference_mode()
 def test_remove_takes_it_out(net, method):
     model, images = create_segmenter(net).eval(), torch.randn(2, 3, 64, 64)
     before, keys = model(images), list(model.state_dict())
     parameters = [id(p) for p in model.parameters()]
     attributes = [set(vars(module)) for module in model.modules()]
-    if method != "pure":
-        patch.apply(model, method, **METHODS[method])
+    patch.apply(model, method, **METHODS[method])
     patch.compile(model, backend="eager")(images)
     assert patch.is_compiled(model)
     assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
@@ -205,11 +192,6 @@ def test_looking_inside_runs_as_it_is(net):
     patch.compile(model, backend="eager")(images)
     found = [model.attention(images, 1), model.attention(images, 0, "decoder")]
     torch.testing.assert_close(found, expected)
-    plain = patch.compile(create(net, "pure"), backend="eager")
-    plain(images)
-    with patch.edges(plain.encoder, 2) as edges:
-        plain(images)
-    assert edges["right"].shape == (1, 8, 7)
 
 
 @torch.inference_mode()
@@ -238,7 +220,7 @@ def test_linear_decoder(net):
 def test_the_bias_through_channels_compiles_too(net, monkeypatch):
     model = create(net, "graph", attention="proportional")
     expected = {images: model(images) for images in batches(sizes=((64, 64),), repeats=2)}
-    monkeypatch.setattr(state, "carries", lambda x: True)
+    monkeypatch.setattr(layout, "bias_in_channels", lambda x: True)
     backend = Counting()
     patch.compile(model, bucket=8, backend=backend)
     for images, scores in expected.items():
@@ -262,20 +244,19 @@ def test_training_is_refused_with_the_reason(net):
 
 
 def test_what_cannot_be_compiled_is_refused(net):
-    model = create(net, "pure")
+    model = create(net, "graph")
     with pytest.raises(ValueError, match="Segmenter"):
         patch.compile(model.encoder)
-    with pytest.raises(ValueError, match="mctf cannot be compiled in this form: a merge reuses attention"):
-        patch.compile(patch.apply(copy.deepcopy(model), "mctf", variant="paper"))
     for bucket in (0, 1.5, True):
         with pytest.raises(ValueError, match="from 1"):
             patch.compile(model, bucket=bucket)
     patch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="compiled already"):
         patch.compile(model)
-    with pytest.raises(ValueError, match="before compiling"):
-        patch.apply(model, "graph")
-    assert not patch.is_patched(model)
+    plain = create_segmenter(net).eval()
+    for one in (plain, patch.apply(plain, "tome"), patch.apply(patch.remove(plain), "graph", tokens=9)):
+        with pytest.raises(ValueError, match=r"use torch\.compile, which makes one graph"):
+            patch.compile(one)
 
 
 @pytest.mark.cuda
@@ -312,7 +293,7 @@ def test_threads_share_a_compiled_model(net):
 
 @torch.inference_mode()
 def test_an_empty_batch(net):
-    for method in ("pure", "graph", "tome"):
+    for method in METHODS:
         model = patch.compile(create(net, method), bucket=8, backend="eager")
         assert model(torch.randn(0, 3, 64, 64)).shape == (0, 5, 64, 64)
 

@@ -17,6 +17,13 @@ def test_it_ends_at_a_target_between_the_steps():
     assert [curriculum.threshold(e) for e in range(3)] == [0.89, 0.885, 0.885]
 
 
+@pytest.mark.parametrize("target", [0.94, 0.91, 0.888, 0.885, 0.882, 0.88])
+def test_it_has_trained_with_the_target_for_a_period(target):
+    curriculum = Curriculum(0.95, target, warmup=2, period=3)
+    last = [curriculum.threshold(epoch) for epoch in range(curriculum.epochs)][-4:]
+    assert last[0] > target and last[1:] == [target] * 3
+
+
 @pytest.mark.parametrize("arguments", [(0.8, 0.9, 1, 1), (1.2, 0.9, 1, 1), (0.9, 0.8, -1, 1), (0.9, 0.8, 1, 0)])
 def test_impossible_curricula_are_refused(arguments):
     with pytest.raises(ValueError, match=r"threshold|curriculum"):

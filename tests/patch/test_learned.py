@@ -126,7 +126,7 @@ def test_the_training_form_is_that_of_a_slow_reference():
         x = x + block.attn(h, attn_mask=bias)
         metric = block.attn.qkv.metric_layer(h)[:, 1:]
         removed = min(r, live // 2)
-        a, b = g2tm.split(sizes, live, 0, random=False)
+        a, b = g2tm.split(sizes, live, random=False)
         step = g2tm.soft_merge(metric, r=removed, inverse_temperature=10.0, a_index=a, b_index=b, sizes=sizes)
         x, sizes, live = torch.cat([x[:, :1], step.merge(x[:, 1:])], 1), step.sizes.clamp(min=1e-6), live - removed
         x = x + block.mlp(block.norm2(x))

@@ -1,6 +1,7 @@
 """The table of methods: options, registration, and methods that a user registers."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from torch import nn
 
 import patch
 from g2tm import Grouping
-from patch.method import COMMON, METHODS, Choice, Number, Option, Target, check_layers, register, resolve
+from patch.method import COMMON, METHODS, Choice, ModelShape, Number, Option, check_layers, register, resolve
+from patch.methods.common import check_tokens, scheduled_r, tokens_left
 from segm.model.factory import create_segmenter
 from tests.helpers import different_images
 
-TARGET = Target(12, (4, 4))
+SHAPE = ModelShape(12, (4, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -107,11 +109,11 @@ def test_check_layers():
 
 def test_what_is_not_given_is_the_default():
     for name, method in METHODS.items():
-        found, options = resolve(name, TARGET, {})
+        found, options = resolve(name, SHAPE, {})
         assert found is method and set(options) == set(method.options)
-        assert resolve(name, TARGET, dict.fromkeys(method.options))[1] == options or name == "algm"
-        assert resolve(name, TARGET, options)[1] == options  # they may be given back
-        assert options == patch.check(name, TARGET.depth, TARGET.grid)
+        assert resolve(name, SHAPE, dict.fromkeys(method.options))[1] == options or name == "algm"
+        assert resolve(name, SHAPE, options)[1] == options  # they may be given back
+        assert options == patch.check(name, SHAPE.depth, SHAPE.grid)
         assert all(layer in range(1, 13) for layer in options["layers"])
     # No window is a value of its own.
     for window in (None, (0, 0), [0, 0]):
@@ -128,11 +130,33 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
         ("algm", {"window": (2, 2, 2)}, r"window \(2, 2, 2\): give 2 values, each an integer from 0"),
         ("algm", {"window": 2}, "window 2: give 2 values"),
         ("tome", {"r": "8"}, "r '8': give an integer from 0"),
-        ("tome", {"r": (1, 2, 3)}, r"r \(1, 2, 3\): give a pair"),
+        ("tome", {"r": (1, 2, 3)}, r"r \[1, 2, 3\]: give one number from 0 for each of the 12 layers"),
+        ("tome", {"r": (8, 2)}, r"r \[8, 2\]: give one number from 0 for each of the 12 layers"),
         ("nosuch", {}, "unknown method 'nosuch': choose one of graph, algm"),
     ):
-        refused(message, resolve, name, TARGET, given)
-    refused("merges by default in layers .*name other layers", resolve, "algm", Target(3, (4, 4)), {})
+        refused(message, resolve, name, SHAPE, given)
+    refused("merges by default in layers .*name other layers", resolve, "algm", ModelShape(3, (4, 4)), {})
+
+
+def test_a_number_per_layer_as_a_list_or_a_tuple():
+    for several in ([2] * 12, (2,) * 12, (0,) * 12):
+        assert patch.check("tome", 12, (4, 4), r=several)["r"] == [*several]
+        assert [scheduled_r(several, None, layer, 12) for layer in (1, 12)] == [several[0]] * 2
+    for pair, inflection in (((8, 0.5), 0.5), ((8, -1), -1), ((8, 0), 0), ((8, np.float32(0.5)), 0.5)):
+        found = patch.check("tome", 12, (4, 4), r=pair)
+        assert (found["r"], found["r_inflection"]) == (8, inflection)
+    assert patch.check("tome", 2, (4, 4), r=(3, 2))["r"] == [3, 2]
+    for several in ([8, 0.25], (8, 0.25)):
+        options = patch.check("graph", 12, (4, 4), tokens=several[:1])
+        assert options["tokens"] == [8]
+        algm = patch.check("algm", 12, (4, 4), tokens=several)
+        assert algm["tokens"] == [8, 0.25]
+        check_tokens(algm | {"tokens": several}, SHAPE)
+        steps = (SimpleNamespace(options=algm | {"tokens": several}, layer=layer, grid=(4, 4)) for layer in (1, 5))
+        assert [tokens_left(step) for step in steps] == [8, 4]
+        refused(
+            "give one number, or one for each of the 1 merging layers", check_tokens, algm | {"layers": (1,)}, SHAPE
+        )
 
 
 def test_register_refuses_what_is_wrong():
@@ -142,9 +166,8 @@ def test_register_refuses_what_is_wrong():
     for allowed, name, options in (
         ("'graph' is registered already", "graph", {}),
         ("'pure' is registered already", "pure", {}),
-        ("attention, block, before, ahead", "new", {"place": "behind"}),
-        ("new needs maps: a method may need input, normed, keys, row, means", "new", {"needs": ["keys", "maps"]}),
-        ("new needs keys: in front of a layer", "new", {"needs": ["keys"], "place": "before"}),
+        ("attention, block, before", "new", {"place": "behind"}),
+        ("new is enabled by own, which is none of its options", "new", {"enabled_by": "own"}),
         ("spare as an Option", "new", {"spare": 0.5}),
         ("tome has an option r of another kind", "new", {"r": Option(0.5, "share")}),
         ("graph has an option threshold of another", "new", {"threshold": Option(0.5, "", type=Number(0, 1))}),
@@ -157,7 +180,7 @@ def test_register_refuses_what_is_wrong():
 
 
 def test_common_options_may_have_other_defaults():
-    register("new", lambda step: None, layers=lambda target: (target.depth,), attention="inverse", batch="uniform")
+    register("new", lambda step: None, layers=lambda shape: (shape.depth,), attention="inverse", batch="uniform")
     found = patch.check("new", 7, (4, 4))
     assert found == {"layers": (7,), "attention": "inverse", "batch": "uniform"}
     assert COMMON["attention"].default == "none"
@@ -213,9 +236,8 @@ def test_a_method_with_an_option_acts_at_every_place(small_net):
             assert [step.layer for step in steps] == layers and steps[0].depth == 3
             assert [step.x.shape[1] for step in steps] == [16, *range(8, 9 - len(layers), -1)]
             assert steps[0].sizes is None and all(step.sizes.sum(1).tolist() == [16, 16] for step in steps[1:])
-            assert all(step.tokens.shape[1] == step.prefix + step.x.shape[1] for step in steps)
-            assert all(step.sequence["sizes"].shape == step.tokens.shape[:2] for step in steps[1:])
-            assert {step.grid for step in steps} == {(4, 4)} and steps[0].normed is steps[0].keys is None
+            assert all(step.sizes.shape == step.x.shape[:2] for step in steps[1:])
+            assert {step.grid for step in steps} == {(4, 4)} and {step.native_grid for step in steps} == {(4, 4)}
             blocks = getattr(model, "encoder", model).blocks
             assert [step.block for step in steps] == [blocks[max(layer, 1) - 1] for layer in layers]
             assert patch.reduction(model).lengths == (9 - len(layers),) * 2 and patch.options(model)["spare"] == 9
@@ -249,7 +271,7 @@ def test_places_are_where_they_say(small_net):
 
     def look(place):
         def merge(step):
-            seen[place, step.layer] = step.tokens
+            seen[place, step.layer] = step.x, step.n_prefix
             return Grouping.identity(step.x)
 
         register(f"look {place}", merge, place=place)
@@ -264,41 +286,49 @@ def test_places_are_where_they_say(small_net):
             model(images)
             patch.remove(model)
         assert seen.keys() == expected.keys()
-        for at, tokens in seen.items():
-            torch.testing.assert_close(tokens, expected[at], atol=1e-5, rtol=1e-5, msg=str(at))
+        for at, (tokens, n_prefix) in seen.items():
+            torch.testing.assert_close(tokens, expected[at][:, n_prefix:], atol=1e-5, rtol=1e-5, msg=str(at))
 
 
 @torch.inference_mode()
-def test_a_method_gets_what_it_needs(small_net):
+def test_a_method_gets_what_it_asks_for(small_net):
+    """Of the patch tokens alone, the same whether attention is looked at while it runs or formed beside it."""
+    asked = ("input", "normed", "keys", "cls_attention", "received_attention")
     for place in ("attention", "block"):
-        for needs in (["keys"], ["normed"], ["keys", "normed"]):
-            name, steps = f"{place} {needs}", []
+        seen = []
 
-            def merge(step, steps=steps):
-                steps.append(step)
-                return first_tokens(step, 10 - 2 * len(steps))
+        def merge(step, seen=seen):
+            seen.append({name: getattr(step, name) for name in asked})
+            return first_tokens(step, 10 - 2 * step.layer)
 
-            register(name, merge, place=place, needs=needs)
-            for model in models(small_net):
-                block = getattr(model, "encoder", model).blocks[1]
-                steps.clear()
-                inputs = []
-                patch.apply(model, name, layers=[1, 2])
-                for watched in (False, True):  # keys are seen in attention, or formed beside it
-                    if watched:
-                        block.norm1.register_forward_hook(lambda m, i, output, inputs=inputs: inputs.append(output))
-                        steps.clear()
-                    model(different_images(2))
-                    for step in steps:
-                        assert (step.keys is not None) == ("keys" in needs)
-                        assert (step.normed is not None) == ("normed" in needs)
-                        for found, width in ((step.keys, 16), (step.normed, 32)):
-                            length = step.prefix + step.x.shape[1]
-                            assert found is None or found.shape == (2, length, width)
-                if "normed" in needs:
-                    torch.testing.assert_close(steps[1].normed, inputs[-1])
-            with pytest.raises(ValueError, match="1 to 3"):
-                patch.apply(create_segmenter(small_net), name, layers=[0])
+        register(f"asks {place}", merge, place=place)
+        for model in models(small_net):
+            patch.apply(model, f"asks {place}", layers=[1, 2], attention="proportional")
+            images, blocks = different_images(2), getattr(model, "encoder", model).blocks
+            seen.clear()
+            model(images)
+            for block in blocks:
+                block.attn.fused_attn = False
+            model(images)
+            for fused, explicit, n_tokens in zip(seen[:2], seen[2:], (16, 8), strict=True):
+                torch.testing.assert_close(fused, explicit, atol=1e-5, rtol=1e-5)
+                assert {tuple(value.shape[:2]) for value in fused.values()} == {(2, n_tokens)}
+                assert fused["keys"].shape[2] == 16 and fused["normed"].shape[2] == 32
+
+
+def test_in_front_of_a_block_nothing_has_attended(small_net):
+    register("too early", lambda step: first_tokens(step, step.keys.shape[1]), place="before", layers=(1,))
+    model = patch.apply(create_segmenter(small_net), "too early")
+    with pytest.raises(ValueError, match="layer 1: before the block nothing has attended yet"):
+        model(different_images(2))
+
+
+def test_a_method_may_merge_nothing(small_net):
+    register("nothing", lambda step: None)
+    for model in models(small_net):
+        images = different_images(2)
+        expected = model(images)
+        assert torch.equal(patch.apply(model, "nothing")(images), expected) and patch.reduction(model) is None
 
 
 @torch.inference_mode()
@@ -314,13 +344,13 @@ def test_needs_of_packed_images_are_in_rows(small_net):
         assignment = torch.stack([torch.arange(16).clamp(max=length - 1) for length in lengths])
         return Grouping(assignment, torch.tensor(lengths), lengths)
 
-    register("two lengths", merge, needs=["keys", "normed"], layers=(1, 2))
+    register("two lengths", merge, layers=(1, 2))
     for model in models(small_net):
         images = different_images(2)
         patch.apply(model, "two lengths")
         model(images)
         step = steps[-1]
-        assert step.padded and step.sizes.count_nonzero(1).tolist() == [3, 9]
+        assert step.padding is not None and step.sizes.count_nonzero(1).tolist() == [3, 9]
         packed = step.keys, step.normed
         handle = getattr(model, "encoder", model).blocks[1].register_forward_hook(lambda m, i, o: None)
         model(images)
@@ -328,7 +358,7 @@ def test_needs_of_packed_images_are_in_rows(small_net):
         assert steps[-1] is not step
         for one, other in zip(packed, (steps[-1].keys, steps[-1].normed), strict=True):
             for image, length in enumerate((3, 9)):
-                torch.testing.assert_close(one[image, : step.prefix + length], other[image, : step.prefix + length])
+                torch.testing.assert_close(one[image, :length], other[image, :length])
 
 
 def test_a_method_with_a_learned_module(small_net):
@@ -337,12 +367,13 @@ def test_a_method_with_a_learned_module(small_net):
     def add(encoder, blocks, width=4):
         for block in blocks:
             block.judge = nn.Linear(32, width)
+        return {"width": width}
 
     def merge(step):
         return first_tokens(step, 10)
 
     def soften(step):
-        weights = step.block.judge(step.normed)[:, step.prefix :].mean(-1).sigmoid()
+        weights = step.block.judge(step.normed).mean(-1).sigmoid()
         return Grouping.identity(step.x).then(Weighted(weights))
 
     class Weighted:
@@ -366,12 +397,13 @@ def test_a_method_with_a_learned_module(small_net):
 
             return Chain(self, second)
 
-    register("judged", merge, needs=["normed"], modules=add, soft=soften, layers=(1, 2))
+    register("judged", merge, modules=add, soft=soften, layers=(1, 2), width=Option(4, "of the judges"))
     for model in models(small_net, lambda encoder: patch.add_modules(encoder, "judged", width=3)):
         encoder = getattr(model, "encoder", model)
         assert encoder.blocks[0].judge.weight.shape == (3, 32) and patch.has_modules(encoder, "judged")
         keys = list(model.state_dict())
         patch.apply(model, "judged")
+        assert patch.options(model)["width"] == 3
         assert list(model.state_dict()) == keys
         model(different_images(2))
         assert patch.reduction(model).lengths == (10, 10)
@@ -387,9 +419,9 @@ def test_prepare_and_check_of_a_method():
     def prepare(given):
         return {key: 2 * value if key == "spare" else value for key, value in given.items()}
 
-    def check(options, target):
-        if options["spare"] > target.grid[0]:
-            raise ValueError(f"spare {options['spare']}: there are {target.grid[0]} rows")
+    def check(options, shape):
+        if options["spare"] > shape.grid[0]:
+            raise ValueError(f"spare {options['spare']}: there are {shape.grid[0]} rows")
 
     register("rows", lambda step: None, prepare=prepare, check=check, spare=Option(1, "rows"))
     assert patch.check("rows", 3, (4, 4), spare=2)["spare"] == 4 and patch.check("rows", 3, (4, 4))["spare"] == 1

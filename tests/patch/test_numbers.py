@@ -24,7 +24,7 @@ EXTREMES = {
     "mpm": ({"layers": [1, 2, 3]},),
     "random": ({"layers": [1, 2, 3], "tokens": [0.9, 0.5, 1]},),
     "atc": ({"layers": [1, 2, 3], "keep": 0.1, "linkage": "complete"}, {"keep": 1.0}),
-    "mctf": ({"r": 0}, {"r": 8, "variant": "paper"}, {"r": 5, "bidirectional": False}),
+    "mctf": ({"r": 0}, {"r": 8, "tau": (1, 20, 40)}, {"r": 5, "bidirectional": False}),
     "pitome": ({"r": 0}, {"r": 8, "variant": "paper"}),
     "diffrate": ({"r": 0}, {"r": 8}, {"prune_kept": [2, 2, 2]}),
     "ltmp": (

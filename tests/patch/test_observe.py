@@ -6,8 +6,11 @@ import networkx
 import pytest
 import torch
 
+import g2tm
 import patch
 from segm.model.factory import create_segmenter
+from tests.families import FAMILIES
+from tests.helpers import different_images
 
 
 def components(right, down):
@@ -83,3 +86,92 @@ def test_merges_are_seen_by_a_profiler(small_net):
         with torch.profiler.profile() as profile, patch.merge_ranges(model, "merging"):
             model(torch.randn(1, 3, 32, 32))
         assert sum(event.name == "merging" for event in profile.events()) == n_ranges
+
+
+PLAIN = [name for name in FAMILIES if name not in ("segmenter", "mask transformer")]
+
+
+def after_attention(family, model, images, layer):
+    """(B, N, D), the patch tokens where a layer would merge them: what a method is handed that merges nothing."""
+    found = []
+
+    def keep(step):
+        found.append(step.x.clone())
+        return patch.find("graph").merge(step)
+
+    patch.apply(model, "graph", layers=[layer], threshold=1.0)
+    with patch.replaced_merge(model, keep):
+        family.run(model, images)
+    patch.remove(model)
+    return found[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", PLAIN)
+def test_edges_and_similarities_of_every_family(name):
+    family, images = FAMILIES[name], different_images(3)
+    model, plain = family.build(), family.run(family.build(), images)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    for layer in (1, 3):
+        tokens = after_attention(family, model, images, layer)
+        right, down = g2tm.edge_similarities(tokens, (4, 4))
+        moments = g2tm.statistics.similarity_moments(tokens)
+        with patch.edges(model, layer) as found, patch.similarities(model, [layer]) as sums:
+            assert found == {} and sums == {}
+            torch.testing.assert_close(family.run(model, images), plain)
+        assert found["right"].shape == (3, 4, 3) and found["down"].shape == (3, 3, 4)
+        torch.testing.assert_close(found["right"], right, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["down"], down, atol=1e-5, rtol=1e-5)
+        assert list(sums) == [layer]
+        torch.testing.assert_close(sums[layer], moments, atol=1e-4, rtol=1e-4)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    with pytest.raises(ValueError, match="layers 1 to 3"), patch.edges(model, 4):
+        pass
+    patch.apply(model, "graph")
+    with pytest.raises(ValueError, match=r"patch\.remove"), patch.edges(model, 1):
+        pass
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["Dinov2", "ViT", "SiglipVision", "mmseg"])
+def test_what_edges_tell_is_what_graph_merges(name):
+    family, images = FAMILIES[name], different_images(3)
+    for threshold in (0.1, 0.3, 0.6):
+        model = family.build()
+        with patch.edges(model, 2) as found:
+            family.run(model, images)
+        patch.apply(model, "graph", layers=[2], threshold=threshold)
+        family.run(model, images)
+        for image, assignment in enumerate(patch.reduction(model).assignment):
+            expected = components(found["right"][image] > threshold, found["down"][image] > threshold)
+            assert torch.equal(assignment, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reductions_and_ranges_of_every_family(name):
+    family, images = FAMILIES[name], different_images(2)
+    model = family.patched("tome")
+    with torch.profiler.profile() as profile, patch.merge_ranges(model, "merging"):
+        family.run(model, images)
+    assert sum(event.name == "merging" for event in profile.events()) >= 4  # three merges, and an undoing
+    assert {layer: step.lengths for layer, step in patch.reductions(model).items()} == {
+        1: (14, 14),
+        2: (12, 12),
+        3: (10, 10),
+    }
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["segmenter", "mask transformer"])
+def test_a_model_that_holds_a_vit_is_looked_at_too(name):
+    """As `apply` finds it, wrapped or not."""
+    family, images = FAMILIES[name], different_images(2)
+    model = family.build()
+    with patch.edges(model.encoder, 2) as expected, patch.similarities(model.encoder, [2]) as moments:
+        family.run(model, images)
+    for whole in (model, torch.nn.DataParallel(model)):
+        with patch.edges(whole, 2) as found, patch.similarities(whole, [2]) as sums:
+            whole(images)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(sums, moments)

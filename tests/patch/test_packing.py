@@ -12,8 +12,7 @@ import patch
 from g2tm import Grouping
 from patch import attention
 from patch.attention import can_pack
-from patch.families import base
-from patch.packing import Packing
+from patch.layout import Packed, Tokens
 from segm.model.factory import create_segmenter
 from tests.helpers import Reads, Waits, different_images
 
@@ -29,14 +28,23 @@ SETTINGS = {
 @pytest.fixture
 def packed(monkeypatch):
     """Shapes of the padded batches that were packed."""
-    shapes, original = [], Packing.pack
+    shapes, original = [], Packed.lay
 
-    def pack(self, x):
+    def lay(self, x):
         shapes.append(tuple(x.shape[:2]))
         return original(self, x)
 
-    monkeypatch.setattr(Packing, "pack", pack)
+    monkeypatch.setattr(Packed, "lay", lay)
     return shapes
+
+
+def look_inside(model):
+    """A hook that changes nothing keeps images in rows; its handle."""
+    return model.encoder.blocks[0].register_forward_hook(lambda *_: None)
+
+
+def layout(reduction, before, after, attention="none"):
+    return Packed(Tokens(reduction, (3, 4), attention), (before, after))
 
 
 def patched(net, name, **more):
@@ -50,14 +58,14 @@ def random_reduction(lengths, n_tokens=12):
 
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.inference_mode()
-def test_scores_are_those_of_padded_images_and_of_images_alone(small_net, monkeypatch, packed, name):
+def test_scores_are_those_of_padded_images_and_of_images_alone(small_net, packed, name):
     model, images = patched(small_net, name).eval(), different_images()
     found = model(images)
-    assert len(packed) >= 2 and patch.reduction(model).padded  # in the encoder, in the decoder
+    assert len(packed) >= 2 and patch.reduction(model).padding is not None  # in the encoder, in the decoder
     alone = torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(found, alone, **TOLERANCE)
     packed.clear()
-    monkeypatch.setattr(base, "can_pack", lambda x, dropout: False)
+    look_inside(model)
     torch.testing.assert_close(found, model(images), **TOLERANCE)
     assert not packed
 
@@ -70,12 +78,13 @@ def test_a_linear_decoder_gets_its_tokens_in_rows(small_net, packed):
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_training_gives_the_gradients_of_padded_images(small_net, monkeypatch, packed, drop_path):
+def test_training_gives_the_gradients_of_padded_images(small_net, packed, drop_path):
     """Stochastic depth draws the same numbers, and leaves out whole images either way."""
     model = patched(small_net, "graph proportional", drop_path_rate=drop_path).train()
     images, gradients = different_images(8), []
-    for decide in (can_pack, lambda x, dropout: False):
-        monkeypatch.setattr(base, "can_pack", decide)
+    for look in (False, True):
+        if look:
+            look_inside(model)
         model.zero_grad()
         torch.manual_seed(0)
         model(images).square().mean().backward()
@@ -85,12 +94,12 @@ def test_training_gives_the_gradients_of_padded_images(small_net, monkeypatch, p
 
 
 def test_stochastic_depth_leaves_out_whole_images():
-    merged = Packing(random_reduction([2, 5, 3]), 1, 0, None)
+    merged = layout(random_reduction([2, 5, 3]), 1, 0)
     drop_path = timm.layers.DropPath(0.5).train()
-    kept = merged.unpack(merged.drop(drop_path, merged.pack(torch.ones(3, 6, 4))))
+    kept = merged.rows(merged.drop(drop_path, merged.lay(torch.ones(3, 6, 4))))
     assert {image.unique().numel() for image in kept} == {1}
     assert set(kept.unique().tolist()) == {0.0, 2.0}
-    x = merged.pack(torch.randn(3, 6, 4))
+    x = merged.lay(torch.randn(3, 6, 4))
     assert merged.drop(drop_path.eval(), x) is x
 
 
@@ -168,38 +177,37 @@ def test_packing_and_unpacking(before, after):
     lengths = [3, 7, 1]
     reduction = random_reduction(lengths)
     with Waits() as waits, Reads() as reads:
-        where = Packing(reduction, before, after, None)
+        where = layout(reduction, before, after)
         starts = where.starts
     assert (reads.count, waits.count) == (0, 0)
     x = torch.randn(3, before + 7 + after, 4)
-    packed = where.pack(x)
+    packed = where.lay(x)
     expected = [torch.cat([row[: before + n], row[before + 7 :]]) for row, n in zip(x, lengths, strict=True)]
     assert torch.equal(packed[0], torch.cat(expected))
     assert starts.tolist() == [0, *torch.tensor([len(part) for part in expected]).cumsum(0)]
     assert starts.dtype == torch.int32
-    back = where.unpack(packed)
+    back = where.rows(packed)
     kept = F.pad(~reduction.padding, (before, after), value=True)
     assert back.shape == x.shape and torch.equal(back[kept], x[kept])
 
 
 def attention_case(width, dtype, biased):
-    """Queries, keys, values (1, 2, T, width), the packing, and the result image by image in float64."""
+    """Queries, keys, values (1, 2, T, width), the mask, and the result image by image in float64."""
     lengths = [5, 9, 2]
-    bias = torch.randn(3, 1, 1, 9) if biased else None
-    where = Packing(random_reduction(lengths), 1, 2, bias)
+    where = layout(random_reduction(lengths), 1, 2, "proportional" if biased else "none")
     qkv = torch.randn(3, 1, 2, sum(lengths) + 9, width).to(dtype).unbind(0)
-    expected = []
+    sizes, expected = where.tokens.reduction.sizes, []
     for i, (start, end) in enumerate(pairwise(where.starts)):
-        mask = F.pad(bias[i, :, :, : lengths[i]], (1, 2)).double() if biased else None
+        mask = F.pad(sizes[i, : lengths[i]].log(), (1, 2)).double()[None, None, None] if biased else None
         parts = (x[:, :, start:end].double() for x in qkv)
         expected.append(F.scaled_dot_product_attention(*parts, attn_mask=mask))
-    return qkv, where, torch.cat(expected, 2)
+    return qkv, where.mask(qkv[0], fused=True), torch.cat(expected, 2)
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_stays_within_the_image(biased):
     qkv, where, expected = attention_case(16, torch.float32, biased)
-    found = F.scaled_dot_product_attention(*qkv, attn_mask=where.mask)
+    found = F.scaled_dot_product_attention(*qkv, attn_mask=where)
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found.double(), expected, **TOLERANCE)
 
@@ -233,7 +241,7 @@ def test_the_kernel_is_given_one_dtype_and_one_width(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", reference_varlen, raising=False)
     (query, key, value), where, _ = attention_case(32, torch.float32, biased=True)
     wide = torch.cat([value, value.flip(-1)], -1)
-    expected = F.scaled_dot_product_attention(query, key, wide, attn_mask=where.mask)
+    expected = F.scaled_dot_product_attention(query, key, wide, attn_mask=where)
     found = attention._in_one_kernel(query, key, wide.bfloat16(), where, 0.0, 32**-0.5)
     assert found.dtype == torch.bfloat16 and found.shape == wide.shape
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
@@ -265,13 +273,14 @@ def test_cuda_packs_as_the_cpu_does(small_net, packed, name, dtype, tolerance):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_gradients_of_padded_images(small_net, monkeypatch, packed):
+def test_cuda_gives_the_gradients_of_padded_images(small_net, packed):
     if not can_pack(torch.ones(1, dtype=torch.bfloat16, device="cuda")):
         pytest.skip("needs torch.nn.attention.varlen and compute capability 8.0")
     model = patched(small_net | {"d_model": 64, "n_heads": 2}, "graph proportional").train().cuda()
     images, gradients = different_images(8).cuda(), []
-    for decide in (can_pack, lambda x, dropout: False):
-        monkeypatch.setattr(base, "can_pack", decide)
+    for look in (False, True):
+        if look:
+            look_inside(model)
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             model(images).square().mean().backward()

@@ -21,12 +21,12 @@ STATIC = {
     "tome": {"r": 2},
     "tofu": {"r": 2},
     "dct": {"r": 2},
-    **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "diffrate", "fpet")},
+    **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet")},
     "random": {},
     "graph": {"tokens": 7},
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
 }
-DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm", "ltmp", "atc", "clustvit")}
+DYNAMIC = {method: METHOD_OPTIONS[method] for method in ("graph", "algm", "mpm", "ltmp", "clustvit")}
 
 
 def test_every_method_is_tested_here():

@@ -34,7 +34,6 @@ METHODS = {
     "mpm": {"layers": [1, 3]},
     "pitome": {"r": 6},
     "mctf": {"r": 6, "tau": [1, 20, 40]},
-    "mctf, one step ahead": {"r": 6, "variant": "paper"},
     "crossget": {"r": 6},
     "atc": {"layers": [1, 2, 3], "keep": 0.8},
     "diffrate": {"prune_kept": [40, 36, 30], "merge_kept": [38, 30, 24]},
@@ -44,30 +43,30 @@ METHODS = {
 }
 # Which tokens these choose is held by vectors. Here: whether they are given what they choose by.
 BY_VECTORS = {
-    "mctf, one step ahead": lambda s, layer, given: BY_VECTORS["mctf"](s, layer, given),
-    "pitome": lambda s, layer, given: g2tm.pitome(
-        s.keys, r=6, margin=g2tm.energy_margin(layer, DEPTH), variant="bsm" if layer < 3 else "energy", **given
+    "pitome": lambda s, layer, sizes: g2tm.pitome(
+        s.keys, r=6, margin=g2tm.energy_margin(layer, DEPTH), variant="bsm" if layer < 3 else "energy", sizes=sizes
     ),
-    "mctf": lambda s, layer, given: g2tm.mctf(s.input, r=6, importance=s.map.mean(1), tau=(1, 20, 40), **given),
-    "crossget": lambda s, layer, given: g2tm.crossget(s.keys, r=6, **given),
-    "diffrate": lambda s, layer, given: g2tm.diffrate(
-        s.x[None],
-        importance=s.map[:, 0],
-        kept=METHODS["diffrate"]["prune_kept"][layer - 1],
-        merged=METHODS["diffrate"]["merge_kept"][layer - 1],
-        **given,
+    "mctf": lambda s, layer, sizes: g2tm.mctf(
+        s.input, r=6, importance=s.received, tau=(1, 20, 40), sizes=sizes, odd_first=s.prefix % 2 == 1
     ),
-    "ltmp": lambda s, layer, given: g2tm.ltmp(s.x[None], s.keys, importance=s.map.mean(1), **METHODS["ltmp"], **given),
-    "fpet": lambda s, layer, given: g2tm.fpet(s.keys, GRID, **given),
+    "crossget": lambda s, layer, sizes: g2tm.crossget(s.keys, r=6, sizes=sizes),
+    "diffrate": lambda s, layer, sizes: g2tm.diffrate(
+        s.patches,
+        importance=s.of_cls,
+        kept=METHODS["diffrate"]["prune_kept"][layer - 1] - s.prefix,
+        merged=METHODS["diffrate"]["merge_kept"][layer - 1] - s.prefix,
+        sizes=sizes,
+    ),
+    "ltmp": lambda s, layer, sizes: g2tm.ltmp(
+        s.patches, s.keys, importance=s.received, sizes=sizes, odd_first=s.prefix % 2 == 1, **METHODS["ltmp"]
+    ),
+    "fpet": lambda s, layer, sizes: g2tm.fpet(s.keys, GRID, sizes=sizes),
+    "atc": lambda s, layer, sizes: g2tm.atc(s.keys, clusters=int(0.8 * len(s.sizes)), sizes=sizes),
+    "random": lambda s, layer, sizes: g2tm.random_merge(
+        s.patches, tokens=40 if layer == 1 else 20, seed=layer, sizes=sizes
+    ),
 }
-OF_PATCHES = {
-    "atc": lambda s, layer, given: g2tm.atc(
-        s.keys[:, s.prefix :], clusters=int(0.8 * len(s.sizes)), sizes=given["sizes"]
-    ),
-    "random": lambda s, layer, given: g2tm.random_merge(
-        s.x[None, s.prefix :], tokens=40 if layer == 1 else 20, seed=layer, sizes=given["sizes"]
-    ),
-}
+BY_ATTENTION = ("mctf", "diffrate", "ltmp")
 
 
 def create(name, **options):
@@ -92,7 +91,7 @@ class Slow:
 
     def __init__(self, model, method, options, attention):
         self.model, self.method, self.options, self.attention = model, method, options, attention
-        self.prefix, self.ahead = model.num_prefix_tokens, "ahead" in method
+        self.prefix = model.num_prefix_tokens
 
     def features(self, image):
         """image: (1, 3, H, W) -> (P + N, D)"""
@@ -111,36 +110,18 @@ class Slow:
             rope = None if table is None else (table[layer - 1] if table.ndim == 4 else table)
             if table is not None and getattr(self.model, "rope_mixed", False):
                 rope = table[layer - 1]
-            self.input, h = self.x[None], block.norm1(self.x)
+            self.input, h = self.x[None, self.prefix :], block.norm1(self.x)
             out, keys = self.attend(block.attn, h, rope)
-            if self.ahead and layer - 1 in layers:
-                weights = self.map[0].mean(0)[self.prefix :] * torch.tensor(self.sizes)
-                self.merge(layer - 1, block, h, keys)
-                maps = [self.merged_map(each, weights) for each in self.maps]
-                out, _ = self.attend(block.attn, block.norm1(self.x), None, maps)
             self.x = self.x + scaled(block, 1, out)
-            if here and self.method not in ("mpm", "dct") and not self.ahead:
+            if here and self.method not in ("mpm", "dct"):
                 self.merge(layer, block, h, keys)
             self.x = self.x + scaled(block, 2, block.mlp(block.norm2(self.x)))
             if here and self.method == "dct":
                 self.merge(layer, block, None, None)
         return self.undo(self.model.norm(self.x))
 
-    def merged_map(self, each, weights):
-        """The attention map of one head, (L, L) -> (L', L'): a merged query takes the mean, a merged key the sum."""
-        group = [*range(self.prefix), *(self.prefix + g for g in self.assignment)]
-        weights, n_tokens = [1.0] * self.prefix + weights.tolist(), self.prefix + len(self.sizes)
-        columns, rows = each.new_zeros(len(group), n_tokens), each.new_zeros(n_tokens, n_tokens)
-        for old, new in enumerate(group):
-            columns[:, new] += each[:, old]
-        for old, new in enumerate(group):
-            total = sum(w for w, g in zip(weights, group, strict=True) if g == new)
-            rows[new] += columns[old] * weights[old] / total
-        return rows
-
-    def attend(self, attn, h, rope, maps=None):
-        """h: (L, D) -> (L, D), and the keys before they are rotated, averaged over the heads; maps: instead of those of
-        this input."""
+    def attend(self, attn, h, rope):
+        """h: (L, D) -> (L, D), and the keys before they are rotated, averaged over the heads."""
         weight = attn.qkv.weight
         bias = getattr(attn.qkv, "bias", None)
         if hasattr(attn.qkv, "qkv_layer"):
@@ -150,7 +131,7 @@ class Slow:
         qkv = h @ weight.T + (0 if bias is None else bias)
         heads = []
         n_heads, width = attn.num_heads, weight.shape[0] // 3 // attn.num_heads
-        key_sum, self.map, self.maps = 0, 0, []
+        key_sum, self.map = 0, 0
         for head in range(n_heads):
             q, k, v = (qkv[:, i * n_heads * width + head * width :][:, :width] for i in range(3))
             q, k = attn.q_norm(q), attn.k_norm(k)
@@ -162,8 +143,7 @@ class Slow:
             for token, size in enumerate(self.sizes):
                 if self.attention == "proportional":
                     logits[:, self.prefix + token] += math.log(size)
-            self.maps.append(logits.softmax(-1))
-            heads.append((logits.softmax(-1) if maps is None else maps[head]) @ v)
+            heads.append(logits.softmax(-1) @ v)
             self.map = self.map + logits.softmax(-1)[None] / n_heads
         out = torch.cat(heads, -1)
         return attn.proj(attn.norm(out) if hasattr(attn, "norm") else out), key_sum / n_heads
@@ -202,15 +182,10 @@ class Slow:
             self.sizes = [GRID[0] * GRID[1] / m] * m
             self.x = torch.cat([self.x[: self.prefix], patches])
             return
-        self.keys = None if keys is None else keys[None]
-        sizes = torch.tensor([self.sizes])
-        if self.method in OF_PATCHES:
-            self.follow(OF_PATCHES[self.method](self, layer, {"sizes": sizes}))
-            return
         if self.method in BY_VECTORS:
-            whole = torch.cat([torch.ones(1, self.prefix), sizes], 1)
-            step = BY_VECTORS[self.method](self, layer, {"sizes": whole, "prefix": self.prefix})
-            self.follow(step.without_prefix(self.prefix))
+            self.patches, self.keys = patches[None], keys[None, self.prefix :]
+            self.received, self.of_cls = (values[:, self.prefix :] for values in (self.map.mean(1), self.map[:, 0]))
+            self.follow(BY_VECTORS[self.method](self, layer, torch.tensor([self.sizes])))
             return
         if self.method == "dtem":
             keys = h @ block.attn.qkv.metric_layer.weight.T + block.attn.qkv.metric_layer.bias
@@ -244,7 +219,7 @@ class Slow:
         """Take over what one step of the patch tokens did."""
         merged = step.merge(self.x[None, self.prefix :])[0]
         self.x, self.sizes = torch.cat([self.x[: self.prefix], merged]), step.sizes[0].tolist()
-        old, self.groups, self.assignment = self.groups, [[] for _ in merged], step.assignment[0].tolist()
+        old, self.groups = self.groups, [[] for _ in merged]
         for token, group in enumerate(step.assignment[0].tolist()):
             self.groups[group] = sorted(self.groups[group] + old[token])
 
@@ -355,14 +330,14 @@ def check(name, attention):
         for image in images:
             expected.append(slow.features(image[None]))
             lengths.append(len(slow.sizes))
-        patch.apply(model, method.split(",")[0], attention=attention, **options)
+        patch.apply(model, method, attention=attention, **options)
         found = model.forward_features(images)
         assert list(patch.reduction(model).lengths) == lengths and max(lengths) < GRID[0] * GRID[1], (name, method)
         torch.testing.assert_close(
             found, torch.stack(expected), atol=1e-5, rtol=1e-5, msg=lambda text, m=method: f"{name} {m}: {text}"
         )
         alone = torch.cat([model.forward_features(image[None]) for image in images])
-        near = 1e-6 if method in BY_VECTORS else 1e-9  # attention is weighed in float32
+        near = 1e-6 if method in BY_ATTENTION else 1e-9  # which is weighed in float32
         torch.testing.assert_close(found, alone, atol=near, rtol=near)
         patch.remove(model)
 

@@ -7,7 +7,7 @@ import torch
 import patch
 from g2tm import Grouping, attention_bias
 from patch.families import family_of
-from patch.state import representatives
+from patch.layout import representatives
 from tests.helpers import different_images, with_parts
 
 MODELS = {
@@ -107,10 +107,8 @@ def test_the_grid_and_the_prefix_of_every_kind():
     for name in MODELS:
         model = create(name, img_size=(32, 64))
         family = family_of(model)
-        assert family.grid(model) == (2, 4) and family.prefix(model) == model.num_prefix_tokens
+        assert family.grid(model) == (2, 4) and family.n_prefix(model) == model.num_prefix_tokens
         assert len(family.blocks(model)) == 3
-        x, ropes = family.embed(model, torch.randn(1, 3, 32, 64))
-        assert x.shape == (1, model.num_prefix_tokens + 8, 32) and len(ropes) == 3
 
 
 @torch.inference_mode()
@@ -199,7 +197,8 @@ def test_keys_are_those_after_their_norm_and_before_their_rotation():
             own = patch.find("tome").merge
             with patch.replaced_merge(model, lambda step, keys=keys, own=own: keys.append(step.keys) or own(step)):
                 model.forward_features(images)
-            torch.testing.assert_close(keys[0], seen[0].mean(1), atol=1e-5, rtol=1e-5, msg=name)
+            expected = seen[0].mean(1)[:, model.num_prefix_tokens :]
+            torch.testing.assert_close(keys[0], expected, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_the_representative_is_nearest_to_the_centroid():
@@ -216,7 +215,7 @@ def test_gradients_and_training_mode():
         patch.apply(model, "algm", layers=[1, 3], threshold=0.1, attention="proportional")
         model(torch.randn(2, 3, 64, 64)).sum().backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()), name
-        assert not patch.reduction(model).padded  # uniform while training
+        assert patch.reduction(model).padding is None  # uniform while training
 
 
 def test_ragged_training_of_rotary_models_gives_the_gradients_of_single_images():

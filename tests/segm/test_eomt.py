@@ -140,6 +140,7 @@ def test_every_method_merges_around_the_queries(model):
         assert patch.reduction(one).counts.max() < 16, method
         ((found,),) = one.training_outputs(images)
         assert found.masks.shape[:2] == (len(images), 7)
+    patch.apply(model, "graph", threshold=0.2)
     with pytest.raises(ValueError, match="joins blocks of the encoder cannot be compiled"):
         patch.compile(model)
 

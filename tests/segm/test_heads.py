@@ -161,6 +161,7 @@ def test_every_method_gives_the_head_all_patches(model):
         patch.remove(model)
         if method == "dtem":  # its parts lie in front of the projections
             torch.testing.assert_close(model(images), plain)
+    patch.apply(model, "graph", threshold=0.2)
     with pytest.raises(ValueError, match="cannot be compiled"):
         patch.compile(model)
 

@@ -65,11 +65,11 @@ def test_attention_counts_as_its_two_products(small_net):
     [
         # A 4x4 grid of width 32: 24 pairs of neighbors and 16 norms; 16 tokens are summed, and their sizes.
         ("graph", {"layers": [1], "threshold": 1.0}, (24 + 16) * 32 + 16 * 32 + 16),
-        # The same sums; pairs within windows are element-wise work, which fvcore never counts.
-        ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16),
-        # 9 tokens at even and 8 at odd positions of the whole sequence, keys of width 16, in each of 3 layers; sizes
-        # are summed in each, and once more where two steps are seen as one and another follows.
-        ("tome", {"r": 0}, 3 * (9 * 8 * 16 + 16 * 32 + 16) + 16),
+        # The same sums; squared lengths of 16 unit vectors and of the sums over 4 windows.
+        ("algm", {"layers": [1], "threshold": 1.0}, 16 * 32 + 16 + (16 + 4) * 32),
+        # 8 patches at even and 8 at odd positions, keys of width 16, in each of 3 layers; sizes are summed in each, and
+        # once more where two steps are seen as one and another follows.
+        ("tome", {"r": 0}, 3 * (8 * 8 * 16 + 16 * 32 + 16) + 16),
     ],
 )
 def test_nothing_of_the_merge_is_missed(small_net, method, options, added):

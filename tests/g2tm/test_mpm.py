@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from g2tm import mutual_pairs
+from tests.g2tm.oracle import assert_each_is_alone, pad
 
 
 def by_definition(x, n_merges=None):
@@ -42,16 +43,19 @@ def test_the_mean_counts_patches():
 
 
 def test_padding_never_pairs_and_stays_last():
-    x, sizes, lengths = torch.randn(4, 20, 4), torch.randint(1, 5, (4, 20)).float(), [20, 14, 2, 1]
+    x, sizes, lengths = torch.randn(5, 20, 4), torch.randint(0, 5, (5, 20)).float(), [20, 14, 2, 1, 0]
+    for own in (None, sizes):
+        assert_each_is_alone(lambda x, sizes, padding: mutual_pairs(x, sizes=sizes, padding=padding), x, lengths, own)
+
+
+def test_uniform_with_padding_merges_as_many_pairs_in_every_image():
+    x, lengths = torch.randn(3, 20, 4), [20, 14, 9]
+    padded, padding = pad(x, lengths)
+    fewest = min(by_definition(image[:n].double().numpy())[1] for image, n in zip(x, lengths, strict=True))
+    step = mutual_pairs(padded, padding=padding, batch="uniform")
     for image, length in enumerate(lengths):
-        sizes[image, length:] = 0
-    batch = mutual_pairs(x, sizes=sizes)
-    for image, length in enumerate(lengths):
-        alone = mutual_pairs(x[image : image + 1, :length], sizes=sizes[image : image + 1, :length])
-        count = alone.lengths[0]
-        assert torch.equal(batch.assignment[image, :length], alone.assignment[0]) and batch.lengths[image] == count
-        torch.testing.assert_close(batch.merge(x)[image, :count], alone.merge(x[image : image + 1, :length])[0])
-        assert not batch.sizes[image, count:].any()
+        expected = by_definition(x[image, :length].double().numpy(), fewest)[0]
+        assert step.assignment[image, :length].tolist() == expected and step.lengths[image] == length - fewest
 
 
 def test_equally_similar_tokens_go_to_the_lower_index():
@@ -75,7 +79,7 @@ def test_tokens_that_are_not_finite_stay_alone():
 
 
 def test_fewer_than_two_tokens_and_no_image():
-    for shape in ((2, 1, 4), (0, 7, 4), (0, 1, 4)):
+    for shape in ((2, 1, 4), (2, 0, 4), (0, 7, 4), (0, 1, 4)):
         x = torch.randn(shape)
         for batch in ("ragged", "uniform"):
             reduction = mutual_pairs(x, batch=batch)
@@ -86,7 +90,7 @@ def test_fewer_than_two_tokens_and_no_image():
 def test_long_sequences_are_matched_in_parts(monkeypatch):
     x = torch.randn(2, 101, 4)
     whole = mutual_pairs(x)
-    monkeypatch.setattr("g2tm.selection.MAX_SIMILARITIES", 700)
+    monkeypatch.setattr("g2tm.similarity.MAX_SIMILARITIES", 700)
     assert torch.equal(mutual_pairs(x).assignment, whole.assignment)
 
 

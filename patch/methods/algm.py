@@ -1,0 +1,56 @@
+"""ALGM: windows of similar patches merge first (CLAP), then similar tokens wherever they are (GBM)."""
+
+import g2tm
+from patch.method import ModelShape, Number, Option, Options, Step, register
+from patch.methods.common import COUNT, THRESHOLD, TOKENS, check_tokens, tokens_left
+
+TAU = "tau"
+
+
+def _merge(step: Step) -> g2tm.Reduction:
+    """Merge by CLAP in the first layer of the list, if there is a window, and by GBM in the others."""
+    options, window = step.options, step.options["window"]
+    rule = {"tokens": tokens_left(step), "batch": step.batch, **step.given}
+    if window is None or step.layer != options["layers"][0]:
+        by = "threshold" if options["gbm_threshold"] == TAU else "gbm_threshold"
+        threshold = options[by] if rule["tokens"] is None else None
+        return g2tm.bipartite(step.x, threshold=threshold, layer=step.layer, odd_first=step.odd_first, **rule)
+    if window[0] > step.grid[0] or window[1] > step.grid[1]:  # no whole window in the image
+        return g2tm.Grouping.identity(step.x, **step.given)
+    return g2tm.clap(step.x, step.grid, options["threshold"], window=window, **rule)
+
+
+def _layers(shape: ModelShape) -> tuple[int, int]:
+    """The layer of CLAP is the first, that of GBM the fifth; of 24 layers the seventh (ALGM, section 4.1)."""
+    return (1, 7 if shape.depth >= 24 else 5)
+
+
+def _check(options: Options, shape: ModelShape) -> None:
+    if options["window"] is not None:
+        g2tm.check_window(options["window"], shape.grid)
+    check_tokens(options, shape)
+
+
+register(
+    "algm",
+    _merge,
+    check=_check,
+    layers=_layers,
+    threshold=THRESHOLD,
+    tokens=TOKENS,
+    window=Option(
+        (2, 2),
+        "Patches per window, height and width; 0 0: no windows, GBM in every layer.",
+        type=COUNT,
+        many=2,
+        flag="--merging-window-size",
+        key="merging_window_size",
+        none=(0, 0),
+    ),
+    gbm_threshold=Option(
+        g2tm.ADAPTIVE,
+        "Threshold of GBM; tau: the same as --threshold.",
+        type=Number(-1, 1, words=(g2tm.ADAPTIVE, TAU)),
+    ),
+    batch=None,
+)

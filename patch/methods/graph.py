@@ -1,0 +1,28 @@
+"""G2TM: once, connected components of similar neighboring patches become one token."""
+
+import g2tm
+from g2tm.components import BACKENDS
+from patch.method import Choice, ModelShape, Option, Options, Step, register
+from patch.methods.common import THRESHOLD, TOKENS, check_tokens, tokens_left
+
+
+def _merge(step: Step) -> g2tm.Reduction:
+    rule = {"threshold": step.options["threshold"], "tokens": tokens_left(step), "backend": step.options["backend"]}
+    return g2tm.graph_merge(step.x, step.grid, batch=step.batch, **rule, **step.given)
+
+
+def _check(options: Options, shape: ModelShape) -> None:
+    if len(options["layers"]) != 1:
+        raise ValueError(f"graph merges once: give one layer, not {list(options['layers'])}")
+    check_tokens(options, shape)
+
+
+register(
+    "graph",
+    _merge,
+    check=_check,
+    layers=(2,),
+    threshold=THRESHOLD,
+    tokens=TOKENS,
+    backend=Option("auto", "How components are found.", type=Choice(("auto", *BACKENDS))),
+)

@@ -1,0 +1,11 @@
+"""MPM: tokens that are each other's most similar token become one."""
+
+import g2tm
+from patch.method import Step, register
+
+
+def _merge(step: Step) -> g2tm.Reduction:
+    return g2tm.mutual_pairs(step.x, batch=step.batch, **step.given)
+
+
+register("mpm", _merge, place="before", layers=(2, 5))

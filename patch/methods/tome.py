@@ -1,0 +1,12 @@
+"""ToMe: the most similar keys merge, a fixed number in every layer."""
+
+import g2tm
+from patch.method import Step, register
+from patch.methods.common import SCHEDULE, r_here
+
+
+def _merge(step: Step) -> g2tm.Reduction:
+    return g2tm.bipartite(step.keys, r=r_here(step), odd_first=step.odd_first, **step.given)
+
+
+register("tome", _merge, attention="proportional", **SCHEDULE)

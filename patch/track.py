@@ -1,0 +1,408 @@
+"""The record of a patch in a model, and of what merged in one forward pass of it.
+
+`Merging` is the same for all passes and threads of a model. A `Track` belongs to one pass of one thread: what hooks,
+other threads and replicas do with the model in the meantime does not touch it.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from g2tm import Grouping, Reduction
+from g2tm.selection import cached, images_in
+from patch.attention import can_pack
+from patch.hooks import are_watched
+from patch.layout import Packed, Rows, Tokens
+from patch.look import Look
+from patch.method import Method, ModelShape, Step
+
+AGAIN = "call patch.remove, then patch.apply once more"
+
+
+@dataclass
+class Ended:
+    """The part of a pass that outlives it.
+
+    Attributes:
+        reduction: from all patches to the tokens that were left; None: nothing merged.
+        steps: layer -> the composed reduction after it.
+        track: gives the pass itself while its autograd graph lives; None afterwards.
+    """
+
+    reduction: Reduction | None
+    steps: dict[int, Reduction]
+    track: "Callable[[], Track | None]"
+
+
+class _Thread(threading.local):
+    """The state of one thread: the passes that it is in, the last one that ended, whether it may trace, and a function
+    that takes the place of the method's own merge."""
+
+    def __init__(self) -> None:
+        self.passes: list[Track] = []
+        self.ended: list[Ended] = []  # one at most: of a compiled pass an attribute would be lost, a list is not
+        self.trained: list[Ended] = []  # the last one of the method's soft form
+        self.may_trace = False
+        self.merge: Callable[[Step], Reduction | None] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of a model: passes stay with the original."""
+        return _Thread, ()
+
+
+@dataclass(eq=False)
+class Merging:
+    """The patch of one model.
+
+    Attributes:
+        method: the `Method`.
+        options: those in force; a pass goes on with the ones that it began with.
+        shape: what new options are checked against.
+        n_prefix: number of prefix tokens of the encoder.
+        merging_blocks: indices of the blocks in which tokens merge, counted from 0.
+        range_name: what a profiler sees merges as; None: nothing.
+    """
+
+    method: Method
+    options: Mapping[str, Any]
+    shape: ModelShape
+    n_prefix: int
+    merging_blocks: tuple[int, ...]
+    range_name: str | None = None
+    thread: _Thread = field(default_factory=_Thread)
+
+    @property
+    def current(self) -> "Track | None":
+        """The pass that this thread is in; None: it is in none."""
+        return self.thread.passes[-1] if self.thread.passes else None
+
+    @property
+    def last(self) -> Ended | None:
+        """The last pass that this thread ended."""
+        return self.thread.ended[-1] if self.thread.ended else None
+
+    @contextmanager
+    def start_pass(self, encoder: Any, blocks: Sequence[Any], more_blocks: Sequence[Any] = ()) -> Iterator["Track"]:
+        """Start a pass of a model, and end it.
+
+        Args:
+            encoder: the ViT, which sets `Track.grid` when it begins.
+            blocks: those of the encoder, as they are now.
+            more_blocks: patched blocks behind the encoder.
+
+        Raises:
+            ValueError: a trace of a method whose merges depend on the image; or blocks that did not run as patched.
+        """
+        self._check_trace()
+        self._check_stack(blocks)
+        track = Track(self, encoder, blocks, more_blocks)
+        self.thread.passes.append(track)
+        try:
+            yield track
+            track.check_blocks()
+            self.thread.ended[:] = [track.ended()]
+            if track.soft_steps:
+                self.thread.trained[:] = self.thread.ended
+        finally:
+            self.thread.passes.pop()
+
+    @contextmanager
+    def encoder_pass(
+        self, encoder: Any, blocks: Sequence[Any], grid: tuple[int, int], bucket: int | None = None
+    ) -> Iterator["Track"]:
+        """The pass of an encoder: that which the model around it has started, or one of its own.
+
+        Args:
+            encoder, blocks: see `start_pass`.
+            grid: (gh, gw), patches of the images.
+            bucket: see `Track`.
+        """
+        around = self.current
+        if around is not None and around.grid is None:
+            around.begin(grid, bucket)
+            yield around
+            return
+        with self.start_pass(encoder, blocks) as own:
+            own.is_alone = True
+            own.begin(grid, bucket)
+            yield own
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """While open, this thread may trace or export the model, whose shapes depend on the image."""
+        self.thread.may_trace = True
+        try:
+            yield
+        finally:
+            self.thread.may_trace = False
+
+    def _check_stack(self, blocks: Sequence[Any]) -> None:
+        """Raise a ValueError for a block that was not there, or elsewhere, when the model was patched."""
+        for index, block in enumerate(blocks):
+            own = next((vars(part)["_patch"] for part in _outermost_first(block) if "_patch" in vars(part)), None)
+            if own is None or own.index != index:
+                raise ValueError(f"block {index + 1} is not the one that was patched at this place: {AGAIN}")
+
+    def _check_trace(self) -> None:
+        """Raise a ValueError where a trace would hold the merges of one image for all."""
+        traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if traced and not self.thread.may_trace and not self.method.is_static(self.options):
+            raise ValueError(
+                f"a trace would freeze how {self.method.name} merges this image: give a method or an option with a "
+                "fixed number of tokens (tokens=...), or patch.remove first"
+            )
+
+
+class Track:
+    """One forward pass: what merged, and how the tokens lie.
+
+    Attributes:
+        options: those in force.
+        grid: (gh, gw), patches of the images; None until the encoder begins.
+        is_alone: whether the encoder runs by itself, without a model around it.
+        outputs_read: indices of the encoder's blocks whose outputs the model reads: these have all patches.
+        n_blocks: blocks of the encoder, as they are now.
+        n_expected: how many of them run in this pass, the first ones.
+        bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
+            shapes repeat; None: they are not.
+        reduction: from all patches to the current tokens; None while nothing was merged.
+        steps: layer -> the composed reduction after it.
+        soft_steps: layer -> what the soft form of the method returned there, in training.
+        tokens: the current patch tokens.
+        is_undone: whether every patch has its token back.
+    """
+
+    def __init__(self, merging: Merging, encoder: Any, blocks: Sequence[Any], more_blocks: Sequence[Any] = ()) -> None:
+        self.merging, self.encoder, self.options = merging, encoder, merging.options
+        self.grid: tuple[int, int] | None = None
+        self.is_alone = self.is_undone = False
+        self.outputs_read: Collection[int] = ()
+        self.n_blocks = self.n_expected = len(blocks)
+        self.bucket: int | None = None
+        self.reduction: Reduction | None = None
+        self.steps: dict[int, Reduction] = {}
+        self.soft_steps: dict[int, Reduction] = {}
+        self._blocks = [*blocks, *more_blocks]
+        self._training = bool(encoder.training)
+        self._soft = self._training and merging.method.trains_softly(self.options)
+        self.tokens = self._tokens(None)
+        self._layout: Rows | None = None  # None: tokens in rows, as after a merge
+        self._shown: Tensor | None = None
+        self._ran: set[int] = set()
+        self._kept: Callable[[], Track | None] | None = None
+
+    def begin(self, grid: tuple[int, int], bucket: int | None = None) -> None:
+        """The encoder begins: grid: (gh, gw), patches of the images; bucket: see `Track`."""
+        self.grid, self.bucket = grid, bucket
+        self.tokens = self._tokens(None)
+
+    def arrange(self, x: Tensor, block: Any) -> tuple[Tensor, Rows]:
+        """Lay tokens out as a block works on them: concatenated if images differ in their number, no hook looks into a
+        block and attention can keep to the images; else in rows."""
+        kind = Packed if self._packs(x, block) else Rows
+        now, around = self._layout, block._patch.around
+        if type(now) is not kind or now.around != around:
+            x = x if now is None else now.rows(x)
+            now = self._layout = kind(self.tokens, around)
+            x = now.lay(x)
+        return x, now
+
+    def _packs(self, x: Tensor, block: Any) -> bool:
+        if self.bucket is not None or self.tokens.soft_masking is not None or self.tokens.padding is None:
+            return False
+        if self._is_watched or not block.attention_is_fused:
+            return False
+        return can_pack(x, block.attention_dropout if block.training else 0.0)
+
+    @cached
+    def _is_watched(self) -> bool:
+        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
+        wrapped = any("_patch" not in vars(block) for block in self._blocks)  # what is around a block looks, too
+        return wrapped or (not torch.jit.is_tracing() and are_watched(self._blocks))
+
+    def merge_at(self, place: str, x: Tensor, block: Any, look: Look | None = None) -> Tensor:
+        """One reduction step, if the method has one at this place of the block.
+
+        Args:
+            place: "before", "attention" or "block".
+            x: tokens as they lie.
+            block: the patched block.
+            look: at its attention; None: it has not run.
+
+        Returns:
+            The tokens, in rows where they merged.
+        """
+        layer = block._patch.merges_at.get(place)
+        if layer is None:
+            return x
+        x = self._in_rows(x)
+        if images_in(x) == 0:  # no image, nothing to choose from
+            return x
+        return self.merge(x, block, layer, look)
+
+    def merge(self, x: Tensor, block: Any, layer: int, look: Look | None) -> Tensor:
+        """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
+        before = block._patch.around[0]
+        self._check_patches(x.shape[1] - before)
+        with self._range():
+            step, method = self._step(x[:, before:], block, layer, look), self.merging.method
+            chosen = method.soft if self._soft else self.merging.thread.merge
+            merged = (chosen or method.merge)(step)
+            if merged is None:
+                return x
+            if self._soft:
+                self.soft_steps[layer] = merged
+            merged = self._widened(merged, step.x.shape[1])
+            self._follow(merged, layer)
+            return torch.cat([x[:, :before], merged.merge(step.x)], dim=1)
+
+    def _check_patches(self, n_tokens: int) -> None:
+        """Raise a ValueError before the first merge if the tokens are not the patches of the grid."""
+        assert self.grid is not None
+        n_patches = self.grid[0] * self.grid[1]
+        if self.reduction is None and n_tokens != n_patches:
+            raise ValueError(
+                f"{n_tokens} tokens stand behind the prefix where the image has {self.grid[0]}×{self.grid[1]} patches: "
+                "a patched model takes no prompts and drops no patches"
+            )
+
+    def _step(self, x: Tensor, block: Any, layer: int, look: Look | None) -> Step:
+        assert self.grid is not None
+        return Step(
+            x=x,
+            grid=self.grid,
+            native_grid=self.merging.shape.grid,
+            n_prefix=self.merging.n_prefix,
+            sizes=None if self.reduction is None else self.reduction.sizes,
+            padding=self.tokens.padding,
+            soft_mask=self.tokens.soft_mask,
+            layer=layer,
+            depth=self.merging.shape.depth,
+            batch=self.options["batch"] or ("uniform" if self._training else "ragged"),
+            options=self.options,
+            block=block,
+            encoder=self.encoder,
+            look=look,
+        )
+
+    def _widened(self, merged: Reduction, n_tokens: int) -> Reduction:
+        """A merge of which the shape repeats, where shapes are to."""
+        static = self.merging.method.is_static(self.options)
+        if self.bucket is None or static or not isinstance(merged, Grouping):
+            return merged
+        width = self.bucket * math.ceil(merged.width / self.bucket)
+        return merged.widened(min(width, n_tokens))
+
+    def _follow(self, merged: Reduction, layer: int) -> None:
+        """From now on the tokens are those of one more step."""
+        self.reduction = merged if self.reduction is None else self.reduction.then(merged)
+        self.steps[layer] = self.reduction
+        self.tokens, self._layout = self._tokens(self.reduction, getattr(merged, "mask", None)), None
+
+    def _tokens(self, reduction: Reduction | None, soft_mask: Tensor | None = None) -> Tokens:
+        masking = self.merging.method.soft_masking if self._soft else None
+        return Tokens(reduction, self.grid, self.options["attention"], soft_mask, masking)
+
+    def _in_rows(self, x: Tensor) -> Tensor:
+        layout, self._layout = self._layout, None
+        return x if layout is None else layout.rows(x)
+
+    def enter(self, x: Tensor, block: Any) -> Tensor:
+        """The tokens with which a block begins: where the block before showed all patches, what came of them merges
+        again.
+
+        What a hook returned, or what changed the shown tokens in place, goes on so. Unchanged tokens give back exactly
+        those that were shown.
+        """
+        self._ran.add(block._patch.index)
+        shown, self._shown = self._shown, None
+        if shown is None or self.reduction is None:
+            return x
+        before = block._patch.around[0]
+        change = x[:, before:] - self.reduction.unmerge(shown)
+        return torch.cat([x[:, :before], shown + self.reduction.merge(change)], dim=1)
+
+    def leave(self, x: Tensor, block: Any) -> Tensor:
+        """The output of a block: in rows where something other than a block comes next, with all patches where it is
+        looked at."""
+        own, before = block._patch, block._patch.around[0]
+        is_last = own.index == self.n_blocks - 1
+        is_read = block.is_read(self, is_last)
+        if is_last or is_read or own.leaves_rows:
+            x = self._in_rows(x)
+        if is_last and (is_read or self.merging.method.undo == "encoder"):
+            return self.undo(x, before)
+        if not is_read or self.reduction is None or self.is_undone:
+            return x
+        self._shown = x[:, before:]
+        return torch.cat([x[:, :before], self.reduction.unmerge(self._shown)], dim=1)
+
+    def unmerge(self, x: Tensor, before: int = 0) -> Tensor:
+        """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), after `before` tokens that stay."""
+        if self.reduction is None or self.is_undone:
+            return x
+        with self._range():
+            unmerged = self.reduction.unmerge(x[:, before:], scores=True)
+            return torch.cat([x[:, :before], unmerged], dim=1) if before else unmerged
+
+    def undo(self, x: Tensor, before: int) -> Tensor:
+        """`unmerge`, for good: what follows in this pass sees all patches."""
+        x = self.unmerge(x, before)
+        self.is_undone, self.tokens, self._layout = True, self._tokens(None), None
+        return x
+
+    def release_with(self, output: Any) -> Any:
+        """Let a training pass keep its autograd graph as long as an output of the model, and no longer; returns it."""
+        if self.soft_steps and not torch.compiler.is_compiling():
+            for x in _tensors(output):
+                if x.grad_fn is not None:
+                    graph: Any = x.grad_fn
+                    graph.metadata[self] = self
+                    self._kept = ref(self)
+        return output
+
+    def ended(self) -> Ended:
+        """The part that outlives the pass."""
+        self._layout = self._shown = None
+        if self._kept is None:
+            return Ended(self.reduction, self.steps, (lambda: self) if self.soft_steps else lambda: None)
+        steps = {layer: step.detached() for layer, step in self.steps.items()}
+        reduction = None if self.reduction is None else self.reduction.detached()
+        return Ended(reduction, steps, self._kept)
+
+    def check_blocks(self) -> None:
+        """Raise a ValueError if a block did not run as a patched one, or none is left in which tokens merge."""
+        missed = [index for index in range(self.n_expected) if index not in self._ran]
+        merging = [index for index in self.merging.merging_blocks if index < self.n_blocks]
+        if missed or not merging:
+            which = f"block {missed[0] + 1} of the ViT was" if missed else "the blocks in which tokens merge were"
+            raise ValueError(
+                f"{which} cut off, replaced, or run by a forward that {self.merging.method.name} did not patch: {AGAIN}"
+            )
+
+    def _range(self) -> AbstractContextManager[Any]:
+        name = self.merging.range_name
+        return nullcontext() if name is None else record_function(name)
+
+
+def _outermost_first(block: nn.Module) -> Iterator[nn.Module]:
+    """A block, then what it may be wrapped around."""
+    yield block
+    yield from block.modules()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in an output of a model."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | Sequence) and not isinstance(output, str):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
