@@ -16,7 +16,7 @@ These arguments mean the same in all of them; a value that is not allowed raises
 """
 
 from g2tm.atc import LINKAGES, atc
-from g2tm.attention import ATTENTION_MODES, attention_bias, attention_means, attention_row
+from g2tm.attention import ATTENTION_MODES, attention_bias, cls_attention, received_attention
 from g2tm.clap import clap
 from g2tm.clustvit import Clusters, cluster_labels, clustering_loss
 from g2tm.crossget import crossget
@@ -42,7 +42,7 @@ __all__ = ["Chain", "Grouping", "Reduction"]
 __all__ += ["atc", "bipartite", "clap", "crossget", "dct", "diffrate", "fpet", "graph_merge", "ltmp", "mctf"]
 __all__ += ["mutual_pairs", "pitome", "random_merge", "tofu"]
 __all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES"]
-__all__ += ["attention_bias", "attention_means", "attention_row", "edge_similarities", "mean_and_std"]
+__all__ += ["attention_bias", "cls_attention", "edge_similarities", "mean_and_std", "received_attention"]
 __all__ += ["budget", "check_threshold", "check_window", "similarity_moments"]
 __all__ += ["energy_margin", "matches_all", "prunes"]
 __all__ += ["Clusters", "cluster_labels", "clustering_loss", "embed", "fpet_training", "soft_merge", "split"]

@@ -34,7 +34,7 @@ def attention_bias(sizes: Tensor, mode: str, padding: Tensor | None = None) -> T
 
 
 @selection
-def attention_row(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
+def cls_attention(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
     """Attention of the first token, which is CLS, to every token, mean over the heads: (B, L), float32.
 
     query, key: (B, H, L, d); bias: (B, 1, 1, L), of the keys, None: none; scale: of the logits.
@@ -43,10 +43,10 @@ def attention_row(query: Tensor, key: Tensor, *, bias: Tensor | None = None, sca
 
 
 @selection
-def attention_means(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
+def received_attention(query: Tensor, key: Tensor, *, bias: Tensor | None = None, scale: float) -> Tensor:
     """Attention that every token gets, mean over heads and queries: (B, L), float32; 0 for padding, which asks nothing.
 
-    The map itself, (B, H, L, L), is never there as a whole. Arguments as for `attention_row`; a bias of -inf marks
+    The map itself, (B, H, L, L), is never there as a whole. Arguments as for `cls_attention`; a bias of -inf marks
     padding.
     """
     n_images, n_heads, length, _ = query.shape

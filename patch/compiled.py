@@ -126,7 +126,7 @@ class CompiledEncoder(Patched):
             track.n_expected = 0  # no block runs as a whole
             x, ropes, look = images, None, None
             for part in own.parts:
-                layout = Rows(track.tokens, self.blocks[0]._patch.around)
+                layout = Rows(track.tokens, self.blocks[0]._patch.n_around)
                 _vary(track.tokens.key_bias, 3)
                 _vary(layout.bias, 3)
                 x, ropes, look = part.run(x, ropes, layout)

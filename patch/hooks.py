@@ -24,7 +24,7 @@ def is_watched(module: nn.Module) -> bool:
     return any(_is_awake(hook) for kind in KINDS for hook in getattr(module, kind).values())
 
 
-def shows_output(module: nn.Module) -> bool:
+def exposes_output(module: nn.Module) -> bool:
     """Return whether a hook looks at the output of a module."""
     return any(map(_is_awake, module._forward_hooks.values())) or bool(module._backward_hooks)
 

@@ -58,17 +58,17 @@ class Rows:
 
     Args:
         tokens: the patch tokens.
-        around: tokens before and after the patch tokens of every image.
+        n_around: number of tokens before and after the patch tokens of every image.
     """
 
-    def __init__(self, tokens: Tokens, around: Around) -> None:
-        self.tokens, self.around = tokens, around
+    def __init__(self, tokens: Tokens, n_around: Around) -> None:
+        self.tokens, self.n_around = tokens, n_around
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @cached
     def bias(self) -> Tensor | None:
         """(B, 1, 1, L), float32, of all tokens as keys, in rows; None: nothing is added."""
-        return None if self.tokens.key_bias is None else F.pad(self.tokens.key_bias, self.around)
+        return None if self.tokens.key_bias is None else F.pad(self.tokens.key_bias, self.n_around)
 
     def lay(self, x: Tensor) -> Tensor:
         """Tokens in rows, (B, L, ...), laid out so."""
@@ -94,7 +94,7 @@ class Rows:
                 raise ValueError("a training form with masks takes fused attention: set fused_attn = True")
             counts = x.new_ones(x.shape[:2])
             if self.tokens.soft_mask is not None:
-                counts = F.pad(self.tokens.soft_mask, self.around, value=1.0)
+                counts = F.pad(self.tokens.soft_mask, self.n_around, value=1.0)
             return SoftMaskAttention(counts, self.bias, masking)
         if self.bias is None:
             return None
@@ -133,13 +133,13 @@ class Packed(Rows):
         starts: (B + 1,), int32, where each image begins, and the end of the last.
     """
 
-    def __init__(self, tokens: Tokens, around: Around) -> None:
-        super().__init__(tokens, around)
+    def __init__(self, tokens: Tokens, n_around: Around) -> None:
+        super().__init__(tokens, n_around)
         reduction = tokens.reduction
         assert reduction is not None and tokens.padding is not None
-        kept = F.pad(~tokens.padding, around, value=True)
+        kept = F.pad(~tokens.padding, n_around, value=True)
         self.shape = kept.shape
-        self.lengths = [sum(around) + length for length in reduction.lengths]
+        self.lengths = [sum(n_around) + length for length in reduction.lengths]
         total = sum(self.lengths)
         # (B·L,), places in the concatenation; padding repeats what it follows.
         self._places = kept.flatten().cumsum(0) - 1
@@ -154,7 +154,7 @@ class Packed(Rows):
         """(1, 1, 1, T), float32, of all tokens as keys; None: nothing is added."""
         reduction: Any = self.tokens.reduction
         bias = attention_bias(reduction.sizes, self.tokens.attention)
-        return None if bias is None else F.pad(bias, self.around).flatten()[self._in_rows].view(1, 1, 1, -1)
+        return None if bias is None else F.pad(bias, self.n_around).flatten()[self._in_rows].view(1, 1, 1, -1)
 
     def lay(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (1, T, ...)"""
@@ -171,7 +171,7 @@ class Packed(Rows):
     def _lay_rotary(self, table: Tensor) -> Tensor:
         """(B, H, M, 2d) -> (1, H, T - P, 2d). The prefix tokens of the first image are left to the model; those of
         the others get a rotation by nothing."""
-        before = self.around[0]
+        before = self.n_around[0]
         sine, cosine = table.chunk(2, dim=-1)
         padding = 0, 0, before, 0
         rows = torch.cat([F.pad(sine, padding), F.pad(cosine, padding, value=1.0)], dim=-1).transpose(1, 2)

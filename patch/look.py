@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2tm import attention_means, attention_row
+from g2tm import cls_attention, received_attention
 from g2tm.selection import cached
 from patch.attention import AttentionMask, QKRecorder, SoftMaskAttention
 from patch.layout import Rows
@@ -63,7 +63,7 @@ class Look:
         with self._gradients():
             if isinstance(self._mask, SoftMaskAttention):
                 return self._patches(self._mask.map[:, :, 0].mean(1))
-            return self._patches(attention_row(*self._query_key, bias=self._layout.bias, scale=self._scale))
+            return self._patches(cls_attention(*self._query_key, bias=self._layout.bias, scale=self._scale))
 
     @cached
     def received_attention(self) -> Tensor:
@@ -71,11 +71,11 @@ class Look:
         with self._gradients():
             if isinstance(self._mask, SoftMaskAttention):
                 return self._patches(self._mask.map.mean((1, 2)))
-            return self._patches(attention_means(*self._query_key, bias=self._layout.bias, scale=self._scale))
+            return self._patches(received_attention(*self._query_key, bias=self._layout.bias, scale=self._scale))
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (B, N, ...), without the tokens before and after the patch tokens."""
-        before, after = self._layout.around
+        before, after = self._layout.n_around
         return x[:, before : x.shape[1] - after]
 
     def _gradients(self) -> torch.set_grad_enabled:

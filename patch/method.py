@@ -146,7 +146,7 @@ class Method:
         modules: builds the learned parts under the published names, and returns the options that shape them; called
             with the encoder, its blocks and options.
         enabled_by: the option that says whether the learned parts choose; None: they always do, if there are any.
-        soft: what takes the place of `merge` in training: gradients reach the choice.
+        training_form: what takes the place of `merge` in training: gradients reach the choice.
         soft_masking: of a soft form whose reductions have a `mask`: how it enters attention. It is used only where
             the learned parts choose.
         undo: where patches get their tokens back: "decoder": behind it; "encoder": before its last norm.
@@ -163,7 +163,7 @@ class Method:
     needs_cls: bool = False
     modules: Callable[..., Mapping[str, Any] | None] | None = None
     enabled_by: str | None = None
-    soft: Callable[[Step], Reduction] | None = None
+    training_form: Callable[[Step], Reduction] | None = None
     soft_masking: SoftMasking | None = None
     undo: Literal["decoder", "encoder"] = "decoder"
     loss: Callable[[LossInput], Tensor] | None = None
@@ -192,7 +192,7 @@ class Method:
 
     def trains_softly(self, options: Options) -> bool:
         """Return whether training uses its soft form: a form with masks only where its learned parts choose."""
-        return self.soft is not None and (self.soft_masking is None or self.uses_learned(options))
+        return self.training_form is not None and (self.soft_masking is None or self.uses_learned(options))
 
     def takes(self, option: str) -> bool:
         """Return whether it has an option of that name."""

@@ -74,13 +74,13 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
     merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places))
     joining = family.n_queries(encoder)[1] - 1
     for index, block in enumerate(blocks):
-        around = family.tokens_before(encoder, index), 0
+        n_around = family.tokens_before(encoder, index), 0
         mix_in(
-            block, family.block_mixin, _patch=Record(merging, index, around, places.get(index, {}), index == joining)
+            block, family.block_mixin, _patch=Record(merging, index, n_around, places.get(index, {}), index == joining)
         )
     for block in parts.more_blocks:
         last = block is parts.more_blocks[-1]
-        mix_in(block, PatchedTimmBlock, _patch=Record(merging, around=(0, parts.model.n_cls), leaves_rows=last))
+        mix_in(block, PatchedTimmBlock, _patch=Record(merging, n_around=(0, parts.model.n_cls), leaves_rows=last))
     family.attach(encoder, merging)
     if parts.model is not encoder:
         mix_in(parts.model, PatchedSegmenter, _patch=Record(merging))

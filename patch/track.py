@@ -127,12 +127,12 @@ class Merging:
         """
         around = self.current
         if around is not None and around.grid is None:
-            around.begin(grid, bucket)
+            around.start_encoder(grid, bucket)
             yield around
             return
         with self.start_pass(encoder, blocks) as own:
             own.is_alone = True
-            own.begin(grid, bucket)
+            own.start_encoder(grid, bucket)
             yield own
 
     @contextmanager
@@ -195,11 +195,11 @@ class Track:
         self._soft = self._training and merging.method.trains_softly(self.options)
         self.tokens = self._tokens(None)
         self._layout: Rows | None = None  # None: tokens in rows, as after a merge
-        self._shown: Tensor | None = None
+        self._exposed: Tensor | None = None
         self._ran: set[int] = set()
         self._kept: Callable[[], Track | None] | None = None
 
-    def begin(self, grid: tuple[int, int], bucket: int | None = None) -> None:
+    def start_encoder(self, grid: tuple[int, int], bucket: int | None = None) -> None:
         """The encoder begins: grid: (gh, gw), patches of the images; bucket: see `Track`."""
         self.grid, self.bucket = grid, bucket
         self.tokens = self._tokens(None)
@@ -208,10 +208,10 @@ class Track:
         """Lay tokens out as a block works on them: concatenated if images differ in their number, no hook looks into a
         block and attention can keep to the images; else in rows."""
         kind = Packed if self._packs(x, block) else Rows
-        now, around = self._layout, block._patch.around
-        if type(now) is not kind or now.around != around:
+        now, n_around = self._layout, block._patch.n_around
+        if type(now) is not kind or now.n_around != n_around:
             x = x if now is None else now.rows(x)
-            now = self._layout = kind(self.tokens, around)
+            now = self._layout = kind(self.tokens, n_around)
             x = now.lay(x)
         return x, now
 
@@ -250,11 +250,11 @@ class Track:
 
     def merge(self, x: Tensor, block: Any, layer: int, look: Look | None) -> Tensor:
         """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
-        before = block._patch.around[0]
+        before = block._patch.n_around[0]
         self._check_patches(x.shape[1] - before)
         with self._range():
             step, method = self._step(x[:, before:], block, layer, look), self.merging.method
-            chosen = method.soft if self._soft else self.merging.thread.merge
+            chosen = method.training_form if self._soft else self.merging.thread.merge
             merged = (chosen or method.merge)(step)
             if merged is None:
                 return x
@@ -315,7 +315,7 @@ class Track:
         layout, self._layout = self._layout, None
         return x if layout is None else layout.rows(x)
 
-    def enter(self, x: Tensor, block: Any) -> Tensor:
+    def resume(self, x: Tensor, block: Any) -> Tensor:
         """The tokens with which a block begins: where the block before showed all patches, what came of them merges
         again.
 
@@ -323,17 +323,17 @@ class Track:
         those that were shown.
         """
         self._ran.add(block._patch.index)
-        shown, self._shown = self._shown, None
+        shown, self._exposed = self._exposed, None
         if shown is None or self.reduction is None:
             return x
-        before = block._patch.around[0]
+        before = block._patch.n_around[0]
         change = x[:, before:] - self.reduction.unmerge(shown)
         return torch.cat([x[:, :before], shown + self.reduction.merge(change)], dim=1)
 
     def leave(self, x: Tensor, block: Any) -> Tensor:
         """The output of a block: in rows where something other than a block comes next, with all patches where it is
         looked at."""
-        own, before = block._patch, block._patch.around[0]
+        own, before = block._patch, block._patch.n_around[0]
         is_last = own.index == self.n_blocks - 1
         is_read = block.is_read(self, is_last)
         if is_last or is_read or own.leaves_rows:
@@ -342,8 +342,8 @@ class Track:
             return self.undo(x, before)
         if not is_read or self.reduction is None or self.is_undone:
             return x
-        self._shown = x[:, before:]
-        return torch.cat([x[:, :before], self.reduction.unmerge(self._shown)], dim=1)
+        self._exposed = x[:, before:]
+        return torch.cat([x[:, :before], self.reduction.unmerge(self._exposed)], dim=1)
 
     def unmerge(self, x: Tensor, before: int = 0) -> Tensor:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), after `before` tokens that stay."""
@@ -371,7 +371,7 @@ class Track:
 
     def ended(self) -> Ended:
         """The part that outlives the pass."""
-        self._layout = self._shown = None
+        self._layout = self._exposed = None
         if self._kept is None:
             return Ended(self.reduction, self.steps, (lambda: self) if self.soft_steps else lambda: None)
         steps = {layer: step.detached() for layer, step in self.steps.items()}

@@ -165,10 +165,10 @@ def load_batches(
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     columns = COLUMNS | (COMPILED_COLUMNS if all("scores_compiled" in row for row in rows) else {})
-    return markdown(columns, [row | _shown(row) for row in rows])
+    return markdown(columns, [row | _exposed(row) for row in rows])
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _exposed(row: dict[str, Any]) -> dict[str, Any]:
     """What the table derives from a row."""
     return {
         "merge": 100 * sum(row["overhead"].values()),

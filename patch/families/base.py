@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.attention import AttentionMask, QKRecorder
-from patch.hooks import shows_output
+from patch.hooks import exposes_output
 from patch.layout import Around, Rows
 from patch.look import Look
 from patch.track import Merging, Track
@@ -28,7 +28,7 @@ class Record:
     Attributes:
         merging: what the patch put into the model.
         index: of a block of the encoder, counted from 0; -1 for others.
-        around: number of tokens before and after the patch tokens: in a block, of a ViT behind its last block.
+        n_around: number of tokens before and after the patch tokens: in a block, of a ViT behind its last block.
         merges_at: place of a merge in a block -> the layer that the method calls it.
         leaves_rows: whether every image has its row after a block: at the end of a stack, and where queries join.
         more: what its family adds.
@@ -36,7 +36,7 @@ class Record:
 
     merging: Merging
     index: int = -1
-    around: Around = (0, 0)
+    n_around: Around = (0, 0)
     merges_at: dict[str, int] = field(default_factory=dict)
     leaves_rows: bool = False
     more: Any = None
@@ -144,8 +144,8 @@ class Family(ABC):
 
     def attach(self, model: Any, merging: Merging) -> None:
         """Let a ViT start and end passes; `mix_out` undoes it."""
-        around = self.tokens_before(model, len(self.blocks(model)) - 1), 0
-        mix_in(model, self.model_mixin, _patch=Record(merging, around=around))
+        n_around = self.tokens_before(model, len(self.blocks(model)) - 1), 0
+        mix_in(model, self.model_mixin, _patch=Record(merging, n_around=n_around))
 
     @abstractmethod
     def knows(self, model: nn.Module) -> bool:
@@ -200,7 +200,7 @@ class PatchedBlock(Patched):
         """
         track = self._patch.merging.current
         assert track is not None
-        x = track.merge_at("before", track.enter(x, self), self)
+        x = track.merge_at("before", track.resume(x, self), self)
         x, layout = track.arrange(x, self)
         x, look = self.attend(x, layout, rope)
         x, layout = track.arrange(track.merge_at("attention", x, self, look), self)
@@ -220,7 +220,7 @@ class PatchedBlock(Patched):
                 f"the attention of a {own_class(self).__name__} ran without the mask of merged tokens, by a forward or "
                 "a function that was exchanged: call patch.remove, take it away, then patch.apply"
             )
-        soft = self.training and self._patch.merging.method.soft is not None
+        soft = self.training and self._patch.merging.method.training_form is not None
         look = Look(self, layout, x, normed, rotary, mask, soft) if looks else None
         return self.add_attention(x, out, layout), look
 
@@ -273,7 +273,7 @@ class OpenBlock(PatchedBlock):
     whose output a hook looks at."""
 
     def is_read(self, track: Track, is_last: bool) -> bool:
-        return is_last or super().is_read(track, is_last) or shows_output(self)
+        return is_last or super().is_read(track, is_last) or exposes_output(self)
 
 
 class OpenFamily(Family):
@@ -299,7 +299,7 @@ class PatchedEmbedding(Patched):
         """grid: (gh, gw), patches of the images. Outside of a pass nobody needs to know."""
         track = self._patch.merging.current
         if track is not None and track.grid is None:
-            track.begin((int(grid[0]), int(grid[1])))
+            track.start_encoder((int(grid[0]), int(grid[1])))
 
 
 def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -52,7 +52,7 @@ register(
     place="block",
     undo="encoder",
     modules=add_clusters,
-    soft=_merge,
+    training_form=_merge,
     loss=_loss,
     layers=(3,),
     injection_point=Option(None, "Blocks before the merge: the same as the layer.", type=COUNT),

@@ -74,7 +74,7 @@ register(
     _merge,
     needs_cls=True,
     modules=add_rates,
-    soft=_soften,
+    training_form=_soften,
     soft_masking=SoftMasking(epsilon=1e-6, keeps_self=True),
     loss=_loss,
     attention="proportional",

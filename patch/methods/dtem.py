@@ -39,7 +39,7 @@ register(
     "dtem",
     _merge,
     modules=add_embeddings,
-    soft=_soften,
+    training_form=_soften,
     attention="proportional",
     variant=variant(
         "Training. code: random halves, 1/temperature 30, a tenth of the gradient into features; paper: halves "

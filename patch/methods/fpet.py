@@ -33,7 +33,7 @@ register(
     check=_check,
     modules=add_adapters,
     enabled_by="adapter",
-    soft=_soften,
+    training_form=_soften,
     layers=lambda shape: (shape.depth // 2 + 1,),
     adapter=Option(
         False,

@@ -61,7 +61,7 @@ register(
     _merge,
     check=_check,
     modules=add_thresholds,
-    soft=_soften,
+    training_form=_soften,
     soft_masking=SoftMasking(epsilon=1e-5, keeps_self=False),
     loss=_loss,
     attention="proportional",

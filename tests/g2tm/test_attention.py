@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from g2tm import attention_bias, attention_means, attention_row
+from g2tm import attention_bias, cls_attention, received_attention
 
 SIZES = torch.tensor([[1.0, 4.0, 2.0], [7.0, 1.0, 0.0]])
 PADDING = torch.tensor([[False, False, False], [False, False, True]])
@@ -68,7 +68,7 @@ def test_the_attention_that_tokens_get_is_exact(monkeypatch, precision):
     try:
         for most in (2**24, 500):
             monkeypatch.setattr("g2tm.similarity.MAX_SIMILARITIES", most)
-            row, found = (see(query, key, bias=bias, scale=0.25) for see in (attention_row, attention_means))
+            row, found = (see(query, key, bias=bias, scale=0.25) for see in (cls_attention, received_attention))
             torch.testing.assert_close(row, whole[:, :, 0].mean(1).float(), atol=1e-6, rtol=0)
             torch.testing.assert_close(found, means.float(), atol=1e-6, rtol=0)
             assert not found[padding].any()

@@ -397,7 +397,7 @@ def test_a_method_with_a_learned_module(small_net):
 
             return Chain(self, second)
 
-    register("judged", merge, modules=add, soft=soften, layers=(1, 2), width=Option(4, "of the judges"))
+    register("judged", merge, modules=add, training_form=soften, layers=(1, 2), width=Option(4, "of the judges"))
     for model in models(small_net, lambda encoder: patch.add_modules(encoder, "judged", width=3)):
         encoder = getattr(model, "encoder", model)
         assert encoder.blocks[0].judge.weight.shape == (3, 32) and patch.has_modules(encoder, "judged")

@@ -120,7 +120,7 @@ def test_gradients_of_the_merged_model_are_right(small_net, monkeypatch):
     def fixed(query, key, **rest):
         return torch.linspace(0.1, 0.2, query.shape[2]).repeat(len(query), 1)
 
-    monkeypatch.setattr(look, "attention_means", fixed)
+    monkeypatch.setattr(look, "received_attention", fixed)
     net = small_net | {"image_size": [16, 32], "d_model": 8}
     for method in METHOD_OPTIONS:
         options = {"threshold": -0.2} if "threshold" in METHOD_OPTIONS[method] else {}
