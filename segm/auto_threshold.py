@@ -14,6 +14,7 @@ from segm import parallel
 from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
 from segm.data import create_dataset
 from segm.eval.evaluate import as_is
+from segm.eval.views import spread
 from segm.run import Run
 from segm.sizes import Size
 
@@ -73,7 +74,7 @@ def automatic_thresholds(
         dataset_name: None: that of the run.
         layers: 1-based, ascending; None: all.
         device: where to compute.
-        max_images: only the first so many images.
+        max_images: only so many images, spread over all: files are often sorted by scene. None: all.
         size: to which the images are resized, pixels; None: the crop of the run.
 
     Returns:
@@ -87,8 +88,7 @@ def automatic_thresholds(
     layers = layers or list(range(1, len(encoder.blocks) + 1))
     with patch.similarities(encoder, layers) as moments:
         dataset = create_dataset(dataset_name or run.dataset, "train", normalization=run.normalization)
-        n_images = min(len(dataset), max_images or len(dataset))
-        mine = range(parallel.rank(), n_images, parallel.world_size())
+        mine = spread(max_images or len(dataset), len(dataset))[parallel.rank() :: parallel.world_size()]
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
             encoder.forward_features(run.resized(sample.image, size))
