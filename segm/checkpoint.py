@@ -19,21 +19,21 @@ from segm.files import atomic
 
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 SHARED = "model.safetensors"  # weights alone, to be passed on
+BEST_OF_G2TM = "best_checkpoint.pth"  # as its released code names it
 
 
 def checkpoint_file(path: str | Path) -> Path:
     """The checkpoint that a path means: the file itself, or of a run directory `checkpoint.pth`, or else
-    `model.safetensors`.
+    `model.safetensors`, or else the best one alone (`checkpoint_best.pth`, G2TM's `best_checkpoint.pth`).
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = Path(path)
-    file = path / LAST if path.is_dir() else path
-    if path.is_dir() and not file.is_file() and (path / SHARED).is_file():
-        return path / SHARED
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint {file}: give a checkpoint file or a run directory with {LAST}")
+    files = [path / name for name in (LAST, SHARED, BEST, BEST_OF_G2TM)] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no checkpoint {files[0]}: give a checkpoint file or a run directory with {LAST}")
     return file
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from segm.checkpoint import (
     Progress,
+    checkpoint_file,
     load_checkpoint,
     restore,
     save_checkpoint,
@@ -37,6 +38,16 @@ def test_a_run_is_loaded_by_folder_and_by_file(run):
         assert not loaded.training and variant["net_kwargs"]["n_cls"] == 5
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_best.pth", "best_checkpoint.pth"])
+def test_the_best_checkpoint_alone_is_one(run, name):
+    """G2TM's released folders hold no other; the last one comes first where there are both."""
+    folder, _ = run
+    (folder / "checkpoint.pth").rename(folder / name)
+    assert checkpoint_file(folder) == folder / name and load_model(folder)[0].n_cls == 5
+    (folder / "checkpoint.pth").touch()
+    assert checkpoint_file(folder) == folder / "checkpoint.pth"
 
 
 def test_variant_yaml_and_tuples_are_read(run):
