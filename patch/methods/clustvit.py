@@ -32,8 +32,12 @@ def _loss(trained: LossInput) -> Tensor:
 
 def _prepare(given: dict[str, Any]) -> dict[str, Any]:
     """The injection point is the published name of the layer."""
-    point = given.pop("injection_point", None)
-    return given if point is None else given | {"layers": [point]}
+    point, layers = given.pop("injection_point", None), given.get("layers")
+    if point is None:
+        return given
+    if layers is not None and layers not in (point, [point], (point,)):
+        raise ValueError(f"injection_point {point} and layers {layers} name the same place: give one of them")
+    return given | {"layers": [point]}
 
 
 def _check(options: Options, shape: ModelShape) -> None:

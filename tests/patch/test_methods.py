@@ -129,6 +129,7 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
         ("graph", {"rr": 1, "q": 2}, "graph takes no q, rr: its options are layers, attention, batch, threshold"),
         ("algm", {"window": (2, 2, 2)}, r"window \(2, 2, 2\): give 2 values, each an integer from 0"),
         ("algm", {"window": 2}, "window 2: give 2 values"),
+        ("clustvit", {"injection_point": 2, "layers": [3]}, "injection_point 2 and layers .3. name the same place"),
         ("tome", {"r": "8"}, "r '8': give an integer from 0"),
         ("tome", {"r": (1, 2, 3)}, r"r \[1, 2, 3\]: give one number from 0 for each of the 12 layers"),
         ("tome", {"r": (8, 2)}, r"r \[8, 2\]: give one number from 0 for each of the 12 layers"),
