@@ -150,6 +150,7 @@ class Rate(nn.Module):
         self.register_buffer("kept_token_candidate", candidates)
         self.selected_probability = nn.Parameter(torch.zeros(len(candidates)))
         self._read: tuple[Any, int] = (None, patches)
+        self._read_kept()
 
     def forward(self, n_prefix: int) -> Tensor:
         """Scalar: number of tokens, prefix tokens included; differentiable."""
@@ -158,21 +159,27 @@ class Rate(nn.Module):
     @property
     def kept(self) -> int:
         """Number of patch tokens, read from the device after a change of the probabilities alone: a change that
-        PyTorch counts, so not one through `.data`, which `eval()` sees. Compiled code takes what was read last."""
+        PyTorch counts, so not one through `.data`, which `eval()` sees. Compiled code takes what was read
+        last: there, by `eval()`, or when weights were loaded."""
         logits = self.selected_probability
         if not torch.compiler.is_compiling() and (logits.is_inference() or self._read[0] != _state(logits)):
             self._read_kept()
         return self._read[1]
 
     def _read_kept(self) -> None:
-        logits = self.selected_probability.detach()
-        self._read = _state(self.selected_probability), int(kept_tokens(logits, self.kept_token_candidate))
+        logits = self.selected_probability
+        if not (logits.is_meta or is_fake(logits)):  # which have no values
+            self._read = _state(logits), int(kept_tokens(logits.detach(), self.kept_token_candidate))
 
     def train(self, mode: bool = True) -> "Rate":
         super().train(mode)
-        if not (mode or self.selected_probability.is_meta or is_fake(self.selected_probability)):
+        if not mode:
             self._read_kept()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._read_kept()
 
 
 def _state(x: Tensor) -> tuple[int, int] | None:

@@ -284,12 +284,6 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def resolve(name: str, shape: ModelShape, given: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """The method of a name, and all its options in force, as `complete` gives them; raises a ValueError likewise."""
-    method = find(name)
-    return method, complete(method, shape, given)
-
-
 def complete(method: Method, shape: ModelShape, given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete and check the options of a method.
 

@@ -11,9 +11,9 @@ from g2tm import Reduction
 from patch.families import family_of, models_within
 from patch.families.base import RECORD, Patched, Record, check_forward, mix_in, mix_out, modules_of
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
-from patch.families.timm_vit import PatchedTimmBlock, check_blocks
+from patch.families.timm_vit import PatchedTimmBlock, check_kind
 from patch.learned import built_options, has_modules
-from patch.method import LossInput, Method, ModelShape, Step, complete, find, resolve
+from patch.method import LossInput, Method, ModelShape, Step, complete, find
 from patch.track import Merging
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +57,7 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
     if any(isinstance(module, Patched) for module in parts.model.modules()):
         raise ValueError("a part of the model is patched or compiled already: call patch.remove, patch, then compile")
     family.check(encoder)
-    check_blocks(parts.more_blocks, Block)
+    check_kind("block", parts.more_blocks, Block)
     check_forward(modules_of(parts.more_blocks))
     blocks = family.blocks(encoder)
     if len({*blocks, *parts.more_blocks}) < len(blocks) + len(parts.more_blocks):
@@ -130,7 +130,7 @@ def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dic
     Raises:
         ValueError: what `apply` would refuse.
     """
-    return resolve(method, ModelShape(depth, (grid[0], grid[1])), options)[1]
+    return complete(find(method), ModelShape(depth, (grid[0], grid[1])), options)
 
 
 def remove(model: Model) -> Model:
@@ -218,7 +218,7 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
     merging = merging_of(model)
     if not merging.method.takes("threshold"):
         raise ValueError(f"{merging.method.name} has no threshold")
-    merging.options = resolve(merging.method.name, merging.shape, {**merging.options, "threshold": threshold})[1]
+    merging.options = complete(merging.method, merging.shape, {**merging.options, "threshold": threshold})
 
 
 @contextmanager

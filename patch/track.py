@@ -13,7 +13,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from g2tm import Grouping, Reduction
@@ -147,7 +147,7 @@ class Merging:
     def _check_stack(self, blocks: Sequence[Any]) -> None:
         """Raise a ValueError for a block that was not there, or elsewhere, when the model was patched."""
         for index, block in enumerate(blocks):
-            own = next((vars(part)["_patch"] for part in _outermost_first(block) if "_patch" in vars(part)), None)
+            own = next((vars(part)["_patch"] for part in block.modules() if "_patch" in vars(part)), None)
             if own is None or own.index != index:
                 raise ValueError(f"block {index + 1} is not the one that was patched at this place: {AGAIN}")
 
@@ -391,12 +391,6 @@ class Track:
     def _range(self) -> AbstractContextManager[Any]:
         name = self.merging.range_name
         return nullcontext() if name is None else record_function(name)
-
-
-def _outermost_first(block: nn.Module) -> Iterator[nn.Module]:
-    """A block, then what it may be wrapped around."""
-    yield block
-    yield from block.modules()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import patch
-from patch.methods.common import total_schedule
+from g2tm.validation import check_r
+from patch.methods.common import scheduled_r
 from segm.cli import POSITIVE, device_option
 from segm.errors import one_line
 from segm.eval.environment import environment
@@ -237,6 +238,23 @@ def write(
     if out is not None:
         content = {"model": name, "merging": merging, "rows": rows, "environment": environment(device)}
         write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
+    """Tokens that every layer removes so that all layers together remove `total` (OpenToMe's schedules).
+
+    Each layer removes total / depth, inflected as in `scheduled_r`. The rest of the division goes to the first layer
+    where the inflection is below 0, else to the last.
+
+    Raises:
+        ValueError: a negative total, or an inflection outside of -1 to 1.
+    """
+    check_r(total)
+    if not -1 <= inflection <= 1:
+        raise ValueError(f"inflection {inflection}: give a number from -1 to 1")
+    schedule = [max(scheduled_r(total // depth, inflection, layer, depth), 0) for layer in range(1, depth + 1)]
+    schedule[0 if inflection < 0 else -1] += total - sum(schedule)
+    return schedule
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class TimmFamily(Family):
         return isinstance(model, self.model_class)
 
     def check(self, model: Any) -> None:
-        check_blocks(self.blocks(model), self.block_class)
+        check_kind("block", self.blocks(model), self.block_class)
         check_kind("attention", [block.attn for block in self.blocks(model)], *self.attention_classes)
         check_forward([model, *modules_of(self.blocks(model))])
         check_checkpointing(model)
@@ -145,11 +145,6 @@ def grid_of(model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
     embed = model.patch_embed
     gh, gw = embed.grid_size if size is None else embed.dynamic_feat_size(tuple(size))
     return int(gh), int(gw)
-
-
-def check_blocks(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
-    """Raise a ValueError unless all blocks run as those of one class: another one may have other halves."""
-    check_kind("block", blocks, kind)
 
 
 def check_kind(what: str, modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from g2tm import budget
-from g2tm.validation import check_r as check_count
 from patch.method import Choice, LossInput, ModelShape, Number, Option, Options, Step
 
 CODE, PAPER = "code", "paper"
@@ -97,23 +96,6 @@ def r_here(step: Step, layer: int | None = None) -> int:
     """Tokens that this layer removes, or another one."""
     r, layer = step.options["r"], step.layer if layer is None else layer
     return scheduled_r(DEFAULT_R if r is None else r, step.options["r_inflection"], layer, step.depth)
-
-
-def total_schedule(total: int, inflection: float, depth: int) -> list[int]:
-    """Tokens that every layer removes so that all layers together remove `total` (OpenToMe's schedules).
-
-    Each layer removes total / depth, inflected as in `scheduled_r`. The rest of the division goes to the first layer
-    where the inflection is below 0, else to the last.
-
-    Raises:
-        ValueError: a negative total, or an inflection outside of -1 to 1.
-    """
-    check_count(total)
-    if not -1 <= inflection <= 1:
-        raise ValueError(f"inflection {inflection}: give a number from -1 to 1")
-    schedule = [max(scheduled_r(total // depth, inflection, layer, depth), 0) for layer in range(1, depth + 1)]
-    schedule[0 if inflection < 0 else -1] += total - sum(schedule)
-    return schedule
 
 
 def check_learned(options: Options, *others: str) -> None:

@@ -231,3 +231,24 @@ def test_a_loss_without_a_living_pass_is_said_or_right(method):
         assert "\n" not in str(error)
     else:
         torch.testing.assert_close(found.detach(), expected)
+
+
+@torch.no_grad()
+def test_compiled_code_takes_the_numbers_that_were_loaded():
+    """No eager pass has read them since, and `eval()` was not called again."""
+    family, images, lengths = FAMILIES["vit"], different_images(2), []
+    models = [family.build() for _ in range(2)]
+    for seed, model in enumerate(models, start=1):
+        patch.add_modules(model, "diffrate", granularity=1)
+        torch.manual_seed(seed)
+        for parameter in patch.learned_parameters(model, "diffrate"):
+            parameter.normal_(0, 2.0)
+        patch.apply(model, "diffrate", learned=True)
+    for model in models:
+        family.run(model, images)
+        lengths.append(patch.reduction(model).lengths)
+    assert lengths[0] != lengths[1]
+    models[0].load_state_dict(models[1].state_dict())
+    torch._dynamo.reset()
+    torch.compile(models[0], fullgraph=True, backend="eager")(images)
+    assert patch.reduction(models[0]).lengths == lengths[1]

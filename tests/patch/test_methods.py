@@ -11,7 +11,7 @@ from torch import nn
 
 import patch
 from g2tm import Grouping
-from patch.method import COMMON, METHODS, Choice, ModelShape, Number, Option, check_layers, register, resolve
+from patch.method import COMMON, METHODS, Choice, ModelShape, Number, Option, check_layers, complete, register
 from patch.methods.common import check_tokens, scheduled_r, tokens_left
 from segm.model.factory import create_segmenter
 from tests.helpers import different_images
@@ -97,6 +97,10 @@ def test_the_type_of_an_option_is_that_of_its_default():
     refused("int, float, Number or Choice", Option("word", "").check, "n", "word")
 
 
+def completed(name, shape, given):
+    return complete(patch.find(name), shape, given)
+
+
 def test_check_layers():
     assert check_layers(None, 3) == (1, 2, 3) and check_layers(2, 3) == (2,)
     assert check_layers(range(1, 4, 2), 3) == (1, 3) and check_layers([np.int64(2)], 3) == (2,)
@@ -109,10 +113,10 @@ def test_check_layers():
 
 def test_what_is_not_given_is_the_default():
     for name, method in METHODS.items():
-        found, options = resolve(name, SHAPE, {})
-        assert found is method and set(options) == set(method.options)
-        assert resolve(name, SHAPE, dict.fromkeys(method.options))[1] == options or name == "algm"
-        assert resolve(name, SHAPE, options)[1] == options  # they may be given back
+        options = complete(method, SHAPE, {})
+        assert set(options) == set(method.options)
+        assert complete(method, SHAPE, dict.fromkeys(method.options)) == options or name == "algm"
+        assert complete(method, SHAPE, options) == options  # they may be given back
         assert options == patch.check(name, SHAPE.depth, SHAPE.grid)
         assert all(layer in range(1, 13) for layer in options["layers"])
     # No window is a value of its own.
@@ -135,8 +139,8 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
         ("tome", {"r": (8, 2)}, r"r \[8, 2\]: give one number from 0 for each of the 12 layers"),
         ("nosuch", {}, "unknown method 'nosuch': choose one of graph, algm"),
     ):
-        refused(message, resolve, name, SHAPE, given)
-    refused("merges by default in layers .*name other layers", resolve, "algm", ModelShape(3, (4, 4)), {})
+        refused(message, completed, name, SHAPE, given)
+    refused("merges by default in layers .*name other layers", completed, "algm", ModelShape(3, (4, 4)), {})
 
 
 def test_a_number_per_layer_as_a_list_or_a_tuple():

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import timm
 
-from patch.methods.common import total_schedule
-
 SCRIPT = Path(__file__).parents[2] / "scripts/eval_classification.py"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -51,7 +49,7 @@ def test_a_folder_is_scored_with_and_without_merging(script, photographs, tmp_pa
     pure, merged = json.loads(out.read_text())["rows"]
     assert (pure["tokens"], merged["tokens"]) == (16, 9) and merged["gflops"] < pure["gflops"]
     assert 0 <= merged["top1"] <= merged["top5"] <= 100 and "| tome |" in written
-    assert json.loads(out.read_text())["merging"] == {"method": "tome", "r": total_schedule(7, -1, 4)}
+    assert json.loads(out.read_text())["merging"] == {"method": "tome", "r": script.total_schedule(7, -1, 4)}
     assert sorted(file.name for file in pictures.iterdir()) == ["00000_9_tokens.png", "00001_9_tokens.png"]
     assert cv2.imread(str(pictures / "00000_9_tokens.png")).shape == (32, 32, 3)
 
@@ -75,10 +73,10 @@ def test_what_it_cannot_do_is_refused(script, photographs, tmp_path, refused):
     assert "unknown model" in refused(script, "nosuch", photographs)
 
 
-def test_totals_are_spread_over_the_layers():
+def test_totals_are_spread_over_the_layers(script):
     for total in (0, 5, 98, 100):
         for inflection in (-1, -0.5, 0, 0.5, 1):
-            schedule = total_schedule(total, inflection, 12)
+            schedule = script.total_schedule(total, inflection, 12)
             assert sum(schedule) == total and min(schedule) >= 0 and len(schedule) == 12
     with pytest.raises(ValueError, match="from -1 to 1"):
-        total_schedule(5, 2, 12)
+        script.total_schedule(5, 2, 12)
