@@ -63,7 +63,7 @@ def compile(
         raise ValueError("every image keeps the same number of tokens here: use torch.compile, which makes one graph")
     if merging.method.undo == "encoder":
         raise ValueError(f"{merging.method.name} cannot be compiled: it undoes its merge inside of the encoder")
-    if getattr(model, "on_grid", False) or getattr(model, "joins", False):
+    if getattr(model, "on_grid", False) or getattr(model, "has_queries", False):
         raise ValueError("a Segmenter whose decoder reads or joins blocks of the encoder cannot be compiled")
     options = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
     own: Any = model

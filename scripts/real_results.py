@@ -225,7 +225,7 @@ def at_share(run: Run, method: str, share: float, views: list, im_size: int | No
     model, whole = run.model, math.prod(run.model.grid(views[0].shape[-2:]))
     views = views[:1] if patch.find(method).static else views  # the same number in every image
     layers = patch.check(method, len(model.encoder.blocks), model.encoder.patch_embed.grid_size, **fixed)["layers"]
-    if patch.find(method).takes("threshold") and not model.joins:  # no token leaves behind the last merge
+    if patch.find(method).takes("threshold") and not model.has_queries:  # no token leaves behind the last merge
         model = copy.deepcopy(model)
         del model.encoder.blocks[layers[-1] :]
         found = setting(model, method, views, share * whole, encoded_tokens, **fixed | {"layers": [*layers]})

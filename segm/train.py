@@ -257,7 +257,7 @@ def freeze(model: Segmenter, plan: Plan) -> None:
         model.requires_grad_(False)
     elif plan.settings.freeze_encoder:
         model.encoder.requires_grad_(False)
-        if model.joins:
+        if model.has_queries:
             model.encoder.queries.requires_grad_(True)
     for parameter in learned:
         parameter.requires_grad_(True)
@@ -333,7 +333,7 @@ def train(
             parallel.when_orphaned(interruption.request)
         state = partial(training_state, model, optimizer, scheduler, precision.scaler)
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
-        wrapped: torch.nn.Module = InTraining(model) if model.trains_apart else model
+        wrapped: torch.nn.Module = InTraining(model) if model.has_training_outputs else model
         if cached is not None:
             wrapped = Head(model, train_set.crop_size)
             cached.fill(model, device, precision.autocast, interruption)
@@ -359,7 +359,7 @@ def train(
         for epoch in range(begun.epoch, epochs):
             if curriculum is not None:
                 patch.set_threshold(model, curriculum.threshold(epoch))
-            if model.joins:
+            if model.has_queries:
                 model.decoder.anneal(epoch / epochs)
             entry = {"epoch": epoch, "threshold": merging_of(model)["threshold"]}
             position = position or Position.beginning(device)

@@ -15,7 +15,7 @@ def is_segmenter(model: nn.Module) -> bool:
 class PatchedSegmenter(PatchedModel):
     """A Segmenter: a pass begins with the images and ends with what the decoder gives, for all patches."""
 
-    guides = False
+    mask_attention = False
     encoder: Any
     decoder: Any
 

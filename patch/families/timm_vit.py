@@ -122,7 +122,7 @@ class TimmFamily(Family):
 
     def n_queries(self, model: Any) -> tuple[int, int]:
         queries = getattr(model, "queries", None)
-        return (0, 0) if queries is None else (queries.shape[1], len(model.blocks) - model.n_joined)
+        return (0, 0) if queries is None else (queries.shape[1], len(model.blocks) - model.n_query_blocks)
 
     def has_cls(self, model: Any) -> bool:
         # Behind queries the CLS token is not the first one.

@@ -136,7 +136,7 @@ def settings_for(
 def _bisect(model: Segmenter, method: str, batches: Sequence[Tensor], tokens: int, layers: Sequence[int]) -> float:
     """Lowest threshold that keeps at least so many tokens, to 2⁻²⁴."""
     short = copy.deepcopy(model)
-    if not model.joins:  # queries join at a distance from the end
+    if not model.has_queries:  # queries join at a distance from the end
         del short.encoder.blocks[layers[-1] :]
     patch.apply(short, method, layers=list(layers), threshold=1.0)
     low, high = -1.0, 1.0
@@ -411,7 +411,7 @@ def _compiled_calls(model: Segmenter, merged: Segmenter, batches: Sequence[Tenso
 def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str, Call]:
     """The merge of every layer by itself, and undoing all of them, as functions of a batch."""
     method = patch.find(patch.method(merged))
-    of_logits = method.undo == "decoder" and not (merged.on_grid or merged.joins)
+    of_logits = method.undo == "decoder" and not (merged.on_grid or merged.has_queries)
     merge, width = method.merge, merged.n_cls if of_logits else merged.encoder.embed_dim
     layers = next(iter(recorded.values())).steps
     calls: dict[str, Call] = {f"merge_{layer}": _repeated(recorded, merge, layer) for layer in layers}

@@ -23,10 +23,10 @@ class Segmenter(nn.Module):
         aux_heads: decoders that are trained beside a decoder on the grid, and take the same.
 
     Attributes:
-        guides: whether attention of queries may be masked in training: not where tokens are no patches.
+        mask_attention: whether attention of queries may be masked in training: not where tokens are no patches.
     """
 
-    guides = True
+    mask_attention = True
 
     def __init__(
         self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int, aux_heads: Iterable[nn.Module] = ()
@@ -59,13 +59,13 @@ class Segmenter(nn.Module):
         return getattr(self.decoder, "scale", 1)
 
     @property
-    def joins(self) -> bool:
+    def has_queries(self) -> bool:
         """Whether queries join the tokens of the last blocks (`segm.model.eomt`)."""
         return hasattr(self.encoder, "queries")
 
     def queries_in(self, layer_id: int) -> int:
         """How many queries are among the tokens of a block of the encoder; layer_id: counted from 0."""
-        joined = self.joins and layer_id >= len(self.encoder.blocks) - self.encoder.n_joined
+        joined = self.has_queries and layer_id >= len(self.encoder.blocks) - self.encoder.n_query_blocks
         return self.decoder.n_queries if joined else 0
 
     def no_weight_decay(self) -> set[str]:
@@ -93,9 +93,9 @@ class Segmenter(nn.Module):
         if self.on_grid:
             found = self.decoder(self.decoder.neck(self.maps(images)))
             return found[-1] if self.predicts_masks else found
-        if self.joins:
+        if self.has_queries:
             found = self.encoder.forward_features(self._pad(images))
-            return self.decoder(*self._parted(found, self.grid(images.shape[-2:])))
+            return self.decoder(*self._split_queries(found, self.grid(images.shape[-2:])))
         return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Segmenter(nn.Module):
         return self._to_pixels(self.grid_logits(images), images.shape[-2:])
 
     @property
-    def trains_apart(self) -> bool:
+    def has_training_outputs(self) -> bool:
         """Whether a training step takes more than logits: `training_outputs`."""
         return len(self.aux_heads) > 0 or self.predicts_masks
 
@@ -144,32 +144,32 @@ class Segmenter(nn.Module):
         """What a training step takes: the logits of `forward`, or what the decoder's own loss is made of; then the
         logits of the auxiliary heads, (B, n_cls, H, W) each."""
         size = images.shape[-2:]
-        if not self.trains_apart:
+        if not self.has_training_outputs:
             return [self(images)]
-        if self.joins:
-            return [self._guided(images)]
+        if self.has_queries:
+            return [self._masked_predictions(images)]
         found = self.decoder.neck(self.maps(images))
         if self.predicts_masks:
             return [self.decoder(found)]
         return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
 
-    def _parted(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _split_queries(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(B, Q + P + N, D) -> queries (B, Q, D) and patches (B, D, gh, gw)."""
         n_queries = self.decoder.n_queries
         return x[:, :n_queries], self.to_grid(x[:, n_queries + self.encoder.num_prefix_tokens :], grid)
 
-    def _guided(self, images: Tensor) -> list[Prediction]:
+    def _masked_predictions(self, images: Tensor) -> list[Prediction]:
         """What the queries predict in front of every block that they are in, and behind the last one. Their attention
         is masked by it, unless tokens merge: then they predict once, at the end."""
         grid, found = self.grid(images.shape[-2:]), []
 
-        def guide(index: int, x: Tensor) -> Tensor:
-            found.append(self.decoder(*self._parted(x, grid)))
+        def mask_of(index: int, x: Tensor) -> Tensor:
+            found.append(self.decoder(*self._split_queries(x, grid)))
             return self.decoder.mask(index, found[-1].masks, grid, x.shape[1])
 
-        more = {"guide": guide} if self.guides else {}
+        more = {"mask_of": mask_of} if self.mask_attention else {}
         x = self.encoder.forward_features(self._pad(images), **more)
-        return [*found, self.decoder(*self._parted(x, grid))]
+        return [*found, self.decoder(*self._split_queries(x, grid))]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits of images from what their encoder gave.
@@ -241,7 +241,7 @@ class Segmenter(nn.Module):
 
 
 class InTraining(nn.Module):
-    """A Segmenter that `trains_apart`, as it trains; it shares the parameters."""
+    """A Segmenter that `has_training_outputs`, as it trains; it shares the parameters."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def test_queries_join_the_last_blocks(model):
 def test_attention_is_masked_in_training_and_set_free_block_by_block(model):
     images = torch.randn(2, 3, 32, 32)
     for masked in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)):
-        model.decoder.masked.copy_(torch.tensor(masked))
+        model.decoder.mask_probs.copy_(torch.tensor(masked))
         ((*found,),) = model.training_outputs(images)
         for one, other in zip(found, by_hand(model, images, masked), strict=True):
             torch.testing.assert_close(one.masks, other.masks, atol=1e-4, rtol=1e-4)
@@ -80,9 +80,16 @@ def test_attention_is_masked_in_training_and_set_free_block_by_block(model):
     found = []
     for progress in (0, 0.25, 0.375, 0.5, 0.75, 1):
         model.decoder.anneal(progress)
-        found.append(model.decoder.masked.tolist())
+        found.append(model.decoder.mask_probs.tolist())
     half = pytest.approx(0.5**0.9)
     assert found == [[1, 1], [1, 1], [half, 1], [0, 1], [0, 0], [0, 0]]
+
+
+def test_older_checkpoints_name_the_mask_probabilities_otherwise(model):
+    weights = model.state_dict()
+    del weights["decoder.mask_probs"]
+    model.load_state_dict(weights | {"decoder.masked": torch.tensor([0.0, 0.5])})
+    assert model.decoder.mask_probs.tolist() == [0, 0.5]
 
 
 def test_every_class_of_an_image_is_a_mask():
@@ -160,7 +167,7 @@ def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call):
     start += ("--d-model", 32, "--n-heads", 2, "--n-layers", 3, "--crop-size", 32, "--im-size", 32)
     call(train, "--log-dir", folder, *start, "--decoder", "eomt", "--decoder-blocks", 1, *common)
     run = Run.load(folder, device="cpu")
-    assert run.model.encoder.n_joined == 1 and run.model.decoder.n_queries == 100
+    assert run.model.encoder.n_query_blocks == 1 and run.model.decoder.n_queries == 100
     merging = ("--patch-type", "graph", "--selected-layer", 2, "--threshold", 0.5)
     call(train, "--log-dir", tmp_path / "merged", "--finetune", folder, "--freeze-encoder", *merging, *common)
     before, after = (Run.load(tmp_path / name, device="cpu").model.encoder for name in ("eomt", "merged"))
