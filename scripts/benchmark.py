@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import DTYPES, Command, Listed, device_option
+from segm.config import DECODERS
 from segm.data import create_dataset
 from segm.data.images import resized_view
 from segm.eval.comparison import measure, settings_for
 from segm.eval.environment import environment
 from segm.eval.profiling import profile_merges, profile_passes
 from segm.files import write_text
-from segm.model.decoder import DECODERS
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 from segm.tables import markdown

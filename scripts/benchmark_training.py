@@ -7,6 +7,7 @@ import copy
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import Command, Listed, device_option
+from segm.config import Merging, Net, RunConfig
 from segm.data import create_dataset
-from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
+from segm.data.loader import create_loader
+from segm.data.sample import IGNORE_LABEL
 from segm.eval.comparison import settings_for
 from segm.eval.environment import environment
 from segm.files import write_text
 from segm.merging import PURE, apply
 from segm.model.segmenter import Segmenter
-from segm.optim import create_optimizer, create_scheduler
+from segm.optim import create_optimizer
+from segm.precision import Precision
 from segm.tables import markdown
+from segm.trainer import Objective, compile_blocks
 
 COLUMNS = {
     "method": "{method}",
@@ -36,7 +41,6 @@ COLUMNS = {
     "ratio": "{ratio:.2f}",
     "waiting for data, %": "{data_wait:.1f}",
 }
-FAR = 10**6  # epochs of the schedule: the learning rate does not matter here
 
 
 @click.command(cls=Command)
@@ -99,18 +103,35 @@ def main(
 def training(
     model: Segmenter, loader: DataLoader, device: torch.device, amp: bool, compile: bool
 ) -> Callable[[int], dict[str, Any]]:
-    """A function of the epoch that trains for it and returns `train_one_epoch`'s entry."""
+    """A function of the epoch that trains for it and returns images/s, the share of waiting, and the tokens left."""
     if compile:
         for stack in (model.encoder, model.decoder):
             compile_blocks(stack.blocks)
-    optimizer = create_optimizer(model, "sgd", 1e-5)
-    scheduler = create_scheduler(optimizer, "polynomial", epochs=FAR, updates_per_epoch=len(loader), learning_rate=1e-5)
-    precision = Precision.choose(device, amp)
+    optimizer, precision = create_optimizer(model, "sgd", 1e-5), Precision.choose(device, amp)
+    method = patch.method(model) if patch.is_patched(model) else PURE
+    objective = Objective(model, RunConfig(net=Net(decoder="mask_transformer"), merging=Merging(method)))
 
     def train(epoch: int) -> dict[str, Any]:
-        return train_one_epoch(model, loader, optimizer, scheduler, precision, epoch, device=device, progress=False) | {
-            "tokens": _tokens(model)
-        }
+        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+        model.train()
+        begin, waited, n_images, batches = time.perf_counter(), 0.0, 0, iter(loader)
+        for _ in range(len(loader)):
+            start = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - start
+            images, labels = (batch[key].to(device, non_blocking=True) for key in ("image", "label"))
+            n_labelled = (labels != IGNORE_LABEL).sum()
+            with precision.autocast():
+                loss, _ = objective(images, labels, lambda count=n_labelled: count)
+            optimizer.zero_grad(set_to_none=True)
+            precision.scaler.scale(loss).backward()
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
+            n_images += len(images)
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - begin
+        rates = {"images_per_second": n_images / seconds, "data_wait": 100 * waited / seconds}
+        return rates | {"tokens": _tokens(model)}
 
     return train
 

@@ -133,7 +133,7 @@ def fill(
     merged = apply(model, row["method"], options)
     row |= {"options": options, "gflops": gflops(merged, views), "tokens": mean_tokens(merged, views)}
     if row["method"] not in NEEDS_TRAINING:
-        own = Run(row["method"], run.path, merged, run.variant, run.device, run.precision)
+        own = Run(row["method"], run.path, merged, run.config, run.device, run.precision)
         row["applied"] = own.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]
     return row
 
@@ -193,7 +193,7 @@ def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, 
     side, whole, own = run.model.patch_size[0], run.crop_size[0], []
     for crop in range(side, whole + 1, side):
         size = round(run.image_size * crop / whole)
-        small = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
+        small = Run(run.name, run.path, run.model, run.config, run.device, run.precision, size)
         own.append((abs(gflops(run.model, [*small.views(dataset, 1)]) - wanted), size, small))
     _, size, small = min(own, key=lambda one: one[0])
     views = [*small.views(dataset, n_views)]
@@ -246,7 +246,7 @@ def time_all(rows: list[dict[str, Any]], run: Run, views: list, dataset: str, n_
     for index, row in enumerate(rows):
         models[str(index)] = model_of(row, run)
         size = row["options"].get("im_size")
-        own = Run(run.name, run.path, run.model, run.variant, run.device, run.precision, size)
+        own = Run(run.name, run.path, run.model, run.config, run.device, run.precision, size)
         batches[str(index)] = [*own.views(dataset, n_images)]
     found = compare(models, dict.fromkeys(models, "0"), batches, run.device)
     for index, row in enumerate(rows):

@@ -9,6 +9,7 @@ from conformance_common import MODEL, Case, Cases, Vectors, exactly, same, same_
 from torch import Tensor
 
 import patch
+from segm.config import RunConfig
 from segm.eval.sliding import Windows, view_logits
 from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
@@ -24,7 +25,7 @@ def cases(vectors: Vectors) -> Cases:
     """All cases of a Segmenter, which lies in the folder of the vectors as a run."""
     if not any(name.startswith("pure.") or CASE.fullmatch(name) for name in vectors):
         return
-    model, variant = load_model(vectors.file.parent)
+    model, config = load_model(vectors.file.parent)
     for name in sorted(name.rpartition(".")[0] for name in vectors if name.endswith(".logits")):
         match = CASE.fullmatch(f"{name}.logits")
         if name.startswith("pure"):
@@ -42,7 +43,7 @@ def cases(vectors: Vectors) -> Cases:
             part = {"enc": "encoder", "dec": "decoder"}[found[1]]
             more[name] = partial(_attention, vectors, model, name, int(found[2]), part)
         elif found := re.fullmatch(r"pure\.slide\.flip([01])", name):
-            more[name] = partial(_sliding, vectors, model, name, found[1] == "1", variant)
+            more[name] = partial(_sliding, vectors, model, name, found[1] == "1", config)
     for name, check in sorted(more.items()):
         if name in vectors:
             yield Case("pure", name, check)
@@ -64,8 +65,8 @@ def _attention(v: Vectors, model: Segmenter, name: str, layer: int, part: str) -
     same("attention", model.attention(v["x1"].float(), layer, part), v[name], MODEL)
 
 
-def _sliding(v: Vectors, model: Segmenter, name: str, flipped: bool, variant: dict[str, Any]) -> None:
-    windows = Windows.of(*(variant["inference_kwargs"][f"window_{part}"] for part in ("size", "stride")))
+def _sliding(v: Vectors, model: Segmenter, name: str, flipped: bool, config: RunConfig) -> None:
+    windows = Windows.of(config.inference.window_size, config.inference.window_stride)
     found = view_logits(model, v["xslide"][0].float(), flipped, windows, _original_size(v, model, name))
     same("probabilities", _sampled(found.softmax(0), v[name]), v[name], MODEL)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from segm.checkpoint import LAST, load_checkpoint, save_checkpoint
 from segm.cli import POSITIVE, Command
+from segm.config import RunConfig, variant_file
 from segm.data import DATASETS, class_info, dataset_defaults
 from segm.merging import build_model
-from segm.variant import read_variant, variant_file, write_variant
 
 BACKBONE = "vit_base_patch16_224"  # of timm; its norms have mmsegmentation's epsilon, its sizes are all given
 BLOCK = {
@@ -78,7 +78,7 @@ def main(
         raise ValueError(f"{target} is there already: choose another name")
     if source.is_dir() or variant_exists(source):
         weights = from_ours(load_checkpoint(source)["model"])
-        names = [one["name"] for one in read_variant(source).get("dataset_kwargs", {}).get("classes", [])]
+        names = [*(RunConfig.read(source).class_names or ())]
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": names}}}, target)
     else:
@@ -196,7 +196,8 @@ def write_run(
         "window_stride": min(side, defaults["window_stride"]),
     }
     target.mkdir(parents=True)
-    write_variant({"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}, target)
+    variant = {"net_kwargs": net, "dataset_kwargs": data, "inference_kwargs": inference}
+    RunConfig.from_variant(variant).write(target)
     save_checkpoint({"model": model.state_dict(), "epoch": 0}, target / LAST)
 
 

@@ -1,6 +1,7 @@
 """The automatic threshold of ALGM: how similar the tokens of an unpatched model are."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from tqdm import tqdm
 import patch
 from segm import parallel
 from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
+from segm.config import RunConfig
 from segm.data import create_dataset
+from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import as_is
 from segm.eval.views import spread
+from segm.merging import PURE, read_variant
 from segm.run import Run
 from segm.sizes import Size
+
+N_VIEWS, SUSPICIOUS = 8, 0.25  # images whose tokens are counted; share of the tokens that is suspiciously few
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,39 @@ def automatic_thresholds(
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
             encoder.forward_features(run.resized(sample.image, size))
         sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
-        total = parallel.sum_over_processes(torch.stack(sums))
+        total = parallel.all_reduce_sum(torch.stack(sums))
     return {layer: Similarity(*patch.mean_and_std(one)) for layer, one in zip(layers, total, strict=True)}
+
+
+def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.device, say: Callable[[str], None]) -> float:
+    """Threshold of `--threshold auto`: mean + std of the similarities in the first layer that shall merge.
+
+    The rule knows nothing of what it leaves: where that is little, a line says so.
+
+    Args:
+        config: of the training, whose method has a threshold.
+        unpatched: checkpoint or run that the similarities are those of.
+        device: where to compute.
+        say: called with a line about the threshold.
+
+    Raises:
+        ValueError: no run, or a method without a threshold.
+    """
+    method, options = read_variant(config.merging.entries)
+    if unpatched is None:
+        raise ValueError("--threshold auto: name an unpatched run with --from")
+    if method == PURE or not patch.find(method).takes("threshold"):
+        raise ValueError(f"--threshold auto: {method} has no threshold, name a method that has with --patch-type")
+    layer, size = options["layers"][0], config.data.crop_size
+    found = automatic_thresholds(unpatched, config.data.dataset, [layer], device, size=size)
+    threshold = round(found[layer].threshold, 4)
+    merged = Run.load(unpatched, device=device, patch_type=PURE).variation(method, options | {"threshold": threshold})
+    views = [*merged.views(config.data.dataset, N_VIEWS)]
+    left = mean_tokens(merged.model, views) / math.prod(merged.model.grid(views[0].shape[-2:]))
+    say(f"threshold {threshold}, from layer {layer} of {unpatched}: {left:.0%} of the tokens are left")
+    if left < SUSPICIOUS:
+        say("warning: so few tokens lose accuracy, measure a threshold with segm/tune_threshold.py")
+    return threshold
 
 
 if __name__ == "__main__":

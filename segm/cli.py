@@ -10,9 +10,11 @@ import click
 import torch
 
 from segm import parallel
+from segm.config import SETTINGS, config_dir
 from segm.data import DATASETS
-from segm.errors import one_line
+from segm.errors import brief, one_line
 from segm.sizes import short
+from segm.yaml_files import read_yaml
 
 LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE = click.IntRange(min=1)
@@ -79,12 +81,12 @@ def _one_line_errors() -> Iterator[None]:
     except (click.ClickException, ValueError, OSError) as error:
         click_error = isinstance(error, click.ClickException)
         message = one_line(error.format_message(), LONGEST) if click_error else _message(error)
-        if parallel.hand_over(f"Error: {message}"):
+        if parallel.report_failure(f"Error: {message}"):
             raise SystemExit(1) from error
         kind = WrongUsage if isinstance(error, click.UsageError) else click.ClickException
         raise kind(message) from error
     except RuntimeError as error:
-        if parallel.has_lost_another(error) and parallel.hand_over("Error: another process ended", follows=True):
+        if parallel.is_peer_failure(error) and parallel.report_failure("Error: another process ended", follows=True):
             raise SystemExit(1) from error
         raise
 
@@ -187,6 +189,59 @@ class Images(click.ParamType):
         if not Path(value).is_dir():
             self.fail(f"{value!r}: give a folder of photographs, or one of {', '.join(DATASETS)}", param, ctx)
         return Path(value)
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: an option for each setting of `segm.config` that has a help text, None where it is not given."""
+    for name, (_, entry) in reversed(SETTINGS.items()):
+        kind, about = entry.metadata["kind"], entry.metadata
+        if about["help"]:
+            flag = about.get("flag", "--" + name.replace("_", "-"))
+            sides = kind.many == "sides"
+            more = {} if sides or kind.many == 1 else {"nargs": kind.many}
+            text = f"{about['help']}  [default: {_default_text(about)}]"
+            option = click.option(flag, type=kind.type, default=None, help=text, cls=Sides if sides else None, **more)
+            command = option(command)
+    return command
+
+
+def _default_text(about: Mapping[str, Any]) -> str:
+    default = about["default"]
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    own = f"{default:g}" if isinstance(default, int | float) else default
+    return about.get("default_text") or about.get("default_from") or own
+
+
+def read_recipe(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Callback of --config: the entries of a recipe become the defaults of the options."""
+    if value is None:
+        return
+    recipes = config_dir() / "recipes"
+    file = next((f for f in (Path(value), recipes / value, recipes / f"{value}.yml") if f.is_file()), None)
+    if file is None:
+        names = ", ".join(sorted(f.stem for f in recipes.glob("*.yml")))
+        raise click.BadParameter(f"no file {value}; recipes in configs/recipes: {names}", ctx, param)
+    try:
+        recipe = read_yaml(file)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    known = {option.name: option for option in ctx.command.get_params(ctx)}
+    if not isinstance(recipe, dict) or not recipe.keys() <= known.keys():
+        unknown = ", ".join(map(str, recipe.keys() - known.keys())) if isinstance(recipe, dict) else "no mapping"
+        raise click.BadParameter(f"{file}: {one_line(unknown)}; its keys are the options of this command", ctx, param)
+    for name, value in recipe.items():
+        try:
+            known[name].type_cast_value(ctx, value)
+        except Exception as error:  # click's types expect texts, and fail on other values with errors of all kinds
+            raise click.BadParameter(f"{file}: {name} is {brief(value)}: {one_line(error)}", ctx, param) from error
+    ctx.default_map = recipe
+
+
+def print_once(text: str) -> None:
+    """Print a line, once for all processes."""
+    if parallel.is_main():
+        click.echo(text)
 
 
 def show_scores(scores: Mapping[str, Any]) -> None:

@@ -1,11 +1,20 @@
-"""Where the YAML files of `configs/` are, and how they are read."""
+"""`RunConfig`, all settings of a run, each stated once; `variant.yml`, the format of Segmenter; files of `configs/`."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 
 import segm
+from segm.errors import brief
+from segm.files import write_text
+from segm.sizes import pair
+from segm.yaml_files import read_yaml
+
+VARIANT = "variant.yml"
 
 
 def config_dir() -> Path:
@@ -27,3 +36,444 @@ def load_config(name: str) -> Any:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml"))) or "none"
         raise ValueError(f"no configuration {name!r}: {path} does not exist (there: {known})")
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that a setting takes.
+
+    Attributes:
+        words: what a value is, for a message.
+        fits: whether a value of a file is one.
+        type: how the command line reads one; None: it has no flag.
+        many: how many values the flag takes; "sides": one, or height and width.
+    """
+
+    words: str
+    fits: Callable[[Any], bool]
+    type: click.ParamType | None = None
+    many: int | str = 1
+
+
+def _whole(low: int, high: int) -> Kind:
+    words = f"a whole number from {low} to {high}"
+    return Kind(words, lambda value: type(value) is int and low <= value <= high, click.IntRange(low, high))
+
+
+def _number(low: float, high: float = 1e15, above: bool = False) -> Kind:
+    def fits(value: Any) -> bool:
+        return type(value) in (int, float) and (low < value if above else low <= value) and value <= high
+
+    words = f"a number {'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < 1e15 else "")
+    return Kind(words, fits, click.FloatRange(low, high if high < 1e15 else None, min_open=above))
+
+
+def _name(*allowed: str) -> Kind:
+    """A text; only the command line checks that it is allowed: a file may come from a later version."""
+    type = click.Choice(allowed) if allowed else click.STRING
+    return Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()), type)
+
+
+def _has_classes(value: Any) -> bool:
+    """Whether these are entries of `classes`: a name, and a color of three numbers from 0 to 255."""
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("color"), list)
+        and len(entry["color"]) == 3
+        and all(type(part) is int and 0 <= part <= 255 for part in entry["color"])
+        for entry in value
+    )
+
+
+def _has_inventory(value: Any) -> bool:
+    """Whether this is split -> what `segm.data.inventory` records of it."""
+    return isinstance(value, dict) and all(isinstance(name, str) and _has_split(found) for name, found in value.items())
+
+
+def _has_split(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    pixels, notes = found.get("pixels"), found.get("notes")
+    numbers = [found.get(key) for key in ("images", "masks_counted", "ignored_pixels")]
+    sides = [found.get(key) for key in ("smallest", "largest")]
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(side, list) and len(side) == 2 and all(map(SIZE.fits, side)) for side in sides)
+        and isinstance(pixels, dict)
+        and all(isinstance(name, str) and type(count) is int and count >= 0 for name, count in pixels.items())
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
+    )
+
+
+def _pair_of(kind: Kind, words: str, many: int | str, alone: bool) -> Kind:
+    """Two values of a kind; alone: or a single one."""
+
+    def fits(value: Any) -> bool:
+        values = value if isinstance(value, list | tuple) or not alone else [value, value]
+        return isinstance(values, list | tuple) and len(values) == 2 and all(map(kind.fits, values))
+
+    return Kind(words, fits, kind.type, many)
+
+
+SIZE, COUNT = _whole(1, 1 << 16), _whole(0, 1 << 31)  # pixels, channels, images; anything counted from 0
+LAYERS, CLASSES = _whole(1, 512), _whole(1, 255)
+SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool), click.BOOL)
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+SIDES = _pair_of(SIZE, "a whole number from 1, or two of them", "sides", alone=True)
+RANGE = _pair_of(_number(0, above=True), "two numbers above 0", 2, alone=False)
+CLASS_LIST = Kind("a list of {name, color: [r, g, b]}", _has_classes)
+INVENTORY = Kind("what a training records of its data", _has_inventory)
+
+DATASETS: tuple[str, ...] = tuple(load_config("datasets"))
+DECODERS: tuple[str, ...] = tuple(load_config("decoders"))
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULERS = ("polynomial", "polynomial_epoch", "cosine")
+MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the polynomial schedules
+METHOD = "method"  # what may be trained alone
+BACKBONE, DATA = "the backbone's", "the data set's"
+CURRICULUM = ("start_thresh", "curric_warmup", "curric_period")
+
+
+def setting(kind: Kind, keys: str, help: str = "", default: Any = None, **more: Any) -> Any:
+    """A field of a part of `RunConfig`.
+
+    Args:
+        kind: the values that it takes.
+        keys: where it stands in `variant.yml`, as in "net.d_model" for d_model in net_kwargs; all are written, and
+            the first that is there is read.
+        help: a sentence for --help, with its unit; "": it has no flag.
+        default: its value in a new run where nothing else is known; None: see `default_from`, or there is none.
+        more: `default_from`: whose default it has, `BACKBONE` or `DATA`;
+            `default_text`: the default in --help, where that is not the default itself;
+            `frozen_on_resume`: whether a resumed run has to keep it: its weights or the optimizer belong to it;
+            `flag`: other than its name.
+    """
+    paths = [key.replace(".", "_kwargs.", 1).split(".") for key in keys.split()]
+    return field(default=None, metadata={"kind": kind, "help": help, "keys": paths, "default": default, **more})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Net:
+    """The network."""
+
+    backbone: str = setting(_name(), "net.backbone", "Released name, or the name of any plain ViT of timm.",
+        frozen_on_resume=True, default_text="required")
+    decoder: str = setting(_name(*DECODERS), "net.decoder.name", "Decoder that gives every patch its logits.",
+        "mask_transformer", frozen_on_resume=True)
+    patch_size: int = setting(SIZE, "net.patch_size", "Side of a patch, pixels.", default_from=BACKBONE,
+        frozen_on_resume=True)
+    d_model: int = setting(SIZE, "net.d_model", "Width of the encoder, channels.", default_from=BACKBONE,
+        frozen_on_resume=True)
+    n_heads: int = setting(SIZE, "net.n_heads", "Attention heads per block.", default_from=BACKBONE,
+        frozen_on_resume=True, default_text=f"{BACKBONE}, or width / 64")
+    n_layers: int = setting(LAYERS, "net.n_layers", "Blocks of the encoder.", default_from=BACKBONE,
+        frozen_on_resume=True)
+    distilled: bool = setting(FLAG, "net.distilled", default_from=BACKBONE)
+    normalization: str = setting(_name("vit", "deit"), "net.normalization dataset.normalization",
+        "Mean and std that pixels are normalized by.", default_from=BACKBONE)
+    dropout: float = setting(SHARE, "net.dropout", "Dropout in the encoder, share of the values.", 0.0)
+    drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder, share of the residuals.",
+        0.1, default_text="0.1; 0 with a frozen encoder")
+    decoder_dropout: float | None = setting(SHARE, "net.decoder.dropout",
+        "Dropout in the decoder, share of the values.", default_text="0.1")
+    decoder_blocks: int | None = setting(LAYERS, "net.decoder.n_blocks",
+        "Last blocks of the encoder that linear_bn reads or queries of eomt join.", default_text="1; 3")
+    decoder_layers: int | None = setting(LAYERS, "net.decoder.n_layers")
+    decoder_drop_path: float | None = setting(SHARE, "net.decoder.drop_path_rate")
+    n_cls: int = setting(CLASSES, "net.n_cls net.decoder.n_cls")
+    image_size: int | tuple[int, int] = setting(SIDES, "net.image_size")
+    reduction: Mapping[str, Any] | None = setting(MAPPING, "net.reduction")
+    decoder_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the decoder, which no other field stands for
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set and how training reads it."""
+
+    dataset: str = setting(_name(*DATASETS), "dataset.dataset", "Data set; all but shapes are read from $DATASET.",
+        frozen_on_resume=True, default_text="required")
+    im_size: int = setting(SIZE, "dataset.image_size", "Shorter side of the images, pixels.", default_from=DATA)
+    crop_size: int | tuple[int, int] = setting(SIDES, "dataset.crop_size", "Training crop, pixels.", default_from=DATA,
+        frozen_on_resume=True)
+    scale_range: tuple[float, float] = setting(RANGE, "dataset.scale_range",
+        "Training images are resized by a random factor in this range.", (0.5, 2.0), default_text="0.5 2.0")
+    num_workers: int | None = setting(COUNT, "dataset.num_workers",
+        "Processes that read images, per training process.", default_text="cores / processes, at most 8")
+    classes: Sequence[Mapping[str, Any]] | None = setting(CLASS_LIST, "dataset.classes")
+    inventory: Mapping[str, Any] | None = setting(INVENTORY, "dataset.inventory")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer, and what it moves."""
+
+    optimizer: str = setting(_name(*OPTIMIZERS), "optimizer.opt", f"Optimizer; sgd has momentum {MOMENTUM}.", "sgd",
+        frozen_on_resume=True)
+    learning_rate: float = setting(RATE, "optimizer.lr", "Learning rate at the start of the schedule.",
+        default_from=DATA)
+    weight_decay: float = setting(RATE, "optimizer.weight_decay",
+        "Weight decay, of all but biases, norms and embeddings.", 0.0, frozen_on_resume=True)
+    encoder_lr_mult: float = setting(RATE, "optimizer.encoder_lr_mult",
+        "Learning rate of the encoder, × learning rate.", 1.0, frozen_on_resume=True)
+    layer_decay: float = setting(SHARE, "optimizer.layer_decay",
+        "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
+    clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
+        "Gradients are scaled down to this norm.", default_text="none")
+    freeze_encoder: bool = setting(FLAG, "optimizer.freeze_encoder", "Train the decoder alone.", False,
+        flag="--freeze-encoder/--no-freeze-encoder", frozen_on_resume=True)
+    train_only: str | None = setting(_name(METHOD), "optimizer.train_only",
+        "Train the learned parts of the merging method alone.", frozen_on_resume=True, default_text="all is trained")
+    amp: bool = setting(FLAG, "amp", "Train in mixed precision: bfloat16, or float16 where that is missing.", False,
+        flag="--amp/--no-amp")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens when."""
+
+    scheduler: str = setting(_name(*SCHEDULERS), "optimizer.sched",
+        "How the learning rate falls: per iteration, or per epoch.", "polynomial")
+    minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Learning rate at the end of the schedule.", 1e-5)
+    warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs in which the learning rate rises linearly.",
+        0)
+    start_factor: float = setting(RATE, "optimizer.start_factor",
+        "Learning rate at the start of the warm-up, × learning rate.", 1.0)
+    batch_size: int = setting(SIZE, "world_batch_size dataset.batch_size algorithm.batch_size",
+        "Images per update, over all processes.", default_from=DATA, frozen_on_resume=True)
+    epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
+    eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
+    seed: int = setting(COUNT, "seed", "Seed of weights, order and augmentation.", 0)
+    cache_features: int = setting(COUNT, "algorithm.cache_features",
+        "With --freeze-encoder, versions of each image whose features are computed once; 0 computes them always.", 0,
+        frozen_on_resume=True)
+    start_thresh: float | None = setting(THRESHOLD, "dataset.start_threshold",
+        "Threshold that a curriculum starts at.", default_text="no curriculum")
+    curric_warmup: int | None = setting(COUNT, "dataset.curriculum_start",
+        "Epochs of a curriculum at its start threshold.", default_text="no curriculum")
+    curric_period: int | None = setting(SIZE, "dataset.curriculum_period",
+        "Epochs of a curriculum between steps of -0.01.", default_text="no curriculum")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The sliding windows of the evaluation."""
+
+    eval_size: int = setting(SIZE, "inference.im_size")
+    window_size: int | tuple[int, int] = setting(SIDES, "inference.window_size", "Sliding window, pixels.",
+        default_from=DATA, default_text=f"{DATA}, or the crop size")
+    window_stride: int | tuple[int, int] = setting(SIDES, "inference.window_stride",
+        "Stride of the sliding window, pixels.", default_from=DATA)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The merging method of a run.
+
+    Attributes:
+        method: its name; None: the run does not say.
+        recorded: its options as `dataset_kwargs` hold them; `segm.merging` reads them by the method's own table.
+    """
+
+    method: str | None = setting(_name(), "dataset.patch_type")
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Method and options as `dataset_kwargs` hold them."""
+        return {"patch_type": self.method, **self.recorded}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run. `segm.resolve.resolve` completes and checks what a user gives.
+
+    In a run that was read, None stands for what its `variant.yml` does not say.
+    """
+
+    net: Net = field(default_factory=Net)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    inference: Inference = field(default_factory=Inference)
+    merging: Merging = field(default_factory=Merging)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Name -> value of every setting."""
+        return {name: getattr(getattr(self, part), name) for name, (part, _) in SETTINGS.items()}
+
+    def with_values(self, **values: Any) -> "RunConfig":
+        """The same with other values of some settings, by name."""
+        own = {part: {name: value for name, value in values.items() if SETTINGS[name][0] == part} for part in PARTS}
+        return replace(self, **{part: replace(getattr(self, part), **given) for part, given in own.items() if given})
+
+    def for_finetuning(self) -> "RunConfig":
+        """What a new run takes over from this one: network, data, windows, merging; no optimizer, no schedule."""
+        return replace(self, optim=Optim(), schedule=Schedule())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a training crop."""
+        height, width = (side // self.net.patch_size for side in pair(self.data.crop_size))
+        return height, width
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, by label; None: the run does not say."""
+        return None if self.data.classes is None else tuple(one["name"] for one in self.data.classes)
+
+    @property
+    def net_kwargs(self) -> dict[str, Any]:
+        """The network as `segm.model.factory.create_segmenter` takes it."""
+        return self.to_variant()["net_kwargs"]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RunConfig":
+        """Read the `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
+
+        Raises:
+            FileNotFoundError: neither is there.
+            ValueError: no YAML of a bounded size, a tag other than `!!python/tuple`, no `net_kwargs` in it, or a value
+                of another kind than its setting's.
+        """
+        file = variant_file(path)
+        variant = read_yaml(file, _VariantLoader)
+        try:
+            return cls.from_variant(variant)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_variant(cls, variant: Any) -> "RunConfig":
+        """Read the content of a `variant.yml`.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        if not isinstance(variant, dict) or not isinstance(variant.get("net_kwargs"), dict):
+            raise ValueError("it has no net_kwargs")
+        left = {section: dict(_section(variant, section)) for section in SECTIONS}
+        values = {}
+        for name, (_, entry) in SETTINGS.items():
+            places = [left[section].pop(key, None) for section, key in map(_split_key, entry.metadata["keys"])]
+            value = next((one for one in places if one is not None), None)
+            if value is not None:
+                values[name] = _checked(entry, value)
+        constants = CONSTANTS["dataset_kwargs"]
+        recorded = {key: value for key, value in left["dataset_kwargs"].items() if key not in constants}
+        found = cls(Net(decoder_kwargs=left["net_kwargs.decoder"]), merging=Merging(recorded=recorded))
+        return found.with_values(**values)
+
+    def to_variant(self) -> dict[str, Any]:
+        """The content of `variant.yml`; settings that are None are left out."""
+        variant: dict[str, Any] = {}
+        flat: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        flat["net_kwargs.decoder"] |= self.net.decoder_kwargs
+        flat["dataset_kwargs"] |= self.merging.recorded
+        for name, (part, entry) in SETTINGS.items():
+            value = getattr(getattr(self, part), name)
+            for section, key in map(_split_key, entry.metadata["keys"]) if value is not None else ():
+                flat[section][key] = [*value] if isinstance(value, tuple) else value
+        for section, content in flat.items():
+            place = variant
+            for name in filter(None, section.split(".")):
+                place = place.setdefault(name, {})
+            place |= {**CONSTANTS.get(section, {}), **content} if content else {}
+        return variant
+
+    def write(self, folder: str | Path) -> None:
+        """Write `variant.yml` into a run directory, in plain YAML."""
+        write_text(Path(folder) / VARIANT, yaml.safe_dump(self.to_variant(), sort_keys=True))
+
+
+PARTS = {"net": Net, "data": Data, "optim": Optim, "schedule": Schedule, "inference": Inference, "merging": Merging}
+# name -> (part of RunConfig, field)
+SETTINGS: dict[str, tuple[str, Field]] = {
+    entry.name: (part, entry) for part, kind in PARTS.items() for entry in fields(kind) if entry.metadata
+}
+SECTIONS = ["", "net_kwargs", "net_kwargs.decoder", "dataset_kwargs", "inference_kwargs"]
+SECTIONS += ["optimizer_kwargs", "algorithm_kwargs"]
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "": {"version": "normal"},
+    "dataset_kwargs": {"split": "train"},
+    "algorithm_kwargs": {"start_epoch": 0},
+    "optimizer_kwargs": {"momentum": MOMENTUM, "poly_power": POWER},
+}
+
+
+class _VariantLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also knows tuples: released files hold `!!python/tuple`, and no other tag."""
+
+
+_VariantLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
+)
+
+
+def variant_file(path: str | Path) -> Path:
+    """The `variant.yml` (or `variant.yaml`) beside a checkpoint or in a run directory.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    candidates = [folder / name for name in (VARIANT, "variant.yaml")]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
+    return file
+
+
+def recorded_grid(path: str | Path, patch_sides: Sequence[int]) -> tuple[int, int] | None:
+    """Patches per side (gh, gw) that a run was trained with: their number alone does not tell 18×32 from 24×24.
+
+    Args:
+        path: a run directory, or a file in it.
+        patch_sides: height and width of a patch, pixels; () if they are not known.
+
+    Returns:
+        The grid, or None where no `variant.yml` says it.
+
+    Raises:
+        ValueError: as `RunConfig.read`.
+    """
+    try:
+        size = RunConfig.read(path).net.image_size
+    except FileNotFoundError:
+        return None
+    if size is None or len(patch_sides) != 2:
+        return None
+    height, width = pair(size)
+    return height // patch_sides[0], width // patch_sides[1]
+
+
+def _split_key(path: list[str]) -> tuple[str, str]:
+    """["net_kwargs", "decoder", "name"] -> ("net_kwargs.decoder", "name")"""
+    return ".".join(path[:-1]), path[-1]
+
+
+def _section(variant: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section of a `variant.yml`, {} where it is not there; raises a ValueError where it is no mapping."""
+    values: Any = variant
+    for name in filter(None, section.split(".")):
+        values = values.get(name)
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{section} is {brief(values)}, it should be a mapping")
+    return values
+
+
+def _checked(entry: Field, value: Any) -> Any:
+    """A value of a file as a setting takes it: pairs are tuples."""
+    kind, (section, key) = entry.metadata["kind"], _split_key(entry.metadata["keys"][0])
+    if not kind.fits(value):
+        where = f"{key} in {section}" if section else key
+        raise ValueError(f"{where} is {brief(value)}, it should be {kind.words}")
+    return tuple(value) if kind.many != 1 and isinstance(value, list) else value

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segm.engine import Precision
+from segm.config import RunConfig
 from segm.errors import one_line
 from segm.model.upsample import upsample
+from segm.precision import Precision
 from segm.run import Run
 
 SUFFIX = ".onnx"
@@ -150,4 +151,12 @@ def open_run(
         raise ValueError(f"{path} is exported, its merging, image size and precision are fixed: leave the options out")
     model: Any = OnnxModel(path, device)
     record = model.record
-    return Run(record.name, path, model, record.variant, device, Precision.choose(device, False), record.im_size)
+    return Run(
+        record.name,
+        path,
+        model,
+        RunConfig.from_variant(record.variant),
+        device,
+        Precision.choose(device, False),
+        record.im_size,
+    )

@@ -60,7 +60,7 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
     """
     size, merging = run.windows.size, run.merging
     program = convert(run.model, size, output, batch_size, opset)
-    record = Record(run.name, run.variant, run.im_size, size, output, merging)
+    record = Record(run.name, run.config.to_variant(), run.im_size, size, output, merging)
     program.model.metadata_props[KEY] = record.dump()
     with atomic(file) as part:
         program.save(part)

@@ -94,7 +94,7 @@ class CachedFeatures(Dataset):
                     if interruption is not None and interruption.status:
                         message = f"ended by a signal while {self.folder} was filled: start it again to go on"
                         raise SignalError(message, interruption.status)
-        parallel.sum_over_processes(torch.zeros(1, device=device))  # all wait for all
+        parallel.all_reduce_sum(torch.zeros(1, device=device))  # all wait for all
 
     @torch.inference_mode()
     def _fill_version(self, version: int, model: Segmenter, device: torch.device, autocast: Autocast) -> Iterator[int]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-PRECEDENCE = 10  # seconds that other processes leave to the main one to fail first
+MAIN_RANK_HEAD_START = 10  # seconds that other processes leave to the main one to fail first
+MOST_WORKERS = 8  # per process
 GRACE = 60  # seconds between a signal and the end of a worker, enough for the step and the checkpoint
 
 
@@ -54,16 +55,37 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def highest(number: int) -> int:
-    """The highest of all processes' numbers; on the CPU, so that no device is waited for."""
-    if not dist.is_initialized():
-        return number
-    tensor = torch.tensor(number)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
+class Requests:
+    """The requests of all processes, such as a signal's, which all of them see after the same update.
+
+    They travel while the next update is computed: no process waits for another one's.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: tuple[Any, Tensor] | None = None
+
+    def exchange(self, number: int) -> int:
+        """Send a request, 0 for none; returns the highest of all processes, with several of them that of the call
+        before."""
+        if not dist.is_initialized():
+            return number
+        before, tensor = self._under_way, torch.tensor(number)  # on the CPU, so that no device is waited for
+        self._under_way = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
 
-def gather(tensor: Tensor) -> Tensor:
+def from_main(value: Any) -> Any:
+    """The main process's value, in all of them: what is decided by looking at files is decided once."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def all_gather(tensor: Tensor) -> Tensor:
     """(...) of every process -> (processes, ...), the same everywhere."""
     if not dist.is_initialized():
         return tensor.unsqueeze(0)
@@ -72,7 +94,7 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def hand_over(message: str, *, follows: bool = False) -> bool:
+def report_failure(message: str, *, follows: bool = False) -> bool:
     """Give the message of a failure to `torchrun`, which ends the other processes and shows it at the end, once.
 
     Args:
@@ -86,18 +108,18 @@ def hand_over(message: str, *, follows: bool = False) -> bool:
     if file is None:
         return False
     if follows or os.environ.get("RANK") != "0":  # what all processes fail with, the main process says
-        time.sleep(2 * PRECEDENCE if follows else PRECEDENCE)
+        time.sleep(2 * MAIN_RANK_HEAD_START if follows else MAIN_RANK_HEAD_START)
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
     Path(file).write_text(json.dumps(content), encoding="utf-8")
     return True
 
 
-def has_lost_another(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:
+def on_parent_exit(act: Callable[[], Any], every: float = 1.0) -> None:
     """Call a function, from a thread of its own, once the process that started this one is gone.
 
     Args:
@@ -115,6 +137,12 @@ def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def default_workers() -> int:
+    """Workers that read images: the cores of this machine, shared by the processes of `torchrun`; at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def start_worker(_: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: the worker lives as long as its training needs it.
 
@@ -129,11 +157,56 @@ def start_worker(_: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
-    when_orphaned(lambda: os._exit(1))
+    on_parent_exit(lambda: os._exit(1))
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place; every process gets the sum."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """As `all_reduce_sum`, while something else is computed; the function that is returned waits for the sum."""
+    if not dist.is_initialized():
+        return lambda: tensor
+    work = dist.all_reduce(tensor, async_op=True)
+
+    def end() -> Tensor:
+        work.wait()
+        return tensor
+
+    return end
+
+
+class _CpuSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, which are of the same size; PyTorch's own is for GPUs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # unlike that of torch.distributed, it has a gradient
+
+        mean = all_reduce(x.mean((0, 2, 3))) / world_size()
+        centered = x - mean[:, None, None]
+        variance = all_reduce(centered.square().mean((0, 2, 3))) / world_size()
+        with torch.no_grad():
+            n_values = x.numel() / x.shape[1] * world_size()
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n_values / max(n_values - 1, 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centered * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let the BatchNorm of a model see the batches of all processes, in place; parameters and keys stay."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            module.__class__ = _CpuSyncBatchNorm
+    return model

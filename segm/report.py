@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -242,11 +242,11 @@ def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
 
 
-def read_inventories(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
     """What trainings found when they looked at their data: name of a run -> split -> record; the same one once."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for run in runs:
-        inventory = run.variant.get("dataset_kwargs", {}).get("inventory")
+        inventory = run.config.data.inventory
         if inventory and inventory not in found.values():
             found[run.name] = inventory
     return found

@@ -19,10 +19,10 @@ import patch
 from segm import merging as merges
 from segm import sharing
 from segm.checkpoint import checkpoint_file
+from segm.config import RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.images import read_image, resize_keep_ratio, resized_view
 from segm.data.unlabelled import Photographs
-from segm.engine import Precision
 from segm.eval.boundary import BoundaryCount
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.sliding import Windows, predict_labels
@@ -30,8 +30,8 @@ from segm.eval.views import Samples, Views
 from segm.metrics import segmentation_scores
 from segm.model.factory import copy_weights, load_model
 from segm.model.segmenter import Segmenter
+from segm.precision import Precision
 from segm.sizes import Size, pair, scaled, smaller
-from segm.variant import variant_file
 
 Photo = np.ndarray | str | Path
 RESIZE_FACTOR = 4  # longer side of a photograph, at most so many times the shorter, in data sets of others
@@ -45,7 +45,7 @@ class Run:
         name: in tables and pictures.
         path: checkpoint or run directory.
         model: on `device`, in evaluation mode, patched unless its method is "pure".
-        variant: content of `variant.yml`.
+        config: its settings, from `variant.yml`.
         device: where it computes.
         precision: with which it predicts.
         im_size: shorter side that images are resized to, pixels; crops and windows are scaled with it. None: as in
@@ -55,7 +55,7 @@ class Run:
     name: str
     path: Path
     model: Segmenter
-    variant: Mapping[str, Any]
+    config: RunConfig
     device: torch.device
     precision: Precision
     im_size: int | None = None
@@ -89,11 +89,11 @@ class Run:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         path = sharing.find(path)
-        model, variant = load_model(path, merges.add_parts)
-        merges.apply(model, *merges.choose({**(merging or {}), **options}, variant.get("dataset_kwargs")))
-        precision = Precision.choose(device, bool(variant.get("amp")) if amp is None else amp)
+        model, config = load_model(path, merges.add_parts)
+        merges.apply(model, *merges.choose({**(merging or {}), **options}, config.merging.entries))
+        precision = Precision.choose(device, bool(config.optim.amp) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name
-        return cls(name, Path(path), model.to(device), variant, device, precision, im_size)
+        return cls(name, Path(path), model.to(device), config, device, precision, im_size)
 
     def save_pretrained(self, folder: str | Path, scores: Mapping[str, Any] | None = None) -> None:
         """Write the run into a folder that `Run.load` and the commands take, and a hub: weights in safetensors,
@@ -126,7 +126,7 @@ class Run:
             tensors = [*self.model.parameters(), *self.model.buffers()]
             model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
         else:
-            model = merges.build_model({**self.variant["net_kwargs"], "patch_size": patch_size})
+            model = merges.build_model({**self.config.net_kwargs, "patch_size": patch_size})
             copy_weights(model, self.path)
             model = model.eval().to(self.device)
         if patch.is_patched(model):
@@ -135,14 +135,13 @@ class Run:
 
     def choose(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """(method, options) that `merging` means for this run: what is given, then what it was trained with."""
-        return merges.choose(merging, self.variant.get("dataset_kwargs"))
+        return merges.choose(merging, self.config.merging.entries)
 
     def is_like(self, other: "Run") -> bool:
         """Whether both are the same network, merging aside, and are fed the same images."""
 
         def kind(run: Run) -> tuple[Any, ...]:
-            net = {key: value for key, value in run.variant["net_kwargs"].items() if key != "reduction"}
-            return net, run.crop_size, run.normalization
+            return replace(run.config.net, reduction=None), run.crop_size, run.normalization
 
         return kind(self) == kind(other)
 
@@ -169,7 +168,7 @@ class Run:
     @property
     def dataset(self) -> str:
         """Name of the data set that it was trained on."""
-        return self._read("dataset_kwargs", "dataset")
+        return self._recorded("dataset", self.config.data.dataset)
 
     @property
     def n_cls(self) -> int:
@@ -178,10 +177,10 @@ class Run:
 
     @cached_property
     def _class_info(self) -> tuple[tuple[str, ...], np.ndarray]:
-        recorded = recorded_classes(self.variant)
-        if recorded is None:
+        names, classes = self.config.class_names, self.config.data.classes
+        if names is None:
             return class_info(self.dataset)  # imports mmseg for data sets other than shapes
-        return recorded, np.array([one["color"] for one in self.variant["dataset_kwargs"]["classes"]], dtype=np.uint8)
+        return names, np.array([one["color"] for one in classes], dtype=np.uint8)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -196,18 +195,17 @@ class Run:
     @property
     def normalization(self) -> str:
         """Name of the normalization."""
-        return self.variant["net_kwargs"].get("normalization") or self._read("dataset_kwargs", "normalization")
+        return self._recorded("normalization", self.config.net.normalization, "net_kwargs")
 
     @property
     def image_size(self) -> int:
         """Shorter side of the images at evaluation, pixels."""
-        own = self.variant.get("inference_kwargs", {}).get("im_size")
-        return own or self._read("dataset_kwargs", "image_size")
+        return self._recorded("image_size", self.config.inference.eval_size or self.config.data.im_size)
 
     @property
     def crop_size(self) -> tuple[int, int]:
         """(height, width) of the training crops, pixels; also of the images that are measured."""
-        return scaled(self._read("dataset_kwargs", "crop_size"), self.ratio)
+        return scaled(self._recorded("crop_size", self.config.data.crop_size), self.ratio)
 
     @property
     def ratio(self) -> float:
@@ -227,16 +225,13 @@ class Run:
 
     def _pixels_of(self, key: str) -> Size:
         """A size of the evaluation: the run's, or else the data set's default."""
-        value = self.variant.get("inference_kwargs", {}).get(key)
+        value = getattr(self.config.inference, key)
         if value is None and self.dataset in DATASETS:
             value = dataset_defaults(self.dataset)[key]
-        if value is None:
-            raise ValueError(f"{variant_file(self.path)} has no {key} in its inference_kwargs: add it, in pixels")
-        return value
+        return self._recorded(key, value, "inference_kwargs")
 
-    def _read(self, section: str, key: str) -> Any:
-        """An entry of `variant.yml` that cannot be done without."""
-        value = self.variant.get(section, {}).get(key)
+    def _recorded(self, key: str, value: Any, section: str = "dataset_kwargs") -> Any:
+        """A setting that the run has to say; raises a ValueError where it does not."""
         if value is None:
             raise ValueError(f"{variant_file(self.path)} has no {key} in its {section}: add it")
         return value
@@ -298,7 +293,7 @@ class Run:
             raise ValueError(
                 f"{dataset.name} has {dataset.n_cls} classes, the model {self.n_cls}: choose its own data set"
             )
-        require_classes(recorded_classes(self.variant), dataset, self.name)
+        require_classes(self.config.class_names, dataset, self.name)
         return dataset, self.windows
 
     def _open(self, name: str, split: str) -> SegmentationDataset:
@@ -368,12 +363,6 @@ class Run:
                 progress=progress,
             )
         return segmentation_scores(confusion) | (count.scores(self.device) if boundary else {})
-
-
-def recorded_classes(variant: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of the classes, by label, that a `variant.yml` records; None: it does not."""
-    recorded = variant.get("dataset_kwargs", {}).get("classes")
-    return None if recorded is None else tuple(one["name"] for one in recorded)
 
 
 def require_classes(recorded: tuple[str, ...] | None, dataset: SegmentationDataset, run: str) -> None:

@@ -1,14 +1,19 @@
-"""The record of a training: `variant.yml`, `log.txt`, TensorBoard events."""
+"""The record of a training: `variant.yml`, `log.txt`, TensorBoard events; and the lock of its folder."""
 
 import json
 import logging
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from segm import parallel
+from segm.config import RunConfig
 from segm.errors import TRAINING
 from segm.files import write_text
-from segm.variant import write_variant
 
 CURVES = {
     "train_loss": "loss/train",
@@ -24,7 +29,35 @@ CURVES = {
 
 
 MAX = 1e15  # no curve goes further
+LOCK, PATIENCE = ".lock", 5.0  # seconds; the workers of a training that was killed hold the lock a moment longer
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_lock(log_dir: Path) -> Iterator[None]:
+    """While open, no other training writes to this run directory; it is made.
+
+    Raises:
+        ValueError: another one does.
+    """
+    if not parallel.is_main():
+        yield
+        return
+    log_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(log_dir / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise ValueError(
+            f"{log_dir}: another training writes to it; wait for its end, or choose another --log-dir"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -69,21 +102,21 @@ class RunLog:
 
     Args:
         log_dir: the run directory; it is made.
+        config: is written to `variant.yml`.
         start_epoch: entries from this epoch on are forgotten: an interrupted epoch is done again.
-        variant: content of `variant.yml`.
     """
 
-    def __init__(self, log_dir: str | Path, variant: dict[str, Any], start_epoch: int = 0) -> None:
+    def __init__(self, log_dir: str | Path, config: RunConfig, start_epoch: int = 0) -> None:
         writer = _summary_writer()
         self.file = Path(log_dir) / "log.txt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_variant(variant, log_dir)
+        config.write(log_dir)
         if self.file.exists():
             kept = [entry for entry in read_log(self.file) if entry["epoch"] < start_epoch]
             write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.events = writer(log_dir, purge_step=start_epoch)
 
-    def write(self, entry: dict[str, Any]) -> None:
+    def write(self, entry: Mapping[str, Any]) -> None:
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         try:

@@ -3,18 +3,18 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors.torch import save_file
 
-from segm import merging
 from segm.checkpoint import LAST, SHARED
+from segm.config import VARIANT, Merging
 from segm.errors import one_line
 from segm.files import atomic, write_text
 from segm.runlog import read_log
-from segm.variant import VARIANT, write_variant
 
 if TYPE_CHECKING:
     from segm.run import Run
@@ -57,15 +57,14 @@ def save(run: "Run", folder: Path, scores: Mapping[str, Any] | None = None) -> N
     weights = {name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()}
     with atomic(folder / SHARED) as part:
         save_file(weights, part, metadata={"format": "pt"})
-    variant = dict(run.variant)
-    variant["dataset_kwargs"] = merging.without(variant.get("dataset_kwargs", {})) | run.merging
-    write_variant(variant, folder)
+    entries = run.merging
+    replace(run.config, merging=Merging(entries.pop("patch_type"), entries)).write(folder)
     write_text(folder / "README.md", card(run, folder.name, scores or recorded_scores(run.folder)))
 
 
 def card(run: "Run", title: str, scores: Mapping[str, Any]) -> str:
     """The model card of a run, Markdown."""
-    net, merges = run.variant["net_kwargs"], {key: value for key, value in run.merging.items() if value is not None}
+    net, merges = run.config.net, {key: value for key, value in run.merging.items() if value is not None}
     front = {"library_name": "g2tm", "pipeline_tag": "image-segmentation", "datasets": [run.dataset]}
     front["tags"] = ["semantic-segmentation", "vision-transformer", "token-merging", run.method]
     known = [f"| {name} | {scores[key]:.2f} |" for key, name in SCORES.items() if scores.get(key) is not None]
@@ -73,8 +72,8 @@ def card(run: "Run", title: str, scores: Mapping[str, Any]) -> str:
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
         place=title,
-        backbone=net["backbone"],
-        decoder=net["decoder"]["name"],
+        backbone=net.backbone,
+        decoder=net.decoder,
         dataset=run.dataset,
         n_cls=run.n_cls,
         scores="\n".join(known) or "| not measured | |",

@@ -88,7 +88,7 @@ def shapes_run(tmp_path, small_net):
     """A run directory on `shapes` at 32x32 pixels, with random weights."""
     from segm.checkpoint import save_checkpoint
     from segm.model.factory import create_segmenter
-    from segm.variant import write_variant
+    from tests.helpers import write_variant
 
     net, size = small_net | {"n_cls": 11, "normalization": "vit"}, 32
     folder = tmp_path / "run"

@@ -2,8 +2,10 @@
 
 import os
 import re
+from pathlib import Path
 
 import torch
+import yaml
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +48,16 @@ STATIC_OPTIONS = {name: METHOD_OPTIONS[name] for name in METHOD_OPTIONS if patch
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
     "ltmp": {"tokens": [13, 10, 7]},
 }
+
+
+def read_variant(folder):
+    """What stands in the `variant.yml` of a run directory."""
+    return yaml.safe_load(Path(folder, "variant.yml").read_text(encoding="utf-8"))
+
+
+def write_variant(variant, folder):
+    """Write a `variant.yml` as it is given."""
+    Path(folder, "variant.yml").write_text(yaml.safe_dump(variant), encoding="utf-8")
 
 
 def options_for(method, **options):

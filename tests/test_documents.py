@@ -26,7 +26,7 @@ import patch
 from patch import families
 from patch.method import COMMON
 from segm import merging, train
-from segm.variant import read_variant, write_variant
+from tests.helpers import read_variant, write_variant
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}

@@ -42,7 +42,7 @@ class BoundaryCount:
 
         All processes call it, and get the scores of all images; `device` is where they meet.
         """
-        both, either = parallel.sum_over_processes(self.counts.to(device)).cpu().double()
+        both, either = parallel.all_reduce_sum(self.counts.to(device)).cpu().double()
         iou = 100 * both / either
         per_class = [None if value.isnan() else round(value.item(), 2) for value in iou]
         return {"boundary_iou": round(iou.nanmean().item(), 2), "per_class_boundary_iou": per_class}

@@ -84,7 +84,7 @@ def evaluate(
             confusion += confusion_matrix(labels, truth, dataset.n_cls)
         if on_image is not None:
             on_image(sample, labels)
-    return parallel.sum_over_processes(confusion).cpu()
+    return parallel.all_reduce_sum(confusion).cpu()
 
 
 def as_is(sample: Any) -> Any:

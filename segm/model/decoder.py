@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from segm.config import DECODERS
 from segm.model.eomt import EoMT
 from segm.model.heads import LinearBN
 from segm.model.segvit import SegViT
@@ -97,7 +98,6 @@ def _init_weights(module: nn.Module) -> None:
 
 
 OPENMMLAB = ("setr_naive", "setr_pup", "setr_mla", "upernet")
-DECODERS = ("linear", "mask_transformer", "linear_bn", *OPENMMLAB, "segvit", "eomt")
 
 
 def create_decoder(

@@ -115,15 +115,14 @@ class EoMT(nn.Module):
         return Prediction(self.head(queries), masks)
 
     def anneal(self, progress: float) -> None:
-        """Mask attention less and less, one block after the other (section 3.3).
+        """Mask attention less and less, one block after the other (section 3.3); what is unmasked stays so.
 
         Args:
             progress: how much of the training is over, 0 to 1.
         """
         parts = len(self.mask_probs) + 2
-        for index in range(len(self.mask_probs)):
-            part = min(max(progress * parts - index - 1, 0.0), 1.0)
-            self.mask_probs[index] = (1 - part) ** POWER
+        done = [min(max(progress * parts - index - 1, 0.0), 1.0) for index in range(len(self.mask_probs))]
+        self.mask_probs.clamp_(max=self.mask_probs.new_tensor([(1 - part) ** POWER for part in done]))
 
     def mask(self, index: int, masks: Tensor, grid: tuple[int, int], n_tokens: int) -> Tensor:
         """Additive attention mask of a joined block: queries see each other, the prefix and the patches of their mask.

@@ -10,6 +10,7 @@ from timm.layers import resample_patch_embed
 from torch import nn
 
 from segm.checkpoint import checkpoint_file, load_checkpoint
+from segm.config import RunConfig, recorded_grid, variant_file
 from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
@@ -17,7 +18,6 @@ from segm.model.eomt import add_queries
 from segm.model.linear import use_onednn_linear
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
-from segm.variant import read_variant, recorded_grid, variant_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def create_segmenter(
     return use_onednn_linear(model)
 
 
-def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:
+def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, RunConfig]:
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
@@ -72,24 +72,24 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
         parts: see `create_segmenter`.
 
     Returns:
-        (model, variant): variant is the content of `variant.yml`.
+        (model, config): config is what `variant.yml` says.
 
     Raises:
         FileNotFoundError: no checkpoint or no `variant.yml`.
         ValueError: a damaged file, or weights that do not fit `variant.yml`.
     """
     checkpoint_file(path)  # a missing checkpoint is named before a missing variant.yml
-    variant = read_variant(path)
+    config = RunConfig.read(path)
     weights = load_checkpoint(path)["model"]
     try:
-        _check_shapes(variant["net_kwargs"], weights, parts)
-        model = create_segmenter(variant["net_kwargs"], parts=parts)
+        _check_shapes(config.net_kwargs, weights, parts)
+        model = create_segmenter(config.net_kwargs, parts=parts)
     except ValueError as error:
         raise ValueError(f"{variant_file(path)}: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the net_kwargs of its variant.yml: {one_line(error)}") from error
     model.load_state_dict(weights)
-    return model.eval(), variant
+    return model.eval(), config
 
 
 def _check_shapes(net_kwargs: dict[str, Any], weights: dict[str, Any], parts: Parts | None) -> None:
@@ -117,7 +117,7 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
     last_layers = ("decoder.cls_emb", "decoder.mask_norm", "decoder.head", "decoder.query")
     of_classes = {name for name in own if name.startswith(last_layers) or ".conv_seg." in name}
     if not same_classes or any(k in weights and weights[k].shape != own[k].shape for k in of_classes):
-        logger.warning("%s has other classes: what belongs to the classes is learned anew", path)
+        logger.warning("%s has other classes: class-dependent weights are reinitialized", path)
         weights |= {k: own[k] for k in of_classes}
     encoder, name, kernel = model.encoder, "encoder.pos_embed", "encoder.patch_embed.proj.weight"
     sides = weights[kernel].shape[2:] if kernel in weights else ()

@@ -20,9 +20,9 @@ from timm.models.eva import checkpoint_filter_fn as eva_names
 from torch import Tensor, nn
 
 from segm.checkpoint import load_tensors
+from segm.config import recorded_grid
 from segm.errors import one_line
 from segm.model.position import position_prefix, resize_position_embedding
-from segm.variant import recorded_grid
 
 logger = logging.getLogger(__name__)
 

@@ -238,15 +238,3 @@ class Segmenter(nn.Module):
         """Zeros at the right and bottom up to whole patches."""
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
-
-
-class InTraining(nn.Module):
-    """A Segmenter that `has_training_outputs`, as it trains; it shares the parameters."""
-
-    def __init__(self, model: Segmenter) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> list[Any]:
-        """images: (B, 3, H, W) -> `Segmenter.training_outputs`."""
-        return self.model.training_outputs(images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import patch
-from segm.engine import segmentation_loss
+from segm.losses import segmentation_loss
 from segm.model.factory import create_segmenter
 from tests.helpers import METHOD_OPTIONS, with_parts
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 from segm import train
-from segm.plan import SETTINGS, Plan
+from segm.config import SETTINGS
+from segm.resolve import curriculum, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVERY = sorted((CONFIGS / "recipes").glob("*.yml"))
@@ -61,11 +62,10 @@ def test_train_accepts_every_recipe():
         merging = params["merging"]
         if merging.get("threshold") == "auto":
             merging["threshold"] = 0.9
-        plan = Plan.make({name: params[name] for name in SETTINGS if name in params}, merging, {})
-        assert plan.method == recipe.get("patch_type", "pure") and plan.settings.backbone == recipe["backbone"], (
-            path.stem
-        )
-        assert (plan.curriculum is not None) == bool(CURRICULUM & recipe.keys()), path.stem
+        config = resolve({name: params[name] for name in SETTINGS if name in params} | merging)
+        chosen = (config.merging.method, config.net.backbone)
+        assert chosen == (recipe.get("patch_type", "pure"), recipe["backbone"]), path.stem
+        assert (curriculum(config) is not None) == bool(CURRICULUM & recipe.keys()), path.stem
 
 
 def test_recipes_say_only_what_differs_from_the_defaults():

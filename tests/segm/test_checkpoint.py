@@ -7,19 +7,11 @@ import signal
 
 import pytest
 import torch
-import yaml
 
-from segm.checkpoint import (
-    Progress,
-    checkpoint_file,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-    training_state,
-)
+from segm.checkpoint import checkpoint_file, load_checkpoint, save_checkpoint
+from segm.config import RunConfig
 from segm.model.factory import copy_weights, create_segmenter, load_model
-from segm.optim import create_scheduler
-from segm.variant import read_variant, write_variant
+from tests.helpers import write_variant
 
 
 @pytest.fixture
@@ -34,8 +26,8 @@ def run(tmp_path, small_net):
 def test_a_run_is_loaded_by_folder_and_by_file(run):
     folder, model = run
     for path in (folder, folder / "checkpoint.pth", str(folder)):
-        loaded, variant = load_model(path)
-        assert not loaded.training and variant["net_kwargs"]["n_cls"] == 5
+        loaded, config = load_model(path)
+        assert not loaded.training and config.net.n_cls == 5
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value)
 
@@ -60,7 +52,7 @@ def test_variant_yaml_and_tuples_are_read(run):
     assert "python/tuple" in text
     (folder / "variant.yml").unlink()
     (folder / "variant.yaml").write_text(text)
-    assert read_variant(folder)["net_kwargs"]["image_size"] == (32, 32)
+    assert RunConfig.read(folder).net.image_size == (32, 32)
     load_model(folder)
 
 
@@ -69,7 +61,7 @@ def test_no_other_tag_is_executed(run, tmp_path):
     flag = tmp_path / "executed"
     (folder / "variant.yml").write_text(f"net_kwargs: !!python/object/apply:os.mkdir ['{flag}']")
     with pytest.raises(ValueError, match=r"variant\.yml"):
-        read_variant(folder)
+        RunConfig.read(folder)
     assert not flag.exists()
 
 
@@ -113,7 +105,7 @@ def test_damaged_variants_are_named(run):
     for text in ("[1, 2", "- a", "a: 1", "\x00", "net_kwargs: {a: 1}\ndataset_kwargs: 3"):
         (run[0] / "variant.yml").write_text(text)
         with pytest.raises(ValueError, match=r"variant\.yml"):
-            read_variant(run[0])
+            RunConfig.read(run[0])
 
 
 def test_weights_that_do_not_fit_are_refused(run, small_net):
@@ -172,30 +164,6 @@ def test_a_flipped_bit_is_found(run):
     assert n_found > 50
 
 
-def test_what_an_optimizer_keeps_is_checked_before_the_first_update(run, small_net):
-    folder, model = run
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.randn(1, 3, 32, 32)).square().mean().backward()
-    optimizer.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    scheduler = create_scheduler(optimizer, "cosine", epochs=9, updates_per_epoch=1, learning_rate=0.1)
-    state = training_state(model, optimizer, scheduler, scaler, Progress(3, best=1.5))
-    save_checkpoint(state, folder / "checkpoint.pth")
-    assert restore(folder, model, optimizer, scaler) == Progress(3, best=1.5)
-    moments = state["optimizer"]["state"][0]
-    for damage in (
-        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": moments["momentum_buffer"].flatten()}}}},
-        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": "text"}}}},
-        {"epoch": "3"},
-        {"updates": -1},
-        {"losses": "text", "updates": 1},
-        {"best_mean_iou": None},
-    ):
-        save_checkpoint(state | damage, folder / "checkpoint.pth")
-        with pytest.raises(ValueError, match="cannot resume"):
-            restore(folder, model, optimizer, scaler)
-
-
 def test_fine_tuning_with_other_classes_keeps_everything_else(run, small_net):
     folder, old = run
     new = create_segmenter(small_net | {"n_cls": 3})
@@ -211,9 +179,3 @@ def test_fine_tuning_with_other_classes_keeps_everything_else(run, small_net):
     torch.testing.assert_close(larger.encoder.pos_embed[:, 1:], expected)
     with pytest.raises(ValueError, match="does not fit"):
         copy_weights(create_segmenter(small_net | {"n_layers": 2}), folder)
-
-
-def test_a_variant_survives_writing_and_reading(tmp_path):
-    variant = {"net_kwargs": {"a": [1, 2], "b": None}, "amp": True, "dataset_kwargs": {"threshold": 0.88}}
-    write_variant(variant, tmp_path)
-    assert read_variant(tmp_path) == variant == yaml.safe_load((tmp_path / "variant.yml").read_text())

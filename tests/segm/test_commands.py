@@ -28,7 +28,7 @@ from segm import (
 )
 from segm.eval import miou
 from segm.run import Run
-from segm.variant import read_variant, write_variant
+from tests.helpers import read_variant, write_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"

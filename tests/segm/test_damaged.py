@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from segm import inference, report, test, train
 from segm.checkpoint import save_checkpoint
-from segm.config import config_dir
+from segm.config import RunConfig, config_dir
 from segm.data import create_dataset
 from segm.data.folder import read_classes
-from segm.variant import read_variant
+from segm.trainer import Trainer
 
 NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--num-workers", "0", "--device", "cpu"]
 NETWORK += ["--patch-size", "8", "--d-model", "32", "--n-heads", "2", "--n-layers", "2", "--batch-size", "2"]
@@ -106,7 +106,7 @@ def damaged_texts(text, count, seed):
 @pytest.mark.slow
 def test_damaged_variant_files(run, tmp_path, photos, monkeypatch):
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
-    monkeypatch.setattr(train, "train", lambda *arguments: None)
+    monkeypatch.setattr(Trainer, "fit", lambda self: self)
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "run/variant.yml"
     n_failed = 0
@@ -170,7 +170,7 @@ def test_damaged_checkpoints_are_not_resumed(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_damaged_recipes(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda *arguments: None)
+    monkeypatch.setattr(Trainer, "fit", lambda self: self)
     recipe = (config_dir() / "recipes/ade20k_512_tiny_graph.yml").read_text()
     for content in damaged_texts(recipe, 400, 3):
         (tmp_path / "recipe.yml").write_bytes(content)
@@ -200,7 +200,7 @@ def test_nested_aliases_cost_nothing(run, tmp_path):
     for text in ("\n".join([*lines, "net_kwargs: {n_cls: *a29}"]), "net_kwargs: &n {n_cls: 2, decoder: *n}"):
         (tmp_path / "run/variant.yml").write_text(text)
         with pytest.raises(ValueError, match=r"variant\.yml") as error:
-            read_variant(tmp_path / "run")
+            RunConfig.read(tmp_path / "run")
         assert len(str(error.value)) < LONGEST
         assert outcome(test, tmp_path / "run", "--device", "cpu")
 

@@ -9,12 +9,10 @@ import torch
 import patch
 from segm import flops, report, show_attn_map, speedtest, test, train
 from segm.data import create_dataset
-from segm.engine import Precision, _update
-from segm.eomt_loss import eomt_loss
 from segm.eval.comparison import count_tokens
+from segm.losses import eomt_loss
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction
-from segm.model.segmenter import InTraining
 from segm.run import Run
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 
@@ -116,10 +114,11 @@ def test_it_learns(small_net):
     images[:, :, :, 16:] += 3
     labels[:, :, 16:] = 3
     optimizer = torch.optim.AdamW(model.parameters(), 0.003)
-    batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
     for step in range(80):
         model.decoder.anneal(step / 80)
-        _update(InTraining(model), batch, optimizer, precision, CPU, eomt_loss)
+        optimizer.zero_grad()
+        eomt_loss(*model.training_outputs(images), labels).backward()
+        optimizer.step()
     assert (model.eval().predict(images) == labels).float().mean() > 0.95
     unused = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert not unused

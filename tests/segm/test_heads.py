@@ -8,15 +8,15 @@ import torch
 
 import patch
 from segm import flops, report, speedtest, test, train
-from segm.engine import Precision, _update, segmentation_loss
+from segm.config import Net, RunConfig
 from segm.eval.comparison import count_tokens
+from segm.losses import segvit_loss
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
 from segm.model.masks import Prediction, class_scores
-from segm.model.segmenter import InTraining
 from segm.model.segvit import SegViT
 from segm.run import Run
-from segm.segvit_loss import segvit_loss
+from segm.trainer import Objective
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
@@ -121,9 +121,10 @@ def test_segvit_learns(small_net):
     images[:, :, :, 16:] += 3
     labels[:, :, 16:] = 3
     optimizer = torch.optim.AdamW(model.parameters(), 0.003)
-    batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
     for _ in range(60):
-        _update(InTraining(model), batch, optimizer, precision, CPU, segvit_loss)
+        optimizer.zero_grad()
+        segvit_loss(*model.training_outputs(images), labels).backward()
+        optimizer.step()
     assert (model.eval().predict(images) == labels).float().mean() > 0.95
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
 
@@ -204,9 +205,10 @@ def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_n
         assert len(model.aux_heads) == count and len(model.training_outputs(images)) == 1 + count
         for one in model.training_outputs(images):
             assert one.shape == (3, 5, 32, 32)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        batch, precision = {"image": images, "label": labels}, Precision.choose(CPU, False)
-        loss = _update(InTraining(model), batch, optimizer, precision, CPU, segmentation_loss)
+        loss, _ = Objective(model, RunConfig(net=Net(decoder=name)))(
+            images, labels, lambda: torch.tensor(labels.numel())
+        )
+        loss.backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert loss > 0 and without == [], name
         model.eval()

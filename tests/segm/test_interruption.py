@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from segm import train
+from segm import train, trainer
 from segm.checkpoint import load_checkpoint
 
 NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset", "shapes"]
@@ -188,18 +188,18 @@ def test_a_signal_during_the_evaluation_loses_nothing(tmp_path, monkeypatch, cal
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 8, "val": 3})
     options = [*NETWORK, "--num-workers", "0", "--epochs", "2", "--eval-freq", "1"]
     call(train, "--log-dir", tmp_path / "whole", *options)
-    real = train.evaluate
+    real = trainer.evaluate
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
     status, output = status_of("--log-dir", tmp_path / "cut", *options)
     assert status == 128 + signal.SIGTERM and "evaluation" in output
     state = load_checkpoint(tmp_path / "cut")
     assert (state["epoch"], state["updates"]) == (-1, 2) and not (tmp_path / "cut/log.txt").exists()
-    monkeypatch.setattr(train, "evaluate", real)
+    monkeypatch.setattr(trainer, "evaluate", real)
     call(train, "--log-dir", tmp_path / "cut", *options, "--resume")
     assert left_behind(tmp_path / "cut") == left_behind(tmp_path / "whole")
 
@@ -212,7 +212,7 @@ def status_of(*arguments):
 
 
 def test_a_run_directory_has_one_writer(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr("segm.keeper.PATIENCE", 0.1)
+    monkeypatch.setattr("segm.runlog.PATIENCE", 0.1)
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run/.lock"):

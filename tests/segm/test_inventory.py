@@ -15,7 +15,7 @@ from segm.data import create_dataset
 from segm.data.images import read_image
 from segm.data.inventory import spread, take_inventory
 from segm.runlog import read_log
-from segm.variant import read_variant
+from tests.helpers import read_variant
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 40, 48

@@ -9,17 +9,22 @@ import pytest
 import torch
 
 import patch
+from segm import trainer
+from segm.config import Merging, Net, RunConfig
 from segm.data import Sample, SegmentationDataset
-from segm.engine import Precision, create_loader, train_one_epoch
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.model.factory import create_segmenter
-from segm.optim import create_optimizer, create_scheduler
+from segm.optim import create_optimizer
+from segm.resolve import resolve
+from segm.trainer import Objective, Trainer
 from tests.helpers import METHOD_OPTIONS, with_parts
 
 STATUS = Path("/proc/self/status")
 N, WARM_UP, SIDE = 2000, 500, 32
 SIZES = [(32, 32), (32, 48), (40, 32), (64, 48)]  # pixels, of photographs
+SETTINGS = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384", "batch_size": 1, "epochs": 1, "num_workers": 0}
+SETTINGS |= {"n_layers": 1, "d_model": 32, "n_heads": 2, "crop_size": SIDE, "im_size": SIDE}
 FLAT = 8.0  # MiB; what allocators and caches of libraries move by
 
 
@@ -73,25 +78,28 @@ def watch(run):
     return after - before
 
 
-def train_on_noise(model, look):
+def train_on_noise(model, method, look):
     """`N` updates."""
-    optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
-    schedule = create_scheduler(optimizer, "polynomial", epochs=1, updates_per_epoch=N, learning_rate=1e-4)
-    loader, cpu = create_loader(Noise(N), batch_size=1), torch.device("cpu")
-    precision = Precision.choose(cpu, amp=False)
-    options = {"device": cpu, "after_update": look, "progress": False}
-    train_one_epoch(model, loader, optimizer, schedule, precision, 0, **options)
+    trainer = Trainer(resolve(SETTINGS), "unused", device="cpu", weights=False)
+    trainer.objective = Objective(model, RunConfig(net=Net(decoder="mask_transformer"), merging=Merging(method)))
+    trainer.optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
+    trainer.start_epoch()
+    model.train()
+    for batch in trainer.batches():
+        trainer.train_step(batch)
+        look()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux tells what a process holds")
 @pytest.mark.parametrize("method", ["pure", *METHOD_OPTIONS])
-def test_memory_stays_flat(small_net, method, record_property):
+def test_memory_stays_flat(small_net, method, record_property, monkeypatch):
+    monkeypatch.setattr(trainer, "open_datasets", lambda *settings: (Noise(N), Noise(1)))
     model = create_segmenter(small_net)
     if method != "pure":
         with_parts(model.encoder, method)
         patch.apply(model, method, **METHOD_OPTIONS[method])
-    trained = watch(lambda look: train_on_noise(model, look))
+    trained = watch(lambda look: train_on_noise(model, method, look))
     evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows.of(SIDE, SIDE), on_image=look))
     record_property("grown_mib", [round(trained, 2), round(evaluated, 2)])
     assert max(trained, evaluated) < FLAT

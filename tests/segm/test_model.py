@@ -9,7 +9,7 @@ import torch
 from segm.config import load_config
 from segm.model.encoder import create_encoder
 from segm.model.factory import copy_weights, create_segmenter
-from segm.variant import write_variant
+from tests.helpers import write_variant
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from segm import report
 from segm.checkpoint import save_checkpoint
 from segm.model.factory import create_segmenter
 from segm.run import Run
-from segm.variant import write_variant
+from tests.helpers import write_variant
 
 SIZE = 32
 PURE = {"patch_type": "pure"}

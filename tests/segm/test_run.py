@@ -14,7 +14,7 @@ from segm.data import class_info, create_dataset
 from segm.data.images import read_image, resize_keep_ratio
 from segm.eval.views import spread
 from segm.run import Run
-from segm.variant import read_variant, write_variant
+from tests.helpers import read_variant, write_variant
 
 GRAPH = {"patch_type": "graph", "threshold": 0.5}
 

@@ -308,8 +308,7 @@ class TestRefused:
         run = Run.load(DATA, device="cpu")
         classes = [{"name": str(index), "color": [index, 2, 3]} for index in range(11)]
         for n_cls, cmap in ((11, None), (11, "folder"), (10, None)):
-            data = {"dataset": "folder", "classes": classes[:n_cls]}
-            own = replace(run, variant=run.variant | {"dataset_kwargs": data})
+            own = replace(run, config=run.config.with_values(dataset="folder", classes=classes[:n_cls]))
             if n_cls == 11:
                 names, palette = read_class_list(cmap, own)
                 assert names == tuple(map(str, range(11))) and palette.tolist()[5] == [5, 2, 3]

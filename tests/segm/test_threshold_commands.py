@@ -12,7 +12,7 @@ from segm.data.images import resized_view
 from segm.model.factory import create_segmenter, load_model
 from segm.run import Run
 from segm.tune_threshold import lowest_without_loss
-from segm.variant import read_variant
+from tests.helpers import read_variant
 
 SIZE = 32
 CPU = ["--device", "cpu"]

@@ -18,10 +18,11 @@ from torch import nn
 import patch
 from g2tm import Grouping
 from patch import Number, Option
-from segm import auto_threshold, flops, test, train
+from segm import auto_threshold, flops, test, train, trainer
 from segm.checkpoint import load_checkpoint
 from segm.run import Run
-from segm.variant import read_variant
+from segm.trainer import Trainer
+from tests.helpers import read_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
@@ -58,7 +59,7 @@ def planned(call, tmp_path, monkeypatch):
     def plan(*options):
         found = []
         with monkeypatch.context() as context:
-            context.setattr(train, "train", lambda model, a, b, plan, variant, *rest: found.append(variant))
+            context.setattr(Trainer, "fit", lambda self: found.append(self.config.to_variant()))
             call(train, "--log-dir", tmp_path / "planned", *NETWORK, "--dataset", "shapes", *options)
         return found[0]
 
@@ -164,7 +165,7 @@ def test_a_method_with_options_and_a_learned_part_is_one_entry(toy, tmp_path, ca
 
 def test_fine_tuning_adds_the_learned_part_to_weights_that_lack_it(toy, run, tmp_path, monkeypatch, call):
     models = []
-    monkeypatch.setattr(train, "train", lambda model, *rest: models.append(model))
+    monkeypatch.setattr(Trainer, "fit", lambda self: models.append(self.model))
     for method in ("toy", "dtem"):
         options = ["--finetune", run, "--patch-type", method, "--device", "cpu"]
         call(train, "--log-dir", tmp_path / method, *options)
@@ -246,16 +247,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call):
 
 def interrupt_after(epochs, training):
     """A training that is killed after some epochs."""
-    real, calls = train.train_one_epoch, []
+    real = Trainer.start_epoch
 
-    def one_epoch(*args, **kwargs):
-        if len(calls) == epochs:
+    def start_epoch(self):
+        if self.epoch == epochs:
             raise KeyboardInterrupt
-        calls.append(None)
-        return real(*args, **kwargs)
+        real(self)
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(train, "train_one_epoch", one_epoch)
+        context.setattr(Trainer, "start_epoch", start_epoch)
         with pytest.raises(AssertionError, match="Aborted"):
             training()
 
@@ -290,7 +290,7 @@ def test_a_recipe_gives_defaults_and_options_override_it(tmp_path, planned):
 def test_a_curriculum_lowers_the_threshold(tmp_path, call, monkeypatch):
     """And scores from before its end do not count: the best checkpoint merges as the final one."""
     scores = iter([90.0, 80.0, 30.0, 20.0])
-    monkeypatch.setattr(train, "segmentation_scores", lambda confusion: dict.fromkeys(KEYS, next(scores)))
+    monkeypatch.setattr(trainer, "segmentation_scores", lambda confusion: dict.fromkeys(KEYS, next(scores)))
     options = [*CURRICULUM, "--epochs", "4", "--eval-freq", "1"]
     call(train, "--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, *options)
     assert [entry["threshold"] for entry in entries_of(tmp_path / "run")] == [0.9, 0.89, 0.88, 0.88]
@@ -309,8 +309,8 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
         return {layers[0]: auto_threshold.Similarity(found["mean"], 0.25)}
 
     found = {"mean": 0.5}
-    monkeypatch.setattr(train, "automatic_thresholds", thresholds)
-    monkeypatch.setattr(train, "train", lambda model, a, b, plan, variant, *rest: asked.append(plan.options))
+    monkeypatch.setattr(auto_threshold, "automatic_thresholds", thresholds)
+    monkeypatch.setattr(Trainer, "fit", lambda self: asked.append(self.options))
     options = ["--log-dir", tmp_path / "new", "--finetune", shapes_run, "--patch-type", "algm"]
     options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
     assert "--from" in refused(train, *options)

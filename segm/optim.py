@@ -11,10 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULERS = ("polynomial", "polynomial_epoch", "cosine")
-MOMENTUM = 0.9
-POWER = 0.9
+from segm.config import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
 
 
 def create_optimizer(

@@ -1,55 +1,67 @@
 """The settings of a training: where each comes from, and where it is written."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 
-from segm import train
-from segm.data import DATASETS
+from segm import merging, train
+from segm.config import BACKBONE, DATA, DATASETS, DECODERS, SETTINGS, RunConfig
 from segm.data.defaults import dataset_defaults
 from segm.merging import parse
-from segm.plan import SETTINGS, Plan, Settings, backbone_settings, finetuning_defaults, names_of, read_settings
-from segm.variant import read_variant, write_variant
+from segm.model.decoder import create_decoder
+from segm.resolve import backbone_settings, curriculum, resolve
+from tests.helpers import read_variant
 
 BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
-IMAGES = SimpleNamespace(n_cls=2, name="shapes", classes=("a", "b"), palette=torch.zeros(2, 3, dtype=torch.uint8))
+CLASSES = [{"id": index, "name": name, "color": [0, 0, 0]} for index, name in enumerate("ab")]
+NO_FLAG = {"distilled", "decoder_layers", "decoder_drop_path", "n_cls", "image_size", "reduction", "classes"}
+NO_FLAG |= {"inventory", "eval_size", "method"}
 EVERY = {
     "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
     "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
     "start_factor": 0.5, "batch_size": 4, "epochs": 30, "eval_freq": 2, "num_workers": 0, "seed": 3,
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
-    "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "scale_range": (0.75, 1.5),
+    "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "clip_grad": 1.5, "scale_range": (0.75, 1.5),
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
 
 
-def make(given=None, merging=None, saved=None, resume=False):
-    return Plan.make(BASE | (given or {}), merging or {}, saved or {}, resume)
+def make(given=None, merging=None, base=None, resume=False):
+    return resolve(BASE | (given or {}) | (merging or {}), base, resume=resume)
 
 
-def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back():
+def trained(config):
+    """The configuration of a finished run."""
+    return config.with_values(n_cls=2, classes=CLASSES)
+
+
+def options_of(config):
+    return merging.read_variant(config.merging.entries)[1]
+
+
+def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back(tmp_path):
     words = {name: map(str, value) if isinstance(value, tuple) else [str(value)] for name, value in EVERY.items()}
     flags = [text for name, values in words.items() for text in ("--" + name.replace("_", "-"), *values)]
     given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
     given = {name: given[name] for name in SETTINGS if name in given}
     assert given.pop("train_only") is None and given.pop("decoder_blocks") is None
-    variant = make(given, GRAPH).variant(IMAGES)
-    assert read_settings(variant) == given == EVERY | {"amp": True, "freeze_encoder": True}
-    assert set(given) | {"distilled", "train_only", "decoder_blocks"} == set(SETTINGS)
-    again = Plan.make({}, {}, variant, resume=True)
-    assert again.variant(IMAGES) == variant and again.curriculum == make(given, GRAPH).curriculum
+    assert given == EVERY | {"amp": True, "freeze_encoder": True}
+    assert set(given) | NO_FLAG | {"train_only", "decoder_blocks"} == set(SETTINGS)
+    config = trained(make(given, GRAPH))
+    config.write(tmp_path)
+    again = RunConfig.read(tmp_path)
+    assert {name: again.values[name] for name in given} == given
+    assert again == config == trained(resolve({}, again, resume=True))
+    assert RunConfig.from_variant(read_variant(tmp_path)) == config and curriculum(config).start == 0.95
 
 
 def test_training_learned_parts_alone_turns_them_on():
     def learning(text):
         return make({"train_only": "method"}, parse(["--patch-type", *text.split()]))
 
-    assert learning("ltmp").options["learned"] and learning("fpet").options["adapter"]
-    assert learning("dtem").reduction == {"name": "dtem"}
-    variant = learning("diffrate --granularity 2").variant(IMAGES)
+    assert options_of(learning("ltmp"))["learned"] and options_of(learning("fpet"))["adapter"]
+    assert learning("dtem").net.reduction == {"name": "dtem"}
+    variant = learning("diffrate --granularity 2").to_variant()
     assert variant["net_kwargs"]["reduction"] == {"name": "diffrate", "granularity": 2}
     assert variant["dataset_kwargs"]["learned"] and variant["net_kwargs"]["drop_path_rate"] == 0
     for text, allowed in (("tome", "tome has nothing to learn"), ("ltmp --merge-threshold 0.5", "--not-learned")):
@@ -60,7 +72,7 @@ def test_training_learned_parts_alone_turns_them_on():
 
 
 def test_the_variant_has_the_published_layout():
-    variant = make(EVERY, GRAPH).variant(IMAGES)
+    variant = trained(make(EVERY, GRAPH)).to_variant()
     net, data = variant["net_kwargs"], variant["dataset_kwargs"]
     assert net["image_size"] == [32, 32] and net["n_cls"] == net["decoder"]["n_cls"] == 2 and not net["distilled"]
     assert net["decoder"] | {"name": "mask_transformer", "dropout": 0.35} == net["decoder"]
@@ -70,19 +82,28 @@ def test_the_variant_has_the_published_layout():
     schedule = variant["optimizer_kwargs"]
     assert (schedule["momentum"], schedule["poly_power"], schedule["epochs"]) == (0.9, 0.9, 30)
     assert variant["world_batch_size"] == 4 and variant["version"] == "normal"
-    pure = make({"decoder": "linear"}).variant(IMAGES)
+    pure = trained(make({"decoder": "linear"})).to_variant()
     assert pure["net_kwargs"]["decoder"] == {"name": "linear", "n_cls": 2} and "reduction" not in pure["net_kwargs"]
 
 
+def test_decoders_are_those_of_the_model():
+    for name in DECODERS:
+        if name not in ("setr_naive", "setr_pup", "setr_mla", "upernet"):  # mmsegmentation's
+            create_decoder(32, 5, {"name": name}, 4, 8)
+    with pytest.raises(ValueError, match=", ".join(DECODERS)):
+        create_decoder(32, 5, {"name": "nosuch"}, 4, 8)
+
+
 def test_defaults_are_those_of_data_set_and_backbone():
+    def names_of(owner):
+        return [name for name, (_, entry) in SETTINGS.items() if entry.metadata.get("default_from") == owner]
+
     for dataset in DATASETS:
-        settings = Settings.complete({"dataset": dataset, "backbone": "vit_large_patch16_384"}, {})
-        for name in names_of("the data set's"):
-            assert getattr(settings, name) == dataset_defaults(dataset)[name]
-        assert (settings.d_model, settings.n_layers, settings.optimizer) == (1024, 24, "sgd")
-    settings = Settings.complete({"dataset": "shapes", "backbone": "deit_tiny_patch16_224"}, {})
-    for name in names_of("the backbone's"):
-        assert getattr(settings, name) == backbone_settings("deit_tiny_patch16_224")[name]
+        values = resolve({"dataset": dataset, "backbone": "vit_large_patch16_384"}).values
+        assert {name: values[name] for name in names_of(DATA)}.items() <= dataset_defaults(dataset).items()
+        assert (values["d_model"], values["n_layers"], values["optimizer"]) == (1024, 24, "sgd")
+    values = make({"backbone": "deit_tiny_patch16_224"}).values
+    assert {name: values[name] for name in names_of(BACKBONE)} == backbone_settings("deit_tiny_patch16_224")
 
 
 def test_what_was_given_beats_what_was_saved_and_this_the_defaults():
@@ -101,33 +122,33 @@ def test_what_was_given_beats_what_was_saved_and_this_the_defaults():
         ({"crop_size": (320, 640)}, {"window_size": (320, 640), "window_stride": (320, 512)}),
         ({"window_size": (64, 640)}, {"window_stride": (64, 100), "crop_size": 640}),
     ):
-        settings = Settings.complete(given, saved)
-        assert {name: getattr(settings, name) for name in expected} == expected, given
+        values = resolve(given, RunConfig().with_values(**saved)).values
+        assert {name: values[name] for name in expected} == expected, given
 
 
 def test_a_crop_may_be_higher_or_wider(tmp_path):
-    plan = make({"crop_size": (32, 64), "window_size": (32, 64), "window_stride": (16, 64)})
-    assert plan.settings.grid == (32 // plan.settings.patch_size, 64 // plan.settings.patch_size)
-    variant = plan.variant(IMAGES)
+    config = make({"crop_size": (32, 64), "window_size": (32, 64), "window_stride": (16, 64)})
+    assert config.grid == (32 // config.net.patch_size, 64 // config.net.patch_size)
+    config.write(tmp_path)
+    variant, found = read_variant(tmp_path), RunConfig.read(tmp_path)
     assert variant["net_kwargs"]["image_size"] == [32, 64] == variant["dataset_kwargs"]["crop_size"]
-    write_variant(variant, tmp_path)
-    found = read_settings(read_variant(tmp_path))
-    assert (found["crop_size"], found["window_stride"]) == ((32, 64), (16, 64))
-    Plan.make({"crop_size": (32, 64)}, {}, variant, resume=True)
+    assert (found.data.crop_size, found.inference.window_stride) == ((32, 64), (16, 64))
+    resolve({"crop_size": (32, 64)}, found, resume=True)
 
 
 def test_a_resumed_run_keeps_what_its_weights_belong_to():
-    saved = make(EVERY | {"start_thresh": None, "curric_warmup": None, "curric_period": None}).variant(IMAGES)
+    base = make(EVERY | {"start_thresh": None, "curric_warmup": None, "curric_period": None})
     for name, value in (("n_layers", 3), ("optimizer", "sgd"), ("batch_size", 2), ("crop_size", 64)):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: .*--finetune"):
-            Plan.make({name: value}, {}, saved, resume=True)
-        Plan.make({name: value}, {}, saved)
-    assert Plan.make({"epochs": 99, "n_layers": 2}, {}, saved, resume=True).settings.epochs == 99
+            resolve({name: value}, base, resume=True)
+        resolve({name: value}, base)
+    assert resolve({"epochs": 99, "n_layers": 2}, base, resume=True).schedule.epochs == 99
 
 
 def test_merging_is_completed_and_checked_for_the_network():
-    plan = make({"n_layers": 24}, parse(["--patch-type", "algm"]))
-    assert (plan.method, plan.options["layers"], plan.options["window"]) == ("algm", (1, 7), (2, 2))
+    config = make({"n_layers": 24}, parse(["--patch-type", "algm"]))
+    options = options_of(config)
+    assert (config.merging.method, [*options["layers"]], options["window"]) == ("algm", [1, 7], (2, 2))
     for words, hint in (("algm --selected-layers 1 99", "1 to 12"), ("algm --merging-window-size 9 99", "window")):
         with pytest.raises(ValueError, match=hint):
             make({}, parse(["--patch-type", *words.split()]))
@@ -135,14 +156,15 @@ def test_merging_is_completed_and_checked_for_the_network():
 
 def test_a_curriculum_belongs_to_its_method():
     times = {"start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, "epochs": 17}
-    saved = make(times, GRAPH).variant(IMAGES)
-    assert Plan.make({}, {}, saved, resume=True).curriculum.epochs == 17
-    assert Plan.make({}, {"threshold": 0.94}, saved).curriculum.target == 0.94
-    assert Plan.make({}, {"patch_type": "algm"}, saved).curriculum is None
-    assert Plan.make({}, {"patch_type": "pure"}, saved).curriculum is None
-    start = finetuning_defaults(saved)
-    assert Plan.make({}, {}, start).curriculum is None and Plan.make({}, {}, start).options["threshold"] == 0.9
-    for given, merging, hint in (
+    base = make(times, GRAPH)
+    assert curriculum(resolve({}, base, resume=True)).epochs == 17
+    assert curriculum(resolve({"threshold": 0.94}, base)).target == 0.94
+    for method in ("algm", "pure"):
+        other = resolve({"patch_type": method}, base)
+        assert curriculum(other) is None and other.schedule.start_thresh is None
+    tuned = resolve({}, base.for_finetuning())
+    assert curriculum(tuned) is None and options_of(tuned)["threshold"] == 0.9
+    for given, method, hint in (
         (times | {"epochs": 16}, GRAPH, "more --epochs"),
         (times | {"curric_period": None}, GRAPH, "--curric-period"),
         (times, {}, "--threshold"),
@@ -150,25 +172,39 @@ def test_a_curriculum_belongs_to_its_method():
         (times | {"start_thresh": 0.5}, GRAPH, "below"),
     ):
         with pytest.raises(ValueError, match=hint):
-            make(given, merging)
+            make(given, method)
 
 
 def test_fine_tuning_takes_over_network_data_and_merging_but_no_schedule():
-    start = finetuning_defaults(make(EVERY, GRAPH).variant(IMAGES))
-    settings = Plan.make({"learning_rate": 0.1, "epochs": 3}, {}, start).settings
+    values = resolve({"learning_rate": 0.1, "epochs": 3}, make(EVERY, GRAPH).for_finetuning()).values
     kept = {"d_model": 64, "crop_size": 32, "window_stride": 16, "decoder_dropout": 0.35}
-    assert {name: getattr(settings, name) for name in kept} == kept
-    assert (settings.optimizer, settings.weight_decay, settings.warmup_epochs) == ("sgd", 0.0, 0)
+    assert {name: values[name] for name in kept} == kept
+    assert (values["optimizer"], values["weight_decay"], values["warmup_epochs"]) == ("sgd", 0.0, 0)
+
+
+def test_the_settings_of_a_decoder_stay_with_it():
+    base = make({"decoder": "eomt", "decoder_blocks": 2})
+    assert base.net_kwargs["decoder"] == {"name": "eomt", "n_blocks": 2, "n_queries": 100}
+    assert resolve({}, base).net == base.net
+    assert resolve({"decoder": "linear"}, base).net_kwargs["decoder"] == {"name": "linear"}
+    with pytest.raises(ValueError, match="--decoder-blocks"):
+        resolve({"decoder": "linear", "decoder_blocks": 2}, base)
 
 
 def test_learned_parts_stay_in_a_model_that_has_some():
-    saved = make({}, {"patch_type": "dtem"}).variant(IMAGES)
-    assert saved["net_kwargs"]["reduction"]["name"] == "dtem"
-    for merging in ({}, {"patch_type": "pure"}, {"patch_type": "graph"}):
-        assert Plan.make({}, merging, saved).reduction == saved["net_kwargs"]["reduction"]
-    saved["net_kwargs"]["reduction"] = {"name": "other"}
+    base = make({}, {"patch_type": "dtem"})
+    assert base.net.reduction["name"] == "dtem"
+    for method in ({}, {"patch_type": "pure"}, {"patch_type": "graph"}):
+        assert resolve(method, base).net.reduction == base.net.reduction
     with pytest.raises(ValueError, match="other"):
-        Plan.make({}, {}, saved)
+        resolve({}, base.with_values(reduction={"name": "other"}))
+
+
+def test_what_a_file_says_of_merging_is_kept_as_it_stands():
+    variant = {"net_kwargs": {"backbone": "b"}, "dataset_kwargs": {"patch_type": "later", "its_option": [1]}}
+    config = RunConfig.from_variant(variant)
+    assert config.merging.entries == variant["dataset_kwargs"]
+    assert config.to_variant()["dataset_kwargs"] == {"split": "train", **variant["dataset_kwargs"]}
 
 
 def test_missing_and_unknown_names_are_refused():
@@ -179,6 +215,10 @@ def test_missing_and_unknown_names_are_refused():
         (BASE | {"backbone": "vit_nosuch"}, "vit_tiny_patch16_384"),
         (BASE | {"backbone": "resnet18"}, "not a plain ViT"),
         (BASE | {"decoder": "nosuch"}, "mask_transformer"),
+        (BASE | {"scheduler": "nosuch"}, "polynomial"),
+        (BASE | {"learning_rat": 1}, "did you mean learning_rate"),
+        (BASE | {"threshold": 0.9}, "patch-type"),
+        (BASE | {"warmup_epochs": 20}, "fewer than the 20"),
     ):
         with pytest.raises(ValueError, match=hint):
-            Plan.make(given, {}, {})
+            resolve(given)

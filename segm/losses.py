@@ -1,0 +1,113 @@
+"""What a Segmenter is trained with: cross-entropy, and the losses of decoders that predict masks."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from segm import parallel
+from segm.data.sample import IGNORE_LABEL
+from segm.model.masks import Prediction
+from segm.model.upsample import upsample
+
+ABSENT_WEIGHT = 0.1  # of the class "not in this image"
+FOCAL_WEIGHT = 20.0
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, n_labelled: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the labelled pixels; a batch without any gives 0 instead of NaN.
+
+    With several processes, the mean of their losses is that over the labelled pixels of all.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W), int64, 255 is ignored.
+        n_labelled: (), the labelled pixels of all processes; None: they are counted.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
+    if n_labelled is None:
+        n_labelled = parallel.all_reduce_sum((labels != IGNORE_LABEL).sum())
+    return total * parallel.world_size() / n_labelled.clamp(min=1)
+
+
+def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
+    """The sum over the stages: which classes are in an image, and where (SegViT, section 3.3).
+
+    Query c belongs to class c, so nothing is matched. Pixels without a label are left out.
+
+    Args:
+        stages: from `SegViT`.
+        labels: (B, H, W), int64, 255 is ignored.
+    """
+    n_cls = stages[0].masks.shape[1]
+    labeled = labels != IGNORE_LABEL
+    one_hot = F.one_hot(labels.where(labeled, n_cls), n_cls + 1)[..., :-1].permute(0, 3, 1, 2)
+    present = one_hot.flatten(2).any(-1)
+    image, query = present.nonzero(as_tuple=True)
+    targets = torch.arange(n_cls, device=labels.device).where(present, n_cls)
+    weight = torch.ones(n_cls + 1, device=labels.device)
+    weight[-1] = ABSENT_WEIGHT
+    masks, where = one_hot[image, query].float(), labeled[image].float()
+    total = stages[0].classes.new_zeros((), dtype=torch.float32)
+    for stage in stages:
+        total = total + F.cross_entropy(stage.classes.float().transpose(1, 2), targets, weight)
+        logits = upsample(stage.masks[image, query].float().unsqueeze(1), labels.shape[1:])[:, 0]
+        total = total + _mask_loss(logits, masks, where) / max(len(image), 1)
+    return total
+
+
+def _mask_loss(logits: Tensor, masks: Tensor, where: Tensor) -> Tensor:
+    """Focal and dice loss, summed up over masks: logits, masks and which pixels count, (M, H, W) each."""
+    focal = sigmoid_focal_loss(logits, masks, alpha=0.25, gamma=2) * where
+    focal = focal.flatten(1).sum(1) / where.flatten(1).sum(1).clamp(min=1)
+    probability = logits.sigmoid() * where
+    overlap, both = (probability * masks).flatten(1).sum(1), (probability + masks).flatten(1).sum(1)
+    dice = 1 - (2 * overlap + 1) / (both + 1)
+    return (FOCAL_WEIGHT * focal + dice).sum()
+
+
+def eomt_loss(predictions: Sequence[Prediction], labels: Tensor) -> Tensor:
+    """The loss of transformers' EoMT, summed over the predictions after every block that has queries.
+
+    Each prediction is matched by itself, with one mask per class of an image.
+
+    Args:
+        predictions: from `Segmenter.training_outputs`.
+        labels: (B, H, W), int64; pixels of 255 are in no mask.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    n_cls = predictions[0].classes.shape[-1] - 1
+    classes = [found[found != IGNORE_LABEL] for found in (image.unique() for image in labels)]
+    masks = [(image == found[:, None, None]).float() for image, found in zip(labels, classes, strict=True)]
+    if not any(map(len, classes)):  # nothing to match
+        return sum((0.0 * (one.classes.sum() + one.masks.sum()) for one in predictions), labels.new_zeros(()).float())
+    criterion = _eomt_criterion(n_cls, labels[0].numel()).to(labels.device)
+    total = labels.new_zeros((), dtype=torch.float32)
+    for found in predictions:
+        parts = criterion(found.masks.float(), found.classes.float(), masks, classes)
+        total = total + sum(criterion.weight_dict[name] * value for name, value in parts.items())
+    return total
+
+
+@cache
+def _eomt_criterion(n_cls: int, n_pixels: int) -> Any:
+    """The loss is taken at points of the masks: as many as published, but no more than an image has pixels."""
+    try:
+        from transformers.models.eomt.configuration_eomt import EomtConfig
+        from transformers.models.eomt.modeling_eomt import EomtLoss
+    except ImportError:
+        raise ValueError("the loss of eomt is that of transformers: pip install transformers") from None
+    config: Any = EomtConfig()
+    config.num_labels, config.train_num_points = n_cls, min(config.train_num_points, n_pixels)
+    weights = {"loss_cross_entropy": config.class_weight, "loss_mask": config.mask_weight}
+    return EomtLoss(config, weights | {"loss_dice": config.dice_weight})
+
+
+# Losses of decoders that learn from more than logits.
+DECODER_LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"segvit": segvit_loss, "eomt": eomt_loss}

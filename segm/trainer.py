@@ -1,0 +1,635 @@
+"""`Trainer`: a training with one counter, `step`, that its order, learning rate, curriculum and annealing follow."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import patch
+from segm import merging, parallel
+from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from segm.config import RunConfig
+from segm.data import SegmentationDataset, create_dataset
+from segm.data.loader import create_loader
+from segm.data.sample import IGNORE_LABEL
+from segm.data.seeding import mix_seeds
+from segm.errors import brief, one_line
+from segm.eval.evaluate import evaluate
+from segm.eval.sliding import Windows
+from segm.features import FOLDER, CachedFeatures, Head
+from segm.interruption import Interruption, SignalError
+from segm.losses import DECODER_LOSSES, segmentation_loss
+from segm.merging import PURE
+from segm.metrics import segmentation_scores
+from segm.model.factory import copy_weights
+from segm.model.segmenter import Segmenter
+from segm.optim import create_optimizer, create_scheduler, layer_scale
+from segm.precision import Precision, fast_float32, peak_memory, sum_dtype
+from segm.resolve import curriculum
+from segm.run import require_classes
+from segm.runlog import RunLog, run_lock
+
+logger = logging.getLogger(__name__)
+AUXILIARY_WEIGHT = 0.4  # of an auxiliary head in the loss (PSPNet, section 4; SETR)
+READ_EVERY = 10  # steps between readings of the loss: each one waits for the device
+N_MASKS, N_HEADERS = 200, 5000  # that are inspected in every split before a training: a few seconds
+SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
+
+
+class Objective(nn.Module):
+    """A model with its loss, as one module that `DistributedDataParallel` wraps.
+
+    Args:
+        model: a Segmenter, whose parameters it shares.
+        config: its decoder and method choose the losses.
+        outputs: from images to logits (B, C, H, W) or what the decoder's own loss takes, then the logits of auxiliary
+            heads; None: the model's.
+    """
+
+    def __init__(
+        self, model: Segmenter, config: RunConfig, outputs: Callable[[Tensor], list[Any]] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs = outputs or model.training_outputs
+        self.of_decoder = DECODER_LOSSES.get(config.net.decoder)
+        self.merges = config.merging.method not in (None, PURE)
+
+    def forward(self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Loss of a batch.
+
+        Args:
+            images: (B, 3, H, W), normalized, or the features that `outputs` takes.
+            labels: (B, H, W), int64, 255 is ignored.
+            n_labelled: gives (), the labelled pixels of all processes.
+
+        Returns:
+            The loss (), and what the merging method adds to it, detached; None: nothing.
+        """
+        first, *auxiliary = self.outputs(images)
+        if self.of_decoder is None:
+            loss = segmentation_loss(first, labels, n_labelled())
+        else:
+            loss = self.of_decoder(first, labels)
+        for logits in auxiliary:
+            loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels, n_labelled())
+        own = patch.loss(self.model, labels) if self.merges else None
+        if not isinstance(own, Tensor):
+            return loss, None
+        return loss + own, own.detach()
+
+
+@dataclass
+class Meter:
+    """What is measured of an epoch, or of what was left of it after an interruption."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    wait: float = 0.0  # seconds for batches
+    n_images: int = 0
+    n_skipped: int = 0
+    method_losses: list[Tensor] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)  # losses since the device was last waited for
+
+
+class Trainer:
+    """Trains a Segmenter, and writes checkpoints, `variant.yml`, `log.txt` and TensorBoard events.
+
+        Trainer(resolve({"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}), "runs/plain").fit()
+
+    On the CPU, a training that is interrupted anywhere and resumed ends with the weights of one that is not, to the
+    bit: all that an update depends on comes from the seed and `step`.
+
+    Args:
+        config: from `segm.resolve.resolve`.
+        log_dir: the run directory; it is made.
+        device: None: CUDA if it is there, else the CPU.
+        weights: first weights of the encoder: timm's (True), those of a file, or random ones (False).
+        finetune: checkpoint or run that all weights come from.
+        resume: continue from the last checkpoint in `log_dir`.
+        save_every: minutes between checkpoints inside an epoch; None: only after epochs.
+        skip_bad_images: leave out images that cannot be read, and count them.
+        feature_folder: where cached features are kept; None: in `log_dir`, until the training ends.
+        compile: compile attention and MLPs.
+        progress: show bars.
+        say: called with every line about the training.
+
+    Attributes:
+        step: updates that are done.
+        best: highest mIoU so far, percent; -1: none.
+        model, train_set, val_set, optimizer, scheduler: what they are called.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: data or weights that are missing, damaged or do not fit.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        log_dir: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        weights: bool | str | Path = True,
+        finetune: str | Path | None = None,
+        resume: bool = False,
+        save_every: float | None = 15.0,
+        skip_bad_images: bool = False,
+        feature_folder: Path | None = None,
+        compile: bool = False,
+        progress: bool = False,
+        say: Callable[[str], Any] = logger.info,
+    ) -> None:
+        self.log_dir, self.resume, self.save_every = Path(log_dir), resume, save_every
+        self.progress, self.say = progress and parallel.is_main(), say
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.train_set, self.val_set = open_datasets(config, skip_bad_images)
+        self.config = self._with_data(config)
+        self.method, self.options = merging.read_variant(self.config.merging.entries)
+        self.curriculum = curriculum(self.config)
+        self.windows = Windows.of(config.inference.window_size, config.inference.window_stride)
+        torch.manual_seed(config.schedule.seed)
+        self.model = first_model(self.config, False if resume else weights, None if resume else finetune)
+        merging.apply(self.model, self.method, self.options)
+        self._freeze()
+        if compile:
+            for stack in (self.model.encoder, self.model.decoder):
+                compile_blocks(stack.blocks)
+        parallel.synchronize_batch_norm(self.model, self.device).to(self.device)
+        self.precision = Precision.choose(self.device, bool(config.optim.amp))
+        given = config.data.num_workers
+        self.workers = parallel.default_workers() if given is None else given
+        self.features = self._cached_features(feature_folder)
+        self._keeps_features = feature_folder is not None
+        self.loader = self._create_loader()
+        self.optimizer = self._create_optimizer()
+        self.scheduler = create_scheduler(
+            self.optimizer,
+            config.schedule.scheduler,
+            epochs=config.schedule.epochs,
+            updates_per_epoch=len(self.loader),
+            learning_rate=config.optim.learning_rate,
+            min_lr=config.schedule.minlearning_rate,
+            warmup_epochs=config.schedule.warmup_epochs,
+            start_factor=config.schedule.start_factor,
+        )
+        self.step, self.best, self._is_open = 0, -1.0, False  # open: it has updates whose end is not recorded
+        self.losses = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)  # of this epoch: sum, number
+        self.meter = Meter()
+        self.objective: nn.Module = Objective(self.model, self.config)
+        self.log: RunLog | None = None
+        self._interruption, self._requests = Interruption(), parallel.Requests()
+        self._saved = time.monotonic()
+
+    # --- What is built
+
+    def _with_data(self, config: RunConfig) -> RunConfig:
+        """The configuration with what the data say: their classes, so that pictures need no files and another order is
+        noticed, and what an inspection finds."""
+        if config.schedule.batch_size % parallel.world_size():
+            size, n_processes = config.schedule.batch_size, parallel.world_size()
+            raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
+        if self.resume:
+            require_classes(config.class_names, self.train_set, str(self.log_dir))
+        named = zip(self.train_set.classes, self.train_set.palette.tolist(), strict=True)
+        classes = [{"id": index, "name": name, "color": color} for index, (name, color) in enumerate(named)]
+        inventory = self._inspect() or config.data.inventory
+        return config.with_values(n_cls=self.train_set.n_cls, classes=classes, inventory=inventory)
+
+    def _inspect(self) -> dict[str, Any]:
+        """Inspect the files in the main process; split -> what it holds."""
+        if self.train_set.name == "shapes" or not parallel.is_main():
+            return {}
+        from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
+
+        found = [
+            take_inventory(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad)
+            for one in (self.train_set, self.val_set)
+        ]
+        for inventory in found:
+            self.say("\n".join(inventory.lines()))
+        return {inventory.split: inventory.record() for inventory in found}
+
+    @property
+    def _learned(self) -> list[nn.Parameter]:
+        """Learned parts of the merging method."""
+        return [] if self.method == PURE else patch.learned_parameters(self.model.encoder, self.method)
+
+    def _freeze(self) -> None:
+        """Let only those parts want gradients that are trained."""
+        if self.config.optim.train_only is not None:
+            self.model.requires_grad_(False)
+        elif self.config.optim.freeze_encoder:
+            self.model.encoder.requires_grad_(False)
+            if self.model.has_queries:
+                self.model.encoder.queries.requires_grad_(True)
+        for parameter in self._learned:
+            parameter.requires_grad_(True)
+
+    def _cached_features(self, folder: Path | None) -> CachedFeatures | None:
+        n_versions = min(self.config.schedule.cache_features, self.config.schedule.epochs)
+        if not n_versions:
+            return None
+        if self.train_set.skip_bad:
+            raise ValueError("--cache-features: leave out --skip-bad-images; scripts/check_dataset.py names bad images")
+        return CachedFeatures(self.train_set, folder or self.log_dir / FOLDER, n_versions)
+
+    def _create_loader(self) -> Any:
+        schedule = self.config.schedule
+        size = schedule.batch_size // parallel.world_size()
+        pins = self.device.type == "cuda"
+        return create_loader(self.features or self.train_set, size, schedule.seed, self.workers, pin_memory=pins)
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, with the factors of encoder, layers and learned parts."""
+        optim, learned = self.config.optim, set(self._learned)
+        rates = {"depth": self.config.net.n_layers, "encoder": optim.encoder_lr_mult, "decay": optim.layer_decay}
+
+        def scale(name: str, parameter: nn.Parameter) -> float:
+            own = getattr(parameter, "learning_rate_scale", 1.0)
+            return own if parameter in learned else layer_scale(name, **rates)
+
+        made = create_optimizer(self.model, optim.optimizer, optim.learning_rate, optim.weight_decay, scale)
+        made.register_step_post_hook(lambda *_: patch.clamp_parts(self.model.encoder))
+        return made
+
+    # --- Where it is
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of an epoch."""
+        return len(self.loader)
+
+    @property
+    def n_steps(self) -> int:
+        """Updates of the training."""
+        return self.config.schedule.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way, counted from 0: until its evaluation is over and recorded."""
+        return self.step // self.steps_per_epoch - (self._is_open and self.step % self.steps_per_epoch == 0)
+
+    @property
+    def epoch_step(self) -> int:
+        """Updates of this epoch that are done."""
+        return self.step - self.epoch * self.steps_per_epoch
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.epoch >= self.config.schedule.epochs
+
+    def state_dict(self, losses: Tensor | None = None) -> dict[str, Any]:
+        """Content of a checkpoint, in the format of Segmenter, from which `load` goes on.
+
+        Args:
+            losses: (processes, 2), sum and number of the losses of this epoch; None: it has not begun.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "loss_scaler": self.precision.scaler.state_dict(),
+            "epoch": self.epoch - 1,  # the last one that is over
+            "updates": self.epoch_step,
+            "updates_per_epoch": self.steps_per_epoch,
+            "losses": losses,
+            "best_mean_iou": self.best,
+            "n_cls": self.model.n_cls,
+        }
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it was not written by a training like this one.
+        """
+        try:
+            epoch, updates = checkpoint["epoch"] + 1, checkpoint.get("updates", 0)
+            best, losses = checkpoint["best_mean_iou"], checkpoint.get("losses")
+            fits = type(epoch) is int and epoch >= 0 and type(updates) is int and updates >= 0
+            fits &= not updates or (isinstance(losses, Tensor) and losses.shape[1:] == (2,))
+            if not fits or type(best) not in (int, float) or not -1 <= best <= 100:
+                raise ValueError(f"it has epoch {brief(epoch - 1)}, updates {brief(updates)}, mIoU {brief(best)}")
+            self.model.load_state_dict(checkpoint["model"])
+            self._load_optimizer(checkpoint["optimizer"])
+            if self.precision.scaler.is_enabled():
+                self.precision.scaler.load_state_dict(checkpoint["loss_scaler"])
+            if updates and (checkpoint["updates_per_epoch"], len(losses)) != self._shares:
+                logger.warning("epoch %d begins anew: %d updates of it had other batches", epoch + 1, updates)
+                updates = 0
+            self.step, self.best, self._is_open = epoch * self.steps_per_epoch + updates, best, updates > 0
+            if updates:
+                self.losses.copy_(losses[parallel.rank()])
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume {self.log_dir} ({one_line(error)}): start a new run from it with --finetune"
+            ) from error
+
+    @property
+    def _shares(self) -> tuple[int, int]:
+        """By what the images of an epoch are shared out: updates and processes."""
+        return self.steps_per_epoch, parallel.world_size()
+
+    def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Load what an optimizer keeps of its parameters; its settings are those of the run."""
+        own = self.optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("its optimizer has other parameters")
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+        for parameter, kept in self.optimizer.state.items():  # PyTorch looks at their shapes at the next update
+            for key, value in kept.items():
+                fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape) and value.is_floating_point()
+                if value is not None and not fits:
+                    raise ValueError(f"{key} of the optimizer does not fit its parameter {tuple(parameter.shape)}")
+
+    # --- What it does
+
+    def fit(self) -> "Trainer":
+        """Train for all epochs that are left.
+
+        Raises:
+            SignalError: a signal asked for the end; all that was done is saved.
+            ValueError: another training writes to the run directory; a loss that is not finite, which names the images;
+                a checkpoint that cannot be resumed.
+        """
+        with run_lock(self.log_dir), self._interruption.listening(), fast_float32(self.device):
+            if self.resume:
+                self.load(load_checkpoint(self.log_dir))
+            if self.is_finished:
+                epochs = self.config.schedule.epochs
+                self.say(f"{self.log_dir} has finished its {epochs} epochs: give more --epochs to go on")
+                return self
+            if parallel.world_size() > 1:
+                parallel.on_parent_exit(self._interruption.request)
+            if self.features is not None:
+                self.features.fill(self.model, self.device, self.precision.autocast, self._interruption)
+            self.objective = self._shared_objective()
+            if parallel.is_main():
+                self.log = RunLog(self.log_dir, self.config, self.epoch)
+            while not self.is_finished:
+                self.start_epoch()
+                for batch in self.batches():
+                    self.train_step(batch)
+                    self._save_if_asked()
+                self.end_epoch()
+            if self.log is not None:
+                self.log.close()
+            if self.features is not None and not self._keeps_features:
+                self.features.remove()
+        return self
+
+    def _shared_objective(self) -> nn.Module:
+        """The objective, which several processes share."""
+        head = None if self.features is None else Head(self.model, self.train_set.crop_size)
+        objective = Objective(self.model, self.config, head and (lambda tokens: [head(tokens)]))
+        if parallel.world_size() == 1:
+            return objective
+        for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
+            parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
+        unused = patch.has_unused_parts(self.model.encoder, self.method, self.options.get("layers", ()))
+        return DistributedDataParallel(objective, find_unused_parameters=unused)
+
+    def start_epoch(self) -> None:
+        """Set what belongs to the epoch under way, wherever in it the training goes on."""
+        self.loader.sampler.epoch, self.loader.sampler.skip = self.epoch, self.epoch_step * self.loader.batch_size
+        if self.curriculum is not None:
+            patch.set_threshold(self.model, self.curriculum.threshold(self.epoch))
+        self.scheduler.step(self.epoch)
+        if self.epoch_step == self.steps_per_epoch:
+            self.scheduler.step_update(self.step - 1)
+        self.model.train()
+        self.meter = Meter()
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that are left of the epoch under way."""
+        first, total = self.epoch_step, self.steps_per_epoch
+        label = f"epoch {self.epoch + 1}"
+        iterator = iter(self.loader) if first < total else iter(())
+        with tqdm(None, label, total, initial=first, unit="batch", leave=False, disable=not self.progress) as bar:
+            for _ in range(first, total):
+                start = time.perf_counter()
+                batch = next(iterator)
+                self.meter.wait += time.perf_counter() - start
+                yield batch
+                bar.update()
+                if self.step % READ_EVERY == 0 or self.epoch_step == total:
+                    bar.set_postfix(loss=f"{self._read_losses():.3f}", lr=f"{self._learning_rate:.2e}", refresh=False)
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """One update; returns its loss, detached.
+
+        Args:
+            batch: `image` (B, 3, h, w) and `label` (B, h, w), of this process.
+        """
+        self.scheduler.step_update(self.step)
+        torch.manual_seed(mix_seeds(self.config.schedule.seed, self.step, parallel.rank()))  # for dropout and the like
+        images = batch["image"].to(self.device, non_blocking=True)
+        labels = batch["label"].to(self.device, non_blocking=True)
+        n_labelled = parallel.begin_sum((labels != IGNORE_LABEL).sum())
+        with self.precision.autocast():
+            loss, of_method = self.objective(images, labels, n_labelled)
+        self._update(loss)
+        self.step, self._is_open = self.step + 1, True
+        if self.model.has_queries:
+            self.model.decoder.anneal(self.step / self.n_steps)
+        self._measure(batch, loss.detach(), of_method)
+        return loss.detach()
+
+    def _update(self, loss: Tensor) -> None:
+        scaler, clip = self.precision.scaler, self.config.optim.clip_grad
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if clip is not None:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        scaler.step(self.optimizer)
+        scaler.update()
+
+    def _measure(self, batch: Mapping[str, Tensor], loss: Tensor, of_method: Tensor | None) -> None:
+        """Count an update, without waiting for the device."""
+        meter = self.meter
+        meter.unread.append(loss)
+        meter.n_images += len(batch["image"]) * parallel.world_size()
+        meter.n_skipped += int(batch["skipped"].sum()) if "skipped" in batch else 0
+        if of_method is not None:
+            meter.method_losses.append(of_method)
+        # The scaler leaves an update out whose gradients overflow, and lowers its scale: that loss does not count.
+        counts = loss.isfinite() if self.precision.scaler.is_enabled() else torch.ones_like(loss, dtype=torch.bool)
+        self.losses += torch.stack([loss.where(counts, 0), counts]).to(self.losses.dtype)
+
+    @property
+    def _learning_rate(self) -> float:
+        """The one that the schedule says, before any parameter's own factor."""
+        return max(group["lr"] / group.get("lr_scale", 1) for group in self.optimizer.param_groups)
+
+    def _read_losses(self) -> float:
+        """The last loss.
+
+        Raises:
+            ValueError: one that is not finite since the last reading; names the images. With a loss scaler: and its
+                scale has fallen so far that overflow does not explain it.
+        """
+        losses = torch.stack(self.meter.unread).tolist()
+        self.meter.unread.clear()
+        scaler = self.precision.scaler
+        if scaler.is_enabled() and scaler.get_scale() >= 1:
+            return losses[-1]
+        for loss, index in zip(losses, range(self.epoch_step - len(losses), self.epoch_step), strict=True):
+            if not math.isfinite(loss):
+                names = ", ".join(self.train_set.name_of(image) for image in self.loader.sampler.batch(index))
+                raise ValueError(
+                    f"the loss is {loss} in a batch of {names}: lower the learning rate, or look at these images"
+                )
+        return losses[-1]
+
+    def end_epoch(self) -> None:
+        """Evaluate if it is time, record the epoch, and save."""
+        epoch, epochs, frequency = self.epoch, self.config.schedule.epochs, self.config.schedule.eval_freq
+        entry = self._entry()
+        if (epoch + 1) % frequency == 0 or epoch + 1 == epochs:
+            self.save()
+            entry |= {f"val_{key}": value for key, value in self.evaluate().items()}
+        self._is_open = False
+        self.losses.zero_()
+        if self.log is not None:
+            self._save_epoch(entry)
+            self.say(summary(entry, epochs))
+
+    def _entry(self) -> dict[str, Any]:
+        """The record of an epoch whose updates are done; it waits for the device."""
+        loss_sum, n_losses = parallel.all_gather(self.losses).sum(0).tolist()
+        seconds, meter = time.perf_counter() - self.meter.begin, self.meter
+        entry = {
+            "epoch": self.epoch,
+            "threshold": merging.of_model(self.model)["threshold"],
+            "train_loss": loss_sum / max(n_losses, 1),
+            "train_learning_rate": self._learning_rate,
+            "num_updates": self.step,
+            "images_per_second": meter.n_images / seconds,
+            "data_wait": 100 * meter.wait / seconds,
+            "memory_mb": peak_memory(self.device),
+        }
+        entry |= {"skipped_images": meter.n_skipped} if meter.n_skipped else {}
+        if meter.method_losses:
+            entry["train_method_loss"] = torch.stack(meter.method_losses).mean().item()
+        return entry
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores on the validation split, percent.
+
+        Raises:
+            SignalError: a signal.
+        """
+        with self.precision.autocast():
+            confusion = evaluate(
+                self.model.eval(),
+                self.val_set,
+                self.windows,
+                device=self.device,
+                workers=self.workers,
+                on_image=self._stop_if_asked,
+                progress=self.progress,
+            )
+        scores = segmentation_scores(confusion)
+        return {key: scores[key] for key in SCORES}
+
+    def _stop_if_asked(self, *_: Any) -> None:
+        """End the training if a signal asks for it during an evaluation, before which it was saved."""
+        status, file = self._interruption.status, self.log_dir / LAST
+        if status:
+            message = f"ended by a signal during the evaluation: {file} holds all, go on with --resume"
+            raise SignalError(message, status)
+
+    def _save_if_asked(self) -> None:
+        """Save if it is time, and end the training if a signal asks for it; all processes call it."""
+        is_due = self.save_every is not None and time.monotonic() - self._saved > 60 * self.save_every
+        request = self._requests.exchange(self._interruption.status or int(is_due and parallel.is_main()))
+        if request and self.save() and request > 1:
+            where = f"update {self.epoch_step} of {self.steps_per_epoch} of epoch {self.epoch + 1}"
+            file = self.log_dir / LAST
+            raise SignalError(f"ended by a signal after {where}, which {file} holds: go on with --resume", request)
+
+    def save(self) -> bool:
+        """Write the last checkpoint, wherever in an epoch; all processes call it.
+
+        Returns:
+            Whether it did: weights after a loss that is not finite are not worth it.
+        """
+        losses = parallel.all_gather(self.losses).cpu().double()
+        if not losses.isfinite().all():
+            return False
+        if parallel.is_main():
+            save_checkpoint(self.state_dict(losses), self.log_dir / LAST)
+        self._saved = time.monotonic()
+        return True
+
+    def _save_epoch(self, entry: Mapping[str, Any]) -> None:
+        """Write the checkpoints after an epoch and its record, in the main process: the best, the record, the last, so
+        that what the last one holds need not be done again."""
+        # Scores at a threshold that merges less than the final one do not compete.
+        competes = self.curriculum is None or entry["threshold"] == self.curriculum.target
+        score = entry.get("val_mean_iou", -1.0) if competes else -1.0
+        is_best, self.best = score > self.best, max(score, self.best)
+        state = self.state_dict()
+        if is_best:
+            save_checkpoint(state, self.log_dir / BEST)
+        self.log.write(entry)
+        save_checkpoint(state, self.log_dir / LAST)
+        self._saved = time.monotonic()
+
+
+def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Training and validation split; the validation images never depend on the seed of the training, nor do the
+    augmented versions whose features are cached: trainings with other seeds share them."""
+    data, schedule = config.data, config.schedule
+    sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.net.normalization}
+    training = {"crop_size": data.crop_size, "ratios": data.scale_range}
+    seed = 0 if schedule.cache_features else schedule.seed
+    train_set = create_dataset(data.dataset, "train", seed=seed, **training, **sizes)
+    val_set = create_dataset(data.dataset, "val", **sizes)
+    train_set.skip_bad = val_set.skip_bad = skip_bad
+    return train_set, val_set
+
+
+def first_model(config: RunConfig, weights: bool | str | Path, finetune: str | Path | None) -> Segmenter:
+    """A model with its first weights; parts of a method that the run to start from lacks begin at random."""
+    if finetune is None:
+        return merging.build_model(config.net_kwargs, weights)
+    source = RunConfig.read(finetune)
+    model = merging.build_model(config.with_values(reduction=source.net.reduction).net_kwargs)
+    names = [one["name"] for one in config.data.classes]
+    copy_weights(model, finetune, same_classes=source.class_names in (None, tuple(names)))
+    if not source.net.reduction and config.net.reduction is not None:
+        merging.add_parts(model.encoder, config.net.reduction)
+    return model
+
+
+def compile_blocks(blocks: Any, backend: str = "inductor") -> None:
+    """Compile attention and MLP of transformer blocks, in place, once for all token counts.
+
+    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
+
+    Args:
+        blocks: timm's `Block`s, patched or not.
+        backend: of `torch.compile`.
+    """
+    for block in blocks:
+        for part in (block.attn, block.mlp):
+            part.compile(dynamic=True, backend=backend)
+
+
+def summary(entry: Mapping[str, Any], epochs: int) -> str:
+    """One line about an epoch."""
+    score = f"  mIoU {entry['val_mean_iou']:.2f}" if "val_mean_iou" in entry else ""
+    speed = f"{entry['images_per_second']:.1f} images/s, {entry['data_wait']:.0f} % of the time waiting for data"
+    speed += f", loss of the method {entry['train_method_loss']:.4f}" if "train_method_loss" in entry else ""
+    speed += f", {entry['skipped_images']} images skipped" if "skipped_images" in entry else ""
+    return f"epoch {entry['epoch'] + 1}/{epochs}  loss {entry['train_loss']:.4f}  {speed}{score}"

@@ -1,0 +1,345 @@
+"""The trainer: order of data, where it goes on, precision, loss, annealing; from Python."""
+
+import copy
+import itertools
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import patch
+from segm import trainer as trainer_module
+from segm.checkpoint import load_checkpoint
+from segm.data.loader import EpochSampler
+from segm.data.shapes import ShapesDataset
+from segm.losses import segmentation_loss
+from segm.model.factory import create_segmenter
+from segm.precision import Precision
+from segm.resolve import resolve
+from segm.run import Run
+from segm.trainer import Trainer, compile_blocks
+
+SMALL = {
+    "dataset": "shapes", "backbone": "vit_tiny_patch16_384", "patch_size": 8, "d_model": 32, "n_heads": 2,
+    "n_layers": 3, "im_size": 32, "crop_size": 32, "batch_size": 4, "epochs": 2, "eval_freq": 9, "learning_rate": 0.05,
+    "num_workers": 0, "drop_path": 0.3,
+}  # fmt: skip
+MEASURED = {"images_per_second": 0, "data_wait": 0, "memory_mb": 0}
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 10, "val": 2})
+
+
+@pytest.fixture
+def create(tmp_path):
+    """A trainer of a small network with dropout and drop path, so that random numbers matter."""
+
+    def make(folder="run", *, resume=False, **settings):
+        given = resolve(SMALL | settings)
+        return Trainer(given, tmp_path / folder, device="cpu", weights=False, resume=resume)
+
+    return make
+
+
+def equal_weights(a, b):
+    a, b = a.model.state_dict(), b.model.state_dict()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+class StoppedError(Exception):
+    """A training ends."""
+
+
+def stopping(trainer, step):
+    """A trainer that writes a checkpoint and ends after a step."""
+    real = trainer.train_step
+
+    def train_step(batch):
+        loss = real(batch)
+        if trainer.step == step:
+            trainer.save()
+            raise StoppedError
+        return loss
+
+    trainer.train_step = train_step
+    return trainer
+
+
+def test_training_from_python_takes_three_lines(tmp_path):
+    """And what it leaves is a run; no line is printed."""
+    config = resolve(SMALL | {"patch_type": "graph", "threshold": 0.5, "layers": [1]})
+    trainer = Trainer(config, tmp_path / "graph", device="cpu", weights=False).fit()
+    run = Run.load(tmp_path / "graph", device="cpu")
+    assert trainer.step == trainer.n_steps == 4 and trainer.is_finished and trainer.best >= 0
+    assert (run.method, run.options["threshold"], run.n_cls) == ("graph", 0.5, 11)
+    assert run.config == trainer.config
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_goes_on_where_it_was(create, workers):
+    """With the same weights and the same entry, whatever happened to random numbers in between."""
+    whole = create("whole", num_workers=workers, epochs=3)
+    entries = record(whole)
+    whole.fit()
+    for step in (1, 3) if workers else (1, 2, 3, 4, 5):  # inside of epochs, and at their ends before the evaluation
+        with pytest.raises(StoppedError):
+            stopping(create(f"cut {step}", num_workers=workers, epochs=3), step).fit()
+        torch.rand(7)
+        resumed = create(f"cut {step}", num_workers=workers, epochs=3, resume=True)
+        rest = record(resumed)
+        resumed.fit()
+        assert equal_weights(whole, resumed)
+        assert [entry | MEASURED for entry in entries][-len(rest) :] == [entry | MEASURED for entry in rest]
+
+
+def record(trainer):
+    """The entries that a trainer writes."""
+    entries, real = [], trainer._entry
+    trainer._entry = lambda: entries.append(real()) or entries[-1]
+    return entries
+
+
+def test_a_resumed_training_of_other_batches_begins_its_epoch_anew(create, monkeypatch):
+    with pytest.raises(StoppedError):
+        stopping(create(), 3).fit()
+    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 14, "val": 2})
+    resumed = create(resume=True)
+    resumed.load(load_checkpoint(resumed.log_dir))
+    assert (resumed.step, resumed.epoch, resumed.epoch_step) == (3, 1, 0)
+
+
+def test_the_entry_says_what_happened(create):
+    trainer = create()
+    entries = record(trainer)
+    trainer.fit()
+    entry = entries[-1]
+    assert entry["num_updates"] == 4 and entry["train_loss"] > 0 and entry["images_per_second"] > 0
+    assert 1e-5 < entry["train_learning_rate"] < 0.05
+
+
+def test_waiting_for_data_is_told(create, monkeypatch):
+    real = ShapesDataset.load
+    monkeypatch.setattr(ShapesDataset, "load", lambda self, index: time.sleep(0.1) or real(self, index))
+    trainer = create(epochs=1)
+    entries = record(trainer)
+    trainer.fit()
+    assert 80 < entries[-1]["data_wait"] < 100
+
+
+def test_images_of_a_loss_that_is_not_finite_are_named(create, monkeypatch):
+    losses = []
+
+    def loss(logits, labels, n_labelled):
+        losses.append(segmentation_loss(logits, labels, n_labelled))
+        return losses[-1] * (math.nan if len(losses) == 2 else 1)
+
+    monkeypatch.setattr(trainer_module, "segmentation_loss", loss)
+    trainer = create()
+    names = [f"train_{index:05d}" for index in EpochSampler(10, 4).batch(1)]
+    with pytest.raises(ValueError, match=", ".join(names)) as error:
+        trainer.fit()
+    assert "nan" in str(error.value) and "\n" not in str(error.value)
+    assert not (trainer.log_dir / "checkpoint.pth").exists()
+
+
+def overflowing(trainer, overflows):
+    """A trainer in float16 with a loss that is infinite in some steps."""
+    trainer.precision = Precision("cpu", torch.float16, torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    real = trainer.objective.forward
+
+    def forward(*batch):
+        loss, own = real(*batch)
+        return loss * (math.inf if trainer.step in overflows else 1), own
+
+    trainer.objective.forward = forward
+    trainer._shared_objective = lambda: trainer.objective
+    return trainer
+
+
+def test_an_overflow_in_float16_costs_one_update(create):
+    """The scaler leaves it out and goes on; an overflow that stays ends the training."""
+    trainer = overflowing(create(epochs=3), {1})
+    entries = record(trainer)
+    trainer.fit()
+    assert len(entries) == 3 and all(math.isfinite(entry["train_loss"]) for entry in entries)
+    assert trainer.precision.scaler.get_scale() == 2.0**7
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    with pytest.raises(ValueError, match="the loss is inf"):
+        overflowing(create("other", epochs=20), range(100)).fit()
+
+
+def test_gradients_are_clipped(create):
+    trainer, clipped = create("a", optimizer="sgd"), create("b", optimizer="sgd", clip_grad=1e-3)
+    for one in (trainer, clipped):
+        one.start_epoch()
+        before = [p.clone() for p in one.model.parameters()]
+        one.train_step(next(one.batches()))
+        one.moved = sum((p - q).square().sum() for p, q in zip(one.model.parameters(), before, strict=True)).sqrt()
+    assert clipped.moved <= 0.05 * 1.1e-3 < trainer.moved
+
+
+@pytest.mark.parametrize(("epochs", "n_images"), [(1, 40), (2, 4)])
+def test_eomt_is_unmasked_in_the_end(create, monkeypatch, epochs, n_images):
+    """However few epochs: annealing goes by updates. What goes on from it stays unmasked."""
+    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": n_images, "val": 1})
+    settings = {"decoder": "eomt", "decoder_blocks": 2, "drop_path": 0.0, "epochs": epochs}
+    trainer = create(**settings)
+    seen, real = [], trainer.model.decoder.anneal
+    trainer.model.decoder.anneal = lambda progress: (
+        real(progress) or seen.append(trainer.model.decoder.mask_probs.tolist())
+    )
+    trainer.fit()
+    assert len(seen) == trainer.n_steps and seen[-1] == [0.0, 0.0]
+    assert all(b[0] <= a[0] and b[1] <= a[1] for a, b in itertools.pairwise(seen))
+    if n_images == 40:
+        assert seen[0] == [1.0, 1.0] and 0 < min(one[0] for one in seen if one[0]) < 1  # step by step
+    tuned = Trainer(
+        resolve({"epochs": 1, "num_workers": 0, "batch_size": 4}, trainer.config.for_finetuning()),
+        trainer.log_dir.parent / "tuned",
+        device="cpu",
+        finetune=trainer.log_dir,
+    )
+    tuned.start_epoch()
+    tuned.train_step(next(tuned.batches()))
+    assert tuned.model.decoder.mask_probs.tolist() == [0.0, 0.0]
+
+
+def test_checkpoints_of_another_training_are_refused(create):
+    trainer = create().fit()
+    state = load_checkpoint(trainer.log_dir)
+    moments = state["optimizer"]["state"][0]["momentum_buffer"]
+    for damage in (
+        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": moments.flatten()[1:]}}}},
+        {"optimizer": state["optimizer"] | {"state": {0: {"momentum_buffer": "text"}}}},
+        {"optimizer": state["optimizer"] | {"param_groups": []}},
+        {"epoch": "3"},
+        {"updates": -1},
+        {"losses": "text", "updates": 1},
+        {"best_mean_iou": None},
+    ):
+        with pytest.raises(ValueError, match="cannot resume"):
+            trainer.load(state | damage)
+
+
+def test_a_batch_norm_sees_the_images_of_all_processes(tmp_path):
+    """As one process that has them all: outputs, gradients, running statistics."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    alone = nn.BatchNorm2d(3)
+    expected = alone(x)
+    (expected * weight).sum().backward()
+    torch.multiprocessing.spawn(normalize_half, (tmp_path, x, weight), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([one["y"] for one in found]), expected.detach())
+    torch.testing.assert_close(found[0]["grad"] + found[1]["grad"], alone.weight.grad)
+    for one in found:
+        torch.testing.assert_close(one["state"], dict(alone.state_dict()))
+
+
+def normalize_half(rank, folder, x, weight):
+    from segm import parallel
+
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    norm = parallel.synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))[0]
+    part = slice(2 * rank, 2 * rank + 2)
+    y = norm(x[part])
+    (y * weight[part]).sum().backward()
+    found = {"y": y.detach(), "grad": norm.weight.grad, "state": dict(norm.state_dict())}
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow  # the first compilation of a process takes half a minute
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
+)
+def test_compiled_blocks_learn_the_same(small_net, method, options):
+    """Forward and gradients, with images of two sizes, and the keys of the model stay."""
+    plain = create_segmenter(small_net)
+    compiled = copy.deepcopy(plain)
+    for model in (plain, compiled):
+        patch.apply(model, method, **options)
+    compile_blocks([*compiled.encoder.blocks, *compiled.decoder.blocks], backend="aot_eager")
+    for images in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 48)):
+        outputs = [model(images) for model in (plain, compiled)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().mean().backward()
+    for (name, expected), (same, parameter) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        assert name == same
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_images_of_other_lengths_need_no_other_code(small_net):
+    """Attention is compiled once for tokens in rows and once for packed ones, in the encoder and in the decoder."""
+    model = patch.apply(create_segmenter(small_net), "graph", threshold=0.2)
+    compile_blocks([*model.encoder.blocks, *model.decoder.blocks], backend="eager")
+    lengths, counters = set(), torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    for turn in range(7):
+        model(torch.randn(3, 3, 32, 32) * torch.tensor([0.2, 1.0, 3.0]).view(3, 1, 1, 1)).sum().backward()
+        lengths.add(patch.reduction(model).lengths)
+        if turn == 2:
+            compiled = counters["stats"]["unique_graphs"]
+    assert len(lengths) > 5 and counters["stats"]["unique_graphs"] == compiled
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_loss_falls(create, amp):
+    trainer = create(amp=amp, epochs=4)
+    entries = record(trainer)
+    trainer.fit()
+    assert entries[-1]["train_loss"] < entries[0]["train_loss"]
+
+
+def test_precision_is_bfloat16_on_the_cpu_if_wanted():
+    device = torch.device("cpu")
+    assert Precision.choose(device, False).dtype is None
+    assert Precision.choose(device, True).dtype == torch.bfloat16
+    assert not Precision.choose(device, True).scaler.is_enabled()
+
+
+def test_loss_is_the_mean_over_labelled_pixels():
+    logits, labels = torch.randn(2, 5, 6, 7), torch.randint(5, (2, 6, 7))
+    labels[0, :3] = 255
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(segmentation_loss(logits, labels), expected)
+    assert segmentation_loss(logits, torch.full_like(labels, 255)) == 0
+
+
+def test_every_image_is_seen_once_per_epoch_in_another_order():
+    sampler = EpochSampler(10, 5)
+    epochs = []
+    for epoch in range(2):
+        sampler.epoch = epoch
+        pairs = list(sampler)
+        assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(10))
+        epochs.append([i for _, i in pairs])
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_the_images_of_an_update(monkeypatch):
+    """However many they are, an update is made of the same images; they overlap if there are fewer than a batch."""
+
+    def updates(n_images, batch_size, world_size):
+        monkeypatch.setattr("segm.parallel.world_size", lambda: world_size)
+        orders = []
+        for rank in range(world_size):
+            monkeypatch.setattr("segm.parallel.rank", lambda rank=rank: rank)
+            orders.append(torch.tensor([i for _, i in EpochSampler(n_images, batch_size)]).view(-1, batch_size))
+        return [set(torch.cat(images).tolist()) for images in zip(*orders, strict=True)]
+
+    for n_images in (8, 11, 31):
+        alone = updates(n_images, 4, 1)
+        assert len(alone) == n_images // 4 and sum(map(len, alone)) == 4 * len(alone)
+        assert updates(n_images, 2, 2) == updates(n_images, 1, 4) == alone
+    assert updates(3, 3, 2) == [{0, 1, 2}]
