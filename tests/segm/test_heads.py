@@ -10,11 +10,10 @@ import patch
 from segm import flops, report, speedtest, test, train
 from segm.engine import Precision, _update, segmentation_loss
 from segm.eval.comparison import count_tokens
+from segm.model.decoder import LinearBN
 from segm.model.factory import create_segmenter
-from segm.model.heads import LinearBN
-from segm.model.masks import Prediction, class_scores
+from segm.model.masks import Prediction, SegViT, class_scores
 from segm.model.segmenter import InTraining
-from segm.model.segvit import SegViT
 from segm.run import Run
 from segm.segvit_loss import segvit_loss
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts
