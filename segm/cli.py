@@ -1,4 +1,4 @@
-"""Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
+"""Click plumbing that the commands share: one-line errors, help with headings, lists of values, and common options."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -249,7 +249,7 @@ class Parsed(click.ParamType):
 
 
 class Device(click.ParamType):
-    """A torch device that is there."""
+    """An available device of torch."""
 
     name = "device"
 
@@ -313,7 +313,7 @@ def show_scores(scores: Mapping[str, Any]) -> None:
 
 
 def default_device() -> str:
-    """CUDA where it is there, else the CPU."""
+    """CUDA if available, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -328,7 +328,7 @@ im_size_option = click.option(
 )
 amp_option = click.option("--amp/--no-amp", default=None, help="Compute in mixed precision.  [default: as in training]")
 device_option = click.option(
-    "--device", type=Device(), default=default_device, help="Device of torch.  [default: cuda if there, else cpu]"
+    "--device", type=Device(), default=default_device, help="Device of torch.  [default: cuda if available, else cpu]"
 )
 max_images_option = click.option(
     "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"

@@ -1,4 +1,4 @@
-"""Where a trained Segmenter spends its time."""
+"""Profile a trained Segmenter, operator by operator."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Score a trained Segmenter on a data set, single-scale or multi-scale, and save what it predicts."""
+"""Score a trained Segmenter on a data set, single-scale or multi-scale, and save its predictions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ def main(
     """Score CHECKPOINT, a file, a run directory or an .onnx, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
-    scores_ms.yml beside the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
+    scores_ms.yml next to the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
     another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:

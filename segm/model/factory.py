@@ -69,7 +69,7 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
-        path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` stands beside it.
+        path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` is next to it.
         parts: see `create_segmenter`.
 
     Returns:

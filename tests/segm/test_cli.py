@@ -1,4 +1,4 @@
-"""What commands share on the command line."""
+"""The command line that all commands share: values, errors, help."""
 
 import importlib
 import re

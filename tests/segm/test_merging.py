@@ -31,7 +31,7 @@ DEPTH, GRID = 6, (12, 12)
 
 @pytest.fixture
 def toy():
-    """A method that somebody registered, with options of every type."""
+    """A registered method with options of every type."""
     options = {
         "count": Option(3, "Tokens per group.", flag="--toy-count", key="toy_count"),
         "quick": Option(False, "Whether it hurries."),
