@@ -152,6 +152,7 @@ class Method:
         undo: where patches get their tokens back: "decoder": behind it; "encoder": before its last norm.
         loss: what the method adds to the loss of a training step in which it was soft.
         static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
+        summary: what it does, in one short sentence, for lists of methods.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Method:
     undo: Literal["decoder", "encoder"] = "decoder"
     loss: Callable[[LossInput], Tensor] | None = None
     static: bool = False
+    summary: str = ""
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -214,19 +216,21 @@ COMMON = {
         many=True,
         flag=("--selected-layer", "--selected-layers"),
         key=("selected_layer", "selected_layers"),
+        default_text="all",
     ),
     "attention": Option(
         "none",
-        "How merged tokens count as keys in later attention: add log(size) to their logits, do not, or subtract it.",
+        "Weight of merged tokens as keys in later attention: add log(size) to their logits, do not, or subtract it.",
         type=Choice(ATTENTION_MODES),
         flag={"--prop-attn": "proportional", "--no-prop-attn": "none", "--iprop-attn": "inverse"},
     ),
     "batch": Option(
         "ragged",
-        "ragged: each image keeps its own number of tokens; uniform: all as many as the one that merges least.",
+        "Token counts of a batch. ragged: each image has its own; uniform: all have that of the one that merges least.",
         type=Choice(BATCH_MODES),
         flag="--batch-mode",
         key="batch_mode",
+        default_text="uniform in training, else ragged",
     ),
 }
 METHODS: dict[str, Method] = {}

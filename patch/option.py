@@ -101,6 +101,7 @@ class Option:
         key: its key in `variant.yml`; None: its name. Two keys: the first for one value, the second for several.
         none: what stands for None in flags and keys, where None is a value of its own; elsewhere None means the
             default.
+        default_text: meaning of a default that is None, in words.
     """
 
     default: Any
@@ -110,6 +111,7 @@ class Option:
     flag: str | tuple[str, str] | Mapping[str, Any] | None = None
     key: str | tuple[str, str] | None = None
     none: Any = None
+    default_text: str = ""
 
     @property
     def kind(self) -> Number | Choice:
@@ -122,7 +124,7 @@ class Option:
     @property
     def meaning(self) -> tuple[Any, ...]:
         """All that methods which share an option agree on."""
-        return self.kind, self.many, self.flag, self.key
+        return self.kind, self.many, self.flag, self.key, self.none
 
     def means_none(self, value: Any) -> bool:
         """Return whether a value stands for None."""

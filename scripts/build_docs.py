@@ -142,7 +142,7 @@ def default_of(option: patch.Option) -> str:
     """A default in words."""
     if callable(option.default):
         return "depends on the model"
-    return "" if option.default is None else f"`{option.default}`"
+    return option.default_text if option.default is None else f"`{option.default}`"
 
 
 @torch.inference_mode()

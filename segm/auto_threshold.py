@@ -41,7 +41,7 @@ class Similarity:
 @click.command(cls=Command)
 @checkpoint_argument
 @dataset_argument
-@click.option("--selected-layers", cls=Numbers, type=int, help="Layers, counted from 1.  [default: all]")
+@click.option("--selected-layers", cls=Numbers, type=int, help="Layers to measure, counted from 1.  [default: all]")
 @device_option
 @max_images_option
 def main(

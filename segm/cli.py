@@ -1,13 +1,14 @@
-"""Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
+"""Click plumbing that the commands share: one-line errors, help with headings, lists of values, and common options."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
+from click.core import ParameterSource
 
 from segm import parallel
 from segm.config import SETTINGS, config_dir
@@ -19,6 +20,7 @@ from segm.yaml_files import read_yaml
 LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE = click.IntRange(min=1)
 RATE = click.FloatRange(min=0)
+WORDS = "segm.words"  # in `Context.meta`: the words of the command line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,6 +34,69 @@ class Numbers(click.Option):
     def takes(self, text: str) -> bool:
         """Whether a word of the command line is one of its values."""
         return text in self.words or _is_number(text)
+
+
+class Flag(NamedTuple):
+    """A flag of an option that may have several: the option, the flag for click, and the value of a switch."""
+
+    option: str
+    parameter: click.Option
+    value: Any = None
+
+    @property
+    def name(self) -> str:
+        """Name in `Context.params`."""
+        return str(self.parameter.name)
+
+    @property
+    def text(self) -> str:
+        """The flag as a user types it."""
+        return self.parameter.opts[0]
+
+
+def flags_of(
+    option: str,
+    flag: str | tuple[str, str] | Mapping[str, Any] | None,
+    many: bool | int,
+    words: Collection[str],
+    **given: Any,
+) -> list[Flag]:
+    """The flags of an option.
+
+    Args:
+        option: its name.
+        flag: None: its name. Two: the first takes one value, the second several. A mapping: switch -> value.
+        many: number of values; False: one; True: one or several.
+        words: values besides numbers.
+        given: further arguments of `click.Option`.
+    """
+    if isinstance(flag, Mapping):
+        hidden = given.get("hidden", False)
+        switches = {text: click.Option([text], is_flag=True, default=None, hidden=hidden) for text in flag}
+        return [Flag(option, switches[text], value) for text, value in flag.items()]
+    if isinstance(flag, tuple):
+        return [Flag(option, click.Option([flag[0]], **given)), Flag(option, Numbers([flag[1]], words=words, **given))]
+    texts = [flag or "--" + option.replace("_", "-")]
+    if many is True:
+        return [Flag(option, Numbers(texts, words=words, **given))]
+    return [Flag(option, click.Option(texts, nargs=many or 1, **given))]
+
+
+def value_of(ctx: click.Context, given: Mapping[Flag, Any]) -> Any:
+    """The value of an option from the values of its flags: from those typed, else from those of a recipe.
+
+    Raises:
+        click.UsageError: several flags.
+    """
+    sources = {flag: ctx.get_parameter_source(flag.name) for flag in given}
+    chosen = [flag for flag in given if sources[flag] is ParameterSource.COMMANDLINE] or [*given]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join(flag.text for flag in chosen)}: choose one of them")
+    (flag,) = chosen
+    if flag.parameter.is_flag:
+        return flag.value
+    value = given[flag]
+    return value if not flag.parameter.multiple else [*value] if value[1:] else value[0]
 
 
 class Sides(Numbers):
@@ -48,13 +113,41 @@ class Sides(Numbers):
 
 
 class Command(click.Command):
-    """A command whose wrong input ends in one line and a status other than 0."""
+    """A command whose wrong input ends in one line and a status other than 0, and whose help has headings.
+
+    Args:
+        groups: heading -> names of the parameters that --help shows below it. Others come first, below "Options".
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups = groups or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        several = {
-            name: option for option in self.get_params(ctx) if isinstance(option, Numbers) for name in option.opts
-        }
-        return super().parse_args(ctx, repeat_option(args, {name: option.takes for name, option in several.items()}))
+        options = [option for option in self.get_params(ctx) if isinstance(option, Numbers)]
+        words = repeat_option(args, {name: option.takes for option in options for name in option.opts})
+        ctx.meta[WORDS] = tuple(words)
+        return super().parse_args(ctx, words)
+
+    def typed(self, ctx: click.Context, name: str) -> Any:
+        """The text of a parameter on the command line, though it is not read yet, as in --help; None: not there."""
+        return self.make_parser(ctx).parse_args([*ctx.meta.get(WORDS, ())])[0].get(name)
+
+    def help_sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """Heading -> options below it, each as (flags, help)."""
+        heading = {name: heading for heading, names in self.groups.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *self.groups)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections[heading.get(parameter.name or "", "Options")].append(record)
+        return sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, records in self.help_sections(ctx).items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _one_line_errors():
@@ -137,8 +230,28 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def word(value: Any) -> str:
+    """A value as a user types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Parsed(click.ParamType):
+    """A value read by a function from its text; the ValueError of the function says what is allowed."""
+
+    name = "value"
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(word(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
 class Device(click.ParamType):
-    """A torch device that is there."""
+    """An available device of torch."""
 
     name = "device"
 
@@ -255,7 +368,7 @@ def show_scores(scores: Mapping[str, Any]) -> None:
 
 
 def default_device() -> str:
-    """CUDA where it is there, else the CPU."""
+    """CUDA if available, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -263,15 +376,23 @@ checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Pat
 dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
 images_argument = click.argument("images", metavar="DATASET|FOLDER", type=Images())
 im_size_option = click.option(
-    "--im-size", type=POSITIVE, help="Shorter side of the images, pixels; windows scale with it.  [default: the run's]"
+    "--im-size",
+    type=POSITIVE,
+    metavar="PIXELS",
+    help="Shorter side of the images; windows scale with it.  [default: the run's]",
 )
-amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
+amp_option = click.option("--amp/--no-amp", default=None, help="Compute in mixed precision.  [default: as in training]")
 device_option = click.option(
-    "--device", type=Device(), default=default_device, show_default="cuda if there, else cpu", help="Where to compute."
+    "--device", type=Device(), default=default_device, help="Device of torch.  [default: cuda if available, else cpu]"
 )
 max_images_option = click.option(
-    "--max-images", type=POSITIVE, help="Use so many images, spread over the data set.  [default: all]"
+    "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"
 )
 batch_size_option = click.option(
-    "--batch-size", type=POSITIVE, default=1, show_default=True, help="Images per forward pass."
+    "--batch-size",
+    type=POSITIVE,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Number of images per forward pass.",
 )

@@ -44,22 +44,22 @@ COLUMNS = {
     type=click.Choice(OUTPUTS),
     default="scores",
     show_default=True,
-    help="What the graph gives: class logits per patch, logits per pixel, or the label map.",
+    help="Output of the graph: class logits per patch, logits per pixel, or the label map.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Fixed number of images per pass.  [default: any]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Number of images per pass.  [default: any]")
 @click.option(
     "--opset",
     type=click.IntRange(18, OPSET),
     default=OPSET,
     show_default=True,
-    help="Version of ONNX's operators: an older one for compilers that do not know the newest.",
+    help="Version of ONNX's operators; some compilers need an older one.",
 )
 @click.option("--int8", is_flag=True, help="Also write the model in int8, quantized dynamically, and statically.")
 @click.option(
     "--images",
     type=Images(),
     metavar="DATASET|FOLDER",
-    help="What to check on, and where static quantization takes its ranges from.  [default: the run's data set]",
+    help="Images for the check and for the ranges of static quantization.  [default: the run's data set]",
 )
 @im_size_option
 @max_images_option

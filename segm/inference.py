@@ -19,8 +19,16 @@ from vis import blend, colorize
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
-@click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of labels in the blends.")
+@click.option(
+    "-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder for the results."
+)
+@click.option(
+    "--opacity",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Opacity of the labels in the blends, 0 to 1.",
+)
 @im_size_option
 @device_option
 def main(

@@ -1,9 +1,8 @@
-"""A method's options between command line, `variant.yml` and `patch.apply`: all from the registry's tables."""
+"""Options of merging methods between command line, `variant.yml` and `patch.apply`; the registry states each once."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import torch
@@ -11,118 +10,52 @@ from click.core import ParameterSource
 from torch import Tensor, nn
 
 import patch
-from patch.method import Choice, Number, Option
-from segm.cli import Command, Numbers
+from patch.method import ModelShape, Number, Option
+from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 
 PURE = "pure"
+TYPICAL = ModelShape(12, (32, 32))  # a default that depends on the model is shown for this one
 
 
-class Value(click.ParamType):
-    """One value of a method's option."""
-
-    name = "value"
-
-    def __init__(self, kind: Number | Choice) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self.kind.parse(_word(value))
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
+def _options() -> dict[str, Option]:
+    """Options of all methods registered now; those that share a name differ in default and help alone."""
+    return {name: entry for method in patch.METHODS.values() for name, entry in method.options.items()}
 
 
-class Flag(NamedTuple):
-    """A flag of a method's option. option: its name; parameter: the flag for click; read: from its value to that of
-    the option."""
-
-    option: str
-    parameter: click.Option
-    read: Callable[[Any], Any]
-
-    @property
-    def text(self) -> str:
-        """As it is typed."""
-        return self.parameter.opts[0]
-
-
-def _flags() -> Iterator[Flag]:
-    """The flags of all methods that are registered now."""
-    for name, users in _users().items():
-        entry, text = next(iter(users.values())), _help(users)
-        flag = entry.flag or "--" + name.replace("_", "-")
-        if isinstance(flag, Mapping):
-            first = next(iter(flag))
-            for switch, value in flag.items():
-                what = f"{text}  [{value}]" if switch == first else f"As {first}.  [{value}]"
-                yield _switch(switch, name, value, what)
-            continue
-        if isinstance(flag, tuple):
-            yield _flag(flag[0], name, entry, text, many=False)
-            flag, text = flag[1], f"As {flag[0]}, one value or several."
-        yield _flag(flag, name, entry, text, entry.many)
-
-
-def _flag(flag: str, name: str, entry: Option, text: str, many: bool | int) -> Flag:
-    kind, count = entry.kind, 1 if isinstance(many, bool) else many
-    number = ("INTEGER" if kind.integer else "NUMBER",) if isinstance(kind, Number) else ()
-    shown: dict[str, Any] = {
-        "type": Value(kind),
-        "help": text,
-        "metavar": "|".join((*number, *kind.names)) + "..." * bool(many),
-    }
-    if many is True:
-        several = Numbers([flag], words=kind.names, **shown)
-        return Flag(name, several, lambda found: _or_none(entry, [*found] if found[1:] else found[0]))
-    return Flag(name, click.Option([flag], nargs=count, **shown), partial(_or_none, entry))
-
-
-def _switch(flag: str, name: str, value: Any, text: str) -> Flag:
-    return Flag(name, click.Option([flag], is_flag=True, default=None, help=text), lambda _: value)
-
-
-def _users() -> dict[str, dict[str, Option]]:
-    """option -> method -> the method's entry."""
-    users: dict[str, dict[str, Option]] = {}
-    for method in patch.METHODS.values():
-        for name, entry in method.options.items():
-            users.setdefault(name, {})[method.name] = entry
-    return users
-
-
-def _help(users: Mapping[str, Option]) -> str:
-    """One line: the methods with their defaults, and what the option means to them."""
-    meanings: dict[str, list[str]] = {}
-    for method, entry in users.items():
-        values = entry.default if isinstance(entry.default, list | tuple) else (entry.default,)
-        known = entry.default is not None and not callable(entry.default)
-        default = f" ({' '.join(map(_word, values))})" if known else ""
-        meanings.setdefault(entry.help, []).append(method + default)
-    return " ".join(f"{', '.join(methods)}: {meaning}" for meaning, methods in meanings.items())
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _flags(table: Mapping[str, Option]) -> list[Flag]:
+    """All flags of some options; hidden, since --help shows those of one method."""
+    flags: list[Flag] = []
+    for name, entry in table.items():
+        kind = entry.kind
+        number = ("INTEGER" if kind.integer else "NUMBER",) if isinstance(kind, Number) else ()
+        metavar = "|".join((*number, *kind.names)) + "..." * bool(entry.many)
+        given = {"type": Parsed(kind.parse), "metavar": metavar, "hidden": True}
+        flags += flags_of(name, entry.flag, entry.many, kind.names, **given)
+    return flags
 
 
 class MergingCommand(Command):
     """A command with --patch-type and the flags of all methods that are registered when it runs.
 
-    Its function gets them as one argument `merging`: name of the option -> value, only what was given, "patch_type"
-    among them. With another method than that of the recipe (`ctx.default_map`), nothing in the recipe about merging
-    counts.
+    Its function gets them as one argument `merging`: name of the option -> value, only those given, "patch_type"
+    among them. Where another method than that of the recipe (`ctx.default_map`) is given, the recipe says nothing about
+    merging. --help shows the options of the method on the command line or in the recipe, else one line per method.
     """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, groups={**(groups or {}), "Merging": ["patch_type"]}, **kwargs)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
         method = click.Option(
             ["--patch-type"],
             type=click.Choice([PURE, *patch.METHODS]),
-            help="Merging method; pure: none. It and its options default to what the checkpoint was trained with.",
+            metavar="NAME",
+            help="Method that merges tokens, or pure for none.  [default: the run's, else pure]",
         )
-        flags = [flag.parameter for flag in _flags()]
+        flags = [flag.parameter for flag in _flags(_options())]
         taken = {text for option in (*own, method) for text in (*option.opts, option.name)}
         doubled = [flag.opts[0] for flag in flags if taken & {flag.opts[0], flag.name}]
         if doubled:
@@ -135,43 +68,67 @@ class MergingCommand(Command):
         ctx.params["merging"] = _take_merging(ctx)
         return rest
 
+    def help_sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        sections = super().help_sections(ctx)
+        merging = sections.pop("Merging")
+        name = self.typed(ctx, "patch_type") or (ctx.default_map or {}).get("patch_type")
+        chosen = patch.METHODS.get(str(name))
+        if chosen is None:
+            merging += [(method.name, method.summary) for method in patch.METHODS.values()]
+            return sections | {"Merging (for the options of a method add --patch-type NAME --help)": merging}
+        merging += [(chosen.name, chosen.summary)]
+        records = [_help_record(option, entry) for option, entry in chosen.options.items()]
+        return sections | {
+            "Merging": merging,
+            f"Options of {chosen.name} (a run trained with it has its own defaults)": records,
+        }
+
+
+def _help_record(name: str, entry: Option) -> tuple[str, str]:
+    """Flags of an option, and its help with the default."""
+    flags, default = _flags({name: entry}), _default(entry)
+    text, last = ", ".join(flag.text for flag in flags), flags[-1].parameter
+    return text if last.is_flag else f"{text} {last.metavar}", entry.help + f"  [default: {default}]" * bool(default)
+
+
+def _default(entry: Option) -> str:
+    default = entry.default(TYPICAL) if callable(entry.default) else entry.default
+    if default is None:
+        return entry.default_text
+    if isinstance(entry.flag, Mapping):
+        return next(switch for switch, value in entry.flag.items() if value == default)
+    words = " ".join(map(word, default if isinstance(default, list | tuple) else (default,)))
+    return f"{words} of {TYPICAL.depth} layers" if callable(entry.default) else words
+
 
 def _take_merging(ctx: click.Context) -> dict[str, Any]:
     """Move the parameters of merging out of `ctx.params`."""
-    method = ctx.params.pop("patch_type")
+    method, table = ctx.params.pop("patch_type"), _options()
+    found: dict[str, dict[Flag, Any]] = {}
+    for flag in _flags(table):
+        value = ctx.params.pop(flag.name)
+        if is_given(ctx, flag.name, method) and not (flag.parameter.is_flag and value is False):  # false: in a recipe
+            found.setdefault(flag.option, {})[flag] = value
     merging = {} if method is None else {"patch_type": method}
-    found: dict[str, dict[str, tuple[Flag, Any]]] = {}
-    for flag in _flags():
-        name = flag.parameter.name
-        value = ctx.params.pop(name)
-        if is_given(ctx, name, method) and not (flag.parameter.is_flag and value is False):  # false: in a recipe
-            found.setdefault(flag.option, {})[name] = flag, value
-    for option, given in found.items():
-        typed = {name: given[name] for name in given if _is_typed(ctx, name)} or given
-        if len(typed) > 1:
-            raise click.UsageError(f"{' and '.join(flag.text for flag, _ in typed.values())}: choose one of them")
-        ((flag, value),) = typed.values()
-        merging[option] = flag.read(value)
-    return merging
+    return merging | {option: _or_none(table[option], value_of(ctx, given)) for option, given in found.items()}
 
 
 def is_given(ctx: click.Context, name: str, method: str | None) -> bool:
-    """Whether a parameter that belongs to merging was typed, or stands in a recipe for the same method."""
-    if ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
-        return (ctx.default_map or {}).get("patch_type") == method
-    return _is_typed(ctx, name)
-
-
-def _is_typed(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    """Whether a parameter that belongs to merging was typed, or is in a recipe for the same method."""
+    source = ctx.get_parameter_source(name)
+    in_recipe = source is ParameterSource.DEFAULT_MAP and (ctx.default_map or {}).get("patch_type") == method
+    return in_recipe or source is ParameterSource.COMMANDLINE
 
 
 def parse(words: Sequence[str], *own: click.Parameter) -> dict[str, Any]:
-    """What a `MergingCommand` makes of words such as ["--patch-type", "tome", "--r", "8"].
+    """The argument `merging` of a `MergingCommand` for words such as ["--patch-type", "tome", "--r", "8"].
 
     Args:
         words: as typed.
-        own: other options, which stand beside those of merging where they are given.
+        own: other options of the command.
+
+    Returns:
+        Name of the option -> value, of merging and of `own`, only what was given.
 
     Raises:
         ValueError: unknown options or values.
@@ -184,14 +141,14 @@ def parse(words: Sequence[str], *own: click.Parameter) -> dict[str, Any]:
 
 
 def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """The merging method and its options: what was given, then what a checkpoint was trained with.
+    """The merging method and its options: first those given, then those that a checkpoint was trained with.
 
     Args:
         given: the argument `merging` of a `MergingCommand`.
         saved: `dataset_kwargs` of a `variant.yml`, or None. Its options count unless another method is given.
 
     Returns:
-        (method, options) for `apply`; method is "pure" for none. Options that nobody set are left out.
+        (method, options) for `apply`; method is "pure" for none. Options that are set in neither are left out.
 
     Raises:
         ValueError: an option that the method does not take, or a word that only train.py understands.
@@ -204,26 +161,30 @@ def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         if own:
             raise ValueError(f"{_typed(own)}: nothing merges without --patch-type {{{','.join(patch.METHODS)}}}")
         return PURE, {}
-    table = patch.find(method).options
-    if not own.keys() <= table.keys():
-        unknown = [name for name in own if name not in table]
-        raise ValueError(f"{_typed(unknown)}: {method} takes {_typed(table)}")
-    for name, value in own.items():
-        kind = table[name].kind
-        if isinstance(kind, Number) and value in kind.read:
-            raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
+    _check_own(method, own)
     kept = read_variant(saved)[1] if method == saved_method else {}
     for name, value in (learned_parts(method, own) or {}).items():
-        if name in kept and kept[name] != value:
+        if kept.get(name, value) != value:
             raise ValueError(
                 f"{_typed([name])} {value}: {method} has learned with {kept[name]}, start without its weights"
             )
     return method, kept | own
 
 
+def _check_own(method: str, own: Mapping[str, Any]) -> None:
+    table = patch.find(method).options
+    unknown = [name for name in own if name not in table]
+    if unknown:
+        raise ValueError(f"{_typed(unknown)}: {method} takes {_typed(table)}")
+    for name, value in own.items():
+        kind = table[name].kind
+        if isinstance(kind, Number) and value in kind.read:
+            raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
+
+
 def _typed(options: Iterable[str]) -> str:
     """Options as a user types them."""
-    flags = [*_flags()]
+    flags = [*_flags(_options())]
     return ", ".join(text for name in options for text in [f.text for f in flags if f.option == name] or [name])
 
 
@@ -261,35 +222,36 @@ def to_variant(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if method == PURE:
         return entries | {"selected_layer": None}
     for name, entry in patch.find(method).options.items():
-        value = entry.none if options.get(name) is None else options[name]
-        values = list(value) if isinstance(value, list | tuple) else [value]
+        value, keys = options.get(name), _keys(name, entry)
+        value = entry.none if value is None else value
+        value = [*value] if isinstance(value, tuple) else value
+        if len(keys) == 2 and isinstance(value, list) and len(value) == 1:
+            (value,) = value
         if value is not None:
-            one, *several = _keys(name, entry)
-            single = len(values) == 1 and (several or value is values[0])
-            entries[one if single or not several else several[0]] = values[0] if single else values
+            entries[keys[-1] if isinstance(value, list) else keys[0]] = value
     return entries
 
 
 def without(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`dataset_kwargs` of a `variant.yml` without what they say of merging."""
-    known = {key for name, users in _users().items() for entry in users.values() for key in _keys(name, entry)}
+    """`dataset_kwargs` of a `variant.yml` without those of merging."""
+    known = {key for name, entry in _options().items() for key in _keys(name, entry)}
     return {key: value for key, value in saved.items() if key not in known | {"patch_type"}}
 
 
 def _keys(name: str, entry: Option) -> tuple[str, ...]:
-    """Keys in `variant.yml`: one, or that for one value and that for several."""
+    """Keys in `variant.yml`: one, or a first for one value and a second for several."""
     return entry.key if isinstance(entry.key, tuple) else (entry.key or name,)
 
 
 def _or_none(entry: Option, value: Any) -> Any:
-    """The value in Python: a tuple if their number is fixed, and None for what stands for it."""
+    """The value in Python: a tuple if the number of values is fixed, and None for values that mean it."""
     if entry.means_none(value):
         return None
     return tuple(value) if isinstance(value, list) and not isinstance(entry.many, bool) else value
 
 
 def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmenter:
-    """Patch a Segmenter with what `choose` returned; "pure" leaves it as it is.
+    """Patch a Segmenter with a method and options from `choose`; "pure" leaves it as it is.
 
     Raises:
         ValueError: as `patch.apply`, and for a model without the method's learned parts.
@@ -302,15 +264,18 @@ def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmente
 
 
 def compile_network(model: Segmenter) -> Callable[[Tensor], Any]:
-    """`Segmenter.network` of a model, compiled for inference: one graph, or, where the image decides how many tokens
-    are left, one from each merge to the next (`patch.compile`, in place). The next call may overwrite what it gives."""
+    """`Segmenter.network` of a model, compiled for inference.
+
+    It is one graph; where the image decides how many tokens are left, one from each merge to the next
+    (`patch.compile`, in place). The next call may overwrite its output.
+    """
     if patch.is_patched(model) and not patch.find(patch.method(model)).is_static(patch.options(model)):
         return patch.compile(model).network
     return torch.compile(model.network, mode="reduce-overhead")
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """What `to_variant` says of a model, patched or not."""
+    """`to_variant` of a model, patched or not."""
     return to_variant(patch.method(model), patch.options(model)) if patch.is_patched(model) else to_variant(PURE, {})
 
 
@@ -323,14 +288,14 @@ def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _shape(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's name, and those of the options that its learned parts are built by."""
+    """Name of a method, and the options that shape its learned parts."""
     build = patch.find(method).modules
     own = {name: options[name] for name in signature(build).parameters if name in options} if build else {}
     return {"name": method} | {name: list(v) if isinstance(v, tuple) else v for name, v in own.items()}
 
 
 def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -> Segmenter:
-    """A Segmenter with the learned parts of the method that `net_kwargs["reduction"]` names, if it names one.
+    """A Segmenter with the learned parts of the method that `net_kwargs["reduction"]` names, if any.
 
     Args:
         net_kwargs, pretrained: see `create_segmenter`.
@@ -345,7 +310,7 @@ def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
     """Build the learned parts that `net_kwargs["reduction"]` describes into an encoder.
 
     Raises:
-        ValueError: no method, an unknown one, or something that does not shape its parts.
+        ValueError: no method, an unknown one, or options that do not shape its parts.
     """
     if not isinstance(reduction, Mapping) or "name" not in reduction:
         raise ValueError(f"net_kwargs: reduction {reduction!r} is no mapping with the name of a method")

@@ -1,4 +1,4 @@
-"""Where a trained Segmenter spends its time."""
+"""Profile a trained Segmenter, operator by operator."""
 
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,18 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
 @checkpoint_argument
 @images_argument
 @batch_size_option
-@click.option("--max-images", type=click.IntRange(min=1), default=10, show_default=True, help="Images to profile.")
-@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Operators to list.")
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Number of images, spread over the data set.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Number of operators to list.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace_<method>.json beside CHECKPOINT]",
+    help="Chrome trace to write, for ui.perfetto.dev.  [default: trace_<method>.json next to CHECKPOINT]",
 )
 @device_option
 def main(

@@ -44,25 +44,46 @@ class RecordedCommand(Command):
 
 @click.command(cls=RecordedCommand)
 @click.argument("texts", metavar="RUN [RUN ...]", nargs=-1, required=True)
-@click.option("--dataset", "dataset_name", type=click.Choice(DATASETS), help="[default: that of the first run]")
-@click.option("--cost-images", type=click.IntRange(min=1), default=20, show_default=True, help="For all but the mIoU.")
 @click.option(
-    "--pictures", "n_pictures", type=click.IntRange(min=0), default=4, show_default=True, help="Images shown."
+    "--dataset",
+    "dataset_name",
+    type=click.Choice(DATASETS),
+    help="Data set of the images.  [default: that of the first run]",
 )
 @click.option(
-    "--explore", "n_explored", type=click.IntRange(min=0), default=4, show_default=True, help="Images in the explorer."
+    "--cost-images",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Number of images for speed, operations and tokens.",
+)
+@click.option(
+    "--pictures",
+    "n_pictures",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Number of images with label maps.",
+)
+@click.option(
+    "--explore",
+    "n_explored",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Number of images in the explorer.",
 )
 @click.option(
     "--layer",
     type=int,
-    help="Of the explorer, counted from 1.  [default: where graph merges, or the first run that does, else 2]",
+    help="Layer of the explorer, counted from 1.  [default: where graph or the first run merges, else 2]",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="report.html",
     show_default=True,
-    help="The page; all numbers go into a .json beside it.",
+    help="File of the page; all numbers go into a .json next to it.",
 )
 @device_option
 @max_images_option

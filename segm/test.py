@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file, a run directory or an .onnx.
 
-    Data set, window, precision and merging are those of the training; --patch-type pure turns merging off.
+    Data set, window and precision are those of the training.
     """
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)

@@ -22,28 +22,32 @@ from vis import threshold_curves, tradeoff_plot
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @dataset_argument
-@click.option("--highest", type=float, default=1.0, show_default=True, help="First threshold.")
-@click.option("--lowest", type=float, default=0.7, show_default=True, help="Last threshold.")
+@click.option("--highest", type=float, default=1.0, show_default=True, help="First threshold, a cosine similarity.")
+@click.option("--lowest", type=float, default=0.7, show_default=True, help="Last threshold, a cosine similarity.")
 @click.option(
-    "--step", type=click.FloatRange(min=0, min_open=True), default=0.02, show_default=True, help="Between two."
+    "--step",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="Distance of two thresholds.",
 )
 @click.option(
     "--im-size",
     "sizes",
     cls=Numbers,
     type=click.IntRange(min=1),
-    help="Shorter sides of the images, pixels: every threshold is tried at each.  [default: the run's]",
+    help="Shorter sides of the images, pixels; every threshold is tried at each.  [default: the run's]",
 )
 @click.option(
     "--images-per-second",
     "speed",
     type=click.FloatRange(min=0, min_open=True),
-    help="Also name the size and threshold of the highest mIoU at this speed.",
+    help="Speed, images/s, at which the best size and threshold are also named.  [default: none]",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of results.json and curves.png; what it holds is not measured again.  [default: beside CHECKPOINT]",
+    help="Folder for results.json and curves.png; its results are not measured again.  [default: next to CHECKPOINT]",
 )
 @device_option
 @max_images_option

@@ -34,13 +34,14 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "algm",
     _merge,
+    summary="Windows of similar patches merge, later similar tokens.",
     check=_check,
     layers=_layers,
     threshold=THRESHOLD,
     tokens=TOKENS,
     window=Option(
         (2, 2),
-        "Patches per window, height and width; 0 0: no windows, GBM in every layer.",
+        "Patches per window, height and width; 0 0: no windows, and GBM in every layer.",
         type=COUNT,
         many=2,
         flag="--merging-window-size",
@@ -49,7 +50,8 @@ register(
     ),
     gbm_threshold=Option(
         g2tm.ADAPTIVE,
-        "Threshold of GBM; tau: the same as --threshold.",
+        "Cosine similarity (-1 to 1) above which GBM merges tokens; adaptive: mean + std / layer of those of the "
+        "image; tau: the value of --threshold.",
         type=Number(-1, 1, words=(g2tm.ADAPTIVE, TAU)),
     ),
     batch=None,

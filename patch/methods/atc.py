@@ -17,9 +17,10 @@ def _layers(shape: ModelShape) -> tuple[int, ...]:
 register(
     "atc",
     _merge,
+    summary="Agglomerative clusters, down to a share of the tokens.",
     layers=_layers,
     attention="proportional",
     keep=KEEP,
-    linkage=Option("average", "Distance of two clusters.", type=Choice(g2tm.LINKAGES)),
+    linkage=Option("average", "Linkage that defines the distance of two clusters.", type=Choice(g2tm.LINKAGES)),
     static=True,
 )

@@ -51,6 +51,7 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "clustvit",
     _merge,
+    summary="Tokens of a learned cluster merge and are restored.",
     prepare=_prepare,
     check=_check,
     place="block",
@@ -59,13 +60,17 @@ register(
     training_form=_merge,
     loss=_loss,
     layers=(3,),
-    injection_point=Option(None, "Blocks before the merge: the same as the layer.", type=COUNT),
-    clusters=Option(3, "Number of clusters.", type=POSITIVE),
-    cluster_width=Option(None, "Width of the cluster module; by default 129/32 of the model's.", type=POSITIVE),
+    injection_point=Option(
+        None, "Number of blocks before the merge, the same as the layer.", type=COUNT, default_text="the layer"
+    ),
+    clusters=Option(3, "Number of clusters that merge.", type=POSITIVE),
+    cluster_width=Option(
+        None, "Width of the cluster module, channels.", type=POSITIVE, default_text="129/32 of the model's width"
+    ),
     cluster_rule=Option(
         "image",
-        "What is left alone: an image whose tokens all have one id, or a batch of them.",
+        "Unit that keeps its tokens if they all have one id: image, or batch.",
         type=Choice(("image", BATCH)),
     ),
-    cluster_weight=Option(0.1, "Weight of the clustering loss.", type=Number(0)),
+    cluster_weight=Option(0.1, "Factor of the clustering loss in the loss of the training.", type=Number(0)),
 )

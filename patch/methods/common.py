@@ -13,17 +13,18 @@ CODE, PAPER = "code", "paper"
 COUNT, POSITIVE, SHARE = Number(0, integer=True), Number(1, integer=True), Number(0, 1)
 THRESHOLD = Option(
     0.88,
-    "Cosine similarity (-1 to 1) above which tokens may merge; auto: only in training, with --from.",
+    "Cosine similarity (-1 to 1) above which tokens may merge; auto: taken from an unpatched model, in training alone.",
     type=Number(-1, 1, read=("auto",)),
 )
 TOKENS = Option(
     None,
-    "Instead of a threshold: patch tokens that are left after each merging layer, a number or a share (0 to 1); or one "
-    "for each of these layers.",
+    "Patch tokens that are left after each merging layer, in place of a threshold: a number or a share (0 to 1); or "
+    "one for each of these layers.",
     type=Number(0, integer=None),
     many=True,
+    default_text="none, the threshold decides",
 )
-KEEP = Option(0.5, "Share of the patch tokens that each merging layer keeps.", type=SHARE, flag="--keep-rate")
+KEEP = Option(0.5, "Share of the patch tokens (0 to 1) that each merging layer keeps.", type=SHARE, flag="--keep-rate")
 DEFAULT_R = 8
 
 
@@ -115,23 +116,29 @@ SCHEDULE: dict[str, Any] = {
     "check": check_r,
     "static": True,
     "r": Option(
-        DEFAULT_R, "Tokens that a layer removes; or one number per layer, as in 16 8 8 0.", type=COUNT, many=True
+        DEFAULT_R,
+        "Number of tokens that each layer removes; or one number per layer, as in 16 8 8 0.",
+        type=COUNT,
+        many=True,
     ),
     "r_inflection": Option(
-        None, "From fewer to more removed tokens over the layers (1), or from more to fewer (-1).", type=Number(-1, 1)
+        None,
+        "Slope of the number of removed tokens over the layers, from -1, falling to 0, to 1, rising from 0.",
+        type=Number(-1, 1),
+        default_text="0, the same in every layer",
     ),
 }
 LEARNING: dict[str, Any] = {
     "enabled_by": "learned",
     "learned": Option(
         False,
-        "Go by what was learned, or train it, instead of what the other options say.",
+        "Use, or in training learn, values in place of those of the other options.",
         flag={"--learned": True, "--not-learned": False},
     ),
     "flops_target": Option(
-        0.7, "Share of the encoder's operations that a training of the learned parts aims at.", type=SHARE
+        0.7, "Share of the encoder's operations (0 to 1) that a training of the learned parts aims at.", type=SHARE
     ),
     "flops_weight": Option(
-        10.0, "Weight in the loss of (share of the encoder's operations - target)².", type=Number(0)
+        10.0, "Factor in the loss of (share of the encoder's operations - target)².", type=Number(0)
     ),
 }

@@ -9,4 +9,10 @@ def _merge(step: Step) -> g2tm.Reduction:
     return g2tm.crossget(step.keys, r=r_here(step), **step.given)
 
 
-register("crossget", _merge, attention="proportional", **SCHEDULE)
+register(
+    "crossget",
+    _merge,
+    summary="As tome, but any token may merge into any other.",
+    attention="proportional",
+    **SCHEDULE,
+)

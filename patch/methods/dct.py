@@ -9,4 +9,10 @@ def _merge(step: Step) -> g2tm.Reduction:
     return g2tm.dct(step.x, r=r_here(step))
 
 
-register("dct", _merge, place="block", **SCHEDULE)
+register(
+    "dct",
+    _merge,
+    summary="Each layer drops the r highest frequencies of the tokens.",
+    place="block",
+    **SCHEDULE,
+)

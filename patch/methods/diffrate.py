@@ -66,12 +66,13 @@ def _check(options: Options, shape: ModelShape) -> None:
 
 def _kept_after(what: str) -> Option:
     meaning = f"Tokens, CLS included, that each layer keeps after {what}; instead of --r."
-    return Option(None, meaning, type=Number(2, integer=True), many=True)
+    return Option(None, meaning, type=Number(2, integer=True), many=True, default_text="none, --r decides")
 
 
 register(
     "diffrate",
     _merge,
+    summary="Rarely attended tokens are pruned, then others merge.",
     needs_cls=True,
     modules=add_rates,
     training_form=_soften,
@@ -80,7 +81,7 @@ register(
     attention="proportional",
     prune_kept=_kept_after("pruning"),
     merge_kept=_kept_after("merging"),
-    granularity=Option(4, "Patch tokens from one candidate of a learned rate to the next.", type=POSITIVE),
+    granularity=Option(4, "Number of patch tokens from one candidate of a learned rate to the next.", type=POSITIVE),
     **LEARNING | {"flops_weight": replace(LEARNING["flops_weight"], default=100.0)},
-    **SCHEDULE | {"check": _check, "r": replace(R, default=None, help=f"{R.help}  [default: {DEFAULT_R}]")},
+    **SCHEDULE | {"check": _check, "r": replace(R, default=None, default_text=str(DEFAULT_R))},
 )

@@ -38,12 +38,13 @@ def _metric(step: Step) -> Tensor:
 register(
     "dtem",
     _merge,
+    summary="As tome, by a learned embedding instead of the keys.",
     modules=add_embeddings,
     training_form=_soften,
     attention="proportional",
     variant=variant(
-        "Training. code: random halves, 1/temperature 30, a tenth of the gradient into features; paper: halves "
-        "by position, 10, none.",
+        "Form of the training. code: random halves, 1/temperature 30, a tenth of the gradient into features; paper: "
+        "halves by position, 10, none.",
     ),
     **SCHEDULE,
 )

@@ -30,6 +30,7 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "fpet",
     _merge,
+    summary="One half of a checkerboard merges into the other, once.",
     check=_check,
     modules=add_adapters,
     enabled_by="adapter",
@@ -37,7 +38,7 @@ register(
     layers=lambda shape: (shape.depth // 2 + 1,),
     adapter=Option(
         False,
-        "Refine the keys by a trained bottleneck before tokens are compared.",
+        "Refine the keys by a learned bottleneck before tokens are compared.",
         flag={"--adapter": True, "--no-adapter": False},
     ),
     static=True,

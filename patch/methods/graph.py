@@ -20,9 +20,10 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "graph",
     _merge,
+    summary="G2TM: similar neighboring patches merge, once, early.",
     check=_check,
     layers=(2,),
     threshold=THRESHOLD,
     tokens=TOKENS,
-    backend=Option("auto", "How components are found.", type=Choice(("auto", *BACKENDS))),
+    backend=Option("auto", "Library that finds the components; auto: by device.", type=Choice(("auto", *BACKENDS))),
 )

@@ -59,6 +59,7 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "ltmp",
     _merge,
+    summary="Similar tokens merge, unimportant ones are pruned.",
     check=_check,
     modules=add_thresholds,
     training_form=_soften,
@@ -67,14 +68,15 @@ register(
     attention="proportional",
     merge_threshold=Option(
         None,
-        f"Cosine similarity above which tokens merge; 1: none does.  [default: {MERGE_THRESHOLD}]",
+        "Cosine similarity (0 to 1) above which tokens merge; 1: none does.",
         type=SHARE,
+        default_text=str(MERGE_THRESHOLD),
     ),
     prune_threshold=Option(
         None,
-        "Share of all attention up to which a token is pruned, at the image size that the model was made for.  "
-        "[default: 0, none is]",
+        "Share of all attention (0 to 1) up to which a token is pruned, at the image size that the model was made for.",
         type=SHARE,
+        default_text="0, none is",
     ),
     tokens=TOKENS,
     **LEARNING,

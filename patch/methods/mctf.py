@@ -15,6 +15,7 @@ def _merge(step: Step) -> g2tm.Reduction:
 register(
     "mctf",
     _merge,
+    summary="Similar, little attended, small tokens merge.",
     attention="proportional",
     tau=Option(
         (1, 0, 0),

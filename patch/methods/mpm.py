@@ -8,4 +8,10 @@ def _merge(step: Step) -> g2tm.Reduction:
     return g2tm.mutual_pairs(step.x, batch=step.batch, **step.given)
 
 
-register("mpm", _merge, place="before", layers=(2, 5))
+register(
+    "mpm",
+    _merge,
+    summary="Tokens merge that are each other's most similar one.",
+    place="before",
+    layers=(2, 5),
+)

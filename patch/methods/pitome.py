@@ -26,10 +26,16 @@ def _prepare(given: dict[str, Any]) -> dict[str, Any]:
 register(
     "pitome",
     _merge,
+    summary="Tokens that resemble many others merge.",
     variant=variant(
-        "code: margin 0.75, half of the layers match all tokens; paper: margin 0.9, its energy everywhere, sizes "
-        "count in attention.",
+        "Form of the method. code: margin 0.75, half of the layers match all tokens; paper: margin 0.9, its energy "
+        "everywhere, sizes count in attention.",
     ),
-    keep=replace(KEEP, default=None, help="Share of the patch tokens that each layer keeps, as in the paper; not r."),
+    keep=replace(
+        KEEP,
+        default=None,
+        help="Share of the patch tokens (0 to 1) that each layer keeps, as in the paper, in place of r.",
+        default_text="none, r decides",
+    ),
     **SCHEDULE | {"prepare": _prepare},
 )

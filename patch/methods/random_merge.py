@@ -17,9 +17,10 @@ def _merge(step: Step) -> g2tm.Reduction:
 register(
     "random",
     _merge,
+    summary="Baseline: any tokens merge, down to a budget.",
     check=check_tokens,
     layers=(2,),
     tokens=replace(TOKENS, default=0.5),
-    seed=Option(0, "Which tokens merge by chance.", type=COUNT, flag="--merge-seed", key="merge_seed"),
+    seed=Option(0, "Seed of the choice of tokens.", type=COUNT, flag="--merge-seed", key="merge_seed"),
     static=True,
 )

@@ -13,6 +13,7 @@ def _merge(step: Step) -> g2tm.Reduction:
 register(
     "tofu",
     _merge,
+    summary="As tome, but early layers drop the matched tokens.",
     variant=variant("Norm of merged tokens. code: divided by the norm of the target; paper: by that of the mean."),
     **SCHEDULE,
 )

@@ -9,4 +9,10 @@ def _merge(step: Step) -> g2tm.Reduction:
     return g2tm.bipartite(step.keys, r=r_here(step), odd_first=step.odd_first, **step.given)
 
 
-register("tome", _merge, attention="proportional", **SCHEDULE)
+register(
+    "tome",
+    _merge,
+    summary="ToMe: the r most similar tokens merge in every layer.",
+    attention="proportional",
+    **SCHEDULE,
+)

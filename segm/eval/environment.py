@@ -5,7 +5,7 @@ import platform
 import timm
 import torch
 
-from segm.processor import processor_name
+from segm.model.linear import processor_name
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""Score a trained Segmenter on a data set, single-scale or multi-scale, and save what it predicts."""
+"""Score a trained Segmenter on a data set, single-scale or multi-scale, and save its predictions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +35,38 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @dataset_argument
-@click.option("--singlescale/--multiscale", default=True, show_default=True, help="Multi-scale: 0.5 to 1.75, mirrored.")
-@click.option("--split", default="val", show_default=True, help="Which images.")
-@click.option("--window-size", cls=Sides, help="Sliding window, pixels.  [default: the run's]")
-@click.option("--window-stride", cls=Sides, help="Its stride, pixels.  [default: the run's]")
-@click.option("--window-batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once.")
-@click.option("--boundary", is_flag=True, help="Also the boundary IoU: of pixels near the edges of a class.")
-@click.option("--save-images", is_flag=True, help="Write label maps beside the checkpoint.")
-@click.option("--blend/--no-blend", "blended", default=True, show_default=True, help="And blends with the images.")
-@click.option("--frac-dataset", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="First part.")
+@click.option(
+    "--singlescale/--multiscale",
+    default=True,
+    show_default=True,
+    help="Score at one size, or at 0.5 to 1.75 times it, mirrored as well.",
+)
+@click.option("--split", default="val", show_default=True, help="Split of the data set.")
+@click.option("--window-size", cls=Sides, help="Side of the sliding window, pixels.  [default: the run's]")
+@click.option("--window-stride", cls=Sides, help="Stride of the sliding window, pixels.  [default: the run's]")
+@click.option(
+    "--window-batch-size",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Number of windows per forward pass.",
+)
+@click.option("--boundary", is_flag=True, help="Also print the boundary IoU, of pixels near the edges of a class.")
+@click.option("--save-images", is_flag=True, help="Write label maps next to the checkpoint.")
+@click.option(
+    "--blend/--no-blend",
+    "blended",
+    default=True,
+    show_default=True,
+    help="With --save-images, also write blends with the images.",
+)
+@click.option(
+    "--frac-dataset",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the images (0 to 1), spread over the data set.",
+)
 @amp_option
 @im_size_option
 @device_option
@@ -69,7 +92,7 @@ def main(
     """Score CHECKPOINT, a file, a run directory or an .onnx, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
-    scores_ms.yml beside the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
+    scores_ms.yml next to the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
     another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:

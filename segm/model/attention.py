@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def recorded_attention(attn: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, forward passes through `attn` add their weights to the list that it yields.
+    """Add the weights of forward passes through `attn` to the list that it yields, while open.
 
     Args:
-        attn: an attention module of timm, whatever projects and rotates its queries and keys.
+        attn: an attention module of timm, with any projection and rotation of queries and keys.
 
     Yields:
         (B, heads, L, L), after the softmax, for every time that attention runs: once per pass, but once per image where
@@ -41,7 +41,7 @@ def recorded_attention(attn: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Forms the weights of fused attention beside it."""
+    """Forms the weights of fused attention in addition to its result."""
 
     def __init__(self, record: list[Tensor]) -> None:
         super().__init__()

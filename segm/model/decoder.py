@@ -1,7 +1,7 @@
-"""Decoders: tokens in, class logits per token out. They know nothing of the patch grid."""
+"""Decoders: those that give every token its logits and know nothing of the patch grid, and those that read maps."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from segm.config import DECODERS
-from segm.model.eomt import EoMT
-from segm.model.heads import LinearBN
-from segm.model.segvit import SegViT
+from segm.model.masks import EoMT, SegViT
 
 
 class LinearDecoder(nn.Module):
@@ -97,13 +95,59 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class GridDecoder(Protocol):
+    """A decoder that reads blocks of the encoder as maps on the patch grid, as a Segmenter sees it.
+
+    Attributes:
+        reads: 0-based indices of the blocks whose outputs it is given, before the encoder's last norm.
+        scale: rows and columns of its logits per patch.
+        neck: from the maps of these blocks to the input of the decoder and of its auxiliary heads.
+    """
+
+    reads: Sequence[int]
+    scale: int
+    neck: nn.Module
+
+    def __call__(self, maps: Sequence[Tensor]) -> Tensor: ...
+
+
+class LinearBN(nn.Module):
+    """BatchNorm and a 1×1 convolution on the last blocks, concatenated: the probe of DINOv2 and DINOv3 (Oquab et al.,
+    2023, section 7.4).
+
+    Args:
+        dim: width of the encoder.
+        n_cls: number of classes.
+        depth: blocks of the encoder.
+        n_blocks: number of blocks that it reads, the last ones.
+    """
+
+    scale = 1
+
+    def __init__(self, dim: int, n_cls: int, depth: int, n_blocks: int = 1) -> None:
+        super().__init__()
+        if not 1 <= n_blocks <= depth:
+            raise ValueError(f"linear_bn reads the last {n_blocks} blocks, the encoder has {depth}")
+        self.reads = list(range(depth - n_blocks, depth))
+        self.neck = nn.Identity()
+        self.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
+        self.bn = nn.BatchNorm2d(n_blocks * dim)
+        self.head = nn.Conv2d(n_blocks * dim, n_cls, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: (B, D, gh, gw) each -> logits (B, n_cls, gh, gw)."""
+        return self.head(self.bn(torch.cat([*maps], dim=1)))
+
+
 OPENMMLAB = ("setr_naive", "setr_pup", "setr_mla", "upernet")
 
 
 def create_decoder(
     dim: int, n_cls: int, settings: Mapping[str, Any], depth: int, patch_side: int
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """Build a decoder, and the auxiliary heads that are trained beside it.
+    """Build a decoder, and the auxiliary heads that are trained with it.
 
     Args:
         dim: width of the encoder.

@@ -1,17 +1,15 @@
-"""The encoder: timm's plain ViTs, with the position embedding of the released Segmenter.
+"""The encoder: timm's plain ViTs, with the position embedding of the released Segmenter, and queries where asked for.
 
-Everything but the resizing of the position embedding is timm's.
+The rest is timm's.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -19,14 +17,38 @@ from torch import Tensor, nn
 
 from segm.config import load_config
 from segm.errors import one_line
-from segm.model.position import position_prefix, resize_position_embedding
-from segm.model.pretrained import load_encoder
 
 # The backbones of the released checkpoints. They were trained with PyTorch's LayerNorm default (eps 1e-5),
 # not with timm's 1e-6; every other timm name keeps timm's value.
 RELEASED = tuple(load_config("backbones"))
 # Released names that timm does not know, and the timm model whose definition and weights they use.
 ALIASES = {"vit_base_patch8_384": "vit_base_patch8_224"}
+
+
+def resize_position_embedding(
+    embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], prefix: int
+) -> Tensor:
+    """Resize a learned position embedding bilinearly (without antialiasing), as the released models do.
+
+    Args:
+        embedding: (1, prefix + gh·gw, D).
+        grid, new_grid: patches per side (gh, gw), before and after.
+        prefix: number of embeddings in front, of prefix tokens, which stay as they are.
+
+    Returns:
+        (1, prefix + new_gh·new_gw, D).
+    """
+    if tuple(grid) == tuple(new_grid):
+        return embedding
+    front, patches = embedding[:, :prefix], embedding[:, prefix:]
+    patches = patches.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=tuple(new_grid), mode="bilinear", align_corners=False)
+    return torch.cat([front, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def position_prefix(encoder: nn.Module) -> int:
+    """Number of prefix tokens that have a position embedding of their own."""
+    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
 
 
 def _pos_embed(self: VisionTransformer, x: Tensor) -> Tensor:
@@ -62,32 +84,26 @@ class DistilledEncoder(VisionTransformerDistilled):
 _ENCODERS = {VisionTransformer: Encoder, VisionTransformerDistilled: DistilledEncoder, Eva: Eva}
 
 
-def create_encoder(net_kwargs: Mapping[str, Any], pretrained: bool | str | Path = False) -> VisionTransformer | Eva:
-    """Build the encoder of a Segmenter.
+def create_encoder(net_kwargs: Mapping[str, Any]) -> VisionTransformer | Eva:
+    """Build the encoder of a Segmenter, with random weights.
 
     Args:
         net_kwargs: `backbone` (a timm name), and optionally `image_size`, `patch_size`, `d_model`, `n_heads`,
-            `n_layers`, `dropout`, `drop_path_rate`, `distilled`; what is given wins over the name's value.
-        pretrained: False: random weights. True: the weights that timm has for the name. A path: the weights
-            in that file (.pth or .safetensors, see `segm.model.pretrained`; or the .npz of the AugReg release).
+            `n_layers`, `dropout`, `drop_path_rate`, `distilled`; they override the values that come with the name.
 
     Raises:
-        ValueError: unknown or unsupported backbone, or weights that do not fit.
-        FileNotFoundError: `pretrained` names a file that is not there.
-        ConnectionError: timm's weights cannot be fetched.
+        ValueError: unknown or unsupported backbone.
     """
     backbone = net_kwargs["backbone"]
     encoder = _create(backbone, **_overrides(net_kwargs))
     if net_kwargs.get("distilled") and not isinstance(encoder, DistilledEncoder):
         raise ValueError(f"backbone {backbone} has no distillation token: set distilled to false")
-    if pretrained:
-        _load_pretrained(encoder, backbone, pretrained)
     _freeze_unused(encoder)
     return encoder
 
 
 def _overrides(net_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What net_kwargs say about the architecture, in timm's words."""
+    """The architecture that net_kwargs describe, in timm's words."""
     names = {"patch_size": "patch_size", "d_model": "embed_dim", "n_layers": "depth", "n_heads": "num_heads"}
     overrides = {timm_name: net_kwargs[name] for name, timm_name in names.items() if net_kwargs.get(name)}
     size = net_kwargs.get("image_size")
@@ -118,70 +134,61 @@ def _create(backbone: str, **overrides: Any) -> VisionTransformer | Eva:
     return model
 
 
-def _load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: bool | str | Path) -> None:
-    """Copy pretrained weights into the encoder; the position embedding is resized to its grid."""
-    name = ALIASES.get(backbone, backbone)
-    try:
-        with torch.device("meta"):
-            heads = {timm.create_model(name).blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
-        if len(heads) > 1:  # no weight says how many there are
-            raise RuntimeError(f"heads: {heads}")
-        if source is not True and Path(source).suffix != ".npz":
-            load_encoder(encoder, Path(source), backbone)
-            return
-        donor = _pretrained_donor(name, source)
-        weights = donor.state_dict()
-        if "pos_embed" in weights and encoder.pos_embed is not None:
-            weights["pos_embed"] = resize_position_embedding(
-                weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
-            )
-        encoder.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"pretrained weights of {backbone} do not fit the requested width, depth, heads or patch size "
-            f"({one_line(error)}): use --no-pretrained"
-        ) from error
-
-
-def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer | Eva:
-    """timm's own model of that name, with its weights, or those of AugReg's .npz, and the grid that they have."""
-    if source is True:
-        try:
-            return timm.create_model(name, pretrained=True)
-        except Exception as error:  # the hub client raises many unrelated types when it cannot connect
-            raise ConnectionError(
-                f"cannot fetch timm's weights for {name} ({one_line(error)}): "
-                "use --pretrained FILE for weights on disk, or --no-pretrained"
-            ) from error
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"pretrained weights {path} not found")
-    overlay = {"file": str(path), "custom_load": True}
-    try:
-        with torch.device("meta"):
-            blank = timm.create_model(name)
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=_image_size_of(path, blank)
-        )
-    except Exception as error:  # a damaged file raises whatever its reader raises
-        raise ValueError(f"cannot read {path} as weights of {name}: {one_line(error)}") from error
-
-
-def _image_size_of(path: Path, model: VisionTransformer | Eva) -> tuple[int, ...]:
-    """Image side that the weights in an .npz were trained at: timm would resize their position embedding otherwise."""
-    with np.load(path) as weights:
-        key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
-        embedding = None if key is None else weights[key]
-    if embedding is None:
-        return model.patch_embed.img_size
-    side = math.isqrt(embedding.shape[1] - position_prefix(model))
-    return tuple(side * pixels for pixels in model.patch_embed.patch_size)
-
-
 def _freeze_unused(encoder: nn.Module) -> None:
-    """Freeze what the features do not use (classifier, pooling): DistributedDataParallel waits for every
+    """Freeze classifier and pooling, which the features do not use: DistributedDataParallel waits for every
     parameter that wants a gradient. The 1000-class head itself stays, since released checkpoints have it."""
     for name in ("head", "head_dist", "fc_norm", "attn_pool"):
         module = getattr(encoder, name, None)
         if module is not None:
             module.requires_grad_(False)
+
+
+class QueryEncoder:
+    """An encoder of timm's whose last blocks also see learned queries; mixed into its class by `add_queries`.
+
+    Attributes:
+        queries: (1, Q, D).
+        n_query_blocks: number of blocks, the last ones, that see them.
+    """
+
+    queries: nn.Parameter
+    n_query_blocks: int
+
+    def forward_features(self: Any, x: Tensor, mask_of: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """images (B, 3, H, W) -> (B, Q + P + N, D), queries first.
+
+        mask_of: from the number of a block with queries, counted from 0, and its normalized input to the additive mask
+            of its attention, (B, 1, L, L); None: all tokens see each other.
+        """
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        first = len(self.blocks) - self.n_query_blocks
+        for index, block in enumerate(self.blocks):
+            if index == first:
+                x = torch.cat([self.queries.expand(x.shape[0], -1, -1), x], dim=1)
+            masked = mask_of is not None and index >= first
+            x = block(x, attn_mask=mask_of(index - first, self.norm(x))) if masked else block(x)
+        return self.norm(x)
+
+
+class EncoderWithQueries(QueryEncoder, Encoder):
+    """`Encoder` with queries."""
+
+
+class DistilledEncoderWithQueries(QueryEncoder, DistilledEncoder):
+    """`DistilledEncoder` with queries."""
+
+
+def add_queries(encoder: nn.Module, n_queries: int, n_query_blocks: int) -> None:
+    """Let learned queries join the tokens of the last blocks of an encoder, in place.
+
+    Raises:
+        ValueError: rotary embeddings, which give queries no position, or more blocks than there are.
+    """
+    kinds = {Encoder: EncoderWithQueries, DistilledEncoder: DistilledEncoderWithQueries}
+    if type(encoder) not in kinds:
+        raise ValueError(f"eomt takes a VisionTransformer of timm, not {type(encoder).__name__}")
+    if not 1 <= n_query_blocks <= len(encoder.blocks):
+        raise ValueError(f"eomt: queries join the last {n_query_blocks} blocks, the encoder has {len(encoder.blocks)}")
+    encoder.__class__ = kinds[type(encoder)]
+    encoder.queries = nn.Parameter(torch.randn(1, n_queries, encoder.embed_dim))
+    encoder.n_query_blocks = n_query_blocks

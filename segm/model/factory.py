@@ -13,10 +13,9 @@ from segm.checkpoint import checkpoint_file, load_checkpoint
 from segm.config import RunConfig, recorded_grid, variant_file
 from segm.errors import one_line
 from segm.model.decoder import create_decoder
-from segm.model.encoder import create_encoder
-from segm.model.eomt import add_queries
+from segm.model.encoder import add_queries, create_encoder, position_prefix, resize_position_embedding
 from segm.model.linear import use_onednn_linear
-from segm.model.position import position_prefix, resize_position_embedding
+from segm.model.pretrained import load_pretrained
 from segm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ Parts = Callable[[nn.Module, Mapping[str, Any]], object]
 def create_segmenter(
     net_kwargs: Mapping[str, Any], pretrained: bool | str | Path = False, parts: Parts | None = None
 ) -> Segmenter:
-    """Build a Segmenter, whose linear layers are those of `segm.model.linear` where that is faster.
+    """Build a Segmenter, with the linear layers of `segm.model.linear` where they are faster.
 
     Args:
         net_kwargs: the `net_kwargs` of a `variant.yml`: `backbone`, `n_cls`, `decoder` {`name`, ...}, and optionally
@@ -46,7 +45,9 @@ def create_segmenter(
     missing = [name for name in ("backbone", "n_cls", "decoder") if name not in net_kwargs]
     if missing:
         raise ValueError(f"net_kwargs lack {', '.join(missing)}: they need backbone, n_cls and decoder")
-    encoder = create_encoder(net_kwargs, pretrained)
+    encoder = create_encoder(net_kwargs)
+    if pretrained:
+        load_pretrained(encoder, net_kwargs["backbone"], pretrained)
     if net_kwargs["decoder"].get("name") == "eomt":
         add_queries(encoder, net_kwargs["decoder"].get("n_queries", 100), net_kwargs["decoder"].get("n_blocks", 3))
     reduction = net_kwargs.get("reduction")
@@ -68,7 +69,7 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
     """Load a trained Segmenter in evaluation mode, on the CPU.
 
     Args:
-        path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` stands beside it.
+        path: a checkpoint, or a run directory (then its `checkpoint.pth`); `variant.yml` is next to it.
         parts: see `create_segmenter`.
 
     Returns:
@@ -102,8 +103,7 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
     """Copy the weights of another run into a model, to fine-tune it.
 
     The position embedding is resized to the model's grid, and the patch embedding to its patches, as timm does it.
-    What belongs to the classes keeps its initial values if the
-    classes differ.
+    Class-dependent weights keep their initial values if the classes differ.
 
     Args:
         model: a Segmenter.

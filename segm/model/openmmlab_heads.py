@@ -12,7 +12,7 @@ from segm.errors import TRAINING
 
 try:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it prints, and warns of what is not needed
+        warnings.simplefilter("ignore")  # it prints, and warns of missing operators
         from mmseg.models.decode_heads import FCNHead, SETRMLAHead, SETRUPHead, UPerHead
         from mmseg.models.necks import Feature2Pyramid, MLANeck
 except ModuleNotFoundError as error:
@@ -24,7 +24,7 @@ AUXILIARY = (10, 15, 20)  # of 24 blocks, counted from 1 (SETR, section 4.1)
 
 
 def on_grid(head: nn.Module, reads: Sequence[int], scale: int, neck: nn.Module | None = None) -> nn.Module:
-    """A head of mmsegmentation with what a Segmenter needs to know of it (`segm.model.heads.GridDecoder`)."""
+    """A head of mmsegmentation as a `segm.model.decoder.GridDecoder`."""
     head.neck = nn.Identity() if neck is None else neck
     head.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
     head.reads, head.scale = [*reads], scale
@@ -32,7 +32,7 @@ def on_grid(head: nn.Module, reads: Sequence[int], scale: int, neck: nn.Module |
 
 
 def initialized(head: Any) -> nn.Module:
-    """A head with the initial values that mmsegmentation gives it; its own function for this writes a log."""
+    """A head with the initial values that mmsegmentation gives it, whose own function for this writes a log."""
     nn.init.normal_(head.conv_seg.weight, std=0.01)
     nn.init.zeros_(head.conv_seg.bias)
     return head

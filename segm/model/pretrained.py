@@ -1,7 +1,7 @@
 """Encoder weights from files of other projects: timm, DINO, DINOv2, DINOv3, MAE, iBOT, transformers, own runs.
 
-A file is brought to timm's names in three steps: tensors are found in whatever they are wrapped in, names are changed,
-and the position embedding is resized. What the encoder has no use for is named in one line.
+A file is brought to timm's names in three steps: its tensors are found at any depth, their names are changed, and the
+position embedding is resized. One line names the tensors that the encoder has no use for.
 """
 
 import hashlib
@@ -13,16 +13,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_names
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.checkpoint import load_tensors
 from segm.config import recorded_grid
 from segm.errors import one_line
-from segm.model.position import position_prefix, resize_position_embedding
+from segm.model.encoder import ALIASES, position_prefix, resize_position_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ PATCH_EMBEDDINGS = (
 )
 # Of several encoders in a file the first of these, as their papers evaluate them; then the one nearest to the top.
 AVERAGED = ("teacher", "ema", "target")
-# What stands for timm's names elsewhere, in this order.
+# From the names of other projects to timm's, in this order.
 RENAMES = (
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"^embeddings\.distillation_token$", "dist_token"),
@@ -60,8 +63,80 @@ RENAMES = (
 )
 
 
+def load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: bool | str | Path) -> None:
+    """Copy pretrained weights into an encoder; the position embedding is resized to its grid.
+
+    Args:
+        encoder: from `segm.model.encoder.create_encoder`.
+        backbone: its name.
+        source: True: the weights that timm has for the name. A path: the weights in that file (.pth, .safetensors, or
+            the .npz of the AugReg release).
+
+    Raises:
+        ValueError: weights that do not fit, or a damaged file.
+        FileNotFoundError: no such file.
+        ConnectionError: timm's weights cannot be fetched.
+    """
+    name = ALIASES.get(backbone, backbone)
+    try:
+        with torch.device("meta"):
+            heads = {timm.create_model(name).blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
+        if len(heads) > 1:  # no weight says how many there are
+            raise RuntimeError(f"heads: {heads}")
+        if source is not True and Path(source).suffix != ".npz":
+            load_encoder(encoder, Path(source), backbone)
+            return
+        donor = _pretrained_donor(name, source)
+        weights = donor.state_dict()
+        if "pos_embed" in weights and encoder.pos_embed is not None:
+            weights["pos_embed"] = resize_position_embedding(
+                weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
+            )
+        encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained weights of {backbone} do not fit the requested width, depth, heads or patch size "
+            f"({one_line(error)}): use --no-pretrained"
+        ) from error
+
+
+def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer | Eva:
+    """timm's own model of that name, with its weights, or those of AugReg's .npz, and the grid that they have."""
+    if source is True:
+        try:
+            return timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub client raises many unrelated types when it cannot connect
+            raise ConnectionError(
+                f"cannot fetch timm's weights for {name} ({one_line(error)}): "
+                "use --pretrained FILE for weights on disk, or --no-pretrained"
+            ) from error
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained weights {path} not found")
+    overlay = {"file": str(path), "custom_load": True}
+    try:
+        with torch.device("meta"):
+            blank = timm.create_model(name)
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=_image_size_of(path, blank)
+        )
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise ValueError(f"cannot read {path} as weights of {name}: {one_line(error)}") from error
+
+
+def _image_size_of(path: Path, model: VisionTransformer | Eva) -> tuple[int, ...]:
+    """Image side that the weights in an .npz were trained at: timm would resize their position embedding otherwise."""
+    with np.load(path) as weights:
+        key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
+        embedding = None if key is None else weights[key]
+    if embedding is None:
+        return model.patch_embed.img_size
+    side = math.isqrt(embedding.shape[1] - position_prefix(model))
+    return tuple(side * pixels for pixels in model.patch_embed.patch_size)
+
+
 def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
-    """Copy the encoder weights in a file, whatever they are called and wrapped in, into an encoder.
+    """Copy the encoder weights in a file into an encoder, under any of the known names.
 
     Args:
         encoder: from `segm.model.encoder`.
@@ -215,7 +290,7 @@ def timm_name(name: str) -> str:
 
 
 def _joined(weights: Mapping[str, Tensor], parts: tuple[str, ...], module: str, whole: str) -> dict[str, Tensor]:
-    """Layers that timm computes as one; a bias that one of them lacks is 0."""
+    """Fuse layers that timm computes as one; a bias that one of them lacks is 0."""
     kept = dict(weights)
     places = {name.rsplit(".", 2)[0] for name in weights if re.search(rf"\.{module}\.{parts[0]}\.weight$", name)}
     for place in places:

@@ -14,16 +14,17 @@ from segm.model.upsample import label_map, upsample
 
 
 class Segmenter(nn.Module):
-    """Segmenter (Strudel et al., 2021): a ViT encoder and a decoder that gives every patch token its logits.
+    """Segmenter (Strudel et al., 2021): a ViT encoder, and a decoder that gives every patch token its logits.
 
     Args:
         encoder: from `segm.model.encoder.create_encoder`.
         decoder: from `segm.model.decoder.create_decoder`.
         n_cls: number of classes.
-        aux_heads: decoders that are trained beside a decoder on the grid, and take the same.
+        aux_heads: heads that are trained with a decoder on the grid, and take the same maps.
 
     Attributes:
-        mask_attention: whether attention of queries may be masked in training: not where tokens are no patches.
+        mask_attention: whether attention of queries is masked in training; not in a patched model, whose tokens are no
+            patches.
     """
 
     mask_attention = True
@@ -45,7 +46,7 @@ class Segmenter(nn.Module):
 
     @property
     def on_grid(self) -> bool:
-        """Whether the decoder reads maps (`segm.model.heads`), not tokens."""
+        """Whether the decoder reads maps (`segm.model.decoder.GridDecoder`), not tokens."""
         return hasattr(self.decoder, "reads")
 
     @property
@@ -60,7 +61,7 @@ class Segmenter(nn.Module):
 
     @property
     def has_queries(self) -> bool:
-        """Whether queries join the tokens of the last blocks (`segm.model.eomt`)."""
+        """Whether queries join the tokens of the last blocks (`segm.model.encoder.QueryEncoder`)."""
         return hasattr(self.encoder, "queries")
 
     def queries_in(self, layer_id: int) -> int:
@@ -80,7 +81,7 @@ class Segmenter(nn.Module):
             images: (B, 3, H, W), normalized.
 
         Returns:
-            (B, n_cls, ceil(H / ph), ceil(W / pw)); so many times that in both directions as `scale` says. From masks
+            (B, n_cls, ceil(H / ph), ceil(W / pw)); times `scale` in both directions. From masks
             they are scores, 0 to the number of queries, and no logits: windows are averaged as they are.
         """
         found = self.network(images)
@@ -89,13 +90,13 @@ class Segmenter(nn.Module):
         return class_scores(found, self._scaled(images.shape[-2:]))
 
     def network(self, images: Tensor) -> Any:
-        """What encoder and decoder give: `grid_logits`, or the `Prediction` of queries, which has fewer pixels."""
+        """Output of encoder and decoder: `grid_logits`, or the `Prediction` of queries, which has fewer pixels."""
         if self.on_grid:
             found = self.decoder(self.decoder.neck(self.maps(images)))
             return found[-1] if self.predicts_masks else found
         if self.has_queries:
             found = self.encoder.forward_features(self._pad(images))
-            return self.decoder(*self._split_queries(found, self.grid(images.shape[-2:])))
+            return self.decoder(*self.split_queries(found, self.grid(images.shape[-2:])))
         return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -137,42 +138,47 @@ class Segmenter(nn.Module):
 
     @property
     def has_training_outputs(self) -> bool:
-        """Whether a training step takes more than logits: `training_outputs`."""
+        """Whether a training step takes more than the logits of `forward`: auxiliary heads, or a decoder's own loss."""
         return len(self.aux_heads) > 0 or self.predicts_masks
 
     def training_outputs(self, images: Tensor) -> list[Any]:
-        """What a training step takes: the logits of `forward`, or what the decoder's own loss is made of; then the
-        logits of the auxiliary heads, (B, n_cls, H, W) each."""
+        """Outputs that a training step takes.
+
+        First the logits of `forward`, or the predictions that the decoder's own loss takes; then the logits of the
+        auxiliary heads, (B, n_cls, H, W) each.
+        """
         size = images.shape[-2:]
         if not self.has_training_outputs:
             return [self(images)]
         if self.has_queries:
-            return [self._masked_predictions(images)]
+            return [self.masked_predictions(images)]
         found = self.decoder.neck(self.maps(images))
         if self.predicts_masks:
             return [self.decoder(found)]
         return [self._to_pixels(head(found), size) for head in (self.decoder, *self.aux_heads)]
 
-    def _split_queries(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def split_queries(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(B, Q + P + N, D) -> queries (B, Q, D) and patches (B, D, gh, gw)."""
         n_queries = self.decoder.n_queries
         return x[:, :n_queries], self.to_grid(x[:, n_queries + self.encoder.num_prefix_tokens :], grid)
 
-    def _masked_predictions(self, images: Tensor) -> list[Prediction]:
-        """What the queries predict in front of every block that they are in, and behind the last one. Their attention
-        is masked by it, unless tokens merge: then they predict once, at the end."""
+    def masked_predictions(self, images: Tensor) -> list[Prediction]:
+        """Predictions of the queries before every block that they are in, and after the last one.
+
+        Each masks their attention in the block that follows. Where tokens merge, they predict once, at the end.
+        """
         grid, found = self.grid(images.shape[-2:]), []
 
         def mask_of(index: int, x: Tensor) -> Tensor:
-            found.append(self.decoder(*self._split_queries(x, grid)))
+            found.append(self.decoder(*self.split_queries(x, grid)))
             return self.decoder.mask(index, found[-1].masks, grid, x.shape[1])
 
         more = {"mask_of": mask_of} if self.mask_attention else {}
         x = self.encoder.forward_features(self._pad(images), **more)
-        return [*found, self.decoder(*self._split_queries(x, grid))]
+        return [*found, self.decoder(*self.split_queries(x, grid))]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Logits of images from what their encoder gave.
+        """Logits of images from the output of their encoder.
 
         Args:
             tokens: (B, M, D), from `encode`.
@@ -198,7 +204,7 @@ class Segmenter(nn.Module):
         return self.to_labels(self.network(images), images.shape[-2:])
 
     def to_labels(self, found: Any, size: Sequence[int]) -> Tensor:
-        """Label map (B, height, width), int64, of images of this size from what `network` gave."""
+        """Label map (B, height, width), int64, of images of this size from the output of `network`."""
         height, width = size
         if self.predicts_masks:
             return best_classes(found, self._scaled(size))[:, :height, :width]
@@ -208,7 +214,7 @@ class Segmenter(nn.Module):
         return label_map(found, stride)[:, :height, :width]
 
     def attention(self, images: Tensor, layer_id: int, part: Literal["encoder", "decoder"] = "encoder") -> Tensor:
-        """Attention weights of one layer, for looking at; the ordinary forward pass never computes them.
+        """Attention weights of one layer; the ordinary forward pass never computes them.
 
         Args:
             images: (B, 3, H, W), normalized.

@@ -1,11 +1,21 @@
-"""What commands share on the command line."""
+"""The command line that all commands share: values, errors, help."""
+
+import importlib
+import re
+from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
 
+import segm
 from segm.cli import Command, Device, Listed, Numbers, repeat_option
+
+ROOT = Path(segm.__file__).parent
+FILES = [file for file in sorted(ROOT.rglob("*.py")) if "@click.command" in file.read_text(encoding="utf-8")]
+COMMANDS = [".".join(file.relative_to(ROOT.parent).with_suffix("").parts) for file in FILES]
+SENTENCE = re.compile(r"[A-Z].*\.(  \[[^]]+])*")
 
 
 def test_open_ended_values():
@@ -64,3 +74,24 @@ def test_errors_end_in_one_line():
 
         result = CliRunner().invoke(main)
         assert result.exit_code == 1 and result.stderr == f"Error: {line}\n"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "segm.train"])
+def test_every_option_has_a_sentence_and_a_default(name):
+    command = importlib.import_module(name).main
+    context = command.make_context(name, [], resilient_parsing=True)
+    options = [one for one in command.get_params(context) if isinstance(one, click.Option) and not one.hidden]
+    assert len(options) > 1
+    for option in options:
+        _, text = option.get_help_record(context)
+        assert SENTENCE.fullmatch(text), (option.opts, text)
+        assert "[default: " in text or option.is_flag or option.required, (option.opts, text)
+
+
+def test_help_has_headings():
+    options = [click.Option([f"--{name}"], help=f"The {name}.") for name in ("width", "rate", "out")]
+    command = Command("any", params=options, groups={"Network": ["width"], "Training": ["rate"], "Empty": []})
+    text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
+    order = ("Options:", "--out", "--help", "Network:", "--width", "Training:", "--rate")
+    places = [text.index(part) for part in order]
+    assert places == sorted(places) and "Empty" not in text

@@ -11,10 +11,9 @@ from segm import flops, report, speedtest, test, train
 from segm.config import Net, RunConfig
 from segm.eval.comparison import count_tokens
 from segm.losses import segvit_loss
+from segm.model.decoder import LinearBN
 from segm.model.factory import create_segmenter
-from segm.model.heads import LinearBN
-from segm.model.masks import Prediction, class_scores
-from segm.model.segvit import SegViT
+from segm.model.masks import Prediction, SegViT, class_scores
 from segm.run import Run
 from segm.trainer import Objective
 from tests.helpers import METHOD_OPTIONS, different_images, with_parts

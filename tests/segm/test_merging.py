@@ -1,6 +1,7 @@
 """A method's options: table, flags, variant.yml and back."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import click
@@ -30,7 +31,7 @@ DEPTH, GRID = 6, (12, 12)
 
 @pytest.fixture
 def toy():
-    """A method that somebody registered, with options of every type."""
+    """A registered method with options of every type."""
     options = {
         "count": Option(3, "Tokens per group.", flag="--toy-count", key="toy_count"),
         "quick": Option(False, "Whether it hurries."),
@@ -192,21 +193,73 @@ def test_wrong_options_are_refused_in_one_line(refused):
         assert "\n" not in str(error.value)
 
 
-def test_every_command_offers_every_method_and_says_its_defaults(toy):
+def help_of(command, *words):
+    """Lines of --help, as wide as a terminal of 80 columns."""
+    result = CliRunner().invoke(command, [*words, "--help"], terminal_width=80)
+    assert result.exit_code == 0
+    return result.output.splitlines()
+
+
+def test_help_has_a_line_for_every_method(toy):
     for command in (test.main, train.main):
-        text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=10_000).output.split())
-        assert f"[pure|{'|'.join(patch.METHODS)}]" in text
-        for part in (
-            "--threshold NUMBER|auto graph (0.88), algm (0.88): Cosine similarity",
-            "--toy-count INTEGER toy (3): Tokens per group.",
-            "--quick true|false toy (false): Whether it hurries.",
-            "--kinds a|b|c... toy (a): Kinds.",
-            "--scale NUMBER... toy (1.0 2.0): Scales.",
-            "--levels NUMBER|high... As --level",
-            "--off As --on. [off]",
-            "toy (proportional)",
-        ):
-            assert part in text, part
+        lines = help_of(command)
+        text = " ".join(" ".join(lines).split())
+        assert "add --patch-type NAME --help" in text and "--prop-attn" not in text and "--toy-count" not in text
+        for method in patch.METHODS.values():
+            assert [" ".join(line.split()) for line in lines].count(f"{method.name} {method.summary}".strip()) == 1
+
+
+def test_help_of_the_built_in_methods_fits_on_a_screen():
+    assert len(help_of(test.main)) <= 40
+    assert all(re.fullmatch(r"[A-Z].{,55}\.", method.summary) for method in patch.METHODS.values())
+
+
+def test_help_shows_the_options_of_the_chosen_method_with_its_defaults(toy):
+    expected = {
+        "tome": [
+            "--selected-layer, --selected-layers INTEGER... Layers in which to merge, counted from 1. [default: all]",
+            "--prop-attn, --no-prop-attn, --iprop-attn Weight",
+            "[default: --prop-attn]",
+            "--r INTEGER... Number of tokens that each layer removes; or one number per layer, as in 16 8 8 0. "
+            "[default: 8]",
+        ],
+        "algm": ["[default: 1 5 of 12 layers]", "[default: uniform in training, else ragged]", "[default: 2 2]"],
+        "toy": [
+            "--toy-count INTEGER Tokens per group. [default: 3]",
+            "--quick true|false Whether it hurries. [default: false]",
+            "--kinds a|b|c... Kinds. [default: a]",
+            "--scale NUMBER... Scales. [default: 1.0 2.0]",
+            "--level, --levels NUMBER|high... Level. [default: 0.5]",
+            "--on, --off Mode. [default: --on]",
+        ],
+    }
+    for command in (test.main, train.main):
+        own = len(help_of(command, "--patch-type", "pure")) - len(patch.METHODS)
+        for name, parts in expected.items():
+            chosen = help_of(command, "--patch-type", name)
+            assert chosen == help_of(command, f"--patch-type={name}") and len(chosen) > own
+            assert chosen == CliRunner().invoke(command, ["--help", "--patch-type", name]).output.splitlines()
+            text = " ".join(" ".join(chosen).split())
+            assert f"Options of {name} (" in text and "--linkage" not in text
+            assert [part for part in parts if part not in text] == []
+    assert any(
+        line.startswith("Options of graph (") for line in help_of(train.main, "--config", "ade20k_512_tiny_graph")
+    )
+
+
+def test_options_of_all_methods_have_a_sentence_and_a_default():
+    for method in patch.METHODS.values():
+        lines = help_of(test.main, "--patch-type", method.name)
+        text = " ".join(" ".join(lines).partition(f"Options of {method.name} (")[2].split())
+        assert text.count("[default: ") == len(method.options)
+        assert "[default: ]" not in text and "[default: None]" not in text
+        for option in method.options.values():
+            assert re.fullmatch(r"[A-Z].*\.", option.help), option.help
+
+
+def test_flags_that_help_hides_are_accepted_and_suggested(refused):
+    assert parse(["--r", "4"]) == {"r": 4}
+    assert "--selected-layers" in refused(test, "runs/any", "--selected-layerz", "1")
 
 
 def test_options_by_keyword_are_checked_like_flags():

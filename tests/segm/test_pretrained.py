@@ -9,9 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from segm.model.encoder import create_encoder
-from segm.model.position import resize_position_embedding
-from segm.model.pretrained import read_weights
+from segm.model.encoder import create_encoder, resize_position_embedding
+from segm.model.pretrained import load_pretrained, read_weights
 
 NET = {"backbone": "vit_small_patch14_dinov2", "n_layers": 2, "d_model": 48, "n_heads": 6, "image_size": (28, 42)}
 NET |= {"dropout": 0.0}
@@ -20,7 +19,9 @@ NET |= {"dropout": 0.0}
 def load(tensors, file, **net):
     """An encoder with the weights that a file holds."""
     (save_file if file.suffix == ".safetensors" else torch.save)(tensors, file)
-    return create_encoder(NET | net, pretrained=str(file)).eval()
+    encoder = create_encoder(NET | net)
+    load_pretrained(encoder, NET["backbone"], str(file))
+    return encoder.eval()
 
 
 @pytest.fixture(scope="module")
