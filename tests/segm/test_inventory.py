@@ -208,18 +208,30 @@ def test_a_run_keeps_its_classes(bring, tmp_path, call, refused, caplog):
 
 
 @pytest.mark.parametrize("settings", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)])
-def test_cut_jpegs_are_found_out_whatever_their_end(tmp_path, settings):
+def test_jpegs_that_are_cut_off_are_refused(tmp_path, settings):
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), (0, 0), 3)
     content = cv2.imencode(".jpg", picture, [*settings])[1].tobytes()
-    for share in np.linspace(0.3, 0.97, 12):
-        cut = content[: int(share * len(content))]
-        for end in (b"", b"\xff\xd9"):
-            (tmp_path / "cut.jpg").write_bytes(cut + end)
-            with pytest.raises(ValueError, match=r"cut\.jpg"):
-                read_image(tmp_path / "cut.jpg")
+    for length in np.linspace(0.3 * len(content), len(content) - 1, 12).astype(int):
+        (tmp_path / "cut.jpg").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.jpg: damaged"):
+            read_image(tmp_path / "cut.jpg")
     (tmp_path / "whole.jpg").write_bytes(content + b"what a camera appends \xff\xda\xff\xd9")
     assert read_image(tmp_path / "whole.jpg").shape == (90, 120, 3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".webp"])
+def test_other_pictures_that_are_cut_off_are_refused(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    content = cv2.imencode(suffix, rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))[1].tobytes()
+    file = tmp_path / f"cut{suffix}"
+    for length in np.linspace(0.3 * len(content), len(content) - 8, 12).astype(int):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.\w+: damaged") as error:
+            read_image(file)
+        assert "\n" not in str(error.value)
+    file.write_bytes(content)
+    assert read_image(file).shape == (30, 40, 3)
 
 
 def test_pictures_above_pillows_limit_are_called_that(bring, monkeypatch):
