@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from segm import parallel
-from segm.data.dataset import SegmentationDataset
-from segm.data.sample import IGNORE_LABEL
-from segm.data.seeding import mix_seeds
+from segm.data.dataset import IGNORE_LABEL, SegmentationDataset, mix_seeds
 
 SHOW_EVERY = 10  # updates between readings of the loss: each one waits for the device
 

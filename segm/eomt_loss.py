@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segm.data.sample import IGNORE_LABEL
+from segm.data.dataset import IGNORE_LABEL
 from segm.model.masks import Prediction
 
 

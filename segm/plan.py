@@ -12,7 +12,7 @@ from patch import Curriculum, check, find
 from segm.cli import POSITIVE, RATE, Sides
 from segm.config import config_dir, load_config
 from segm.data import DATASETS
-from segm.data.defaults import dataset_defaults
+from segm.data.factory import dataset_defaults
 from segm.errors import brief, one_line
 from segm.merging import PURE, choose, learned_parts, to_variant
 from segm.model.decoder import DECODERS

@@ -127,7 +127,7 @@ def main(
         if resume:
             require_classes(recorded_classes(saved), train_set, str(log_dir))
         variant = plan.variant(train_set)
-        inventories = look_at(train_set, val_set)
+        inventories = inspect_datasets(train_set, val_set)
         if inventories:
             variant["dataset_kwargs"]["inventory"] = inventories
         torch.manual_seed(plan.settings.seed)
@@ -214,17 +214,17 @@ def open_datasets(settings: Settings) -> tuple[SegmentationDataset, Segmentation
     )
 
 
-def look_at(*datasets: SegmentationDataset) -> dict[str, Any]:
-    """Look at the files before the first update, in the main process; split -> what it holds, for `variant.yml`.
+def inspect_datasets(*datasets: SegmentationDataset) -> dict[str, Any]:
+    """Inspect the files before the first update, in the main process; split -> what it holds, for `variant.yml`.
 
     Raises:
         FileNotFoundError, ValueError: see `segm.data.inventory`.
     """
     if datasets[0].name == "shapes" or not parallel.is_main():
         return {}
-    from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
+    from segm.data.inventory import inspect_dataset  # imports mmseg, which `shapes` does without
 
-    found = [take_inventory(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad) for one in datasets]
+    found = [inspect_dataset(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad) for one in datasets]
     for inventory in found:
         click.echo("\n".join(inventory.lines()))
     return {inventory.split: inventory.record() for inventory in found}

@@ -1,4 +1,4 @@
-"""Photographs as arrays: reading and resizing them. Needs OpenCV and Pillow alone, not mmseg.
+"""Photographs as arrays: reading, resizing and normalizing them. Needs OpenCV and Pillow alone, not mmseg.
 
 What mmcv's loader and transforms give for the same file and size is the same to the bit; a test compares them.
 """
@@ -7,18 +7,31 @@ from collections import Counter
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 
-from segm.data.normalization import normalize
 from segm.sizes import Size, pair
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 # The decoders' ways to say that a file is damaged; cv2 also gives None.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, cv2.error, Image.DecompressionBombError)
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation per RGB channel, for values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+NORMALIZATION = {
+    "vit": Normalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    "deit": Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+}
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -99,6 +112,23 @@ def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
 def resize_to(image: np.ndarray, size: Size) -> np.ndarray:
     """A uint8 image (H, W, 3) at exactly this size, ratio not kept."""
     return cv2.resize(image, pair(size)[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def get_normalization(name: str) -> Normalization:
+    """Raises ValueError, with the allowed names, for an unknown one."""
+    if name not in NORMALIZATION:
+        raise ValueError(f"unknown normalization {name!r}; allowed: {', '.join(NORMALIZATION)}")
+    return NORMALIZATION[name]
+
+
+def normalize(image: np.ndarray, normalization: str) -> torch.Tensor:
+    """image: uint8 RGB (H, W, 3) -> float32 (3, H, W), contiguous."""
+    mean, std = get_normalization(normalization)
+    # numpy, not torch: torch's threads make this several times slower where other processes share the cores.
+    pixels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+    pixels -= 255 * np.array(mean, np.float32)[:, None, None]
+    pixels /= 255 * np.array(std, np.float32)[:, None, None]
+    return torch.from_numpy(pixels)
 
 
 def resized_view(image: np.ndarray, size: Size, normalization: str) -> torch.Tensor:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import torch
 
-from segm.data.normalization import get_normalization
+from segm.data.dataset import IGNORE_LABEL
+from segm.data.images import get_normalization
 from segm.data.openmmlab import (
     Normalize,
     Pad,
@@ -19,7 +20,6 @@ from segm.data.openmmlab import (
     RandomResize,
     Resize,
 )
-from segm.data.sample import IGNORE_LABEL
 from segm.sizes import Size, pair
 
 

@@ -7,7 +7,7 @@ import torch
 
 from segm import train
 from segm.data import DATASETS
-from segm.data.defaults import dataset_defaults
+from segm.data.factory import dataset_defaults
 from segm.merging import parse
 from segm.plan import SETTINGS, Plan, Settings, backbone_settings, finetuning_defaults, names_of, read_settings
 from segm.variant import read_variant, write_variant
