@@ -21,7 +21,7 @@ from segm.eomt_loss import eomt_loss
 from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
-from segm.features import FOLDER, CachedFeatures, Head
+from segm.features import FOLDER, CachedFeatures, DecoderOnly
 from segm.interruption import Interruption, SignalError
 from segm.keeper import Keeper, only_writer, position_in
 from segm.merging import PURE, MergingCommand, add_parts, build_model, is_given
@@ -335,8 +335,8 @@ def train(
         keeper = Keeper(log_dir, state, begun.best, len(loader), save_every, interruption)
         wrapped: torch.nn.Module = InTraining(model) if model.trains_apart else model
         if cached is not None:
-            wrapped = Head(model, train_set.crop_size)
-            cached.fill(model, device, precision.autocast, interruption)
+            wrapped = DecoderOnly(model, train_set.crop_size)
+            cached.fill(model, device, precision.autocast, interruption, workers)
         if parallel.world_size() > 1:
             for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides

@@ -1,6 +1,6 @@
 """Data sets for semantic segmentation. Importing this package imports neither mmcv nor mmseg."""
 
-from segm.data.dataset import IGNORE_LABEL, Photographs, Sample, SegmentationDataset, spread
+from segm.data.dataset import IGNORE_LABEL, Photographs, Sample, SegmentationDataset, fingerprint, spread
 from segm.data.factory import DATASETS, class_info, create_dataset, dataset_defaults
 from segm.data.images import NORMALIZATION, normalize
 
@@ -14,6 +14,7 @@ __all__ = [
     "class_info",
     "create_dataset",
     "dataset_defaults",
+    "fingerprint",
     "normalize",
     "spread",
 ]

@@ -1,14 +1,16 @@
-"""All that data sets have in common: samples, training items, views, random numbers."""
+"""All that data sets have in common: samples, training items, views, random numbers, fingerprints."""
 
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -100,6 +102,14 @@ class SegmentationDataset(Dataset):
     def load(self, index: int) -> Sample:
         """The sample at `index` in [0, len), at its original size."""
         raise NotImplementedError
+
+    def sources(self, index: int) -> tuple[Any, ...]:
+        """The name of a sample, and size in bytes and date in ns of each of its files; nothing where it is drawn.
+
+        Raises:
+            FileNotFoundError: one is missing.
+        """
+        return ()
 
     @overload
     def __getitem__(self, item: int) -> Sample: ...
@@ -202,6 +212,38 @@ def spread(number: int | None, total: int) -> list[int]:
     """`number` indices out of `total`, at equal distances, because neighbors are often alike; None: all."""
     number = total if number is None else min(number, total)
     return [index * total // number for index in range(number)]
+
+
+# ------------------------------------------------------------------------------------------- fingerprints
+
+SETTINGS = (
+    "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
+    "colors",
+)  # fmt: skip
+
+
+def fingerprint(dataset: SegmentationDataset, *conditions: Any) -> str:
+    """A hash of all that the items of a data set depend on.
+
+    Args:
+        dataset: its settings and classes count, and the names, sizes and dates of its files.
+        conditions: everything else that a result depends on: texts, numbers, and tuples of them.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    settings = {name: getattr(dataset, name) for name in SETTINGS}
+    digest = hashlib.sha256(repr((settings, conditions)).encode())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(dataset.sources, range(len(dataset))):
+            digest.update(repr(found).encode())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- random numbers
 
 
 def mix_seeds(*numbers: int) -> int:

@@ -46,6 +46,11 @@ class FileDataset(SegmentationDataset):
         info = self._files.get_data_info(index)
         return Path(info["img_path"]), Path(info["seg_map_path"]) if "seg_map_path" in info else None
 
+    def sources(self, index: int) -> tuple[Any, ...]:
+        paths = [path for path in self.paths(index) if path is not None]
+        states = [path.stat() for path in paths]
+        return self._sample_name(paths[0]), *((state.st_size, state.st_mtime_ns) for state in states)
+
     def load(self, index: int) -> Sample:
         path = self.paths(index)[0]
         image = read_image(path, check=index not in self._complete)
