@@ -17,7 +17,7 @@ from segm.interruption import Interruption, SignalError
 from segm.model.factory import create_segmenter
 
 CPU = torch.device("cpu")
-FROZEN = ("--freeze-encoder", "--batch-size", 250, "--num-workers", 0, "--device", "cpu", "--eval-freq", 9)
+FROZEN = ("--freeze-encoder", "--batch-size", 20, "--num-workers", 0, "--device", "cpu", "--eval-freq", 9)
 
 
 @pytest.fixture
@@ -188,6 +188,12 @@ def test_too_little_space_is_said_before(images, model, tmp_path, monkeypatch):
         filled(images, model, tmp_path)
 
 
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 100, "val": 4})
+
+
+@pytest.mark.usefixtures("few")
 def test_a_decoder_learns_from_cached_features(shapes_run, tmp_path, call):
     found = {}
     for name, more in (("cached", ("--cache-features", 2)), ("plain", ())):
@@ -202,6 +208,7 @@ def test_a_decoder_learns_from_cached_features(shapes_run, tmp_path, call):
     assert np.isfinite(found["cached"][-1]["val_mean_iou"])
 
 
+@pytest.mark.usefixtures("few")
 def test_trainings_share_a_folder_of_features(shapes_run, tmp_path, call):
     kept = ("--cache-features", 1, "--feature-folder", tmp_path / "kept", "--epochs", 1)
     times = []
