@@ -33,7 +33,7 @@ class FileDataset(SegmentationDataset):
 
     @property
     def made(self) -> str:
-        """How the split was made, where the program made it; else empty."""
+        """The way in which the program made the split; empty where it did not."""
         return getattr(self._files, "made", "")
 
     @property
@@ -52,6 +52,12 @@ class FileDataset(SegmentationDataset):
         return self._sample_name(paths[0]), *((state.st_size, state.st_mtime_ns) for state in states)
 
     def load(self, index: int) -> Sample:
+        """The sample at `index`; its image is checked for its end when it is read for the first time.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or the label map does not fit.
+        """
         path = self.paths(index)[0]
         image = read_image(path, check=index not in self._complete)
         self._complete.add(index)

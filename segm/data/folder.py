@@ -38,7 +38,7 @@ class OwnFiles(BaseSegDataset):
 
     Attributes:
         colors: (r, g, b) -> label, of masks that are RGB pictures.
-        made: how the split was made, where the program made it.
+        made: the way in which the program made the split; empty where it did not.
     """
 
     def __init__(

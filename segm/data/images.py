@@ -132,7 +132,7 @@ def normalize(image: np.ndarray, normalization: str) -> torch.Tensor:
 
 
 def resized_view(image: np.ndarray, size: Size, normalization: str) -> torch.Tensor:
-    """What measuring commands feed: uint8 RGB (H, W, 3) -> float32 (1, 3, height, width), normalized."""
+    """The input of measuring commands: uint8 RGB (H, W, 3) -> float32 (1, 3, height, width), normalized."""
     return normalize(resize_to(image, size), normalization).unsqueeze(0)
 
 

@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it: mmcv's and mmseg's transforms, put together.
+"""The training pipeline from an image to the input of the model: mmcv's and mmseg's transforms, put together.
 
 Imports mmseg: import this module only where images are transformed.
 """
@@ -27,14 +27,19 @@ class TrainTransform:
     """The published training pipeline (Segmenter, after mmsegmentation).
 
     Random resize, by 0.5 to 2.0 in the publication, random crop in which no class covers more than 75 %, flip,
-    photometric distortion, normalization, padding to the crop size. Draws from numpy's global generator: see
-    `seeding.seeded`.
+    photometric distortion, normalization, padding to the crop size. It draws from numpy's global generator: see
+    `segm.data.dataset.seeded`.
+
+    Args:
+        scale: (long, short) side at ratio 1, pixels.
+        crop_size: of the result, pixels.
+        normalization: name.
+        ratios: of the random resize, lowest and highest.
     """
 
     def __init__(
         self, scale: tuple[int, int], crop_size: Size, normalization: str, ratios: tuple[float, float] = (0.5, 2.0)
     ) -> None:
-        """scale: (long, short) side in pixels at ratio 1; crop_size: pixels; ratios: of the random resize."""
         height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
         self.steps = (

@@ -92,9 +92,8 @@ def test_data_sets_of_one_length_share_no_features(model, tmp_path):
     before = filled(first, model, folder)
     assert not equal(filled(second, model, folder)[0, 0], before[0, 0])
     assert torch.equal(filled(second, model, folder)[0, 0]["label"], second[0, 0]["label"])
-    assert filled(first, model, folder).folder == before.folder and equal(
-        filled(first, model, folder)[0, 0], before[0, 0]
-    )
+    again = filled(first, model, folder)
+    assert again.folder == before.folder and equal(again[0, 0], before[0, 0])
     picture = cv2.imread(str(tmp_path / "a/images/train/1.bmp"))
     cv2.imwrite(str(tmp_path / "a/images/train/1.bmp"), picture[::-1])  # a file of the same name and size
     changed = filled(first, model, folder)
