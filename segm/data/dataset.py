@@ -174,7 +174,7 @@ class SegmentationDataset(Dataset):
 
     @cached_property
     def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
-        from segm.data.transforms import TrainTransform
+        from segm.data.openmmlab import TrainTransform
 
         return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from segm.errors import one_line
 from segm.sizes import Size, pair
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -147,9 +148,4 @@ def unreadable(path: Path, kind: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"{path}: the {kind} has more pixels than are read, {limit:,} at most: cut it into smaller ones"
-    return f"{path}: damaged or no {kind} ({first_line(error)})"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{path}: damaged or no {kind} ({one_line(error)})"
