@@ -22,8 +22,8 @@ import patch
 from segm.cli import Command, Listed, device_option
 from segm.config import Merging, Net, RunConfig
 from segm.data import create_dataset
+from segm.data.dataset import IGNORE_LABEL
 from segm.data.loader import create_loader
-from segm.data.sample import IGNORE_LABEL
 from segm.eval.comparison import settings_for
 from segm.eval.environment import environment
 from segm.files import write_text

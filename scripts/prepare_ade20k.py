@@ -42,8 +42,7 @@ def prepare_trainval(folder: Path, source: Source) -> None:
         return
     unpack(source.get(TRAINVAL), folder, place)
     for split in ("training", "validation"):
-        n = require_pairs(folder / "images" / split, ".jpg", folder / "annotations" / split, ".png")
-        click.echo(f"{folder}: {n} photographs with label maps in {split}")
+        require_pairs(folder / "images" / split, ".jpg", folder / "annotations" / split, ".png")
 
 
 @click.command()

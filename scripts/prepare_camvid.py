@@ -156,8 +156,7 @@ def main(folder: Path, archives: tuple[Path, ...], url: str | None, check: bool,
     known = (PHOTOS, LABELS) if original else (SEGNET, PHOTOS, LABELS)
     lay_out(folder, Source(folder, known, archives, url, check), original)
     for split in COUNTS:
-        n = require_pairs(folder / "images" / split, ".png", folder / "annotations" / split, ".png")
-        click.echo(f"{folder}: {n} photographs with label maps in {split}")
+        require_pairs(folder / "images" / split, ".png", folder / "annotations" / split, ".png")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ TRAIN_ID_OF = {
 
 
 def unpack_missing(folder: Path, source: Source, archive: Archive, top: str, counts: dict[str, int]) -> None:
-    """Unpacks the archive's folder `top`, unless all its files are there; licence and readme stay behind."""
+    """Unpack the archive's folder `top` without license and readme, unless all its files are there."""
     if not is_complete(folder, counts):
         unpack(source.get(archive), folder, lambda name: name if name.startswith(top) else None)
 
 
 def convert_labels(folder: Path) -> None:
-    """Writes the label map with train ids beside every one with ids, where it is missing."""
+    """Write the label map with train ids beside every one with ids, where it is missing."""
     table = label_table(TRAIN_ID_OF, IGNORED)
     sources = sorted((folder / "gtFine").glob(f"*/*/*{IDS}"))
     pairs = [(path, path.with_name(path.name.removesuffix(IDS) + TRAIN_IDS)) for path in sources]
@@ -88,8 +88,7 @@ def main(folder: Path, archives: tuple[Path, ...], url: str | None, check: bool)
     convert_labels(folder)
     for split in ("train", "val"):
         images, labels = folder / "leftImg8bit" / split, folder / "gtFine" / split
-        n = require_pairs(images, "_leftImg8bit.png", labels, TRAIN_IDS)
-        click.echo(f"{folder}: {n} photographs with label maps in {split}")
+        require_pairs(images, "_leftImg8bit.png", labels, TRAIN_IDS)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,7 @@ def main(folder: Path, archives: tuple[Path, ...], url: str | None, check: bool,
         return
     {"10k": prepare_10k, "164k": prepare_164k}[version](folder, source)
     for split in COUNTS[version]:
-        n = require_pairs(folder / "images" / split, ".jpg", folder / "annotations" / split, SUFFIX)
-        click.echo(f"{folder}: {n} photographs with label maps in {split}")
+        require_pairs(folder / "images" / split, ".jpg", folder / "annotations" / split, SUFFIX)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the prepare_*.py scripts share: fetching archives, checking them, unpacking them, writing label maps.
+"""The common parts of the prepare_*.py scripts: fetch archives, check and unpack them, write label maps.
 
 Every file is written beside its place as `<name>.part` and renamed when it is whole, so an interrupted run
 leaves no half file that looks finished, and the next run goes on where the last one stopped. A file that is
@@ -35,7 +35,7 @@ FILE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.err
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to fetch. `url` None: behind a log-in at `site`; `sha1` None: no checksum is published."""
+    """A file to fetch. `url` None: a log-in at `site` is needed; `sha1` None: no checksum is published."""
 
     name: str
     url: str | None
@@ -87,7 +87,7 @@ def prepare_options(command: Callable) -> Callable:
 
 
 class Source:
-    """Where the archives of one run come from.
+    """The sources of the archives of one run.
 
     Args:
         folder: the data set's folder; downloads go to `folder/downloads`
@@ -158,7 +158,7 @@ class Source:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes these folders, innermost last in the list, as far as they are empty."""
+    """Remove these folders, innermost last in the list, as far as they are empty."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -168,7 +168,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def download(url: str, part: Path) -> None:
-    """Downloads `url` to `part`, going on behind what `part` already holds where the server allows it.
+    """Download `url` to `part`; continue after the bytes that `part` holds where the server allows it.
 
     Raises:
         OSError: the address does not answer, or the connection broke (`part` is kept for the next run).
@@ -180,7 +180,7 @@ def download(url: str, part: Path) -> None:
     try:
         _receive(url, part, have)
     except urllib.error.HTTPError as error:
-        if not (have and error.code == 416):  # nothing behind what we have: not our file, or a finished one
+        if not (have and error.code == 416):  # no bytes after those: another file, or a finished one
             raise OSError(f"{url}: {error}") from error
         _receive(url, part, 0)
     except urllib.error.URLError as error:
@@ -193,28 +193,25 @@ def _receive(url: str, part: Path, have: int) -> None:
         have = have if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
+        name = url.rsplit("/", 1)[-1]
         with (
             part.open("ab" if have else "wb") as file,
-            _bytes_bar(url.rsplit("/", 1)[-1], total, have) as bar,
+            tqdm.wrapattr(answer, "read", total, desc=name, initial=have) as source,
         ):
-            while chunk := answer.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
+            shutil.copyfileobj(source, file, CHUNK)
     if total is not None and part.stat().st_size != total:
         raise OSError(f"{url}: connection broke after {part.stat().st_size} of {total} bytes; run again to go on")
-
-
-def _bytes_bar(name: str, total: int | None, have: int = 0) -> tqdm:
-    return tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True, unit_divisor=1024)
 
 
 def sha1_of(path: Path) -> str:
     """SHA-1 of a file as 40 hex digits."""
     digest = hashlib.sha1(usedforsecurity=False)
-    with path.open("rb") as file, _bytes_bar(f"SHA-1 of {path.name}", path.stat().st_size) as bar:
-        while chunk := file.read(CHUNK):
+    with (
+        path.open("rb") as file,
+        tqdm.wrapattr(file, "read", path.stat().st_size, desc=f"SHA-1 of {path.name}") as source,
+    ):
+        while chunk := source.read(CHUNK):
             digest.update(chunk)
-            bar.update(len(chunk))
     return digest.hexdigest()
 
 
@@ -288,8 +285,13 @@ def unpack(
     place: Callable[[str], str | None],
     convert: Callable[[BinaryIO], np.ndarray] | None = None,
 ) -> None:
-    """Writes the members of an archive that `place` gives a path below `folder`, as they are or as label maps by
-    `convert`. A folder counts as an archive of what lies below it.
+    """Write the members of an archive below a folder.
+
+    Args:
+        archive: zip, tar, or a folder, whose files are its members.
+        folder: of the data set.
+        place: name of a member -> its path below `folder`; None: it is left out.
+        convert: makes a label map of a member; None: members are written as they are.
 
     Raises:
         click.ClickException: no such member, an unsafe one, or a file of another size in the place of one.
@@ -331,15 +333,6 @@ def write_label_map(labels: np.ndarray, target: Path) -> None:
         Image.fromarray(labels).save(part, format="PNG")
 
 
-def write_text(text: str, target: Path) -> None:
-    """Raises click.ClickException if `target` is there with another content."""
-    if is_empty(target):
-        with atomic(target) as part:
-            part.write_text(text)
-    elif target.read_text() != text:
-        raise click.ClickException(f"{target} exists and differs from the published list: move it away")
-
-
 def read_label_map(stream: BinaryIO | Path) -> np.ndarray:
     """(H, W) uint8 of a grey or palette PNG"""
     with Image.open(stream) as image:
@@ -363,8 +356,12 @@ def is_complete(folder: Path, counts: dict[str, int]) -> bool:
     return all(sum(path.stat().st_size > 0 for path in folder.glob(pattern)) >= n for pattern, n in counts.items())
 
 
-def require_pairs(images: Path, image_suffix: str, labels: Path, label_suffix: str) -> int:
-    """Number of photographs below `images`; click.ClickException if one has no label map below `labels`."""
+def require_pairs(images: Path, image_suffix: str, labels: Path, label_suffix: str) -> None:
+    """Print the number of photographs in the folder of a split.
+
+    Raises:
+        click.ClickException: one has no label map.
+    """
     names = [path.relative_to(images).as_posix() for path in images.rglob(f"*{image_suffix}")]
     names = [name.removesuffix(image_suffix) for name in names]
     missing = sorted(name for name in names if is_empty(labels / f"{name}{label_suffix}"))
@@ -372,4 +369,4 @@ def require_pairs(images: Path, image_suffix: str, labels: Path, label_suffix: s
         raise click.ClickException(
             f"{len(missing)} of {len(names)} photographs in {images} have no label map in {labels}, e.g. {missing[0]}"
         )
-    return len(names)
+    click.echo(f"{images}: {len(names)} photographs with label maps")

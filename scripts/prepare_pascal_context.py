@@ -14,7 +14,7 @@ the keys are the image ids of `trainval_merged.json`, the file name without its 
 
 The pickles. Unpickling runs whatever the file asks for, so `torch.load` reads them with `weights_only=True`,
 an unpickler that knows only tensors and plain containers. To it we add NumPy's arrays and `PIL.Image.Image`,
-the latter replaced by a class of ours that takes size and bytes and calls nothing in PIL. Every other name is
+the latter replaced by `LabelImage`, which takes size and bytes and calls nothing in PIL. Every other name is
 refused.
 """
 
@@ -33,9 +33,10 @@ from prepare_common import (
     prepare_options,
     unpack,
     write_label_map,
-    write_text,
 )
 from tqdm import tqdm
+
+from segm.files import write_text
 
 VOC = Archive(
     "VOCtrainval_03-May-2010.tar",
@@ -96,7 +97,7 @@ def load_labels(path: Path) -> dict[str, np.ndarray]:
 
 
 def cause_of(error: Exception) -> str:
-    """What is wrong with a pickle, without torch's advice to switch its protection off."""
+    """The fault of a pickle, without torch's advice to switch its protection off."""
     text = " ".join(str(error).split())
     if name := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it asks for {name[1]}"
@@ -121,7 +122,7 @@ def image_name(key: int | str) -> str:
 
 
 def prepare_split(folder: Path, source: Source, split: str) -> int:
-    """Writes the label maps of a split, then the list, which says that all is there; number of images."""
+    """Write the label maps of a split, then the list, which says that all is there; number of images."""
     maps = load_labels(source.get(LABELS[split]))
     orphans = sorted(name for name in maps if is_empty(folder / PHOTOS / f"{name}.jpg"))
     if orphans:
@@ -130,7 +131,11 @@ def prepare_split(folder: Path, source: Source, split: str) -> int:
     todo = {name: target for name, target in todo.items() if is_empty(target)}
     for name, target in tqdm(todo.items(), desc=f"labels of {split}", unit="file", disable=not todo):
         write_label_map(maps[name], target)
-    write_text("".join(f"{name}\n" for name in sorted(maps)), folder / LISTS / f"{split}.txt")
+    listed, names = folder / LISTS / f"{split}.txt", "".join(f"{name}\n" for name in sorted(maps))
+    if is_empty(listed):
+        write_text(listed, names)
+    elif listed.read_text() != names:
+        raise click.ClickException(f"{listed} exists and differs from the published list: move it away")
     return len(maps)
 
 

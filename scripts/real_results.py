@@ -28,9 +28,9 @@ import patch
 from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import LAST, load_checkpoint
 from segm.cli import Command, Listed, device_option
+from segm.data import spread
 from segm.eval.comparison import mean_tokens
 from segm.eval.environment import environment
-from segm.eval.views import spread
 from segm.files import write_text
 from segm.merging import PURE
 from segm.pictures import write_picture

@@ -14,10 +14,9 @@ import patch
 from segm import parallel
 from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
 from segm.config import RunConfig
-from segm.data import create_dataset
+from segm.data import create_dataset, spread
 from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import as_is
-from segm.eval.views import spread
 from segm.merging import PURE, read_variant
 from segm.run import Run
 from segm.sizes import Size
@@ -94,7 +93,7 @@ def automatic_thresholds(
     layers = layers or list(range(1, len(encoder.blocks) + 1))
     with patch.similarities(encoder, layers) as moments:
         dataset = create_dataset(dataset_name or run.dataset, "train", normalization=run.normalization)
-        mine = spread(max_images or len(dataset), len(dataset))[parallel.rank() :: parallel.world_size()]
+        mine = spread(max_images, len(dataset))[parallel.rank() :: parallel.world_size()]
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
             encoder.forward_features(run.resized(sample.image, size))

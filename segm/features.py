@@ -2,137 +2,156 @@
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from segm import parallel
-from segm.data import SegmentationDataset
+from segm.data import SegmentationDataset, fingerprint
+from segm.files import atomic
 from segm.interruption import Interruption, SignalError
 from segm.model.segmenter import Segmenter
 
 FOLDER = "features"
-BATCH = 4
+PART, BATCH = 64, 4  # images per file, which processes share and interruptions keep; images per forward pass
+POLL = 0.5  # seconds between two looks for the files of other processes
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+Part = tuple[int, int]  # version, number of the part
 
 
 class CachedFeatures(Dataset):
     """The training items of a data set with the encoder's patch tokens in place of the images.
 
     `cached[(epoch, index)]` is the item of epoch `epoch % n_versions`: so many augmented versions of each image are
-    seen again and again. Features are kept on disk in half precision.
+    seen again and again. Features are kept on disk in half precision, in one folder per fingerprint: trainings that
+    would see other images, labels, weights or another precision never read them.
 
     Args:
         dataset: the images.
-        folder: where the features are kept.
+        folder: place of the features.
         n_versions: of each image.
     """
 
     def __init__(self, dataset: SegmentationDataset, folder: Path, n_versions: int) -> None:
         self.dataset, self.root, self.folder, self.n_versions = dataset, folder, folder, n_versions
-        self._opened: dict[Path, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def name_of(self, index: int) -> str:
-        """What a message calls the image at `index`."""
+        """The name of the image at `index` in messages."""
         return self.dataset.name_of(index)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         """`image`: patch tokens (N, D), float32; `label`: int64 (h, w)."""
         epoch, index = item
-        features, labels = (self._open(self._file(epoch % self.n_versions, kind)) for kind in ("tokens", "labels"))
-        tokens = torch.from_numpy(features[index].astype(np.float32))
-        return {"image": tokens, "label": torch.from_numpy(labels[index].astype(np.int64))}
+        number, row = divmod(index, PART)
+        with safe_open(self._file((epoch % self.n_versions, number)), "pt") as opened:
+            tokens, label = (opened.get_slice(name)[row] for name in ("tokens", "labels"))
+        return {"image": tokens.float(), "label": label.long()}
 
-    def _file(self, version: int, kind: str) -> Path:
-        return self.folder / f"{kind}_{version}.npy"
+    def _file(self, part: Part) -> Path:
+        return self.folder / "{}_{}.safetensors".format(*part)
 
-    def _open(self, file: Path) -> np.ndarray:
-        if file not in self._opened:
-            self._opened[file] = np.load(file, mmap_mode="r")
-        return self._opened[file]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": {}}  # a worker opens the files itself
+    def _images(self, part: Part) -> range:
+        first = part[1] * PART
+        return range(first, min(first + PART, len(self)))
 
     def fill(
-        self, model: Segmenter, device: torch.device, autocast: Autocast, interruption: Interruption | None = None
+        self,
+        model: Segmenter,
+        device: torch.device,
+        autocast: Autocast,
+        interruption: Interruption | None = None,
+        workers: int = 0,
     ) -> None:
-        """Compute the versions that are not there yet, shared between the processes.
+        """Compute the features that are not there yet, shared between the processes.
+
+        Processes wait for each other's files and not in a collective, which would time out.
 
         Args:
             model: a Segmenter on `device`; its encoder is put into evaluation mode.
             device: where to compute.
             autocast: context of the forward pass.
-            interruption: asks for an end; whole versions are kept.
+            interruption: asks for an end; whole parts are kept.
+            workers: processes that read images.
 
         Raises:
-            ValueError: they do not fit on the disk.
+            ValueError: they do not fit on the disk, or the processes share no disk.
             SignalError: a signal.
         """
         model.encoder.eval()
-        self.folder = self.root / self._fingerprint(model)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [version for version in range(self.n_versions) if not self._file(version, "tokens").exists()]
-        mine = missing[parallel.rank() :: parallel.world_size()]
-        self._check_space(model, len(missing))
-        total = len(mine) * len(self)
+        self._open_folder(fingerprint(self.dataset, *_conditions(model, device, autocast)))
+        parts = [(version, n) for version in range(self.n_versions) for n in range(-(-len(self) // PART))]
+        missing = {part for part in parts if not self._file(part).exists()}
+        self._check_space(model, sum(len(self._images(part)) for part in missing))
+        # The shares are of all parts: which ones are missing, processes may see differently.
+        mine = [part for part in parts[parallel.rank() :: parallel.world_size()] if part in missing]
+        total = sum(len(self._images(part)) for part in mine)
         with tqdm(total=total, desc="features", unit="image", leave=False, disable=not parallel.is_main()) as bar:
-            for version in mine:
-                for _ in self._fill_version(version, model, device, autocast):
-                    bar.update()
-                    if interruption is not None and interruption.status:
-                        message = f"ended by a signal while {self.folder} was filled: start it again to go on"
-                        raise SignalError(message, interruption.status)
-        parallel.all_reduce_sum(torch.zeros(1, device=device))  # all wait for all
+            for n_images in self._compute(mine, model, device, autocast, workers):
+                bar.update(n_images)
+                self._check_signal(interruption)
+        while not all(self._file(part).exists() for part in missing):
+            self._check_signal(interruption)
+            time.sleep(POLL)
+
+    def _open_folder(self, name: str) -> None:
+        """Take the folder of this name, in all processes that of the main one: nodes may see other dates of files."""
+        if parallel.is_main():
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self.folder = self.root / parallel.from_main(name)
+        if not self.folder.is_dir():
+            raise ValueError(f"--feature-folder {self.root}: give a folder on a disk that all processes share")
+
+    def _check_signal(self, interruption: Interruption | None) -> None:
+        if interruption is not None and interruption.status:
+            message = f"ended by a signal while {self.folder} was filled: start it again to go on"
+            raise SignalError(message, interruption.status)
 
     @torch.inference_mode()
-    def _fill_version(self, version: int, model: Segmenter, device: torch.device, autocast: Autocast) -> Iterator[int]:
-        """Compute one version; yields the index of every image that is done."""
-        parts = {kind: self._file(version, kind).with_suffix(".part") for kind in ("tokens", "labels")}
-        items = [(version, index) for index in range(len(self))]
-        opened: dict[str, np.memmap] = {}
-        first = 0
-        for batch in DataLoader(self.dataset, batch_size=BATCH, sampler=items):
-            with autocast():
-                tokens = model.encode(batch["image"].to(device))
-            found = {"tokens": tokens.half().cpu().numpy(), "labels": batch["label"].numpy().astype(np.uint8)}
-            for kind, values in found.items():
-                if kind not in opened:
-                    shape = (len(self), *values.shape[1:])
-                    opened[kind] = np.lib.format.open_memmap(parts[kind], "w+", values.dtype, shape)
-                opened[kind][first : first + len(values)] = values
-            yield from range(first, first + len(tokens))
-            first += len(tokens)
-        for kind in ("labels", "tokens"):  # the tokens last: where they are, all is
-            opened[kind].flush()
-            parts[kind].rename(self._file(version, kind))
+    def _compute(
+        self, parts: list[Part], model: Segmenter, device: torch.device, autocast: Autocast, workers: int
+    ) -> Iterator[int]:
+        """Compute and write parts; yields the number of images of every batch that is done."""
+        images = [(version, self._images((version, n))) for version, n in parts]
+        batches = [
+            [[(version, index) for index in indices[at : at + BATCH]] for at in range(0, len(indices), BATCH)]
+            for version, indices in images
+        ]
+        loader = iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=[batch for of_part in batches for batch in of_part],
+                num_workers=workers,
+                worker_init_fn=parallel.start_worker,
+            )
+        )
+        for part, of_part in zip(parts, batches, strict=True):
+            tokens, labels = [], []
+            for batch in islice(loader, len(of_part)):
+                with autocast():
+                    tokens.append(model.encode(batch["image"].to(device)).half().cpu())
+                labels.append(batch["label"].to(torch.uint8))
+                yield len(labels[-1])
+            with atomic(self._file(part), shared=True) as file:
+                save_file({"tokens": torch.cat(tokens), "labels": torch.cat(labels)}, file)
 
-    def _fingerprint(self, model: Segmenter) -> str:
-        """Of all that features depend on, so that those of another training are not taken for these."""
-        names = ("name", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios")
-        seen = [len(self), *(getattr(self.dataset, name) for name in names)]
-        digest = hashlib.sha256(repr(seen).encode())
-        for name, values in model.encoder.state_dict().items():
-            digest.update(name.encode())
-            digest.update(values.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def _check_space(self, model: Segmenter, n_versions: int) -> None:
+    def _check_space(self, model: Segmenter, n_images: int) -> None:
         height, width = self.dataset.crop_size
-        ph, pw = model.patch_size
-        n_patches = -(-height // ph) * -(-width // pw)
-        needed = n_versions * len(self) * (2 * n_patches * model.encoder.embed_dim + height * width)
+        gh, gw = model.grid((height, width))
+        needed = n_images * (2 * gh * gw * model.encoder.embed_dim + height * width)
         free = shutil.disk_usage(self.folder).free
         if needed > 0.95 * free:
             raise ValueError(
@@ -141,14 +160,29 @@ class CachedFeatures(Dataset):
             )
 
     def remove(self) -> None:
-        """Forget the features."""
-        self._opened.clear()
+        """Delete the features."""
         if parallel.is_main():
             shutil.rmtree(self.root, ignore_errors=True)
 
 
-class Head(nn.Module):
-    """The part of a Segmenter behind its encoder.
+def _conditions(model: Segmenter, device: torch.device, autocast: Autocast) -> tuple[Any, ...]:
+    """Everything besides the images that features depend on: the encoder's build, its weights, and the precision."""
+    weights = hashlib.sha256()
+    for name, values in model.encoder.state_dict().items():
+        weights.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        weights.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    # The weights do not say how many heads there are, or what is added to a variance.
+    build = [
+        (name, type(module).__name__, {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)})
+        for name, module in model.encoder.named_modules()
+    ]
+    with autocast():
+        mixed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return weights.hexdigest(), build, str(mixed), torch.get_float32_matmul_precision()
+
+
+class DecoderOnly(nn.Module):
+    """The part of a Segmenter after its encoder.
 
     Args:
         model: the Segmenter, whose parameters it shares.

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,18 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
-def atomic(file: Path) -> Iterator[Path]:
+def atomic(file: Path, shared: bool = False) -> Iterator[Path]:
     """A path to write to, which becomes `file` if the block ends well and disappears if not; folders are made.
+
+    Args:
+        file: the place of the finished file.
+        shared: whether several processes may write it at once; each has a path of its own then, and the last one wins.
 
     Raises:
         OSError: it cannot be written; names the file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(file)
+    part = part_of(file.with_name(f"{file.name}.{uuid.uuid4().hex}") if shared else file)
     part.unlink(missing_ok=True)  # of an earlier run, or a link to somewhere else
     try:
         yield part

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from segm import parallel
-from segm.data.sample import IGNORE_LABEL
+from segm.data.dataset import IGNORE_LABEL
 from segm.model.masks import Prediction
 from segm.model.upsample import upsample
 

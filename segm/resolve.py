@@ -10,7 +10,7 @@ import timm
 import patch
 from segm import merging
 from segm.config import BACKBONE, CURRICULUM, DATA, SCHEDULERS, SETTINGS, Merging, Net, RunConfig, load_config
-from segm.data.defaults import dataset_defaults
+from segm.data.factory import dataset_defaults
 from segm.merging import PURE
 from segm.model.encoder import ALIASES
 from segm.sizes import pair, short, smaller

@@ -21,8 +21,8 @@ from segm import sharing
 from segm.checkpoint import checkpoint_file
 from segm.config import RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
+from segm.data.dataset import Photographs
 from segm.data.images import read_image, resize_keep_ratio, resized_view
-from segm.data.unlabelled import Photographs
 from segm.eval.boundary import BoundaryCount
 from segm.eval.evaluate import MULTISCALE, evaluate
 from segm.eval.sliding import Windows, predict_labels

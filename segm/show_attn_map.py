@@ -92,7 +92,7 @@ def main(
     check_query(cls, x_patch, y_patch, enc, classes)
     run = Run.load(checkpoint, device=device, merging=merging)
     model, (names, palette) = run.model, read_class_list(cmap, run)
-    from segm.data.photograph import read_sample  # imports mmseg
+    from segm.data.files import read_sample  # imports mmseg
 
     sample = read_sample(image, ground_truth, cmap if cmap in LISTS else run.dataset, names, palette)
     size = pair(image_size or run.crop_size)

@@ -18,13 +18,12 @@ from segm import merging, parallel
 from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from segm.config import RunConfig
 from segm.data import SegmentationDataset, create_dataset
+from segm.data.dataset import IGNORE_LABEL, mix_seeds
 from segm.data.loader import create_loader
-from segm.data.sample import IGNORE_LABEL
-from segm.data.seeding import mix_seeds
 from segm.errors import brief, one_line
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
-from segm.features import FOLDER, CachedFeatures, Head
+from segm.features import FOLDER, CachedFeatures, DecoderOnly
 from segm.interruption import Interruption, SignalError
 from segm.losses import DECODER_LOSSES, segmentation_loss
 from segm.merging import PURE
@@ -206,10 +205,10 @@ class Trainer:
         """Inspect the files in the main process; split -> what it holds."""
         if self.train_set.name == "shapes" or not parallel.is_main():
             return {}
-        from segm.data.inventory import take_inventory  # imports mmseg, which `shapes` does without
+        from segm.data.inventory import inspect_dataset  # imports mmseg, which `shapes` does without
 
         found = [
-            take_inventory(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad)
+            inspect_dataset(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad)
             for one in (self.train_set, self.val_set)
         ]
         for inventory in found:
@@ -370,7 +369,7 @@ class Trainer:
             if parallel.world_size() > 1:
                 parallel.on_parent_exit(self._interruption.request)
             if self.features is not None:
-                self.features.fill(self.model, self.device, self.precision.autocast, self._interruption)
+                self.features.fill(self.model, self.device, self.precision.autocast, self._interruption, self.workers)
             self.objective = self._shared_objective()
             if parallel.is_main():
                 self.log = RunLog(self.log_dir, self.config, self.epoch)
@@ -388,7 +387,7 @@ class Trainer:
 
     def _shared_objective(self) -> nn.Module:
         """The objective, which several processes share."""
-        head = None if self.features is None else Head(self.model, self.train_set.crop_size)
+        head = None if self.features is None else DecoderOnly(self.model, self.train_set.crop_size)
         objective = Objective(self.model, self.config, head and (lambda tokens: [head(tokens)]))
         if parallel.world_size() == 1:
             return objective

@@ -1,34 +1,70 @@
-"""What all data sets have in common: training items, evaluation samples, resized views."""
+"""All that data sets have in common: samples, training items, views, random numbers, fingerprints."""
 
+import hashlib
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segm.data.images import resize_keep_ratio
-from segm.data.normalization import get_normalization, normalize
-from segm.data.sample import IGNORE_LABEL, Sample
-from segm.data.seeding import mix_seeds, seeded
+from segm.data.images import find_images, get_normalization, normalize, read_image, resize_keep_ratio
 from segm.errors import one_line
 from segm.sizes import Size, pair
 
 logger = logging.getLogger(__name__)
 
+IGNORE_LABEL = 255
+THREADS = 8  # of those that wait for files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its label map, at its original size.
+
+    Attributes:
+        name: path of the image below the folder of its split, without suffix; "/" between folders.
+        image: uint8 RGB (H, W, 3).
+        label: uint8 (H, W), 255 = ignored; None if the split has no labels.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray | None
+
 
 class SegmentationDataset(Dataset):
-    """A data set for semantic segmentation; subclasses say how many samples there are and load one.
+    """A data set for semantic segmentation; subclasses know how many samples there are and load one.
 
     `ds[index]` is the evaluation sample, `ds[(epoch, index)]` the augmented training item of that epoch,
     which depends on (seed, epoch, index) alone.
 
-    classes: names, by label; palette: uint8 RGB (C, 3); image_size: pixels of the shorter side, or the
-    (height, width) of `shapes`; crop_size: of the training, pixels; resize_factor: longer side at most this
-    times the shorter; ratios: of the random resize in training, lowest and highest.
+    Args:
+        name: of the data set.
+        split: "train", "val" or "test".
+        classes: names, by label.
+        palette: uint8 RGB (C, 3).
+        image_size: pixels of the shorter side, or the (height, width) of `shapes`.
+        crop_size: of the training, pixels.
+        resize_factor: the longer side is at most so many times the shorter one.
+        normalization: name.
+        seed: of the augmentation.
+        ratios: of the random resize in training, lowest and highest.
+
+    Attributes:
+        skip_bad: whether an image that cannot be read is left out with a warning; it is refused otherwise.
+        colors: (r, g, b) -> label, of masks that are RGB pictures.
     """
+
+    colors: Mapping[tuple[int, ...], int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -45,7 +81,7 @@ class SegmentationDataset(Dataset):
         ratios: tuple[float, float] = (0.5, 2.0),
     ) -> None:
         get_normalization(normalization)
-        self.skip_bad = False  # True: an image that cannot be read is left out with a word, not refused
+        self.skip_bad = False
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
@@ -53,18 +89,27 @@ class SegmentationDataset(Dataset):
 
     @property
     def n_cls(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def name_of(self, index: int) -> str:
-        """What a message calls the image at `index`: its file, where it has one."""
+        """The name of the image at `index` in messages: its file, where it has one."""
         raise NotImplementedError
 
     def load(self, index: int) -> Sample:
         """The sample at `index` in [0, len), at its original size."""
         raise NotImplementedError
+
+    def sources(self, index: int) -> tuple[Any, ...]:
+        """The name of a sample, and size in bytes and date in ns of each of its files; nothing where it is drawn.
+
+        Raises:
+            FileNotFoundError: one is missing.
+        """
+        return ()
 
     @overload
     def __getitem__(self, item: int) -> Sample: ...
@@ -77,7 +122,7 @@ class SegmentationDataset(Dataset):
         return self.eval_item(self._checked(item))
 
     def train_item(self, index: int, seed: int) -> dict[str, torch.Tensor]:
-        """Augmented item: image float32 (3, h, w) of the crop size, label int64 (h, w), 255 = ignore.
+        """The augmented item: image float32 (3, h, w) of the crop size, label int64 (h, w), 255 = ignored.
 
         With `skip_bad` also `skipped`, a bool; nothing is labelled in an image that is skipped.
 
@@ -112,10 +157,10 @@ class SegmentationDataset(Dataset):
             return self._train_transform(sample.image, sample.label)
 
     def view(self, image: np.ndarray, ratio: float = 1.0) -> torch.Tensor:
-        """What the model gets to see of a uint8 RGB image (H, W, 3): float32 (3, h, w).
+        """The input of the model for a uint8 RGB image (H, W, 3): float32 (3, h, w).
 
-        Resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`, then
-        normalized.
+        The image is resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`,
+        then normalized.
         """
         long, short = self._scale
         resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))
@@ -129,7 +174,7 @@ class SegmentationDataset(Dataset):
 
     @cached_property
     def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
-        from segm.data.transforms import TrainTransform
+        from segm.data.openmmlab import TrainTransform
 
         return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios)
 
@@ -139,3 +184,81 @@ class SegmentationDataset(Dataset):
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range: {self.name} {self.split} has {count} samples")
         return int(index) % count
+
+
+class Photographs:
+    """A folder of photographs as a data set without classes and labels; `photographs[index]` is a `Sample`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no photograph in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.name = str(folder)
+        self._files = find_images(self.folder)
+        if not self._files:
+            raise FileNotFoundError(f"no photograph below {folder}: give a data set or a folder of JPEG or PNG files")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self._files[index]
+        return Sample(file.relative_to(self.folder).with_suffix("").as_posix(), read_image(file), None)
+
+
+def spread(number: int | None, total: int) -> list[int]:
+    """`number` indices out of `total`, at equal distances, because neighbors are often alike; None: all."""
+    number = total if number is None else min(number, total)
+    return [index * total // number for index in range(number)]
+
+
+# ------------------------------------------------------------------------------------------- fingerprints
+
+SETTINGS = (
+    "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
+    "colors",
+)  # fmt: skip
+
+
+def fingerprint(dataset: SegmentationDataset, *conditions: Any) -> str:
+    """A hash of all that the items of a data set depend on.
+
+    Args:
+        dataset: its settings and classes count, and the names, sizes and dates of its files.
+        conditions: everything else that a result depends on: texts, numbers, and tuples of them.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    settings = {name: getattr(dataset, name) for name in SETTINGS}
+    digest = hashlib.sha256(repr((settings, conditions)).encode())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(dataset.sources, range(len(dataset))):
+            digest.update(repr(found).encode())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- random numbers
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One 64-bit seed from several non-negative numbers; order matters."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed numpy's and Python's global generators, which mmcv's transforms use; restore them at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    np.random.seed(np.random.SeedSequence(numbers).generate_state(4))
+    random.seed(mix_seeds(*numbers))
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

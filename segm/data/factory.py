@@ -1,14 +1,29 @@
-"""From a data set's name to the data set."""
+"""From the name of a data set to its settings, its classes, and the data set."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segm.config import DATASETS, load_config
 from segm.data.dataset import SegmentationDataset
-from segm.data.defaults import dataset_defaults
-from segm.data.layouts import dataset_root
 from segm.sizes import Size
+
+
+def dataset_defaults(name: str) -> dict:
+    """The published settings of a data set, from `configs/datasets.yml`.
+
+    Returns:
+        `n_cls epochs eval_freq batch_size learning_rate im_size crop_size window_size window_stride resize_factor`;
+        `n_cls` is None for `folder`.
+
+    Raises:
+        ValueError: no data set has this name.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; allowed: {', '.join(DATASETS)}")
+    return load_config("datasets")[name]
 
 
 def create_dataset(
@@ -24,13 +39,20 @@ def create_dataset(
     classes: str | Path | None = None,
     ratios: tuple[float, float] = (0.5, 2.0),
 ) -> SegmentationDataset:
-    """The split `split` of the data set `name`.
+    """One split of a data set.
 
-    image_size: pixels of the shorter side; for `shapes` also (height, width) of its scenes. crop_size: one
-    number or (height, width) of the training crop. Both default to `configs/datasets.yml`; the crop of `shapes`
-    to the shorter side of its scenes. root: the data set's folder or the one that holds it, default $DATASET.
-    seed: of the augmentation, and of the scenes of `shapes`. length: number of scenes (`shapes`). classes: path
-    of the class list (`folder`). ratios: of the random resize in training.
+    Args:
+        name: of the data set.
+        split: "train", "val" or "test".
+        image_size: pixels of the shorter side; for `shapes` also (height, width) of its scenes. None: the data set's.
+        crop_size: one number or (height, width) of the training crop, pixels. None: the data set's; that of `shapes`
+            is the shorter side of its scenes.
+        normalization: name.
+        root: the data set's folder or the one that holds it; None: $DATASET.
+        seed: of the augmentation, and of the scenes of `shapes`.
+        length: number of scenes (`shapes`).
+        classes: path of the class list (`folder`).
+        ratios: of the random resize in training, lowest and highest.
 
     Raises:
         ValueError: an unknown name, split or normalization, or an option that the data set does not have.
@@ -41,11 +63,13 @@ def create_dataset(
         raise ValueError(f"length is for the data set shapes, not for {name}")
     if classes is not None and name != "folder":
         raise ValueError(f"classes is for the data set folder, not for {name}")
-    image_size = _checked_size(name, image_size or defaults["im_size"])
+    image_size = image_size or defaults["im_size"]
     if name == "shapes":
         crop_size = crop_size or int(np.min(image_size))
+    elif not isinstance(image_size, int):
+        raise ValueError(f"image_size of {name} is one number: the shorter side in pixels")
     settings: dict[str, Any] = {
-        "image_size": image_size,
+        "image_size": image_size if isinstance(image_size, int) else tuple(image_size),
         "crop_size": crop_size or defaults["crop_size"],
         "resize_factor": defaults["resize_factor"],
         "normalization": normalization,
@@ -56,48 +80,50 @@ def create_dataset(
         from segm.data.shapes import ShapesDataset
 
         return ShapesDataset(split, length=length, **settings)
-    return _file_dataset(name, split, root, classes, settings)
-
-
-def _checked_size(name: str, image_size: int | tuple[int, int]) -> int | tuple[int, int]:
-    if isinstance(image_size, int):
-        return image_size
-    if name != "shapes":
-        raise ValueError(f"image_size of {name} is one number: the shorter side in pixels")
-    height, width = image_size
-    return height, width
-
-
-def _file_dataset(
-    name: str, split: str, root: str | Path | None, classes: str | Path | None, settings: dict[str, Any]
-) -> SegmentationDataset:
-    dataset_root(name, root)  # fails before the slow import of mmseg
+    base = dataset_root(name, root)  # fails before the slow import of mmseg
     from segm.data.files import FileDataset
     from segm.data.folder import list_folder
     from segm.data.public import list_public
 
-    files = list_folder(split, root, classes) if name == "folder" else list_public(name, split, root)
+    files = list_folder(split, base, classes) if name == "folder" else list_public(name, split, base)
     return FileDataset(files, name, split, **settings)
+
+
+def dataset_root(name: str, root: str | Path | None) -> Path:
+    """`root`, or $DATASET where it is None; absolute.
+
+    Raises:
+        FileNotFoundError: neither is given.
+    """
+    root = root or os.environ.get("DATASET")
+    if not root:
+        raise FileNotFoundError(f"{name} needs files: set DATASET to its folder or to the one that holds it")
+    return Path(root).expanduser().absolute()
 
 
 def class_info(name: str, classes: str | Path | None = None) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and palette, uint8 RGB (C, 3), of a data set, without its files.
 
-    classes: path of the class list, needed for `folder`.
+    Args:
+        name: of the data set.
+        classes: path of the class list, needed for `folder`.
+
+    Raises:
+        ValueError: an unknown name, a wrong class list, or none.
+        FileNotFoundError: the class list is not there.
     """
     dataset_defaults(name)
     if name == "shapes":
         from segm.data.shapes import CLASSES
 
         return tuple(CLASSES), np.array(list(CLASSES.values()), dtype=np.uint8)
-    from segm.data.folder import OwnFiles, find_classes, read_classes
+    from segm.data.folder import own_classes
     from segm.data.public import mmseg_class
 
     if name != "folder":
         metainfo = mmseg_class(name)(data_prefix={"img_path": "."}, lazy_init=True).metainfo
     elif classes is None:
-        raise ValueError("the classes of folder stand in a file: give its path as classes")
+        raise ValueError("the classes of folder are in a file: give its path as classes")
     else:
-        path = find_classes(Path(), classes)
-        metainfo = OwnFiles([], path.parent, None, read_classes(path)[0]).metainfo
+        metainfo = own_classes(classes)
     return tuple(metainfo["classes"]), np.array(metainfo["palette"], dtype=np.uint8)

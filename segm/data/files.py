@@ -1,16 +1,16 @@
 """Reading and checking image and label files. Imports mmseg."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from segm.data.dataset import SegmentationDataset
+from segm.data.dataset import IGNORE_LABEL, Sample, SegmentationDataset
 from segm.data.images import DECODE_ERRORS, read_image, require_file, unreadable
 from segm.data.openmmlab import BaseSegDataset, LoadAnnotations
-from segm.data.sample import IGNORE_LABEL, Sample
+from segm.data.public import LAYOUTS, mmseg_class
 
 
 class FileDataset(SegmentationDataset):
@@ -21,8 +21,8 @@ class FileDataset(SegmentationDataset):
         self._files = files
         self._read_label = LoadAnnotations()
         self._complete: set[int] = set()  # images that were found to be complete when they were first read
-        colors: Mapping[tuple[int, ...], int] = getattr(files, "colors", {})
-        codes = sorted((_codes(np.array(color)), label) for color, label in colors.items())
+        self.colors: Mapping[tuple[int, ...], int] = getattr(files, "colors", {})
+        codes = sorted((_codes(np.array(color)), label) for color, label in self.colors.items())
         self._codes, self._labels = np.array(codes, dtype=np.int64).reshape(-1, 2).T
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class FileDataset(SegmentationDataset):
 
     @property
     def made(self) -> str:
-        """How the split was made, where the program made it; else empty."""
+        """The way in which the program made the split; empty where it did not."""
         return getattr(self._files, "made", "")
 
     @property
@@ -46,7 +46,18 @@ class FileDataset(SegmentationDataset):
         info = self._files.get_data_info(index)
         return Path(info["img_path"]), Path(info["seg_map_path"]) if "seg_map_path" in info else None
 
+    def sources(self, index: int) -> tuple[Any, ...]:
+        paths = [path for path in self.paths(index) if path is not None]
+        states = [path.stat() for path in paths]
+        return self._sample_name(paths[0]), *((state.st_size, state.st_mtime_ns) for state in states)
+
     def load(self, index: int) -> Sample:
+        """The sample at `index`; its image is checked for its end when it is read for the first time.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or the label map does not fit.
+        """
         path = self.paths(index)[0]
         image = read_image(path, check=index not in self._complete)
         self._complete.add(index)
@@ -125,3 +136,48 @@ def highest_wide_label(path: Path) -> int:
 def _codes(colors: np.ndarray) -> Any:
     """One number per color: (..., 3), RGB -> (...)."""
     return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+
+
+def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[str], palette: np.ndarray) -> Sample:
+    """A photograph with its label map, read as the data set reads its own: ADE20K's 0 is ignored, the rest shifts.
+
+    Args:
+        image: file.
+        label: file, or None: where the data set keeps it, if it is there.
+        dataset: name of a data set.
+        names: of its classes, for the user's own files.
+        palette: likewise, uint8 RGB (C, 3).
+
+    Returns:
+        A `Sample`, its label None if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing, damaged or does not fit.
+    """
+    common = {"data_prefix": {"img_path": str(image.parent)}, "lazy_init": True, "serialize_data": False}
+    if dataset in LAYOUTS:
+        files = mmseg_class(dataset)(**common, **LAYOUTS[dataset].options)
+    else:
+        files = BaseSegDataset(**common, metainfo={"classes": names, "palette": palette})
+    label = label or find_label(image, dataset, files)
+    info = {"img_path": str(image), "label_map": files.label_map, "reduce_zero_label": files.reduce_zero_label}
+    info |= {"seg_fields": []} | ({} if label is None else {"seg_map_path": str(label)})
+    files.load_data_list = lambda: [info]  # instead of everything that lies beside the photograph
+    files.full_init()
+    settings = {"image_size": 1, "crop_size": 1, "resize_factor": 1, "normalization": "vit", "seed": 0}
+    return FileDataset(files, dataset, "val", **settings).load(0)
+
+
+def find_label(image: Path, dataset: str, files: BaseSegDataset) -> Path | None:
+    """The label map of a photograph, where the data set keeps it; None if no file is there."""
+    splits = LAYOUTS[dataset].splits.values() if dataset in LAYOUTS else ()
+    folders = {split.images.split("/")[0]: split.labels.split("/")[0] for split in splits if split.labels}
+    folders = folders or {"images": "annotations"}
+    for own, other in folders.items():
+        parts = list(image.absolute().parent.parts)
+        if own in parts:
+            parts[len(parts) - 1 - parts[::-1].index(own)] = other
+            name = image.name.removesuffix(files.img_suffix) if image.name.endswith(files.img_suffix) else image.stem
+            label = Path(*parts) / (name + files.seg_map_suffix)
+            return label if label.is_file() else None
+    return None

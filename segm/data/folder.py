@@ -14,26 +14,22 @@ masks may be RGB pictures in these colors; an entry with the id 255 is a color t
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from segm.data.dataset import IGNORE_LABEL
 from segm.data.images import find_images, suffixes_below
-from segm.data.layouts import dataset_root
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import open_list
-from segm.data.sample import IGNORE_LABEL
 from segm.errors import brief
 from segm.yaml_files import read_yaml
 
-# What the folder of a split may be called, in either case.
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid"),
-    "test": ("test", "testing"),
-}
+# Names of the folders of a split, in either case.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 LOOKS_LIKE_A_SPLIT = re.compile(r"(train|val|test|dev|eval|hold)", re.IGNORECASE)
 
 
@@ -42,7 +38,7 @@ class OwnFiles(BaseSegDataset):
 
     Attributes:
         colors: (r, g, b) -> label, of masks that are RGB pictures.
-        made: how the split was made, where the program made it.
+        made: the way in which the program made the split; empty where it did not.
     """
 
     def __init__(
@@ -80,8 +76,13 @@ class OwnFiles(BaseSegDataset):
         return [path for stem, path in self._masks.items() if stem not in images]
 
 
-def list_folder(split: str, root: str | Path | None, classes: str | Path | None) -> BaseSegDataset:
+def list_folder(split: str, root: Path, classes: str | Path | None) -> BaseSegDataset:
     """The files of one split.
+
+    Args:
+        split: "train", "val" or "test".
+        root: the folder that holds `images`, or that one's parent.
+        classes: the class list; None: `classes.yml` in the folder.
 
     Raises:
         ValueError: unknown split, or a wrong class list.
@@ -89,10 +90,9 @@ def list_folder(split: str, root: str | Path | None, classes: str | Path | None)
     """
     if split not in SPLITS:
         raise ValueError(f"folder has no split {split!r}; allowed: {', '.join(SPLITS)}")
-    given = dataset_root("folder", root)
-    base = next((folder for folder in (given, given / "folder") if (folder / "images").is_dir()), None)
+    base = next((folder for folder in (root, root / "folder") if (folder / "images").is_dir()), None)
     if base is None:
-        tried = f"{given / 'images'} and {given / 'folder/images'}"
+        tried = f"{root / 'images'} and {root / 'folder/images'}"
         raise FileNotFoundError(f"folder not found: tried {tried}; set DATASET to the folder that holds images")
     metainfo, colors = read_classes(find_classes(base, classes))
     image_dir, images, made = _split_images(base, split)
@@ -107,8 +107,19 @@ def list_folder(split: str, root: str | Path | None, classes: str | Path | None)
     return open_list(files, f"folder {split}", image_dir)
 
 
+def own_classes(file: str | Path) -> dict[str, Any]:
+    """`{"classes": names, "palette": colors}` of a class list; missing colors are chosen by mmsegmentation.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: see `read_classes`.
+    """
+    path = find_classes(Path(), file)
+    return OwnFiles([], path.parent, None, read_classes(path)[0]).metainfo
+
+
 def find_classes(base: Path, classes: str | Path | None) -> Path:
-    """The class list: `classes`, or `classes.yml` or `classes.yaml` below the root."""
+    """The file with the class list: `classes`, or `classes.yml` or `classes.yaml` below the root."""
     candidates = [Path(classes)] if classes else [base / "classes.yml", base / "classes.yaml"]
     for path in candidates:
         if path.is_file():
@@ -117,10 +128,10 @@ def find_classes(base: Path, classes: str | Path | None) -> Path:
 
 
 def read_classes(path: Path) -> tuple[dict[str, Any], dict[tuple[int, ...], int]]:
-    """A class list: `{"classes": names, "palette": colors}` for mmsegmentation, which chooses missing colors, and
-    (r, g, b) -> label for masks in these colors.
+    """A class list: `{"classes": names, "palette": colors}` and (r, g, b) -> label for masks in these colors.
 
-    Names are texts, whatever YAML means by them: `no` is a class like any other.
+    The palette is left out where the list has no colors. Names are texts, whatever YAML means by them: `no` is a class
+    like any other.
 
     Raises:
         ValueError: the file is no list of names or of `{id, name, color}` with ids 0, 1, 2, ... and 255.
@@ -137,14 +148,18 @@ def _names(path: Path, entries: list[Any]) -> tuple[str, ...]:
     if any(not isinstance(entry, str) for entry in entries):
         raise ValueError(f"{path}: the class list holds names alone, or entries {{id, name, color}} alone")
     names = [entry.strip() for entry in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not all(names):
-        raise ValueError(
-            f"{path}: {'the name ' + brief(twice[0]) + ' stands there twice' if twice else 'a name is empty'}"
-        )
+    if not all(names):
+        raise ValueError(f"{path}: a name is empty")
+    if twice := _repeated(names):
+        raise ValueError(f"{path}: the name {brief(twice)} is listed twice")
     if len(names) > IGNORE_LABEL:
         raise ValueError(f"{path}: {len(names)} classes, at most {IGNORE_LABEL} are allowed")
     return tuple(names)
+
+
+def _repeated(names: list[str]) -> str | None:
+    """The first name that is listed more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _read_entries(path: Path, entries: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[tuple[int, ...], int]]:
@@ -181,7 +196,7 @@ def _color(path: Path, entry: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _split_folder(folder: Path, split: str) -> Path | None:
-    """The folder of a split below another."""
+    """The subfolder of a split."""
     if not folder.is_dir():
         return None
     found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
@@ -189,8 +204,7 @@ def _split_folder(folder: Path, split: str) -> Path | None:
 
 
 def _split_images(base: Path, split: str) -> tuple[Path, list[Path], str]:
-    """The folder that the split's images are in, their paths in sorted order, and how the program chose them, if it
-    did."""
+    """The folder of the split's images, their paths in sorted order, and how the program chose them, if it did."""
     folder, names_file = base / "images", base / f"{split}.txt"
     image_dir = _split_folder(folder, split)
     if image_dir is not None:
@@ -234,6 +248,7 @@ def _one_per_stem(paths: list[Path], folder: Path) -> list[Path]:
 
 
 def _named(images: list[Path], folder: Path, names_file: Path) -> list[Path]:
+    """The images that a list names, in its order."""
     by_name: dict[str, list[Path]] = {}
     for path in images:
         below = path.relative_to(folder)
@@ -244,15 +259,14 @@ def _named(images: list[Path], folder: Path, names_file: Path) -> list[Path]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{names_file}: not a text in UTF-8") from error
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"{names_file}: {twice[0]} stands there twice")
+    if twice := _repeated(names):
+        raise ValueError(f"{names_file}: {twice} is listed twice")
     for name in names:
         if name not in by_name:
             raise FileNotFoundError(f"{names_file}: there is no image {name!r} in {folder}; {suffixes_below(folder)}")
         if len(by_name[name]) > 1:
             found = ", ".join(path.name for path in by_name[name])
-            raise ValueError(f"{names_file}: {name} is {found}: write the suffix too, or keep one of them")
+            raise ValueError(f"{names_file}: {name} may be {found}: write the suffix too, or keep one of them")
     return [by_name[name][0] for name in names]
 
 

@@ -1,53 +1,49 @@
-"""A look at a data set before it is believed: are all files there, and what do the masks say?"""
+"""The inspection of a data set before a training: are all files there, do sizes fit, what do the masks hold?"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from segm.data.dataset import SegmentationDataset
+from segm.data.dataset import IGNORE_LABEL, THREADS, SegmentationDataset, spread
 from segm.data.files import FileDataset
 from segm.data.images import DECODE_ERRORS, unreadable
-from segm.data.sample import IGNORE_LABEL
 
 ORIENTATION = 0x0112  # of EXIF: 1 upright, 5 to 8 turned by a right angle
-THREADS = 8  # files are waited for, not computed
 LARGE_SHARE = 0.5  # of ignored pixels
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What one split holds.
+    """The content of one split.
 
     Attributes:
         split: its name.
         n_images: number of images.
         sizes: (width, height) of the smallest and of the largest of those whose headers were read, pixels.
-        n_headers: how many headers were read.
         n_masks: how many masks were counted.
         pixels: class -> labelled pixels in them.
         ignored: pixels in them that no class has.
-        notes: what is suspicious, a line each.
+        warnings: one line for everything that is suspicious.
     """
 
     split: str
     n_images: int
     sizes: tuple[tuple[int, int], tuple[int, int]]
-    n_headers: int
     n_masks: int = 0
     pixels: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> str:
-        """Which masks were counted, in words."""
+        """The share of the masks that were counted, in words; "" for all."""
         return "" if self.n_masks == self.n_images else f" in a sample of {self.n_masks} of {self.n_images} masks"
 
     @property
@@ -56,7 +52,7 @@ class Inventory:
         return self.ignored / max(1, self.ignored + sum(self.pixels.values()))
 
     def record(self) -> dict[str, Any]:
-        """For `variant.yml` and the report page."""
+        """The inventory as `variant.yml` and the report page keep it."""
         return {
             "images": self.n_images,
             "smallest": list(self.sizes[0]),
@@ -64,27 +60,24 @@ class Inventory:
             "masks_counted": self.n_masks,
             "pixels": dict(self.pixels),
             "ignored_pixels": self.ignored,
-            "notes": list(self.notes),
+            "notes": list(self.warnings),
         }
 
     def lines(self) -> list[str]:
-        """For people: one line about the files, one about the labels, and one for all that is suspicious."""
+        """The inventory for people: a line about the files, one about the labels, and all warnings."""
         (w0, h0), (w1, h1) = self.sizes
         size = f"{w0}x{h0}" if self.sizes[0] == self.sizes[1] else f"{w0}x{h0} to {w1}x{h1}"
         lines = [f"{self.split}: {self.n_images} images of {size} pixels"]
         if self.n_masks:
             total = max(1, sum(self.pixels.values()))
-            shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in _largest(self.pixels))
+            largest = Counter(self.pixels).most_common(8)
+            shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in largest)
             more = f" and {len(self.pixels) - 8} more" if len(self.pixels) > 8 else ""
             lines.append(f"  labels{self.sampled}: {shares}{more}; {100 * self.ignored_share:.1f} % ignored")
-        return lines + [f"  look: {note}" for note in self.notes]
+        return lines + [f"  warning: {text}" for text in self.warnings]
 
 
-def _largest(pixels: dict[str, int]) -> list[tuple[str, int]]:
-    return Counter(pixels).most_common(8)
-
-
-def take_inventory(
+def inspect_dataset(
     dataset: SegmentationDataset,
     *,
     n_masks: int | None = None,
@@ -92,7 +85,7 @@ def take_inventory(
     skip_bad: bool = False,
     progress: bool = False,
 ) -> Inventory | None:
-    """Look at the files of a split.
+    """Inspect the files of a split.
 
     Args:
         dataset: from `segm.data.create_dataset`.
@@ -115,45 +108,29 @@ def take_inventory(
     if not skip_bad:
         _require(dataset, [image for image, _ in paths], "images")
         _require(dataset, [mask for _, mask in paths if mask is not None], "masks")
-    chosen = [paths[index] for index in spread(len(paths), n_headers)]
+    chosen = [paths[index] for index in spread(n_headers, len(paths))]
     heads = _threads(_header, chosen, "headers", progress and n_headers is None, bad)
     if not heads:
         raise ValueError(
             f"{dataset.name} {dataset.split}: all {len(chosen)} images are bad, such as {bad[0] if bad else ''}"
         )
-    sizes = sorted(((head.width, head.height) for head in heads), key=lambda size: size[0] * size[1])
-    labelled = paths[0][1] is not None
-    notes = [*_notes_on_files(dataset, heads)]
+    by_area = sorted(((head.width, head.height) for head in heads), key=lambda size: size[0] * size[1])
+    sizes = by_area[0], by_area[-1]
+    warnings = [*_warnings_of_files(dataset, heads)]
     if bad:
-        notes.append(f"{len(bad)} of {len(chosen)} images are skipped: {bad[0]}")
-    if not labelled:
-        return Inventory(dataset.split, len(paths), (sizes[0], sizes[-1]), len(heads), notes=tuple(notes))
+        warnings.append(f"{len(bad)} of {len(chosen)} images are skipped: {bad[0]}")
+    if paths[0][1] is None:  # the split has no labels
+        return Inventory(dataset.split, len(paths), sizes, warnings=tuple(warnings))
     if dataset.n_cls == 1:
         raise ValueError(
             f"{dataset.name} has one class, {dataset.classes[0]}: every pixel would be that; list the background as a "
             "class, too"
         )
-    counted = spread(len(paths), n_masks)
+    counted = spread(n_masks, len(paths))
     counts = _count(dataset, counted, progress, None if bad is None else [])
     pixels = dict(zip(dataset.classes, counts[: dataset.n_cls].tolist(), strict=True))
-    found = Inventory(
-        dataset.split,
-        len(paths),
-        (sizes[0], sizes[-1]),
-        len(heads),
-        len(counted),
-        pixels,
-        int(counts[IGNORE_LABEL]),
-        tuple(notes),
-    )
-    return _with_notes_on_labels(found)
-
-
-def spread(length: int, number: int | None) -> Sequence[int]:
-    """So many indices below a length, evenly spread; None: all."""
-    if number is None or number >= length:
-        return range(length)
-    return [int((2 * i + 1) * length / (2 * number)) for i in range(number)]
+    found = Inventory(dataset.split, len(paths), sizes, len(counted), pixels, int(counts[IGNORE_LABEL]))
+    return replace(found, warnings=(*warnings, *_warnings_of_labels(found)))
 
 
 def _require(dataset: FileDataset, paths: Sequence[Path], kind: str) -> None:
@@ -166,8 +143,7 @@ def _require(dataset: FileDataset, paths: Sequence[Path], kind: str) -> None:
         raise FileNotFoundError(f"{dataset.name} {dataset.split}: {kind} are missing: {missing[0]}{many}")
 
 
-@dataclass(frozen=True)
-class _Head:
+class _Head(NamedTuple):
     width: int
     height: int
     orientation: int
@@ -212,7 +188,7 @@ def _count(dataset: FileDataset, indices: Sequence[int], progress: bool, bad: li
 def _threads(
     function: Callable[[Any], Any], items: Sequence[Any], what: str, progress: bool, bad: list[str] | None
 ) -> list[Any]:
-    """Results of a function. bad: takes what is wrong with items, which have no result then; None: that is raised."""
+    """Results of a function; the faults of items without a result go to `bad`, or are raised where that is None."""
 
     def tried(item: Any) -> Any:
         try:
@@ -228,7 +204,7 @@ def _threads(
         return [result for result in bar if result is not None]
 
 
-def _notes_on_files(dataset: FileDataset, heads: Sequence[_Head]) -> Iterable[str]:
+def _warnings_of_files(dataset: FileDataset, heads: Sequence[_Head]) -> Iterable[str]:
     if dataset.made:
         yield f"the split was made by the program: {dataset.made}"
     turned = [head.orientation for head in heads if head.orientation != 1]
@@ -243,28 +219,21 @@ def _notes_on_files(dataset: FileDataset, heads: Sequence[_Head]) -> Iterable[st
         yield f"{len(spare)} masks belong to no image of this split, such as {spare[0]}"
 
 
-def _with_notes_on_labels(found: Inventory) -> Inventory:
-    """Add what is suspicious about the labels; raise a ValueError if nothing is labelled."""
-    notes = list(found.notes)
-    labelled = sum(found.pixels.values())
-    if not labelled:
+def _warnings_of_labels(found: Inventory) -> Iterable[str]:
+    """Everything that is suspicious about the labels; raises a ValueError if nothing is labelled."""
+    if not any(found.pixels.values()):
         raise ValueError(
             f"{found.split}: no pixel is labelled{found.sampled}: all are 255, which is ignored; masks hold class "
             "numbers from 0"
         )
     empty = [name for name, count in found.pixels.items() if not count]
-    binary = (
-        " Programs that paint masks write 255 for what is marked: write the class number instead."
-        if (found.ignored and len(found.pixels) - len(empty) == 1)
-        else ""
-    )
     if empty:
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         many = "classes have" if len(empty) > 1 else "class has"
-        notes.append(
+        binary = found.ignored and len(found.pixels) - len(empty) == 1
+        yield (
             f"{len(empty)} listed {many} no pixel{found.sampled}: {names}. Nothing is learned about them, and scores "
-            f"leave them out.{binary}"
+            "leave them out." + (" Paint programs mark with 255: write the class number instead." if binary else "")
         )
     if found.ignored_share > LARGE_SHARE:
-        notes.append(f"{100 * found.ignored_share:.0f} % of the pixels are ignored (255): is that meant?")
-    return Inventory(**{**found.__dict__, "notes": tuple(notes)})
+        yield f"{100 * found.ignored_share:.0f} % of the pixels are ignored (255): is that meant?"

@@ -1,4 +1,4 @@
-"""The one place that imports mmcv and mmseg, so that their import stays silent.
+"""The one place that imports mmcv and mmseg, so that their import stays silent, and the training pipeline made of them.
 
 `mmseg` prints two lines about OneDL and warns about compiled operators that nothing here needs. The classes
 are used directly, not by name, so nothing has to be registered and no global scope is set.
@@ -7,8 +7,16 @@ are used directly, not by name, so nothing has to be registered and no global sc
 import contextlib
 import io
 import warnings
+from typing import Any
 
+import cv2
+import numpy as np
+import torch
+
+from segm.data.dataset import IGNORE_LABEL
+from segm.data.images import get_normalization
 from segm.errors import TRAINING
+from segm.sizes import Size, pair
 
 try:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -21,15 +29,49 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"labelled data sets are read by mmsegmentation, which is not installed: {TRAINING}") from error
 
-__all__ = [
-    "BaseSegDataset",
-    "LoadAnnotations",
-    "Normalize",
-    "Pad",
-    "PhotoMetricDistortion",
-    "RandomCrop",
-    "RandomFlip",
-    "RandomResize",
-    "Resize",
-    "mmseg_datasets",
-]
+__all__ = ["BaseSegDataset", "LoadAnnotations", "Resize", "TrainTransform", "mmseg_datasets"]
+
+
+class TrainTransform:
+    """The published training pipeline (Segmenter, after mmsegmentation).
+
+    Random resize, by 0.5 to 2.0 in the publication, random crop in which no class covers more than 75 %, flip,
+    photometric distortion, normalization, padding to the crop size. It draws from numpy's global generator: see
+    `segm.data.dataset.seeded`.
+
+    Args:
+        scale: (long, short) side at ratio 1, pixels.
+        crop_size: of the result, pixels.
+        normalization: name.
+        ratios: of the random resize, lowest and highest.
+    """
+
+    def __init__(
+        self, scale: tuple[int, int], crop_size: Size, normalization: str, ratios: tuple[float, float] = (0.5, 2.0)
+    ) -> None:
+        height, width = pair(crop_size)
+        mean, std = (255 * np.array(v) for v in get_normalization(normalization))
+        self.steps = (
+            RandomResize(scale, ratio_range=ratios, resize_type=Resize, keep_ratio=True),
+            RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
+            RandomFlip(prob=0.5),
+            PhotoMetricDistortion(),
+            Normalize(mean, std, to_rgb=True),
+            Pad(size=(width, height), pad_val={"img": 0, "seg": IGNORE_LABEL}),
+        )
+
+    def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:
+        """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, h, w), label int64 (h, w)."""
+        # The transforms expect OpenCV's BGR, as mmcv's loader gives it; Normalize turns it back to RGB.
+        results: dict[str, Any] = {
+            "img": cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
+            "img_shape": image.shape[:2],
+            "gt_seg_map": label,
+            "seg_fields": ["gt_seg_map"],
+        }
+        for step in self.steps:
+            results = step(results)
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1))),
+            "label": torch.from_numpy(results["gt_seg_map"].astype(np.int64)),
+        }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from segm import parallel
-from segm.data.sample import IGNORE_LABEL
+from segm.data.dataset import IGNORE_LABEL
 
 RATIO = 0.02  # width of a boundary, of the image's diagonal (section 3)
 

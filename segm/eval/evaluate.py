@@ -10,9 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from segm import parallel
-from segm.data import Sample, SegmentationDataset
+from segm.data import Sample, SegmentationDataset, spread
 from segm.eval.sliding import Model, Windows, predict_labels
-from segm.eval.views import spread
 from segm.metrics import confusion_matrix
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -71,7 +70,7 @@ def evaluate(
     Returns:
         (C, C), int64, on the CPU; rows are true classes.
     """
-    chosen = spread(len(dataset) if n_images is None else n_images, len(dataset))
+    chosen = spread(n_images, len(dataset))
     mine = chosen[parallel.rank() :: parallel.world_size()]
     options: dict[str, Any] = {"collate_fn": as_is, "worker_init_fn": parallel.start_worker}
     loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, **options)

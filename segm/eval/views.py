@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from segm.data import Sample, spread
 from segm.data.images import resized_view
-from segm.data.sample import Sample
 from segm.sizes import Size, pair
 
 
@@ -16,12 +16,6 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
-
-
-def spread(n_images: int, total: int) -> list[int]:
-    """Indices of so many images of all, at equal distances: those that follow each other are often alike."""
-    n_images = min(n_images, total)
-    return [index * total // n_images for index in range(n_images)]
 
 
 class Views(Sequence[Tensor]):

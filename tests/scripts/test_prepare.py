@@ -282,9 +282,9 @@ def test_camvid_with_32_classes(scripts, store, tmp_path, unpacked):
 def test_camvid_colors(scripts):
     colors = [color for entries in scripts["prepare_camvid"].COLORS.values() for color in entries]
     assert len(colors) == len(set(colors)) == 32
-    from segm.data.camvid import CLASSES
+    from segm.data.public import CAMVID_CLASSES
 
-    for label, color in enumerate(CLASSES.values()):
+    for label, color in enumerate(CAMVID_CLASSES.values()):
         assert scripts["prepare_camvid"].COLORS[label][0] == color  # a class has the color of its main part
 
 

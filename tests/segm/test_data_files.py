@@ -1,5 +1,7 @@
 """The data sets that are read from files, each built in its real folder structure."""
 
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from segm.data import IGNORE_LABEL, create_dataset, dataset_defaults
+from segm.data import IGNORE_LABEL, create_dataset, dataset_defaults, fingerprint
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data"
 
@@ -265,6 +267,42 @@ def test_missing_class_list(tmp_path):
     (tmp_path / "classes.yml").unlink()
     with pytest.raises(FileNotFoundError, match="class list"):
         create_dataset("folder", "train", root=tmp_path)
+
+
+def test_fingerprints(tmp_path):
+    """All that items depend on is part of it: files, classes, and every setting of the images."""
+    root, settings = tmp_path / "data", {"image_size": 48, "crop_size": 32}
+    build(root, "folder")
+
+    def found(*conditions, split="train", **more):
+        return fingerprint(create_dataset("folder", split, root=root, **settings | more), *conditions)
+
+    first = found()
+    assert first == found() == found(crop_size=(32, 32)) and len(first) == 16
+    different = [found("bfloat16"), found(image_size=40), found(crop_size=(32, 40)), found(normalization="deit")]
+    different += [found(seed=1), found(ratios=(0.5, 1.5))]
+    (root / "classes.yml").write_text("[sky, tree, road]")
+    different.append(found())
+    (root / "classes.yml").write_text("[{name: sky, color: [1, 1, 1]}, {name: tree, color: [2, 2, 2]}]")
+    different.append(found())  # masks may be pictures now
+    (root / "classes.yml").write_text("[sky, road, tree]")
+    shutil.copytree(root, tmp_path / "copy")
+    root = tmp_path / "copy"
+    assert found() == first  # wherever it is
+    mask, image = root / "annotations/train/a.png", root / "images/train/b.jpg"
+    content, date = mask.read_bytes(), mask.stat().st_mtime_ns
+    os.utime(mask, ns=(date, date + 1))
+    different.append(found())
+    mask.write_bytes(content + b" ")
+    os.utime(mask, ns=(date, date))
+    different.append(found())
+    image.rename(image.with_name("c.jpg"))
+    mask.with_name("b.png").rename(mask.with_name("c.png"))
+    different.append(found())
+    assert len({first, *different}) == 1 + len(different)
+    mask.unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotations/train/a\.png"):
+        found()
 
 
 def test_workers_change_nothing_with_files(tmp_path):

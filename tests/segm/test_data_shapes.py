@@ -193,7 +193,7 @@ def test_normalize():
 
 def test_training_normalises_like_evaluation():
     """With the distortions taken out, the pipeline gives what `normalize` gives."""
-    from segm.data.transforms import Normalize, Pad, TrainTransform
+    from segm.data.openmmlab import Normalize, Pad, TrainTransform
 
     sample = create_dataset("shapes", "val", image_size=64)[0]
     for normalization in NORMALIZATION:

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from segm import train
-from segm.data import create_dataset
+from segm.data import create_dataset, spread
 from segm.data.images import read_image
-from segm.data.inventory import spread, take_inventory
+from segm.data.inventory import inspect_dataset
 from segm.runlog import read_log
 from tests.helpers import read_variant
 
@@ -55,46 +55,46 @@ def bring(tmp_path, monkeypatch):
     return make
 
 
-def look(split="train"):
-    return take_inventory(create_dataset("folder", split))
+def inspect(split="train"):
+    return inspect_dataset(create_dataset("folder", split))
 
 
 def test_labels_are_counted(bring):
     bring()
-    found = look()
+    found = inspect()
     assert (found.n_images, found.n_masks, found.sizes) == (3, 3, ((WIDTH, HEIGHT),) * 2)
     counts = np.bincount(mask_of(0, 1, 2).ravel())
-    assert list(found.pixels.values()) == [3 * count for count in counts] and not found.ignored and not found.notes
+    assert list(found.pixels.values()) == [3 * count for count in counts] and not found.ignored and not found.warnings
     assert yaml.safe_load(yaml.safe_dump(found.record()))["pixels"] == found.pixels
 
 
 def test_masks_of_0_and_255_are_explained(bring):
     bring(mask_of(0, 255, 0), "[bg, fg]")
-    (note,) = look().notes
+    (note,) = inspect().warnings
     assert "fg" in note and "no pixel" in note and "255" in note
 
 
 def test_ignored_pixels_are_named(bring):
     bring(mask_of(255, 255, 0), "[a]")
     with pytest.raises(ValueError, match="one class"):
-        look()
+        inspect()
     bring(mask_of(255, 255, 0), "[a, b]")
-    assert any("% of the pixels are ignored" in note for note in look().notes)
+    assert any("% of the pixels are ignored" in note for note in inspect().warnings)
     bring(mask_of(255, 255, 255))
     with pytest.raises(ValueError, match="no pixel is labelled"):
-        look()
+        inspect()
 
 
 def test_split_folders_by_other_names(bring):
     bring(train="Training", val="validation")
-    assert (look().n_images, look("val").n_images) == (3, 2)
+    assert (inspect().n_images, inspect("val").n_images) == (3, 2)
 
 
 def test_folders_that_look_like_splits_are_never_ignored(bring):
     bring(train="trainset", val="valset")
     for split in ("train", "val"):
         with pytest.raises(FileNotFoundError, match="trainset, valset"):
-            look(split)
+            inspect(split)
 
 
 def test_a_split_that_the_program_makes_is_announced(bring):
@@ -104,27 +104,27 @@ def test_a_split_that_the_program_makes_is_announced(bring):
             file.rename(root / f"images/{split}_{file.name}")
             shutil.move(root / f"annotations/{split}/{file.stem}.png", root / f"annotations/{split}_{file.stem}.png")
         (root / f"images/{split}").rmdir()
-    assert look().n_images + look("val").n_images == 5
-    assert any("made by the program" in note for note in look().notes)
+    assert inspect().n_images + inspect("val").n_images == 5
+    assert any("made by the program" in note for note in inspect().warnings)
 
 
 def test_suffixes(bring):
     for suffix in (".TIF", ".png", ".bmp", ".webp", ".JPEG"):
         root = bring(suffix=suffix)
         (root / "images/train/._0.jpg").write_bytes(b"of the system")
-        assert look().n_images == 3
+        assert inspect().n_images == 3
         shutil.rmtree(root / "images")
     (root / "images/train").mkdir(parents=True)
     (root / "images/train/a.gif").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"\.png.*found: \.gif \(1\)"):
-        look()
+        inspect()
 
 
 def test_files_of_one_name(bring):
     root = bring()
     shutil.copy(root / "images/train/0.jpg", root / "images/train/0.png")
     with pytest.raises(ValueError, match="suffix alone"):
-        look()
+        inspect()
 
 
 @pytest.mark.parametrize("text", ["0.jpg\n1.jpg\n", "\ufeff0\r\n1\r\n", "0\n\n1.jpg"])
@@ -136,10 +136,10 @@ def test_lists(bring, text):
         shutil.rmtree(root / kind / "train")
         shutil.rmtree(root / kind / "val")
     (root / "train.txt").write_bytes(text.encode())
-    assert look().n_images == 2
+    assert inspect().n_images == 2
     (root / "train.txt").write_text("0\nnowhere\n")
     with pytest.raises(FileNotFoundError, match=r"'nowhere'.*found"):
-        look()
+        inspect()
 
 
 def test_missing_and_wrong_masks_are_found_before_the_training(bring, tmp_path, refused):
@@ -163,24 +163,24 @@ def test_orientations_are_reported(bring):
     exif = Image.Exif()
     exif[0x0112] = 3
     photo.save(root / "images/train/1.jpg", exif=exif)
-    assert any("1 of 3 images have an EXIF orientation (mostly 3)" in note for note in look().notes)
+    assert any("1 of 3 images have an EXIF orientation (mostly 3)" in note for note in inspect().warnings)
     exif[0x0112] = 6
     photo.save(root / "images/train/1.jpg", exif=exif)
     with pytest.raises(ValueError, match="EXIF orientation 6"):
-        look()
+        inspect()
 
 
 def test_masks_in_the_colors_of_the_classes(bring):
     picture = np.array(COLORS, np.uint8)[mask_of(0, 1, 2)][..., ::-1]  # OpenCV writes BGR
     root = bring(picture)
     with pytest.raises(ValueError, match=r"one channel.*classes\.yml"):
-        look()
+        inspect()
     entries = [{"name": name, "color": color} for name, color in zip("abc", COLORS, strict=True)]
     (root / "classes.yml").write_text(yaml.safe_dump(entries))
     assert np.array_equal(create_dataset("folder", "train")[0].label, mask_of(0, 1, 2))
     (root / "classes.yml").write_text(yaml.safe_dump(entries[:2]))
     with pytest.raises(ValueError, match=r"colors of no class, such as \[0, 0, 128\]"):
-        look()
+        inspect()
     (root / "classes.yml").write_text(yaml.safe_dump([*entries[:2], entries[2] | {"id": 255, "name": "void"}]))
     assert np.array_equal(create_dataset("folder", "train")[0].label, mask_of(0, 1, 255))
 
@@ -190,7 +190,7 @@ def test_names_stay_text(bring):
     assert create_dataset("folder", "train").classes == ("no", "1", "2024-01-01")
     bring(classes="[a, b, a]")
     with pytest.raises(ValueError, match="twice"):
-        look()
+        inspect()
 
 
 def test_a_run_keeps_its_classes(bring, tmp_path, call, refused, caplog):
@@ -208,30 +208,42 @@ def test_a_run_keeps_its_classes(bring, tmp_path, call, refused, caplog):
 
 
 @pytest.mark.parametrize("settings", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 2)])
-def test_cut_jpegs_are_found_out_whatever_their_end(tmp_path, settings):
+def test_jpegs_that_are_cut_off_are_refused(tmp_path, settings):
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), (0, 0), 3)
     content = cv2.imencode(".jpg", picture, [*settings])[1].tobytes()
-    for share in np.linspace(0.3, 0.97, 12):
-        cut = content[: int(share * len(content))]
-        for end in (b"", b"\xff\xd9"):
-            (tmp_path / "cut.jpg").write_bytes(cut + end)
-            with pytest.raises(ValueError, match=r"cut\.jpg"):
-                read_image(tmp_path / "cut.jpg")
+    for length in np.linspace(0.3 * len(content), len(content) - 1, 12).astype(int):
+        (tmp_path / "cut.jpg").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.jpg: damaged"):
+            read_image(tmp_path / "cut.jpg")
     (tmp_path / "whole.jpg").write_bytes(content + b"what a camera appends \xff\xda\xff\xd9")
     assert read_image(tmp_path / "whole.jpg").shape == (90, 120, 3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".webp"])
+def test_other_pictures_that_are_cut_off_are_refused(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    content = cv2.imencode(suffix, rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))[1].tobytes()
+    file = tmp_path / f"cut{suffix}"
+    for length in np.linspace(0.3 * len(content), len(content) - 8, 12).astype(int):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.\w+: damaged") as error:
+            read_image(file)
+        assert "\n" not in str(error.value)
+    file.write_bytes(content)
+    assert read_image(file).shape == (30, 40, 3)
 
 
 def test_pictures_above_pillows_limit_are_called_that(bring, monkeypatch):
     bring()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)
     with pytest.raises(ValueError, match=r"0\.jpg: the image has more pixels than are read, 1,918 at most: cut it"):
-        take_inventory(create_dataset("folder", "train"))
+        inspect_dataset(create_dataset("folder", "train"))
 
 
 def test_samples_are_spread():
-    assert list(spread(10, 5)) == [1, 3, 5, 7, 9] and list(spread(3, 9)) == [0, 1, 2] == list(spread(3, None))
-    assert len(set(spread(1000, 200))) == 200
+    assert spread(5, 10) == [0, 2, 4, 6, 8] and spread(9, 3) == [0, 1, 2] == spread(None, 3) and spread(4, 0) == []
+    assert len(set(spread(200, 1000))) == 200
 
 
 def test_the_command_looks_at_all_splits(bring, call, refused):
@@ -242,7 +254,7 @@ def test_the_command_looks_at_all_splits(bring, call, refused):
     output = call(command, "folder")
     assert "train: 3 images" in output and "val: 2 images" in output and "test: none" in output
     (root / "annotations/train/spare.png").write_bytes((root / "annotations/train/0.png").read_bytes())
-    assert "look: 1 masks belong to no image" in call(command, "folder")
+    assert "warning: 1 masks belong to no image" in call(command, "folder")
     (root / "annotations/val/0.png").unlink()
     assert "val/0.png" in refused(command, "folder")
     assert "shapes" in refused(command, "shapes")

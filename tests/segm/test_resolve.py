@@ -4,7 +4,7 @@ import pytest
 
 from segm import merging, train
 from segm.config import BACKBONE, DATA, DATASETS, DECODERS, SETTINGS, RunConfig
-from segm.data.defaults import dataset_defaults
+from segm.data.factory import dataset_defaults
 from segm.merging import parse
 from segm.model.decoder import create_decoder
 from segm.resolve import backbone_settings, curriculum, resolve

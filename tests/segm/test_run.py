@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from segm import test
-from segm.data import class_info, create_dataset
+from segm.data import class_info, create_dataset, spread
 from segm.data.images import read_image, resize_keep_ratio
-from segm.eval.views import spread
 from segm.run import Run
 from tests.helpers import read_variant, write_variant
 

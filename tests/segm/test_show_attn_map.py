@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import patch
 from segm import show_attn_map
 from segm.data import class_info, create_dataset, normalize
-from segm.data.photograph import read_sample
+from segm.data.files import read_sample
 from segm.run import Run
 from segm.show_attn_map import (
     check_query,
