@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
 from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument
-from segm.eval.environment import device_name
+from segm.eval.timing import device_name
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.run import Run

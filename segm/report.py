@@ -21,7 +21,7 @@ from segm.cli import Command, device_option, max_images_option
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
 from segm.data.images import resize_to
 from segm.eval.comparison import compare
-from segm.eval.environment import environment
+from segm.eval.timing import environment
 from segm.eval.views import spread
 from segm.files import write_text
 from segm.merging import parse

@@ -20,11 +20,9 @@ from segm.cli import (
     images_argument,
     max_images_option,
 )
-from segm.eval.comparison import mean_tokens, meet_every_shape
-from segm.eval.environment import environment
-from segm.eval.timing import interleaved_rates
+from segm.eval.timing import environment, interleaved_rates, warm_up_shapes
 from segm.files import write_text
-from segm.merging import PURE, MergingCommand, apply, compile_network, parse
+from segm.merging import PURE, MergingCommand, apply, compile_network, mean_tokens, parse
 from segm.run import Run
 from segm.tables import markdown
 
@@ -101,7 +99,7 @@ def main(
     if compiled:
         for patched in models.values():
             setattr(patched, "network", compile_network(patched))  # noqa: B010 - a method to mypy
-        meet_every_shape(calls, views)
+        warm_up_shapes(calls, views)
     rates = interleaved_rates(calls, views, device, repeats=repeats, warmup=warmup, progress=True)
     tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
     rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]

@@ -45,7 +45,7 @@ class Setting:
         sizes = {"im_size": self.im_size, "patch_size": self.patch_size}
         return {"method": self.method, "options": dict(self.options), **sizes}
 
-    def of(self, run: Run) -> Run:
+    def apply_to(self, run: Run) -> Run:
         """The run used in this way; it shares its weights."""
         return run.variation(self.method, self.options, self.im_size, self.patch_size)
 
@@ -87,7 +87,7 @@ class Tradeoff:
         dataset, _ = self.run.open(name=self.dataset_name)
         for key in tqdm([key for key in wanted if key not in known], desc="settings", leave=False):
             setting = wanted[key]
-            scores = setting.of(self.run).evaluate(
+            scores = setting.apply_to(self.run).evaluate(
                 dataset=dataset, n_images=self.max_images, boundary=self.boundary, progress=True
             )
             known[key] = setting.record | scores
@@ -102,8 +102,8 @@ class Tradeoff:
         """key -> what a setting costs, against the unpatched model at the same image size."""
         pure = {setting.im_size: Setting(im_size=setting.im_size) for setting in settings.values()}
         every = {one.key: one for one in pure.values()} | dict(settings)
-        runs = {key: setting.of(self.run) for key, setting in every.items()}
-        views = {size: [*one.of(self.run).views(self.dataset_name, self.cost_images)] for size, one in pure.items()}
+        runs = {key: setting.apply_to(self.run) for key, setting in every.items()}
+        views = {size: [*runs[one.key].views(self.dataset_name, self.cost_images)] for size, one in pure.items()}
         return compare(
             {key: run.model for key, run in runs.items()},
             {key: pure[setting.im_size].key for key, setting in settings.items()},

@@ -18,13 +18,12 @@ from segm.cli import device_option
 from segm.data import SegmentationDataset, create_dataset
 from segm.engine import Position, Precision, compile_blocks, create_loader, segmentation_loss, train_one_epoch
 from segm.eomt_loss import eomt_loss
-from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, Head
 from segm.interruption import Interruption, SignalError
 from segm.keeper import Keeper, only_writer, position_in
-from segm.merging import PURE, MergingCommand, add_parts, build_model, is_given
+from segm.merging import PURE, MergingCommand, add_parts, build_model, is_given, mean_tokens
 from segm.merging import apply as apply_merging
 from segm.merging import of_model as merging_of
 from segm.metrics import segmentation_scores

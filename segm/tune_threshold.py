@@ -11,7 +11,7 @@ import torch
 import patch
 from segm.checkpoint import checkpoint_file
 from segm.cli import Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
-from segm.eval.environment import device_name
+from segm.eval.timing import device_name
 from segm.merging import PURE, MergingCommand
 from segm.pictures import write_picture
 from segm.run import Run

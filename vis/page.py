@@ -25,7 +25,7 @@ COLUMNS = {
     "images/s": "{images_per_second:.1f}",
     "GFLOPs": "{gflops:.3f}",
     "tokens": "{tokens:.1f}",
-    "realised share": "{realised_share:.2f}",
+    "realized share": "{realized_share:.2f}",
 }
 SIDE = 512  # pixels of the larger side of a picture, at most
 STEP = 0.005  # of the slider
@@ -263,11 +263,11 @@ def methods_section(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: one dict per method: `name`, `path`, `method`, `settings`, `mean_iou` (percent), `images_per_second`,
-            `gflops`, `tokens`, `n_patches`, `realised_share`.
+            `gflops`, `tokens`, `n_patches`, `realized_share`.
     """
     explained = (
         "mIoU in percent; images/s of the label map at batch size 1, over all images; GFLOPs (one per multiply-add, "
-        "upsampling included) and tokens left of the patches, means over images. Realised share: (speed merged ÷ speed "
+        "upsampling included) and tokens left of the patches, means over images. Realized share: (speed merged ÷ speed "
         "pure) ÷ (GFLOPs pure ÷ GFLOPs merged) of encoder and decoder, without upsampling; 1 means that every "
         "operation saved became time saved."
     )

@@ -14,7 +14,7 @@ from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import create_encoder
 from segm.model.eomt import join
-from segm.model.linear import use_whole_processor
+from segm.model.linear import use_onednn_linear
 from segm.model.position import position_prefix, resize_position_embedding
 from segm.model.segmenter import Segmenter
 from segm.variant import read_variant, recorded_grid, variant_file
@@ -61,7 +61,7 @@ def create_segmenter(
     model = Segmenter(encoder, decoder, n_cls, aux_heads)
     if model.on_grid:
         encoder.norm.requires_grad_(False)  # blocks are read before it
-    return use_whole_processor(model)
+    return use_onednn_linear(model)
 
 
 def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter, dict[str, Any]]:

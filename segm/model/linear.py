@@ -1,11 +1,12 @@
 """Linear layers of float32 that use all of the processor."""
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from segm.processor import processor_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,14 +20,14 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D')"""
-        if not _suits(x, self.weight):
+        if not _onednn_applies(x, self.weight):
             return super().forward(x)
         # What `torch.compile` makes of linear layers. PyTorch has no public name for it: a convolution of single pixels
         # goes to oneDNN too, but sorts the weights anew in every pass, which costs a merged ViT-S 8 %.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def use_whole_processor(model: Model) -> Model:
+def use_onednn_linear(model: Model) -> Model:
     """Let the linear layers of a model be `OneDNNLinear`, in place, if they are faster so on this processor.
 
     Parameters and the names of the state dict stay. Subclasses of `nn.Linear` stay as they are.
@@ -34,7 +35,7 @@ def use_whole_processor(model: Model) -> Model:
     Returns:
         The model.
     """
-    if is_held_back():
+    if mkl_lacks_avx512():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDNNLinear
@@ -42,7 +43,7 @@ def use_whole_processor(model: Model) -> Model:
 
 
 def restore_linear(model: Model) -> Model:
-    """Undo `use_whole_processor`, in place: what goes by the type, as dynamic quantization, finds `nn.Linear` again.
+    """Undo `use_onednn_linear`, in place: what goes by the type, as dynamic quantization, finds `nn.Linear` again.
 
     Returns:
         The model.
@@ -53,14 +54,23 @@ def restore_linear(model: Model) -> Model:
     return model
 
 
-def is_held_back() -> bool:
+def mkl_lacks_avx512() -> bool:
     """Whether PyTorch multiplies with less than the processor has: MKL on AMD, with AVX-512."""
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in processor_name()
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
     """Not where other code is made of it, for which a linear layer shall be one, and not where the operator ends."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+
+
+@cache
+def processor_name() -> str:
+    """What Linux calls the processor; elsewhere, what Python knows."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ from segm import flops, report, show_attn_map, speedtest, test, train
 from segm.data import create_dataset
 from segm.engine import Precision, _update
 from segm.eomt_loss import eomt_loss
-from segm.eval.comparison import count_tokens
+from segm.merging import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction
 from segm.model.segmenter import InTraining

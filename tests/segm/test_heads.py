@@ -9,7 +9,7 @@ import torch
 import patch
 from segm import flops, report, speedtest, test, train
 from segm.engine import Precision, _update, segmentation_loss
-from segm.eval.comparison import count_tokens
+from segm.merging import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.heads import LinearBN
 from segm.model.masks import Prediction, class_scores

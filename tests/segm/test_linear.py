@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 import patch
-from segm.eval.comparison import eager_label_map
-from segm.eval.products import products_alone
 from segm.model import linear
 from segm.model.factory import create_segmenter
 
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def held_back(monkeypatch):
-    monkeypatch.setattr(linear, "is_held_back", lambda: True)
+    monkeypatch.setattr(linear, "mkl_lacks_avx512", lambda: True)
 
 
 def by_onednn(call, *args):
@@ -34,7 +32,7 @@ def by_onednn(call, *args):
 def test_the_same_numbers(held_back, shape, bias):
     torch.manual_seed(0)
     one, x = nn.Linear(24, 10, bias=bias), torch.randn(shape)
-    other = linear.use_whole_processor(copy.deepcopy(one))
+    other = linear.use_onednn_linear(copy.deepcopy(one))
     for without_gradients in (torch.no_grad(), torch.inference_mode()):
         with without_gradients:
             torch.testing.assert_close(other(x), one(x))
@@ -46,19 +44,19 @@ def test_the_same_numbers(held_back, shape, bias):
 def test_any_strides(held_back, strided):
     x = strided(torch.randn(24, 24, 24))
     one = nn.Linear(x.shape[-1], 5)
-    torch.testing.assert_close(linear.use_whole_processor(copy.deepcopy(one))(x), one(x))
+    torch.testing.assert_close(linear.use_onednn_linear(copy.deepcopy(one))(x), one(x))
 
 
 def test_gradients_are_those_of_a_linear_layer(held_back):
     one, x = nn.Linear(24, 10), torch.randn(2, 7, 24)
-    other = linear.use_whole_processor(copy.deepcopy(one))
+    other = linear.use_onednn_linear(copy.deepcopy(one))
     for layer in (one, other):
         layer(x).square().sum().backward()
     assert torch.equal(one.weight.grad, other.weight.grad)
 
 
 def test_what_it_is_not_for_stays_a_linear_layer(held_back):
-    layer, x = linear.use_whole_processor(nn.Linear(24, 10)), torch.randn(2, 7, 24)
+    layer, x = linear.use_onednn_linear(nn.Linear(24, 10)), torch.randn(2, 7, 24)
     with torch.inference_mode(), torch.autocast("cpu"):
         assert layer(x).dtype == torch.bfloat16
         assert by_onednn(layer, x) == 0
@@ -78,7 +76,7 @@ def test_a_model_keeps_its_names_and_its_subclasses(held_back):
 
     model = nn.Sequential(nn.Linear(3, 4), Own(4, 5))
     names = list(model.state_dict())
-    linear.use_whole_processor(model)
+    linear.use_onednn_linear(model)
     assert list(model.state_dict()) == names
     assert [type(module) for module in model] == [linear.OneDNNLinear, Own]
     assert [type(module) for module in linear.restore_linear(model)] == [nn.Linear, Own]
@@ -97,17 +95,17 @@ def test_only_processors_that_are_held_back(monkeypatch, capability, name, expec
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(linear, "processor_name", lambda: name)
-    assert linear.is_held_back() is expected
+    assert linear.mkl_lacks_avx512() is expected
     kind = linear.OneDNNLinear if expected else nn.Linear
-    assert type(linear.use_whole_processor(nn.Linear(2, 2))) is kind
+    assert type(linear.use_onednn_linear(nn.Linear(2, 2))) is kind
 
 
 @pytest.mark.parametrize(("method", "options"), [(None, {}), ("graph", {}), ("algm", {"layers": [1, 2]}), ("tome", {})])
 def test_a_segmenter_gives_the_same(monkeypatch, small_net, method, options):
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "is_held_back", lambda: False)
+    monkeypatch.setattr(linear, "mkl_lacks_avx512", lambda: False)
     one = create_segmenter(small_net).eval()
-    monkeypatch.setattr(linear, "is_held_back", lambda: True)
+    monkeypatch.setattr(linear, "mkl_lacks_avx512", lambda: True)
     other = create_segmenter(small_net).eval()
     other.load_state_dict(one.state_dict())
     images = torch.randn(2, 3, 64, 64)
@@ -117,16 +115,3 @@ def test_a_segmenter_gives_the_same(monkeypatch, small_net, method, options):
     with torch.inference_mode():
         torch.testing.assert_close(other(images), one(images), rtol=1e-5, atol=1e-5)
         assert by_onednn(other, images) > by_onednn(one, images) == 0
-
-
-@torch.inference_mode()
-def test_the_eager_label_map_has_pytorchs_layers(held_back, small_net):
-    model, images = create_segmenter(small_net).eval(), torch.randn(2, 3, 64, 64)
-    assert by_onednn(model.predict, images) > by_onednn(eager_label_map(model), images) == 0
-
-
-def test_products_alone_are_those_of_onednn(held_back, small_net):
-    model, images = create_segmenter(small_net).eval(), torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        repeat = products_alone(model.network, images)
-        assert by_onednn(repeat) == by_onednn(model.network, images) > 0

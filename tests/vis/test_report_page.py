@@ -108,7 +108,7 @@ def example(name="street", threshold=0.88, size=(40, 60), grid=(5, 8), patch_siz
     rows = [
         {"name": name, "path": name, "method": "graph", "settings": {"layers": (2,), "threshold": 0.9, "note": name}}
         | {"mean_iou": 71.25, "per_class_iou": [80.0, 62.5], "images_per_second": 12.34, "gflops": 1.5, "tokens": 20.5}
-        | {"realised_share": 0.957, "n_patches": 40, "counts": [20, 21]}
+        | {"realized_share": 0.957, "n_patches": 40, "counts": [20, 21]}
     ]
     log = [{"epoch": 0, "train_loss": 1.0}]
     block = page.picture_pairs(
