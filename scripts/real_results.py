@@ -30,8 +30,8 @@ from segm.merging import PURE, mean_tokens
 from segm.pictures import write_picture
 from segm.run import Run
 from segm.tables import markdown
-from segm.tradeoff import Row, Setting, Tradeoff, hull
-from vis import similarity_histograms, tradeoff_plot
+from segm.tradeoff import Row, Setting, Tradeoff
+from vis import hull, similarity_histograms, tradeoff_plot
 
 DATASET = "camvid"
 SMALL = ("pole", "sign-symbol", "pedestrian", "bicyclist")  # thin or small on the images
@@ -192,8 +192,7 @@ def methods(real: Real) -> str:
     settings |= smaller_and_coarser(run)
     rows = measured(real, "methods", run, settings)
     for name, over_tokens in (("methods_time", False), ("methods_tokens", True)):
-        best = [] if over_tokens else hull(rows)
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], best, tokens=over_tokens)
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], tokens=over_tokens)
         write_picture(real.out / f"{name}.png", picture)
     return "\n\n".join(by_share(rows, text, title) for title, text in CELLS.items())
 
@@ -269,7 +268,7 @@ def frontier(real: Real) -> str:
         ("small_iou", "IoU of small classes, %"),
         ("boundary_iou", "boundary IoU, %"),
     ):
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], hull(rows, score), score, name)
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], score, name)
         write_picture(real.out / f"frontier_{score}.png", picture)
     columns = {
         "shorter side": "{im_size}",
@@ -279,7 +278,8 @@ def frontier(real: Real) -> str:
         "small classes": "{small_iou:.2f}",
         "boundary IoU": "{boundary_iou:.2f}",
     }
-    return markdown(columns, [rows[index] for index in hull(rows)])
+    best = hull([1 / row["images_per_second"] for row in rows], [row["mean_iou"] for row in rows])
+    return markdown(columns, [rows[index] for index in best])
 
 
 # ---------------------------------------------------------------------------------------------- ablations

@@ -211,7 +211,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
         layer: 1-based; None: where that run merges first.
 
     Returns:
-        dict for `vis.page.explorer_section`: `name` of the run, `layer`, `threshold` and `images`.
+        dict for `vis.page.comparison_page`: `name` of the run, `layer`, `threshold` and `images`.
 
     Raises:
         ValueError: a layer that the encoder lacks.
@@ -255,13 +255,14 @@ def read_inventories(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 @torch.inference_mode()
 def picture_blocks(
     runs: Sequence[Run], dataset: SegmentationDataset, n_images: int
-) -> tuple[list[str], list[str], np.ndarray]:
+) -> tuple[list[tuple[str, list[tuple[page.Picture, page.Picture]]]], list[str], np.ndarray]:
     """Input and truth, and for every run its tokens and its prediction.
 
     Returns:
-        (HTML of every image; names and palette (C, 3) of the classes that occur).
+        (name and pairs of an upper and a lower picture of every image; names and palette (C, 3) of the classes that
+        occur).
     """
-    blocks: list[str] = []
+    blocks: list[tuple[str, list[tuple[page.Picture, page.Picture]]]] = []
     seen: set[int] = set()
     for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
@@ -275,13 +276,13 @@ def picture_blocks(
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.image), predicted))
-        blocks.append(page.picture_pairs(sample.name, pairs))
+        blocks.append((sample.name, pairs))
     classes = sorted(label for label in seen if label < dataset.n_cls)
     return blocks, [dataset.classes[i] for i in classes], np.asarray(dataset.palette)[classes]
 
 
-def token_picture(run: Run, image: np.ndarray) -> str:
-    """HTML of the tokens of the last pass, which was over this image, with their number."""
+def token_picture(run: Run, image: np.ndarray) -> page.Picture:
+    """The tokens of the last pass, which was over this image, with their number."""
     photo = resize_to(image, run.crop_size)
     grid = run.model.grid(run.crop_size)
     n_all = math.prod(grid)

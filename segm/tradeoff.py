@@ -130,32 +130,6 @@ class Tradeoff:
         write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
 
 
-def hull(rows: Sequence[Row], score: str = "mean_iou", speed: str = "images_per_second") -> list[int]:
-    """The rows that nothing between two others beats: the upper convex hull of the score over the time per image.
-
-    A mixture of two settings, used in turns, reaches every point of the line between them.
-
-    Returns:
-        Indices of the rows, the fastest first.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i][speed], -rows[i][score]))
-    points = {i: (1 / rows[i][speed], rows[i][score]) for i in order}
-    found: list[int] = []
-    for index in order:
-        if found and points[index][1] <= max(points[i][1] for i in found):
-            continue
-        while len(found) > 1 and _rises(points[found[-2]], points[found[-1]], points[index]):
-            found.pop()
-        found.append(index)
-    return found
-
-
-def _rises(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point is not above the line between the other two."""
-    (x0, y0), (x1, y1), (x2, y2) = first, middle, last
-    return (y1 - y0) * (x2 - x0) <= (y2 - y0) * (x1 - x0)
-
-
 def best_at(rows: Sequence[Row], images_per_second: float, score: str = "mean_iou") -> Row | None:
     """The row with the highest score of those that are fast enough; the fastest of several; None: none is."""
     fast = [row for row in rows if row["images_per_second"] >= images_per_second]

@@ -15,8 +15,8 @@ from segm.eval.timing import device_name
 from segm.merging import PURE, MergingCommand
 from segm.pictures import write_picture
 from segm.run import Run
-from segm.tradeoff import Row, Setting, Tradeoff, best_at, hull
-from vis import threshold_curves, tradeoff_plot
+from segm.tradeoff import Row, Setting, Tradeoff, best_at
+from vis import hull, threshold_curves, tradeoff_plot
 
 
 @click.command(cls=MergingCommand)
@@ -108,7 +108,8 @@ def falling(highest: float, lowest: float, step: float) -> list[float]:
 def report(rows: Sequence[Row], folder: Path, per_size: int) -> None:
     """Print the rows and draw them; so many of them belong to one image size, the unpatched one first."""
     several = len(rows) > per_size
-    best = set(hull(rows)) if several else set()
+    times, scores = [1 / row["images_per_second"] for row in rows], [row["mean_iou"] for row in rows]
+    best = set(hull(times, scores)) if several else set()
     click.echo(f"{'im_size ' * several}{'threshold':>9} {'mIoU':>6} {'tokens':>8} {'images/s':>9}")
     for index, row in enumerate(rows):
         size = f"{row['im_size']:>7} " if several else ""
@@ -125,7 +126,7 @@ def report(rows: Sequence[Row], folder: Path, per_size: int) -> None:
             click.echo(f"lowest threshold without loss{at}: {lowest}")
     if several:
         labels = [("pure" if row["method"] == PURE else f"{row['method']}, {row['im_size']} pixels") for row in rows]
-        picture = tradeoff_plot(rows, labels, sorted(best))
+        picture = tradeoff_plot(rows, labels)
     else:
         curve = [row | {"threshold": row["options"]["threshold"]} for row in rows[1:]]
         picture = threshold_curves(rows[0], curve, lowest_without_loss(rows))

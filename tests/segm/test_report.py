@@ -185,7 +185,8 @@ def test_images_without_labels(pure):
             return type(sample)(sample.name, sample.image, None)
 
     blocks, _, _ = report.picture_blocks([run], Unlabelled(), 1)
-    assert len(blocks) == 1 and "truth" in blocks[0]
+    ((name, pairs),) = blocks
+    assert name == sample.name and [one.caption for one in pairs[0]] == ["input", "truth"]
 
 
 class TestRefused:
