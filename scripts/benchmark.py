@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import DTYPES, Command, Listed, device_option
+from segm.cli import DTYPES, Command, Listed, device_option, markdown
 from segm.data import create_dataset
 from segm.data.images import resized_view
 from segm.eval.timing import environment
@@ -26,7 +26,6 @@ from segm.files import write_text
 from segm.model.decoder import DECODERS
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
-from segm.tables import markdown
 
 BACKBONES = {
     name: f"vit_{size}_patch16_384" for name, size in zip("TSBL", ("tiny", "small", "base", "large"), strict=True)

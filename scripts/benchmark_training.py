@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import patch
-from segm.cli import Command, Listed, device_option
+from segm.cli import Command, Listed, device_option, markdown
 from segm.data import create_dataset
 from segm.engine import Precision, compile_blocks, create_loader, train_one_epoch
 from segm.eval.timing import environment
@@ -27,7 +27,6 @@ from segm.files import write_text
 from segm.merging import PURE, apply
 from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer, create_scheduler
-from segm.tables import markdown
 
 COLUMNS = {
     "method": "{method}",

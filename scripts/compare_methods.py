@@ -18,13 +18,12 @@ from tqdm import tqdm
 from trainings import train_unless_finished
 
 import patch
-from segm.cli import POSITIVE, Command, dataset_argument, device_option
+from segm.cli import POSITIVE, Command, dataset_argument, device_option, markdown
 from segm.eval.comparison import compare
 from segm.eval.timing import environment
 from segm.files import write_text
 from segm.merging import PURE, apply, mean_tokens
 from segm.run import Run
-from segm.tables import markdown
 
 SMALLER, COARSER = "smaller image", "coarser patch"
 BASELINES = (SMALLER, COARSER)  # what does without merging

@@ -18,7 +18,7 @@ import patch
 from segm import report
 from segm.cli import Command, default_device
 from segm.data import Sample, create_dataset
-from segm.pictures import write_picture
+from segm.files import write_picture
 from segm.run import Run
 from vis import colorize, fill_tokens, legend, picture_sheet
 

@@ -21,14 +21,12 @@ from tqdm import tqdm
 import patch
 from g2tm.validation import check_r
 from patch.methods.common import scheduled_r
-from segm.cli import POSITIVE, device_option
+from segm.cli import POSITIVE, device_option, markdown
 from segm.errors import one_line
 from segm.eval.operations import count_operations
 from segm.eval.timing import environment, interleaved_trials
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import PURE, MergingCommand, choose
-from segm.pictures import write_picture
-from segm.tables import markdown
 from vis.tokens import outline_tokens
 
 COLUMNS = {

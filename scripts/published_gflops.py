@@ -5,8 +5,8 @@ import torch
 from benchmark import build_model
 from tqdm import tqdm
 
+from segm.cli import markdown
 from segm.eval.operations import count_operations
-from segm.tables import markdown
 
 # model, side of the image in pixels, classes: published GFLOPs
 PUBLISHED = {

@@ -22,14 +22,12 @@ from trainings import train_unless_finished
 
 import patch
 from segm.auto_threshold import automatic_thresholds
-from segm.cli import Command, Listed, device_option
+from segm.cli import Command, Listed, device_option, markdown
 from segm.eval.timing import environment
 from segm.eval.views import spread
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import PURE, mean_tokens
-from segm.pictures import write_picture
 from segm.run import Run
-from segm.tables import markdown
 from segm.tradeoff import Row, Setting, Tradeoff
 from vis import hull, similarity_histograms, tradeoff_plot
 

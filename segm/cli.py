@@ -1,4 +1,4 @@
-"""Click plumbing that the commands share: one-line errors, open-ended lists of values, and common options."""
+"""Click plumbing that the commands share: one-line errors, open-ended lists of values, common options, and tables."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -187,6 +187,18 @@ class Images(click.ParamType):
         if not Path(value).is_dir():
             self.fail(f"{value!r}: give a folder of photographs, or one of {', '.join(DATASETS)}", param, ctx)
         return Path(value)
+
+
+def markdown(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of measurements as a Markdown table.
+
+    Args:
+        columns: title -> format string of the entries of a row, such as "{tokens:.0f}".
+        rows: one mapping per row.
+    """
+    cells = ([text.format(**row).replace("|", r"\|") for text in columns.values()] for row in rows)
+    lines = [[*columns], ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show_scores(scores: Mapping[str, Any]) -> None:

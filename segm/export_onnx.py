@@ -11,14 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segm.checkpoint import checkpoint_file
-from segm.cli import Images, checkpoint_argument, im_size_option, max_images_option
+from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
 from segm.eval.timing import interleaved_trials, speed
 from segm.eval.views import Views
 from segm.exported import OnnxModel
 from segm.exporting import OPSET, OUTPUTS, export, quantize
 from segm.merging import MergingCommand
 from segm.run import Run
-from segm.tables import markdown
 
 CPU = torch.device("cpu")
 AGREEMENT = 99.9  # percent of the pixels: less is no rounding any more

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import Command, device_option, max_images_option
+from segm.cli import Command, device_option, markdown, max_images_option
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
 from segm.data.images import resize_to
 from segm.eval.comparison import compare
@@ -27,7 +27,6 @@ from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
 from segm.runlog import read_log
-from segm.tables import markdown
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges

@@ -18,13 +18,13 @@ from segm.cli import (
     device_option,
     im_size_option,
     images_argument,
+    markdown,
     max_images_option,
 )
 from segm.eval.timing import environment, interleaved_rates, warm_up_shapes
 from segm.files import write_text
 from segm.merging import PURE, MergingCommand, apply, compile_network, mean_tokens, parse
 from segm.run import Run
-from segm.tables import markdown
 
 OUTPUTS = {
     "logits": lambda model: model,

@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
-from segm.pictures import write_picture
 from segm.run import Run
 from vis import token_histograms
 
