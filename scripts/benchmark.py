@@ -171,7 +171,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _exposed(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table derives from a row."""
+    """Entries of the table that are derived from a row."""
     return {
         "merge": 100 * sum(row["overhead"].values()),
         "undo": 100 * row["overhead_undo"],

@@ -1,4 +1,4 @@
-"""All methods at the same operations: applied to a plain run as it is, and after a short training.
+"""All methods at the same operations: applied without training, and after a short one.
 
 python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --epochs 2 --work runs/compared \
     --out results/methods_shapes
@@ -64,8 +64,8 @@ def main(
 ) -> None:
     """Compare all methods at the same share of the operations of PLAIN, a run without merging, on DATASET.
 
-    Every method is set so that a pass takes that share of the plain one's GFLOPs, is scored as it is and after a
-    training that starts from PLAIN, and is timed, all interleaved. What was measured before is not measured again.
+    Every method is set so that a pass takes that share of the plain one's GFLOPs, is scored without training and after
+    one that starts from PLAIN, and is timed, all interleaved. Known measurements are not repeated.
     """
     run = Run.load(plain, device=device, patch_type=PURE)
     known = json.loads(out.with_suffix(".json").read_text())["rows"] if out.with_suffix(".json").exists() else []

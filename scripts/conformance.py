@@ -22,7 +22,7 @@ def main(files: tuple[Path, ...]) -> None:
     """Check every case in FILES, .safetensors files of conformance vectors.
 
     Prints how many cases of each family hold, and each that does not; then the status is not 0. A Segmenter's vectors
-    need its checkpoint.pth and variant.yml beside them.
+    need its checkpoint.pth and variant.yml next to them.
     """
     cases = [case for file in files for case in find_cases(file)]
     held, failed = Counter[str](), {}

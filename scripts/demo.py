@@ -2,7 +2,7 @@
 
 Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
 it is, draws two sheets of pictures, and ends with the report of all: measured on held-out scenes, as a table
-and as a web page. Everything lies in runs/demo. A finished training is not done again.
+and as a web page. Everything lies in runs/demo. A finished training is not repeated.
 """
 
 import shlex

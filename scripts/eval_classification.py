@@ -25,6 +25,7 @@ from segm.cli import POSITIVE, device_option, markdown
 from segm.errors import one_line
 from segm.eval.operations import count_operations
 from segm.eval.timing import environment, interleaved_trials
+from segm.eval.views import spread
 from segm.files import write_picture, write_text
 from segm.merging import PURE, MergingCommand, choose
 from vis.tokens import outline_tokens
@@ -177,7 +178,7 @@ def main(
     else:
         dataset = open_folder(folder, plain, create_transform(**config, is_training=False))
     if max_images is not None and max_images < len(dataset):
-        dataset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, max_images).round().astype(int))
+        dataset = torch.utils.data.Subset(dataset, spread(max_images, len(dataset)))
     loader = DataLoader(dataset, batch_size, num_workers=0 if synthetic else num_workers)
     models = {PURE: plain}
     method, options = merging_options(plain, merging, merge_num, inflect)

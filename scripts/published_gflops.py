@@ -1,4 +1,4 @@
-"""GFLOPs of the plain Segmenter beside the published ones, which G2TM and ALGM counted with fvcore."""
+"""GFLOPs of the plain Segmenter next to the published ones, which G2TM and ALGM counted with fvcore."""
 
 import click
 import torch

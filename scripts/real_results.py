@@ -1,4 +1,4 @@
-"""What merging costs and gains on a real model: DINOv2 ViT-S/14 on CamVid; makes the tables and pictures of RESULTS.md.
+"""Costs and gains of merging on a real model, DINOv2 ViT-S/14 on CamVid: tables and pictures of RESULTS.md.
 
 DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real --out results/real
 """
@@ -101,7 +101,7 @@ PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, method
 
 @dataclass(frozen=True)
 class Real:
-    """What all steps share.
+    """The settings that all steps share.
 
     Attributes:
         work: folder of trainings and features.
@@ -131,7 +131,7 @@ class Real:
         return Run.load(file, device=self.device, name=name, amp=False)
 
     def tradeoff(self, name: str, run: Run) -> Tradeoff:
-        """Where the settings of a table are measured and kept."""
+        """The measurements of a table and their file."""
         conditions = {"run": run.name, "images": self.max_images, "classes": list(SMALL)} | environment(self.device)
         file = self.out / f"{name}.json"
         return Tradeoff(run, DATASET, file, conditions, COST_IMAGES, self.max_images, boundary=True)
@@ -179,7 +179,7 @@ def small_and_all(run: Run, scores: Row) -> Row:
 
 
 def methods(real: Real) -> str:
-    """Every method at five numbers of tokens, without training, beside smaller images and coarser patches."""
+    """Every method at five numbers of tokens, without training, and smaller images and coarser patches."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     settings = {Setting(): (PURE, 1.0)}
@@ -284,7 +284,7 @@ def frontier(real: Real) -> str:
 
 
 def ablations(real: Real) -> str:
-    """Where to merge and how merged tokens count in attention, at the same number of tokens, without training."""
+    """Merging layers and the weight of merged tokens in attention, at the same number of tokens, without training."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     tried: dict[Setting, tuple[str, float]] = {Setting(): (PURE, 1.0)}
@@ -314,7 +314,7 @@ def ablations(real: Real) -> str:
 
 
 def trained(real: Real) -> str:
-    """What training with merging recovers: the decoder alone, then everything; beside as much training without."""
+    """Gains of training with merging, of the decoder alone and of everything, against as much training without it."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, share, views) for name, share in TRAINED.items()}
@@ -373,7 +373,7 @@ def heads(real: Real) -> str:
 
 
 def tokens(real: Real) -> str:
-    """What thresholds mean on these features: similarities, tokens that are left, labels in a group."""
+    """Effects of thresholds on these features: similarities, tokens that are left, labels in a group."""
     run = real.run(BEST)
     dataset, _ = run.open()
     samples = [dataset[index] for index in spread(N_SIMILAR, len(dataset))]
@@ -413,7 +413,7 @@ def tokens(real: Real) -> str:
 
 
 def speed(real: Real) -> str:
-    """From a photograph to its labels: plain PyTorch against ours, in all precisions, with the mIoU beside."""
+    """From a photograph to its labels: plain PyTorch against runs in all precisions, with the mIoU."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     runs = {"ours, not merged": run}
@@ -487,8 +487,8 @@ def main(
 ) -> None:
     """Train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains.
 
-    What was trained or measured is not done again, so the command may be interrupted. Every step writes OUT/STEP.json
-    and OUT/STEP.md.
+    A finished training or measurement is not repeated, so the command may be interrupted. Every step writes
+    OUT/STEP.json and OUT/STEP.md.
     """
     real = Real(work, out, weights, device, max_images, amp)
     for step in steps:

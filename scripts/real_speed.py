@@ -1,4 +1,4 @@
-"""The whole way from a photograph to its labels: plain PyTorch against ours, in all precisions of the processor."""
+"""The whole way from a photograph to its labels: plain PyTorch against runs in all precisions of the processor."""
 
 import copy
 import warnings
@@ -129,6 +129,6 @@ def measure_speed(runs: Mapping[str, Run], photo: np.ndarray, max_images: int | 
 
 
 def predict(run: Run, model: nn.Module, batch: list[np.ndarray]) -> Tensor:
-    """What `Run.predict` does to one photograph, with the run's model in another precision."""
+    """Labels of one photograph as by `Run.predict`, with the run's model in another precision."""
     (photo,) = batch
     return predict_labels(model, [(run.view(photo)[0], False)], run.windows, photo.shape[:2])

@@ -1,4 +1,4 @@
-"""Where a trained Segmenter spends its time."""
+"""The time of a trained Segmenter, operator by operator."""
 
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,19 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
 @checkpoint_argument
 @images_argument
 @batch_size_option
-@click.option("--max-images", type=click.IntRange(min=1), default=10, show_default=True, help="Images to profile.")
-@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Operators to list.")
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Profile this many images, spread evenly over the data set.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="List this many operators.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Chrome trace (chrome://tracing, ui.perfetto.dev).  [default: trace_<method>.json beside CHECKPOINT]",
+    help="Write the Chrome trace (chrome://tracing, ui.perfetto.dev) to this file.  "
+    "[default: trace_<method>.json next to CHECKPOINT]",
 )
 @device_option
 def main(

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import Command, device_option, markdown, max_images_option
+from segm.cli import POSITIVE, Command, device_option, markdown
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
 from segm.data.images import resize_to
 from segm.eval.comparison import compare
@@ -43,28 +43,54 @@ class RecordedCommand(Command):
 
 @click.command(cls=RecordedCommand)
 @click.argument("texts", metavar="RUN [RUN ...]", nargs=-1, required=True)
-@click.option("--dataset", "dataset_name", type=click.Choice(DATASETS), help="[default: that of the first run]")
-@click.option("--cost-images", type=click.IntRange(min=1), default=20, show_default=True, help="For all but the mIoU.")
 @click.option(
-    "--pictures", "n_pictures", type=click.IntRange(min=0), default=4, show_default=True, help="Images shown."
+    "--dataset",
+    "dataset_name",
+    type=click.Choice(DATASETS),
+    help="Score all runs on this data set.  [default: that of the first run]",
 )
 @click.option(
-    "--explore", "n_explored", type=click.IntRange(min=0), default=4, show_default=True, help="Images in the explorer."
+    "--cost-images",
+    type=POSITIVE,
+    default=20,
+    show_default=True,
+    help="Measure tokens, GFLOPs and images/s on this many images, spread evenly over the data set.",
+)
+@click.option(
+    "--max-images",
+    type=POSITIVE,
+    help="Score the mIoU on this many images, spread evenly over the data set.  [default: all]",
+)
+@click.option(
+    "--pictures",
+    "n_pictures",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Show tokens and predictions of this many images.",
+)
+@click.option(
+    "--explore",
+    "n_explored",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Put this many images into the threshold explorer.",
 )
 @click.option(
     "--layer",
     type=int,
-    help="Of the explorer, counted from 1.  [default: where graph merges, or the first run that does, else 2]",
+    help="Show this layer, counted from 1, in the explorer.  [default: where graph merges, or the first run that does, "
+    "else 2]",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="report.html",
     show_default=True,
-    help="The page; all numbers go into a .json beside it.",
+    help="Write the page to this file, and all numbers to a .json next to it.",
 )
 @device_option
-@max_images_option
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -80,9 +106,9 @@ def main(
 ) -> None:
     """Compare each RUN, a checkpoint, a run directory or "NAME=PATH [merging options]", on one web page.
 
-    mIoU comes from sliding windows at full size (--max-images: of the first images). Everything else comes from images
-    resized to the crop size, one at a time: tokens, GFLOPs and images/s are measured interleaved. The page needs no
-    network. On it a threshold explorer shows what graph merging would do at any threshold.
+    The mIoU comes from sliding windows at full size. Tokens, GFLOPs and images/s come from images resized to the crop
+    size, one at a time, interleaved. The page needs no network. Its threshold explorer shows the regions that graph
+    merging forms at any threshold.
     """
     check_out(out)
     runs = open_runs(texts, dataset_name, device)
@@ -162,15 +188,15 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
 
 
 def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images: int | None) -> list[dict[str, Any]]:
-    """One dict per run: what it scores and what it costs.
+    """Scores and costs, one dict per run.
 
     Args:
-        cost_images: images for tokens, operations and speed.
-        max_images: images for the mIoU; None: all.
+        cost_images: number of images for tokens, operations and speed.
+        max_images: number of images for the mIoU, spread over the data set; None: all.
 
     Returns:
-        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and what
-        `segm.eval.comparison.compare` says.
+        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and the
+        entries of `segm.eval.comparison.compare`.
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
@@ -202,7 +228,7 @@ def reference_of(run: Run, runs: Sequence[Run]) -> Run:
 
 @torch.inference_mode()
 def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None, n_images: int) -> dict[str, Any]:
-    """What the threshold explorer needs of some images.
+    """The data of the threshold explorer for some images.
 
     Args:
         runs: shown is the first that merges with graph, or else the first that merges, or the first.
@@ -234,7 +260,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once."""
+    """Logs of the trainings: name of a run -> entries of its `log.txt`; each run directory once."""
     files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
@@ -242,7 +268,7 @@ def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_inventories(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """What trainings found when they looked at their data: name of a run -> split -> record; the same one once."""
+    """Inventories of the data that trainings recorded: name of a run -> split -> record; the same one once."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         inventory = run.variant.get("dataset_kwargs", {}).get("inventory")

@@ -26,7 +26,10 @@ LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose 
 
 
 class Query(NamedTuple):
-    """What attends. name: that of its files; row: in the attention weights; patch: its index, None for others."""
+    """A token that attends.
+
+    name: that of its files; row: in the attention weights; patch: its index, None for other tokens.
+    """
 
     name: str
     row: int
@@ -82,7 +85,7 @@ def main(
     device: torch.device,
     merging: dict[str, Any],
 ) -> None:
-    """Draw what CHECKPOINT, a file or a run directory, does with the photograph IMAGE; goes to OUT/<name of IMAGE>.
+    """Draw attention, merged tokens and labels of CHECKPOINT on the photograph IMAGE, in OUT/<name of IMAGE>.
 
     CMAP gives names and colors of the classes: a data set, or a YAML list of {id, name, color: [r, g, b]}; by default
     the data set of the training. Small pictures are enlarged by a whole factor.
@@ -151,7 +154,7 @@ def look(
     """
     weights = model.attention(view, layer_id, part)
     steps = sorted(patch.reductions(model).items())
-    # Layers merge behind their attention: layer_id + 1, counted from 1, sees what the layers before it left.
+    # Layers merge after their attention: layer_id + 1, counted from 1, sees what the layers before it left.
     before = [step for step in steps if part == "decoder" or step[0] <= layer_id]
     return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
 

@@ -119,10 +119,10 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
     Args:
         compare: value of --compare, or None.
         merging: method and options that were given; with --compare, options hold for every method that takes them.
-        run: what its variant says holds where nothing is given.
+        run: its variant gives the options that are not given.
 
     Returns:
-        What is written of a method -> (method, options) for `segm.merging.apply`.
+        Text of a method -> (method, options) for `segm.merging.apply`.
 
     Raises:
         ValueError: a method or option that is not allowed, or the same one twice.
@@ -135,7 +135,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
     methods, used = {}, set()
     for text in (part.strip() for part in compare.split(",")):
         if text in methods:
-            raise ValueError(f"--compare {compare}: {text} stands there twice")
+            raise ValueError(f"--compare {compare}: {text} is listed twice")
         try:
             name, *own = shlex.split(text) or [""]
             given = parse(["--patch-type", name, *own])
@@ -158,7 +158,7 @@ def speed_row(name: str, rates: Tensor, reference: Tensor, tokens: float) -> dic
 
 
 def describe(conditions: dict[str, Any]) -> str:
-    """One line that says what was measured with."""
+    """The conditions of the measurement in one line."""
     c = conditions
     images = f"{c['batches']} x {c['batch_size']} images of {c['height']} x {c['width']}"
     compiled = ", compiled" if c["compiled"] else ""

@@ -1,4 +1,4 @@
-"""What a run scores and costs under many settings: measured once, kept in a file, all speeds from one go."""
+"""Scores and costs of a run under many settings: measured once, kept in a file, all speeds in one go."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +58,7 @@ class Tradeoff:
         run: without merging.
         dataset_name: data set.
         file: JSON that keeps what was measured.
-        conditions: what the rows depend on; they stand in the file.
+        conditions: settings that the rows depend on; the file keeps them.
         cost_images: images for tokens, operations and speed.
         max_images: images for the scores; None: all.
         boundary: score the boundary IoU as well.
@@ -68,7 +68,7 @@ class Tradeoff:
     dataset_name: str
     file: Path
     conditions: Mapping[str, Any]
-    cost_images: int = 10
+    cost_images: int
     max_images: int | None = None
     boundary: bool = False
 
@@ -77,7 +77,7 @@ class Tradeoff:
 
         Returns:
             One dict per setting, in their order: `method`, `options`, `im_size`, `patch_size`; scores in percent
-            (`Run.evaluate`); and what `segm.eval.comparison.compare` says.
+            (`Run.evaluate`); and the entries of `segm.eval.comparison.compare`.
 
         Raises:
             ValueError: the file holds measurements under other conditions, or something else.
@@ -99,7 +99,7 @@ class Tradeoff:
         return [known[key] for key in wanted]
 
     def _costs(self, settings: Mapping[str, Setting]) -> dict[str, Row]:
-        """key -> what a setting costs, against the unpatched model at the same image size."""
+        """key -> costs of a setting, against the unpatched model at the same image size."""
         pure = {setting.im_size: Setting(im_size=setting.im_size) for setting in settings.values()}
         every = {one.key: one for one in pure.values()} | dict(settings)
         runs = {key: setting.apply_to(self.run) for key, setting in every.items()}

@@ -142,7 +142,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequ
 
 
 def token_shares(shares: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> str:
-    """How many tokens images keep, a row per method.
+    """Histograms of the tokens that images keep, a row per method.
 
     Args:
         shares: name -> (images,), percent of the patch tokens that are left.

@@ -16,7 +16,7 @@ from segm.model.segmenter import Segmenter
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model computes, mean over batches; operations are 10⁹ per image, one per multiply-add.
+    """The operations and tokens of a model, mean over batches; 10⁹ operations per image, one per multiply-add.
 
     Attributes:
         total: all operations, upsampling included.
