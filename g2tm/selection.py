@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,6 +125,7 @@ def or_ones(numbers: Tensor | None, like: Tensor) -> Tensor:
 
 
 def numpy_helps(x: Tensor) -> bool:
-    """Return whether NumPy is faster: on the CPU, unless torch.compile looks on, which has loops of its own, or a
-    trace, in which operations count."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Return whether NumPy is faster: on the CPU, unless something intercepts PyTorch's operators, which does not see
+    NumPy's: torch.compile, which has loops of its own, a trace, or a counter of operations."""
+    intercepted = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return x.device.type == "cpu" and not intercepted

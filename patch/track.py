@@ -224,9 +224,8 @@ class Track:
 
     @cached
     def _is_watched(self) -> bool:
-        # A trace, in which operations are counted, puts hooks on all modules, but does not look at tokens.
         wrapped = any("_patch" not in vars(block) for block in self._blocks)  # what is around a block looks, too
-        return wrapped or (not torch.jit.is_tracing() and are_watched(self._blocks))
+        return wrapped or are_watched(self._blocks)
 
     def merge_at(self, place: str, x: Tensor, block: Any, look: Look | None = None) -> Tensor:
         """One reduction step, if the method has one at this place of the block.

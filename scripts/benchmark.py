@@ -11,21 +11,21 @@ from typing import Any
 
 import click
 import torch
+from equal_cost import options_for
+from method_cost import measure
+from operator_times import profile_merges, profile_passes
 from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import DTYPES, Command, Listed, device_option
+from segm.cli import DTYPES, Command, Listed, device_option, markdown
 from segm.config import DECODERS
 from segm.data import create_dataset
 from segm.data.images import resized_view
-from segm.eval.comparison import measure, settings_for
-from segm.eval.environment import environment
-from segm.eval.profiling import profile_merges, profile_passes
+from segm.eval.timing import environment
 from segm.files import write_text
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
-from segm.tables import markdown
 
 BACKBONES = {
     name: f"vit_{size}_patch16_384" for name, size in zip("TSBL", ("tiny", "small", "base", "large"), strict=True)
@@ -43,7 +43,7 @@ COLUMNS = {
     "GFLOPs": "{gflops_pure:.1f} → {gflops:.1f}",
     "images/s, pure → merged": "{scores_pure:.2f} → {scores:.2f}",
     "ratio": "{ratio_scores:.2f}",
-    "realised share": "{share_scores:.2f} ({share_scores_low:.2f} to {share_scores_high:.2f})",
+    "realized share": "{share_scores:.2f} ({share_scores_low:.2f} to {share_scores_high:.2f})",
     "share of the products alone": "{share_products:.2f}",
     "label maps/s, eager → pure → merged": "{predict_eager:.2f} → {predict_pure:.2f} → {predict:.2f}",
     "ratio to eager": "{ratio_predict_eager:.2f}",
@@ -84,7 +84,7 @@ PROFILE_ROWS = 12
 @click.option("--batches", type=click.IntRange(min=1), default=3, show_default=True, help="Different batches.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
 @click.option("--compile", "compiled", is_flag=True, help="Time compiled models as well, against plain execution.")
-@click.option("--profile", is_flag=True, help="Also print what merges and passes spend their time in.")
+@click.option("--profile", is_flag=True, help="Also print the time of merges and passes by operator.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
 @device_option
@@ -109,11 +109,11 @@ def main(
 ) -> None:
     """Time models with random weights on images, without merging and with it, and print one row per combination.
 
-    Speeds are those over all batches, each at the median of its turns, all calls interleaved; ratios are medians over
-    the turns of a batch. The realised share is the gain in speed over the gain in GFLOPs of encoder and decoder, image
-    in, token scores out; 1: every saved operation became saved time. The brackets behind it hold 95 % of the shares of
-    turns drawn anew from this run; another run may differ by more. The share of the products alone is that of the
-    matrix products of the same passes, repeated without the rest: about what the machine's libraries let arrive. The
+    Speeds are those over all batches, each at the median of its trials, all calls interleaved; ratios are medians over
+    the trials of a batch. The realized share is the gain in speed over the gain in GFLOPs of encoder and decoder, image
+    in, token scores out; 1: every saved operation became saved time. The brackets after it hold 95 % of the shares of
+    trials drawn anew from this run; another run may differ by more. The share of the products alone is that of the
+    matrix products of the same passes, repeated without the rest: about the bound that the libraries set. The
     merge is timed by itself, and as the difference to a pass that is given the same reductions.
     """
     cases = list(product(models, sides, batch_sizes, dtypes, methods))
@@ -122,7 +122,9 @@ def main(
         model = build_model(model_name, side, n_cls, device, DTYPES[dtype], decoder)
         patch.add_modules(model.encoder, method)
         views = load_batches(images, side, batch_size, batches, device, DTYPES[dtype])
-        options = settings_for(model, method, views, round(tokens * (side // 16) ** 2), budget=budget)
+        left = round(tokens * (side // 16) ** 2)
+        takes_budget = budget and patch.find(method).takes("tokens")
+        options = {"tokens": left} if takes_budget else options_for(model, method, views, left)
         case = {"model": model_name, "side": side, "batch_size": batch_size, "dtype": dtype, "method": method}
         rows.append(case | {"n_cls": n_cls} | measure(model, method, options, views, device, repeats, compiled))
         if profile:
@@ -169,7 +171,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _exposed(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table derives from a row."""
+    """Entries of the table that are derived from a row."""
     return {
         "merge": 100 * sum(row["overhead"].values()),
         "undo": 100 * row["overhead_undo"],
@@ -195,7 +197,7 @@ def missed_targets(row: dict[str, Any], device_type: str) -> list[str]:
     share, overhead = _share_target(row, device_type), _overhead_target(row, device_type)
     missed = []
     if share is not None and row["share_scores"] < share:
-        missed.append(f"{name}: realised share {row['share_scores']:.3f}, target {share}")
+        missed.append(f"{name}: realized share {row['share_scores']:.3f}, target {share}")
     compiled = _compiled_target(row, device_type)
     if compiled is not None and row["ratio_compiled"] < compiled:
         missed.append(f"{name}: compiled {row['ratio_compiled']:.2f} times plain execution, target {compiled}")

@@ -12,17 +12,14 @@ from typing import Any
 
 import click
 import torch
+from method_cost import peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
 import g2tm
-from segm.cli import Command, Listed, device_option
-from segm.eval.comparison import peak_memory
-from segm.eval.environment import environment
-from segm.eval.timing import interleaved_rates
-from segm.files import write_text
-from segm.pictures import write_picture
-from segm.tables import markdown
+from segm.cli import Command, Listed, device_option, markdown
+from segm.eval.timing import environment, interleaved_rates
+from segm.files import write_picture, write_text
 from vis import scale_curves
 
 THRESHOLD = 0.5

@@ -15,23 +15,22 @@ from typing import Any
 import click
 import torch
 from benchmark import BACKBONES, build_model
+from equal_cost import options_for
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import patch
-from segm.cli import Command, Listed, device_option
+from segm.cli import Command, Listed, device_option, markdown
 from segm.config import Merging, Net, RunConfig
 from segm.data import create_dataset
 from segm.data.dataset import IGNORE_LABEL
 from segm.data.loader import create_loader
-from segm.eval.comparison import settings_for
-from segm.eval.environment import environment
+from segm.eval.timing import environment
 from segm.files import write_text
 from segm.merging import PURE, apply
 from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer
 from segm.precision import Precision
-from segm.tables import markdown
 from segm.trainer import Objective, compile_blocks
 
 COLUMNS = {
@@ -51,7 +50,7 @@ COLUMNS = {
 @click.option("--methods", type=Listed(str, lambda: patch.METHODS), default="graph,algm,tome", show_default=True)
 @click.option("--tokens", type=click.FloatRange(0, 1, min_open=True), default=690 / 1024, help="Share that is left.")
 @click.option("--updates", type=click.IntRange(min=1), default=4, show_default=True, help="Updates before the next.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of every method.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of every method.")
 @click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that draw.")
 @click.option("--amp", is_flag=True, help="Mixed precision.")
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs, as train.py --compile does.")
@@ -86,12 +85,12 @@ def main(
         model, options = copy.deepcopy(plain), {}
         if name != PURE:
             patch.add_modules(model.encoder, name)
-            options = settings_for(model, name, [images], round(tokens * (side // 16) ** 2))
+            options = options_for(model, name, [images], round(tokens * (side // 16) ** 2))
         trainings[name] = training(apply(model, name, options), loader, device, amp, compile)
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
-    for turn in tqdm(range(1 + rounds), desc="rounds", leave=False):
+    for round_ in tqdm(range(1 + rounds), desc="rounds", leave=False):
         for name, train in trainings.items():
-            entries[name].append(train(turn))
+            entries[name].append(train(round_))
     rows = [row(name, found[1:], entries[PURE][1:]) for name, found in entries.items()]
     machine = environment(device)["device"]
     click.echo(f"{machine}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
@@ -142,7 +141,7 @@ def _tokens(model: Segmenter) -> float | None:
 
 
 def row(name: str, entries: list[dict[str, Any]], pure: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds; the ratio is that of neighboring turns."""
+    """Medians over the rounds; the ratio is that within a round."""
     ratios = [mine["images_per_second"] / other["images_per_second"] for mine, other in zip(entries, pure, strict=True)]
     medians = {key: statistics.median(entry[key] for entry in entries) for key in ("images_per_second", "data_wait")}
     return {"method": name, "tokens": entries[-1]["tokens"], **medians, "ratio": statistics.median(ratios)}

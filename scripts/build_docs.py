@@ -16,14 +16,12 @@ import torch
 import yaml
 
 import patch
-from segm.cli import Command
+from segm.cli import Command, markdown
 from segm.data import create_dataset
 from segm.errors import one_line
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import PURE
-from segm.pictures import write_picture
 from segm.run import Run
-from segm.tables import markdown
 from vis import fill_tokens, outline_tokens, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""All methods at the same operations: applied to a plain run as it is, and after a short training.
+"""All methods at the same operations: applied without training, and after a short one.
 
 python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --epochs 2 --work runs/compared \
     --out results/methods_shapes
@@ -6,46 +6,27 @@ python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --e
 
 import copy
 import json
-import math
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, gflops, options_for
 from tqdm import tqdm
+from trainings import train_unless_finished
 
 import patch
-from segm.checkpoint import LAST
-from segm.cli import POSITIVE, Command, dataset_argument, device_option
-from segm.eval.comparison import compare, mean_tokens
-from segm.eval.environment import environment
-from segm.eval.operations import count_operations
+from segm.cli import POSITIVE, Command, dataset_argument, device_option, markdown
+from segm.eval.comparison import compare
+from segm.eval.timing import environment
 from segm.files import write_text
-from segm.merging import PURE, apply
+from segm.merging import PURE, apply, mean_tokens
 from segm.run import Run
-from segm.tables import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALLER, COARSER = "smaller image", "coarser patch"
 BASELINES = (SMALLER, COARSER)  # what does without merging
-BISECTIONS = 12
-# What a method's cost is set by: the option and its range. r is a whole number up to what the image has.
-KNOBS: dict[str, tuple[str, float, float]] = {
-    "graph": ("threshold", -1.0, 1.0),
-    "algm": ("threshold", -1.0, 1.0),
-    **dict.fromkeys(("tome", "tofu", "dct", "pitome", "mctf", "crossget", "dtem", "diffrate"), ("r", 0, 0)),
-    "atc": ("keep", 0.05, 1.0),
-    "ltmp": ("merge_threshold", 0.0, 1.0),
-    "random": ("tokens", 0.02, 1.0),
-}
-FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
-FLAGS["keep"] = "--keep-rate"
-FIXED = ("fpet", "mpm", "clustvit")  # nothing sets what they cost
-NEEDS_TRAINING = ("dtem", "clustvit")
 COLUMNS = {
     "method": "{method}",
     "setting": "{setting}",
@@ -83,8 +64,8 @@ def main(
 ) -> None:
     """Compare all methods at the same share of the operations of PLAIN, a run without merging, on DATASET.
 
-    Every method is set so that a pass takes that share of the plain one's GFLOPs, is scored as it is and after a
-    training that starts from PLAIN, and is timed, all interleaved. What was measured before is not measured again.
+    Every method is set so that a pass takes that share of the plain one's GFLOPs, is scored without training and after
+    one that starts from PLAIN, and is timed, all interleaved. Known measurements are not repeated.
     """
     run = Run.load(plain, device=device, patch_type=PURE)
     known = json.loads(out.with_suffix(".json").read_text())["rows"] if out.with_suffix(".json").exists() else []
@@ -129,7 +110,7 @@ def fill(
     if row["method"] == COARSER:
         return row | fill_coarser(run, row["share"] * whole, dataset, max_images, views)
     model = with_parts(run.model, row["method"])
-    options = setting(model, row["method"], views, row["share"] * whole)
+    options = options_for(model, row["method"], views, row["share"] * whole, gflops)
     merged = apply(model, row["method"], options)
     row |= {"options": options, "gflops": gflops(merged, views), "tokens": mean_tokens(merged, views)}
     if row["method"] not in NEEDS_TRAINING:
@@ -144,48 +125,6 @@ def with_parts(model: Any, method: str) -> Any:
     if entry.modules is not None and entry.enabled_by is None:
         patch.add_modules(model.encoder, method)
     return model
-
-
-def gflops(model: Any, views: list) -> float:
-    """10⁹ operations of a pass, mean over the images."""
-    return sum(count_operations(model, view).total for view in views) / len(views)
-
-
-def setting(
-    model: Any,
-    method: str,
-    views: list,
-    wanted: float,
-    cost_of: Callable[[Any, list], float] | None = None,
-    **fixed: Any,
-) -> dict[str, Any]:
-    """Options with which a pass costs so much; those of the method where nothing can be set.
-
-    Args:
-        cost_of: from a patched model and images to what is wanted; None: GFLOPs.
-        fixed: other options of the method.
-    """
-    cost_of = cost_of or gflops
-    if method not in KNOBS:
-        return fixed
-    name, low, high = KNOBS[method]
-    whole = name == "r"
-    if whole:
-        high = 2 * math.prod(model.grid(views[0].shape[-2:])) // len(model.encoder.blocks)
-    best: tuple[float, dict[str, Any]] | None = None
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        options = {name: round(middle) if whole else middle, **fixed}
-        merged = apply(copy.deepcopy(model), method, options)
-        cost = cost_of(merged, views)
-        if best is None or abs(cost - wanted) < best[0]:
-            best = abs(cost - wanted), options
-        raises = (cost > wanted) == whole  # r takes tokens away, all others leave more
-        low, high = (middle, high) if raises else (low, middle)
-        if whole and round(low) == round(high):
-            break
-    assert best is not None
-    return best[1]
 
 
 def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, n_views: int) -> dict[str, Any]:
@@ -221,23 +160,11 @@ def train(
     dataset: str,
     device: torch.device,
 ) -> None:
-    """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
-    own = ["--resume"] if (folder / LAST).exists() else ["--finetune", str(plain), "--dataset", dataset]
-    if "--finetune" in own:
-        own += [
-            "--patch-type",
-            PURE if method == COARSER else method,
-            "--epochs",
-            str(epochs),
-            "--eval-freq",
-            str(epochs),
-            *shlex.split(more),
-        ]
-        own += [word for name, value in options.items() for word in (FLAGS[name], str(value))]
-    command = ["segm/train.py", "--log-dir", str(folder), "--device", str(device), *own]
-    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise ValueError(f"python {shlex.join(command)}: {ended.stderr.strip().splitlines()[-1]}")
+    """Train a method for so many epochs, from the plain run."""
+    words = ["--finetune", str(plain), "--dataset", dataset, "--patch-type", PURE if method == COARSER else method]
+    words += ["--epochs", str(epochs), "--eval-freq", str(epochs), *shlex.split(more)]
+    words += [word for name, value in options.items() for word in (FLAGS[name], str(value))]
+    train_unless_finished(folder, words, ["--device", str(device)])
 
 
 def time_all(rows: list[dict[str, Any]], run: Run, views: list, dataset: str, n_images: int) -> None:

@@ -1,53 +1,19 @@
-"""Hold every case of conformance vectors against this project's own functions.
+"""Hold every case of conformance vectors against this project's own functions; the checks lie in tests/conformance.
 
 python scripts/conformance.py tests/data/*.safetensors
 """
 
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import click
-import conformance_chain
-import conformance_clustvit
-import conformance_segmenter
-import conformance_steps
-from conformance_common import Case, DoesNotHoldError, Vectors
 from tqdm import tqdm
 
 from segm.cli import Command
 
-KNOWN = re.compile(  # first parts of names: inputs, and what is held against them
-    r"n\d+|x\d+|xrect|xslide|pure|graph|algm|tome|tofu|pitome|mctf|crossget|fpet|diffrate|dct|atc|dtem|ltmp|chain|seq|vit|labels|loss"
-)
-KINDS = (conformance_segmenter, conformance_steps, conformance_chain, conformance_clustvit)
-
-
-def find_cases(file: Path) -> list[Case]:
-    """The cases of a file.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be read, or holds none.
-    """
-    vectors = Vectors(file)
-    cases = [case for kind in KINDS for case in kind.cases(vectors)]
-    unknown = sorted({name.split(".")[0] for name in vectors if not KNOWN.fullmatch(name.split(".")[0])})
-    if unknown or not cases:
-        what = ", ".join(unknown) or "nothing"
-        raise ValueError(f"{file} holds {what}, which no check knows: see the formats beside the vectors")
-    return cases
-
-
-def failure(case: Case) -> str | None:
-    """Why a case does not hold; None: it does."""
-    try:
-        case.check()
-    except DoesNotHoldError as error:
-        return str(error)
-    except (KeyError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/conformance"))
+from conformance_cases import failure, find_cases
 
 
 @click.command(cls=Command)
@@ -56,7 +22,7 @@ def main(files: tuple[Path, ...]) -> None:
     """Check every case in FILES, .safetensors files of conformance vectors.
 
     Prints how many cases of each family hold, and each that does not; then the status is not 0. A Segmenter's vectors
-    need its checkpoint.pth and variant.yml beside them.
+    need its checkpoint.pth and variant.yml next to them.
     """
     cases = [case for file in files for case in find_cases(file)]
     held, failed = Counter[str](), {}

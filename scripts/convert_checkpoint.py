@@ -202,7 +202,7 @@ def write_run(
 
 
 def net_kwargs(weights: Mapping[str, Tensor], n_heads: int | None, normalization: str) -> dict[str, Any]:
-    """What the weights tell of the network."""
+    """Settings of the network that follow from the weights."""
     width, _, patch, _ = weights["backbone.patch_embed.projection.weight"].shape
     side = math.isqrt(weights["backbone.pos_embed"].shape[1] - 1) * patch
     n_cls = weights["decode_head.cls_emb"].shape[1]

@@ -2,27 +2,23 @@
 
 Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
 it is, draws two sheets of pictures, and ends with the report of all: measured on held-out scenes, as a table
-and as a web page. Everything lies in runs/demo. A finished training is not done again.
+and as a web page. Everything lies in runs/demo. A finished training is not repeated.
 """
 
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-import yaml
+from trainings import train_unless_finished
 
 import patch
 from segm import report
-from segm.checkpoint import LAST
 from segm.cli import Command, default_device
 from segm.data import Sample, create_dataset
-from segm.pictures import write_picture
+from segm.files import write_picture
 from segm.run import Run
 from vis import colorize, fill_tokens, legend, picture_sheet
 
@@ -58,7 +54,8 @@ def main(out: Path) -> None:
     device = torch.device(default_device())
     torch.set_num_threads(N_THREADS)
     for name, options in TRAININGS.items():
-        train_once(name, out / name, [option.format(pure=out / "pure") for option in options])
+        own = [option.format(pure=out / "pure") for option in options]
+        train_unless_finished(out / name, [*COMMON, *SCHEDULE, *own], threads=N_THREADS)
     runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS]
     runs += [f"{name}={shlex.quote(str(out / 'pure'))} {shlex.join(options)}" for name, options in APPLIED.items()]
     opened = report.open_runs(runs, None, device)
@@ -69,21 +66,6 @@ def main(out: Path) -> None:
     click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png\n")
     page = ["--cost-images", str(N_COST_IMAGES), "--pictures", str(N_PICTURES), "--out", str(out / "report.html")]
     report.main([*runs, *page], standalone_mode=False)
-
-
-def train_once(name: str, folder: Path, options: list[str]) -> None:
-    """Train with the real command, unless the folder holds the finished run; an interrupted one goes on."""
-    if (folder / LAST).exists():
-        epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]
-        if torch.load(folder / LAST, weights_only=True)["epoch"] + 1 == epochs:
-            click.echo(f"{name}: trained already, in {folder}; remove it to train anew")
-            return
-        options = ["--resume"]
-    command = ["segm/train.py", "--log-dir", str(folder), *COMMON, *SCHEDULE, *options]
-    click.echo(f"{name}: python {' '.join(command)}")
-    environment = os.environ | {"OMP_NUM_THREADS": str(N_THREADS)}
-    if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode:
-        raise ValueError(f"the training of {name} failed, see above")
 
 
 @torch.inference_mode()

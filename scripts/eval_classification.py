@@ -21,15 +21,13 @@ from tqdm import tqdm
 import patch
 from g2tm.validation import check_r
 from patch.methods.common import scheduled_r
-from segm.cli import POSITIVE, device_option
+from segm.cli import POSITIVE, device_option, markdown
+from segm.data import spread
 from segm.errors import one_line
-from segm.eval.environment import environment
 from segm.eval.operations import count_operations
-from segm.eval.timing import interleaved_turns
-from segm.files import write_text
+from segm.eval.timing import environment, interleaved_trials
+from segm.files import write_picture, write_text
 from segm.merging import PURE, MergingCommand, choose
-from segm.pictures import write_picture
-from segm.tables import markdown
 from vis.tokens import outline_tokens
 
 COLUMNS = {
@@ -180,7 +178,7 @@ def main(
     else:
         dataset = open_folder(folder, plain, create_transform(**config, is_training=False))
     if max_images is not None and max_images < len(dataset):
-        dataset = torch.utils.data.Subset(dataset, np.linspace(0, len(dataset) - 1, max_images).round().astype(int))
+        dataset = torch.utils.data.Subset(dataset, spread(max_images, len(dataset)))
     loader = DataLoader(dataset, batch_size, num_workers=0 if synthetic else num_workers)
     models = {PURE: plain}
     method, options = merging_options(plain, merging, merge_num, inflect)
@@ -218,13 +216,13 @@ def create(name: str, checkpoint: str | None, random: bool) -> Any:
 def measure(models: dict[str, nn.Module], loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:
     """A row per model: scores, then speed of all of them on the first batch, interleaved, and operations."""
     batch = next(iter(loader))[0].to(device)
-    turns = interleaved_turns(models, [batch], device, repeats=5)
+    trials = interleaved_trials(models, [batch], device, repeats=5)
     rows = []
     for name, model in models.items():
         row = {"name": name, **score(model, loader, device)}
         if not patch.is_patched(model):
             row["tokens"] = float(np.prod(model.patch_embed.grid_size))
-        rates = turns[name].flatten()
+        rates = trials[name].flatten()
         row |= {"images_per_second": rates.median().item(), "gflops": count_operations(model, batch[:4]).total}
         rows.append(row)
     return rows

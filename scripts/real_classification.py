@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import patch
 from segm.data import normalize
-from segm.eval.timing import interleaved_turns
+from segm.eval.timing import interleaved_trials
 from segm.merging import PURE
 
 SIDE, BATCH = 112, 16  # pixels, images per pass
@@ -78,7 +78,7 @@ def classify(
         found = features_of(model, images, device)
         row["accuracy"] = knn_accuracy(found[::2], labels[::2], found[1::2], labels[1::2])
         calls[index] = model.forward_features
-    turns = interleaved_turns(calls, [images[:BATCH].to(device)], device, repeats=5, settled=True)
+    trials = interleaved_trials(calls, [images[:BATCH].to(device)], device, repeats=5, warm=True)
     for index, row in enumerate(rows):
-        row["images_per_second"] = turns[index].quantile(0.5).item()
+        row["images_per_second"] = trials[index].quantile(0.5).item()
     return rows

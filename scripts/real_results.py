@@ -1,14 +1,10 @@
-"""What merging costs and gains on a real model: DINOv2 ViT-S/14 on CamVid; makes the tables and pictures of RESULTS.md.
+"""Costs and gains of merging on a real model, DINOv2 ViT-S/14 on CamVid: tables and pictures of RESULTS.md.
 
 DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real --out results/real
 """
 
-import copy
 import json
 import math
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +13,24 @@ from typing import Any
 import click
 import numpy as np
 import torch
-import yaml
-from compare_methods import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, setting
+from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, options_for
 from real_classification import classify
 from real_speed import PHOTOS, measure_speed
 from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
 from tqdm import tqdm
+from trainings import train_unless_finished
 
 import patch
 from segm.auto_threshold import automatic_thresholds
-from segm.checkpoint import LAST, load_checkpoint
-from segm.cli import Command, Listed, device_option
+from segm.cli import Command, Listed, device_option, markdown
 from segm.data import spread
-from segm.eval.comparison import mean_tokens
-from segm.eval.environment import environment
-from segm.files import write_text
-from segm.merging import PURE
-from segm.pictures import write_picture
+from segm.eval.timing import environment
+from segm.files import write_picture, write_text
+from segm.merging import PURE, mean_tokens
 from segm.run import Run
-from segm.tables import markdown
-from segm.tradeoff import Row, Setting, Tradeoff, hull
-from vis import similarity_histograms, tradeoff_plot
+from segm.tradeoff import Row, Setting, Tradeoff
+from vis import hull, similarity_histograms, tradeoff_plot
 
-ROOT = Path(__file__).resolve().parents[1]
 DATASET = "camvid"
 SMALL = ("pole", "sign-symbol", "pedestrian", "bicyclist")  # thin or small on the images
 SPLITS = ("val", "test")
@@ -110,7 +101,7 @@ PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, method
 
 @dataclass(frozen=True)
 class Real:
-    """What all steps share.
+    """The settings that all steps share.
 
     Attributes:
         work: folder of trainings and features.
@@ -140,7 +131,7 @@ class Real:
         return Run.load(file, device=self.device, name=name, amp=False)
 
     def tradeoff(self, name: str, run: Run) -> Tradeoff:
-        """Where the settings of a table are measured and kept."""
+        """The measurements of a table and their file."""
         conditions = {"run": run.name, "images": self.max_images, "classes": list(SMALL)} | environment(self.device)
         file = self.out / f"{name}.json"
         return Tradeoff(run, DATASET, file, conditions, COST_IMAGES, self.max_images, boundary=True)
@@ -170,26 +161,11 @@ def models(real: Real) -> str:
 
 def train(real: Real, name: str, options: Sequence[str]) -> None:
     """Train with the real command, unless it is done; an interrupted training goes on."""
-    folder = real.work / name
-    if is_finished(folder):
-        return
     own = [option.format(work=real.work) for option in options] + ["--amp"] * real.amp
-    own = ["--resume"] if (folder / LAST).exists() else own
     if "--config" in own and not {"--finetune", "--pretrained"} & {*own} and real.weights is not None:
         own += ["--pretrained", str(real.weights)]
-    command = ["segm/train.py", "--log-dir", str(folder), "--device", str(real.device), *own]
-    command += ["--feature-folder", str(real.work / "features")]
-    click.echo(f"{name}: python {shlex.join(command)}")
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise ValueError(f"the training of {name} failed, see above")
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run directory holds all epochs."""
-    if not (folder / LAST).exists():
-        return False
-    epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]
-    return load_checkpoint(folder)["epoch"] + 1 >= epochs
+    always = ["--device", str(real.device), "--feature-folder", str(real.work / "features")]
+    train_unless_finished(real.work / name, own, always)
 
 
 def small_and_all(run: Run, scores: Row) -> Row:
@@ -203,7 +179,7 @@ def small_and_all(run: Run, scores: Row) -> Row:
 
 
 def methods(real: Real) -> str:
-    """Every method at five numbers of tokens, without training, beside smaller images and coarser patches."""
+    """Every method at five numbers of tokens, without training, and smaller images and coarser patches."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     settings = {Setting(): (PURE, 1.0)}
@@ -214,35 +190,15 @@ def methods(real: Real) -> str:
     settings |= smaller_and_coarser(run)
     rows = measured(real, "methods", run, settings)
     for name, over_tokens in (("methods_time", False), ("methods_tokens", True)):
-        best = [] if over_tokens else hull(rows)
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], best, tokens=over_tokens)
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], tokens=over_tokens)
         write_picture(real.out / f"{name}.png", picture)
     return "\n\n".join(by_share(rows, text, title) for title, text in CELLS.items())
 
 
 def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None, **fixed: Any) -> Setting:
     """The setting of a method that leaves a share of the tokens at the end; fixed: its other options."""
-    model, whole = run.model, math.prod(run.model.grid(views[0].shape[-2:]))
-    views = views[:1] if patch.find(method).static else views  # the same number in every image
-    layers = patch.check(method, len(model.encoder.blocks), model.encoder.patch_embed.grid_size, **fixed)["layers"]
-    if patch.find(method).takes("threshold") and not model.has_queries:  # no token leaves behind the last merge
-        model = copy.deepcopy(model)
-        del model.encoder.blocks[layers[-1] :]
-        found = setting(model, method, views, share * whole, encoded_tokens, **fixed | {"layers": [*layers]})
-        return Setting(method, fixed | {"threshold": found["threshold"]}, im_size)
-    return Setting(method, setting(model, method, views, share * whole, encoded_tokens, **fixed), im_size)
-
-
-@torch.inference_mode()
-def encoded_tokens(model: Any, views: list) -> float:
-    """Patch tokens that the encoder of a patched model leaves, mean over images (1, 3, H, W)."""
-    counts = []
-    for view in views:
-        model.encoder.forward_features(view)
-        found = patch.reduction(model)
-        assert found is not None  # a pass has just run
-        counts += found.counts.tolist()
-    return float(np.mean(counts))
+    n_patches = math.prod(run.model.grid(views[0].shape[-2:]))
+    return Setting(method, options_for(run.model, method, views, share * n_patches, **fixed), im_size)
 
 
 def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:
@@ -274,7 +230,7 @@ CELLS = {
     "images/s, token scores": "{images_per_second_scores:.2f}",
     "images/s, label maps": "{images_per_second:.2f}",
     "GFLOPs": "{gflops:.1f}",
-    "realised share": "{realised_share:.2f}",
+    "realized share": "{realized_share:.2f}",
 }
 
 
@@ -310,7 +266,7 @@ def frontier(real: Real) -> str:
         ("small_iou", "IoU of small classes, %"),
         ("boundary_iou", "boundary IoU, %"),
     ):
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], hull(rows, score), score, name)
+        picture = tradeoff_plot(rows, [row["label"] for row in rows], score, name)
         write_picture(real.out / f"frontier_{score}.png", picture)
     columns = {
         "shorter side": "{im_size}",
@@ -320,14 +276,15 @@ def frontier(real: Real) -> str:
         "small classes": "{small_iou:.2f}",
         "boundary IoU": "{boundary_iou:.2f}",
     }
-    return markdown(columns, [rows[index] for index in hull(rows)])
+    best = hull([1 / row["images_per_second"] for row in rows], [row["mean_iou"] for row in rows])
+    return markdown(columns, [rows[index] for index in best])
 
 
 # ---------------------------------------------------------------------------------------------- ablations
 
 
 def ablations(real: Real) -> str:
-    """Where to merge and how merged tokens count in attention, at the same number of tokens, without training."""
+    """Merging layers and the weight of merged tokens in attention, at the same number of tokens, without training."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     tried: dict[Setting, tuple[str, float]] = {Setting(): (PURE, 1.0)}
@@ -357,7 +314,7 @@ def ablations(real: Real) -> str:
 
 
 def trained(real: Real) -> str:
-    """What training with merging recovers: the decoder alone, then everything; beside as much training without."""
+    """Gains of training with merging, of the decoder alone and of everything, against as much training without it."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, share, views) for name, share in TRAINED.items()}
@@ -365,7 +322,7 @@ def trained(real: Real) -> str:
     rows = []
     for name, one in {PURE: Setting(), **chosen}.items():
         flags = ["--patch-type", name, *(w for key, value in one.options.items() for w in (FLAGS[key], str(value)))]
-        runs = {"applied": one.of(run)}
+        runs = {"applied": one.apply_to(run)}
         if name != PURE:
             train(real, f"{name}_decoder", [*DECODER_ALONE, "--finetune", f"{{work}}/{BEST}", *flags])
             train(real, f"{name}_longer", [*LONGER, "--finetune", f"{{work}}/{BEST}", *flags])
@@ -407,7 +364,7 @@ def heads(real: Real) -> str:
         "tokens": "{tokens:.0f}",
         "mIoU (small classes)": "{mean_iou:.2f} ({small_iou:.2f})",
         "images/s": "{images_per_second:.2f}",
-        "realised share": "{realised_share:.2f}",
+        "realized share": "{realized_share:.2f}",
     }
     return markdown(columns, rows)
 
@@ -416,7 +373,7 @@ def heads(real: Real) -> str:
 
 
 def tokens(real: Real) -> str:
-    """What thresholds mean on these features: similarities, tokens that are left, labels in a group."""
+    """Effects of thresholds on these features: similarities, tokens that are left, labels in a group."""
     run = real.run(BEST)
     dataset, _ = run.open()
     samples = [dataset[index] for index in spread(N_SIMILAR, len(dataset))]
@@ -429,7 +386,7 @@ def tokens(real: Real) -> str:
         for layer, pairs in found.items()
     }
     views = [*run.views(DATASET, VIEWS)]
-    chosen = {name: at_share(run, name, PURE_AT, views).of(run) for name in PURE_OF}
+    chosen = {name: at_share(run, name, PURE_AT, views).apply_to(run) for name in PURE_OF}
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
     write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[min(FRONT, len(samples) - 1)]))
     # Not among the results: these are photographs, whose license may forbid to show them.
@@ -456,12 +413,12 @@ def tokens(real: Real) -> str:
 
 
 def speed(real: Real) -> str:
-    """From a photograph to its labels: plain PyTorch against ours, in all precisions, with the mIoU beside."""
+    """From a photograph to its labels: plain PyTorch against runs in all precisions, with the mIoU."""
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     runs = {"ours, not merged": run}
     for method, share in FASTER.items():
-        runs[f"ours, {method}, {100 * share:g} % of the tokens"] = at_share(run, method, share, views).of(run)
+        runs[f"ours, {method}, {100 * share:g} % of the tokens"] = at_share(run, method, share, views).apply_to(run)
     dataset, _ = run.open()
     rows = measure_speed(runs, dataset[0].image, real.max_images)
     write_text(real.out / "speed.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
@@ -530,8 +487,8 @@ def main(
 ) -> None:
     """Train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains.
 
-    What was trained or measured is not done again, so the command may be interrupted. Every step writes OUT/STEP.json
-    and OUT/STEP.md.
+    A finished training or measurement is not repeated, so the command may be interrupted. Every step writes
+    OUT/STEP.json and OUT/STEP.md.
     """
     real = Real(work, out, weights, device, max_images, amp)
     for step in steps:

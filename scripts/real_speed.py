@@ -1,4 +1,4 @@
-"""The whole way from a photograph to its labels: plain PyTorch against ours, in all precisions of the processor."""
+"""The whole way from a photograph to its labels: plain PyTorch against runs in all precisions of the processor."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from segm.eval.sliding import predict_labels, window_starts
-from segm.eval.timing import interleaved_turns
+from segm.eval.timing import interleaved_trials
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.run import Run
@@ -117,18 +117,18 @@ def measure_speed(runs: Mapping[str, Run], photo: np.ndarray, max_images: int | 
             calls[name, dtype_name] = partial(predict, run, model)
             own: Any = model
             scores[name, dtype_name] = replace(run, model=own).evaluate(n_images=max_images)["mean_iou"]
-    turns = {
-        name: interleaved_turns(calls, [[sized]], plain.device, repeats=REPEATS, settled=True, progress=True)
+    trials = {
+        name: interleaved_trials(calls, [[sized]], plain.device, repeats=REPEATS, warm=True, progress=True)
         for name, sized in photos.items()
     }
     return [
         {"name": key[0], "dtype": key[1], "mean_iou": scores[key]}
-        | {name: rates[key].quantile(0.5).item() for name, rates in turns.items()}
+        | {name: rates[key].quantile(0.5).item() for name, rates in trials.items()}
         for key in calls
     ]
 
 
 def predict(run: Run, model: nn.Module, batch: list[np.ndarray]) -> Tensor:
-    """What `Run.predict` does to one photograph, with the run's model in another precision."""
+    """Labels of one photograph as by `Run.predict`, with the run's model in another precision."""
     (photo,) = batch
     return predict_labels(model, [(run.view(photo)[0], False)], run.windows, photo.shape[:2])

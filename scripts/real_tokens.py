@@ -1,4 +1,4 @@
-"""What thresholds mean on the features of a real model: similarities per layer, tokens over thresholds, pure groups."""
+"""Effects of thresholds on the features of a real model: similarities per layer, tokens left, purity of groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def kept_share(right: np.ndarray, down: np.ndarray, threshold: float) -> float:
 
 @torch.inference_mode()
 def purity(run: Run, samples: Sequence[Sample]) -> dict[str, Any]:
-    """How pure the groups of a patched run are.
+    """Purity of the groups of a patched run.
 
     Returns:
         `tokens`, mean per image; `labels_per_group`, mean over the groups of several patches; `best_iou`, the mIoU in

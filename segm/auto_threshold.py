@@ -1,4 +1,4 @@
-"""The automatic threshold of ALGM: how similar the tokens of an unpatched model are."""
+"""The automatic threshold of ALGM, from the similarities of the tokens of an unpatched model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 import patch
 from segm import parallel
-from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
+from segm.cli import POSITIVE, Command, Numbers, checkpoint_argument, dataset_argument, device_option
 from segm.config import RunConfig
 from segm.data import create_dataset, spread
-from segm.eval.comparison import mean_tokens
 from segm.eval.evaluate import as_is
-from segm.merging import PURE, read_variant
+from segm.merging import PURE, mean_tokens, read_variant
 from segm.run import Run
 from segm.sizes import Size
 
@@ -40,9 +39,13 @@ class Similarity:
 @click.command(cls=Command)
 @checkpoint_argument
 @dataset_argument
-@click.option("--selected-layers", cls=Numbers, type=int, help="Layers to measure, counted from 1.  [default: all]")
+@click.option("--selected-layers", cls=Numbers, type=int, help="Take these layers, counted from 1.  [default: all]")
+@click.option(
+    "--max-images",
+    type=POSITIVE,
+    help="Take this many training images, spread evenly over the data set.  [default: all]",
+)
 @device_option
-@max_images_option
 def main(
     checkpoint: Path,
     dataset_name: str,
@@ -79,7 +82,7 @@ def automatic_thresholds(
         dataset_name: None: that of the run.
         layers: 1-based, ascending; None: all.
         device: where to compute.
-        max_images: only so many images, spread over all: files are often sorted by scene. None: all.
+        max_images: number of images, spread over all, since files are often sorted by scene; None: all.
         size: to which the images are resized, pixels; None: the crop of the run.
 
     Returns:

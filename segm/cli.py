@@ -1,4 +1,4 @@
-"""Click plumbing that the commands share: one-line errors, help with headings, lists of values, and common options."""
+"""Click plumbing of all commands: one-line errors, help with headings, lists of values, common options, tables."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -355,6 +355,18 @@ def print_once(text: str) -> None:
     """Print a line, once for all processes."""
     if parallel.is_main():
         click.echo(text)
+
+
+def markdown(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of measurements as a Markdown table.
+
+    Args:
+        columns: title -> format string of the entries of a row, such as "{tokens:.0f}".
+        rows: one mapping per row.
+    """
+    cells = ([text.format(**row).replace("|", r"\|") for text in columns.values()] for row in rows)
+    lines = [[*columns], ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show_scores(scores: Mapping[str, Any]) -> None:

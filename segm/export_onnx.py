@@ -11,15 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segm.checkpoint import checkpoint_file
-from segm.cli import Images, checkpoint_argument, im_size_option, max_images_option
-from segm.eval.comparison import speed
-from segm.eval.timing import interleaved_turns
+from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
+from segm.eval.timing import interleaved_trials, speed
 from segm.eval.views import Views
 from segm.exported import OnnxModel
 from segm.exporting import OPSET, OUTPUTS, export, quantize
 from segm.merging import MergingCommand
 from segm.run import Run
-from segm.tables import markdown
 
 CPU = torch.device("cpu")
 AGREEMENT = 99.9  # percent of the pixels: less is no rounding any more
@@ -117,12 +115,12 @@ def compare(run: Run, models: Mapping[str, OnnxModel], views: Views, output: str
     calls |= {name: model.run for name, model in models.items()}
     step = max(len(views) // N_COMPARED, 1)
     compared = [views[index] for index in range(0, len(views), step)][:N_COMPARED]
-    turns = interleaved_turns(calls, compared[:N_TIMED], CPU, settled=True, progress=True)
-    first = speed(turns[f"{PYTORCH}, pure"])
+    trials = interleaved_trials(calls, compared[:N_TIMED], CPU, warm=True, progress=True)
+    first = speed(trials[f"{PYTORCH}, pure"])
     rows = []
     for name, call in tqdm(calls.items(), desc="differences", unit="model", leave=False):
         largest, agreement = differences(call, reference, compared, output)
-        own_speed = speed(turns[name])
+        own_speed = speed(trials[name])
         rows.append({"name": name, "images_per_second": own_speed, "ratio": own_speed / first})
         rows[-1] |= {"difference": "" if largest is None else f"{largest:.1e}", "agreement": agreement}
     return rows

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 
 def part_of(file: Path) -> Path:
     """Where a file is written before it takes its place."""
@@ -56,3 +59,17 @@ def write_text(file: Path, text: str) -> None:
     """Write a text, UTF-8, in one step."""
     with atomic(file) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_picture(file: Path, picture: np.ndarray) -> None:
+    """Write a picture, (H, W, 3) uint8 RGB, or a label map, (H, W) uint8, in one step; folders are made.
+
+    A link that lies in the way is replaced, not followed.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    # cv2.imwrite ends the program at a name that is no UTF-8.
+    _, encoded = cv2.imencode(file.suffix, picture[..., ::-1] if picture.ndim == 3 else picture)
+    with atomic(file) as part:
+        part.write_bytes(encoded.tobytes())

@@ -42,8 +42,8 @@ def main(
 ) -> None:
     """Print the GFLOPs per image of CHECKPOINT on DATASET: mean and standard deviation over the images.
 
-    Counted as fvcore does, one per multiply-add, in one forward pass over every validation image at the crop size;
-    upsampling, fused attention and the products and sums of merging are included. Operators that fvcore
+    Counted one per multiply-add, as fvcore counts, in one forward pass over every validation image at the crop size;
+    upsampling, fused attention and the products and sums of merging are included. Operators without a count
     leaves out (element-wise work, sorting, indexing) are listed.
     """
     run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from segm.cli import checkpoint_argument, device_option, im_size_option
 from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
 from segm.exported import open_run
+from segm.files import write_picture
 from segm.merging import MergingCommand
-from segm.pictures import write_picture
 from vis import blend, colorize
 
 

@@ -1,5 +1,6 @@
 """Options of merging methods between command line, `variant.yml` and `patch.apply`; the registry states each once."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -320,3 +321,31 @@ def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
             f"net_kwargs: reduction {dict(reduction)} does not fit the learned parts of {reduction['name']}"
         )
     return patch.add_modules(encoder, known.pop("name"), **known)
+
+
+def method_of(model: nn.Module) -> str:
+    """Name of the method in force, "pure" for none."""
+    return patch.method(model) if patch.is_patched(model) else PURE
+
+
+@torch.inference_mode()
+def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
+    """Patch tokens that are left at the end of the encoder.
+
+    Args:
+        model: patched or not.
+        images: (B, 3, H, W).
+
+    Returns:
+        (B,), int64, on the CPU.
+    """
+    model.network(images)
+    reduction = patch.reduction(model) if patch.is_patched(model) else None
+    if reduction is not None:
+        return reduction.counts.cpu()
+    return torch.full((len(images),), math.prod(model.grid(images.shape[-2:])))
+
+
+def mean_tokens(model: Segmenter, batches: Iterable[Tensor]) -> float:
+    """Patch tokens that an image keeps, mean over the images of all batches (B, 3, H, W)."""
+    return torch.cat([count_tokens(model, batch) for batch in batches]).double().mean().item()

@@ -1,4 +1,4 @@
-"""Profile a trained Segmenter, operator by operator."""
+"""The time of a trained Segmenter, operator by operator."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
 from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument
-from segm.eval.environment import device_name
+from segm.eval.timing import device_name
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.run import Run
@@ -27,13 +27,14 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
-    help="Number of images, spread over the data set.",
+    help="Profile this many images, spread evenly over the data set.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Number of operators to list.")
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="List this many operators.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Chrome trace to write, for ui.perfetto.dev.  [default: trace_<method>.json next to CHECKPOINT]",
+    help="Write the Chrome trace (chrome://tracing, ui.perfetto.dev) to this file.  "
+    "[default: trace_<method>.json next to CHECKPOINT]",
 )
 @device_option
 def main(

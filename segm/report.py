@@ -17,16 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import Command, device_option, max_images_option
+from segm.cli import POSITIVE, Command, device_option, markdown
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.comparison import compare
-from segm.eval.environment import environment
+from segm.eval.timing import environment
 from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
 from segm.runlog import read_log
-from segm.tables import markdown
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
@@ -47,14 +46,19 @@ class RecordedCommand(Command):
     "--dataset",
     "dataset_name",
     type=click.Choice(DATASETS),
-    help="Data set of the images.  [default: that of the first run]",
+    help="Score all runs on this data set.  [default: that of the first run]",
 )
 @click.option(
     "--cost-images",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     default=20,
     show_default=True,
-    help="Number of images for speed, operations and tokens.",
+    help="Measure tokens, GFLOPs and images/s on this many images, spread evenly over the data set.",
+)
+@click.option(
+    "--max-images",
+    type=POSITIVE,
+    help="Score the mIoU on this many images, spread evenly over the data set.  [default: all]",
 )
 @click.option(
     "--pictures",
@@ -62,7 +66,7 @@ class RecordedCommand(Command):
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Number of images with label maps.",
+    help="Show tokens and predictions of this many images.",
 )
 @click.option(
     "--explore",
@@ -70,22 +74,22 @@ class RecordedCommand(Command):
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Number of images in the explorer.",
+    help="Put this many images into the threshold explorer.",
 )
 @click.option(
     "--layer",
     type=int,
-    help="Layer of the explorer, counted from 1.  [default: where graph or the first run merges, else 2]",
+    help="Show this layer, counted from 1, in the explorer.  [default: where graph merges, or the first run that does, "
+    "else 2]",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="report.html",
     show_default=True,
-    help="File of the page; all numbers go into a .json next to it.",
+    help="Write the page to this file, and all numbers to a .json next to it.",
 )
 @device_option
-@max_images_option
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -101,9 +105,9 @@ def main(
 ) -> None:
     """Compare each RUN, a checkpoint, a run directory or "NAME=PATH [merging options]", on one web page.
 
-    mIoU comes from sliding windows at full size (--max-images: of the first images). Everything else comes from images
-    resized to the crop size, one at a time: tokens, GFLOPs and images/s are measured interleaved. The page needs no
-    network. On it a threshold explorer shows what graph merging would do at any threshold.
+    The mIoU comes from sliding windows at full size. Tokens, GFLOPs and images/s come from images resized to the crop
+    size, one at a time, interleaved. The page needs no network. Its threshold explorer shows the regions that graph
+    merging forms at any threshold.
     """
     check_out(out)
     runs = open_runs(texts, dataset_name, device)
@@ -183,15 +187,15 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
 
 
 def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images: int | None) -> list[dict[str, Any]]:
-    """One dict per run: what it scores and what it costs.
+    """Scores and costs, one dict per run.
 
     Args:
-        cost_images: images for tokens, operations and speed.
-        max_images: images for the mIoU; None: all.
+        cost_images: number of images for tokens, operations and speed.
+        max_images: number of images for the mIoU, spread over the data set; None: all.
 
     Returns:
-        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and what
-        `segm.eval.comparison.compare` says.
+        List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and the
+        entries of `segm.eval.comparison.compare`.
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
@@ -223,7 +227,7 @@ def reference_of(run: Run, runs: Sequence[Run]) -> Run:
 
 @torch.inference_mode()
 def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None, n_images: int) -> dict[str, Any]:
-    """What the threshold explorer needs of some images.
+    """The data of the threshold explorer for some images.
 
     Args:
         runs: shown is the first that merges with graph, or else the first that merges, or the first.
@@ -231,7 +235,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
         layer: 1-based; None: where that run merges first.
 
     Returns:
-        dict for `vis.page.explorer_section`: `name` of the run, `layer`, `threshold` and `images`.
+        dict for `vis.page.comparison_page`: `name` of the run, `layer`, `threshold` and `images`.
 
     Raises:
         ValueError: a layer that the encoder lacks.
@@ -255,7 +259,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainings wrote down: name of a run -> entries of its `log.txt`; each run directory once."""
+    """Logs of the trainings: name of a run -> entries of its `log.txt`; each run directory once."""
     files: dict[Path, str] = {}
     for run in runs:
         files.setdefault(run.folder.resolve() / "log.txt", run.name)
@@ -263,7 +267,7 @@ def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
-    """What trainings found when they looked at their data: name of a run -> split -> record; the same one once."""
+    """Inventories of the data that trainings recorded: name of a run -> split -> record; the same one once."""
     found: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         inventory = run.config.data.inventory
@@ -275,13 +279,14 @@ def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
 @torch.inference_mode()
 def picture_blocks(
     runs: Sequence[Run], dataset: SegmentationDataset, n_images: int
-) -> tuple[list[str], list[str], np.ndarray]:
+) -> tuple[list[tuple[str, list[tuple[page.Picture, page.Picture]]]], list[str], np.ndarray]:
     """Input and truth, and for every run its tokens and its prediction.
 
     Returns:
-        (HTML of every image; names and palette (C, 3) of the classes that occur).
+        (name and pairs of an upper and a lower picture of every image; names and palette (C, 3) of the classes that
+        occur).
     """
-    blocks: list[str] = []
+    blocks: list[tuple[str, list[tuple[page.Picture, page.Picture]]]] = []
     seen: set[int] = set()
     for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
@@ -295,13 +300,13 @@ def picture_blocks(
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.image), predicted))
-        blocks.append(page.picture_pairs(sample.name, pairs))
+        blocks.append((sample.name, pairs))
     classes = sorted(label for label in seen if label < dataset.n_cls)
     return blocks, [dataset.classes[i] for i in classes], np.asarray(dataset.palette)[classes]
 
 
-def token_picture(run: Run, image: np.ndarray) -> str:
-    """HTML of the tokens of the last pass, which was over this image, with their number."""
+def token_picture(run: Run, image: np.ndarray) -> page.Picture:
+    """The tokens of the last pass, which was over this image, with their number."""
     photo = resize_to(image, run.crop_size)
     grid = run.model.grid(run.crop_size)
     n_all = math.prod(grid)

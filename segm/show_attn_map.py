@@ -15,9 +15,9 @@ import patch
 from segm.cli import checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
 from segm.data.images import resize_to
+from segm.files import write_picture
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
-from segm.pictures import write_picture
 from segm.run import Run
 from segm.sizes import pair
 from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
@@ -26,7 +26,10 @@ LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose 
 
 
 class Query(NamedTuple):
-    """What attends. name: that of its files; row: in the attention weights; patch: its index, None for others."""
+    """A token that attends.
+
+    name: that of its files; row: in the attention weights; patch: its index, None for other tokens.
+    """
 
     name: str
     row: int
@@ -84,7 +87,7 @@ def main(
     device: torch.device,
     merging: dict[str, Any],
 ) -> None:
-    """Draw what CHECKPOINT, a file or a run directory, does with the photograph IMAGE; goes to OUT/<name of IMAGE>.
+    """Draw attention, merged tokens and labels of CHECKPOINT on the photograph IMAGE, in OUT/<name of IMAGE>.
 
     CMAP gives names and colors of the classes: a data set, or a YAML list of {id, name, color: [r, g, b]}; by default
     the data set of the training. Small pictures are enlarged by a whole factor.
@@ -153,7 +156,7 @@ def look(
     """
     weights = model.attention(view, layer_id, part)
     steps = sorted(patch.reductions(model).items())
-    # Layers merge behind their attention: layer_id + 1, counted from 1, sees what the layers before it left.
+    # Layers merge after their attention: layer_id + 1, counted from 1, sees what the layers before it left.
     before = [step for step in steps if part == "decoder" or step[0] <= layer_id]
     return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
 

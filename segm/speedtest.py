@@ -18,15 +18,13 @@ from segm.cli import (
     device_option,
     im_size_option,
     images_argument,
+    markdown,
     max_images_option,
 )
-from segm.eval.comparison import mean_tokens, meet_every_shape
-from segm.eval.environment import environment
-from segm.eval.timing import interleaved_rates
+from segm.eval.timing import environment, interleaved_rates, warm_up_shapes
 from segm.files import write_text
-from segm.merging import PURE, MergingCommand, apply, compile_network, parse
+from segm.merging import PURE, MergingCommand, apply, compile_network, mean_tokens, parse
 from segm.run import Run
-from segm.tables import markdown
 
 OUTPUTS = {
     "logits": lambda model: model,
@@ -111,7 +109,7 @@ def main(
     if compiled:
         for patched in models.values():
             setattr(patched, "network", compile_network(patched))  # noqa: B010 - a method to mypy
-        meet_every_shape(calls, views)
+        warm_up_shapes(calls, views)
     rates = interleaved_rates(calls, views, device, repeats=repeats, warmup=warmup, progress=True)
     tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
     rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]
@@ -131,10 +129,10 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
     Args:
         compare: value of --compare, or None.
         merging: method and options that were given; with --compare, options hold for every method that takes them.
-        run: what its variant says holds where nothing is given.
+        run: its variant gives the options that are not given.
 
     Returns:
-        What is written of a method -> (method, options) for `segm.merging.apply`.
+        Text of a method -> (method, options) for `segm.merging.apply`.
 
     Raises:
         ValueError: a method or option that is not allowed, or the same one twice.
@@ -147,7 +145,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
     methods, used = {}, set()
     for text in (part.strip() for part in compare.split(",")):
         if text in methods:
-            raise ValueError(f"--compare {compare}: {text} stands there twice")
+            raise ValueError(f"--compare {compare}: {text} is listed twice")
         try:
             name, *own = shlex.split(text) or [""]
             given = parse(["--patch-type", name, *own])
@@ -170,7 +168,7 @@ def speed_row(name: str, rates: Tensor, reference: Tensor, tokens: float) -> dic
 
 
 def describe(conditions: dict[str, Any]) -> str:
-    """One line that says what was measured with."""
+    """The conditions of the measurement in one line."""
     c = conditions
     images = f"{c['batches']} x {c['batch_size']} images of {c['height']} x {c['width']}"
     compiled = ", compiled" if c["compiled"] else ""

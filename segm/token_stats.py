@@ -1,4 +1,4 @@
-"""How many tokens are left, and how large the merged ones are."""
+"""Numbers of tokens that are left, and sizes of the merged ones."""
 
 import json
 import math
@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
-from segm.pictures import write_picture
 from segm.run import Run
 from vis import token_histograms
 
@@ -28,11 +27,13 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @images_argument
-@click.option("--layer-id", type=click.IntRange(min=0), help="Encoder layer, counted from 0.  [default: all]")
+@click.option(
+    "--layer-id", type=click.IntRange(min=0), help="Show this encoder layer alone, counted from 0.  [default: all]"
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for tokens.json and tokens.png.  [default: token_stats_<method> next to CHECKPOINT]",
+    help="Write tokens.json and tokens.png to this folder.  [default: token_stats_<method> next to CHECKPOINT]",
 )
 @im_size_option
 @device_option

@@ -1,4 +1,4 @@
-"""What a run scores and costs under many settings: measured once, kept in a file, all speeds from one go."""
+"""Scores and costs of a run under many settings: measured once, kept in a file, all speeds in one go."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ class Setting:
         sizes = {"im_size": self.im_size, "patch_size": self.patch_size}
         return {"method": self.method, "options": dict(self.options), **sizes}
 
-    def of(self, run: Run) -> Run:
+    def apply_to(self, run: Run) -> Run:
         """The run used in this way; it shares its weights."""
         return run.variation(self.method, self.options, self.im_size, self.patch_size)
 
@@ -58,7 +58,7 @@ class Tradeoff:
         run: without merging.
         dataset_name: data set.
         file: JSON that keeps what was measured.
-        conditions: what the rows depend on; they stand in the file.
+        conditions: settings that the rows depend on; the file keeps them.
         cost_images: images for tokens, operations and speed.
         max_images: images for the scores; None: all.
         boundary: score the boundary IoU as well.
@@ -68,7 +68,7 @@ class Tradeoff:
     dataset_name: str
     file: Path
     conditions: Mapping[str, Any]
-    cost_images: int = 10
+    cost_images: int
     max_images: int | None = None
     boundary: bool = False
 
@@ -77,7 +77,7 @@ class Tradeoff:
 
         Returns:
             One dict per setting, in their order: `method`, `options`, `im_size`, `patch_size`; scores in percent
-            (`Run.evaluate`); and what `segm.eval.comparison.compare` says.
+            (`Run.evaluate`); and the entries of `segm.eval.comparison.compare`.
 
         Raises:
             ValueError: the file holds measurements under other conditions, or something else.
@@ -87,7 +87,7 @@ class Tradeoff:
         dataset, _ = self.run.open(name=self.dataset_name)
         for key in tqdm([key for key in wanted if key not in known], desc="settings", leave=False):
             setting = wanted[key]
-            scores = setting.of(self.run).evaluate(
+            scores = setting.apply_to(self.run).evaluate(
                 dataset=dataset, n_images=self.max_images, boundary=self.boundary, progress=True
             )
             known[key] = setting.record | scores
@@ -99,11 +99,11 @@ class Tradeoff:
         return [known[key] for key in wanted]
 
     def _costs(self, settings: Mapping[str, Setting]) -> dict[str, Row]:
-        """key -> what a setting costs, against the unpatched model at the same image size."""
+        """key -> costs of a setting, against the unpatched model at the same image size."""
         pure = {setting.im_size: Setting(im_size=setting.im_size) for setting in settings.values()}
         every = {one.key: one for one in pure.values()} | dict(settings)
-        runs = {key: setting.of(self.run) for key, setting in every.items()}
-        views = {size: [*one.of(self.run).views(self.dataset_name, self.cost_images)] for size, one in pure.items()}
+        runs = {key: setting.apply_to(self.run) for key, setting in every.items()}
+        views = {size: [*runs[one.key].views(self.dataset_name, self.cost_images)] for size, one in pure.items()}
         return compare(
             {key: run.model for key, run in runs.items()},
             {key: pure[setting.im_size].key for key, setting in settings.items()},
@@ -128,32 +128,6 @@ class Tradeoff:
     def _write(self, known: Mapping[str, Row]) -> None:
         content = {"settings": self.conditions, "rows": [*known.values()]}
         write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
-
-
-def hull(rows: Sequence[Row], score: str = "mean_iou", speed: str = "images_per_second") -> list[int]:
-    """The rows that nothing between two others beats: the upper convex hull of the score over the time per image.
-
-    A mixture of two settings, used in turns, reaches every point of the line between them.
-
-    Returns:
-        Indices of the rows, the fastest first.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i][speed], -rows[i][score]))
-    points = {i: (1 / rows[i][speed], rows[i][score]) for i in order}
-    found: list[int] = []
-    for index in order:
-        if found and points[index][1] <= max(points[i][1] for i in found):
-            continue
-        while len(found) > 1 and _rises(points[found[-2]], points[found[-1]], points[index]):
-            found.pop()
-        found.append(index)
-    return found
-
-
-def _rises(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point is not above the line between the other two."""
-    (x0, y0), (x1, y1), (x2, y2) = first, middle, last
-    return (y1 - y0) * (x2 - x0) <= (y2 - y0) * (x1 - x0)
 
 
 def best_at(rows: Sequence[Row], images_per_second: float, score: str = "mean_iou") -> Row | None:

@@ -10,13 +10,15 @@ import torch
 
 import patch
 from segm.checkpoint import checkpoint_file
-from segm.cli import Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
-from segm.eval.environment import device_name
+from segm.cli import POSITIVE, Numbers, checkpoint_argument, dataset_argument, device_option
+from segm.eval.timing import device_name
+from segm.files import write_picture
 from segm.merging import PURE, MergingCommand
-from segm.pictures import write_picture
 from segm.run import Run
-from segm.tradeoff import Row, Setting, Tradeoff, best_at, hull
-from vis import threshold_curves, tradeoff_plot
+from segm.tradeoff import Row, Setting, Tradeoff, best_at
+from vis import hull, threshold_curves, tradeoff_plot
+
+COST = 10  # images for tokens and speed
 
 
 @click.command(cls=MergingCommand)
@@ -29,28 +31,34 @@ from vis import threshold_curves, tradeoff_plot
     type=click.FloatRange(min=0, min_open=True),
     default=0.02,
     show_default=True,
-    help="Distance of two thresholds.",
+    help="Difference of two thresholds.",
 )
 @click.option(
     "--im-size",
     "sizes",
     cls=Numbers,
     type=click.IntRange(min=1),
-    help="Shorter sides of the images, pixels; every threshold is tried at each.  [default: the run's]",
+    help="Try every threshold at each of these shorter sides of the images, pixels.  [default: the run's]",
 )
 @click.option(
     "--images-per-second",
     "speed",
     type=click.FloatRange(min=0, min_open=True),
-    help="Speed, images/s, at which the best size and threshold are also named.  [default: none]",
+    help="Also name the image size and threshold of the highest mIoU at this speed, label maps per second.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for results.json and curves.png; its results are not measured again.  [default: next to CHECKPOINT]",
+    help="Keep results.json and curves.png in this folder, and measure only settings that are not in it.  "
+    "[default: tune_threshold_<method> next to CHECKPOINT]",
+)
+@click.option(
+    "--max-images",
+    type=POSITIVE,
+    help="Score every setting on this many images, spread evenly over the data set; "
+    f"tokens and speed come from {COST}.  [default: all]",
 )
 @device_option
-@max_images_option
 def main(
     checkpoint: Path,
     dataset_name: str,
@@ -66,9 +74,9 @@ def main(
 ) -> None:
     """Score CHECKPOINT on DATASET at falling thresholds, and name the lowest that keeps the mIoU of the plain model.
 
-    Prints a table of mIoU (percent) and, on the first images at the crop size, tokens per image and images/s;
-    interleaved. The threshold found is the last one down to which no threshold scored below the unpatched model. With
-    several --im-size, the settings are marked that no other one beats in both mIoU and speed.
+    Prints a table of mIoU (percent) and, at the crop size and interleaved, tokens per image and images/s. The threshold
+    found is the last one down to which no threshold scored below the unpatched model. With several --im-size, the
+    settings on the hull are marked: no mixture of two others beats them in mIoU and speed.
     """
     thresholds = falling(highest, lowest, step)
     if merging.get("threshold") is not None:
@@ -83,7 +91,7 @@ def main(
     conditions: dict[str, Any] = {"method": method, "dataset": dataset_name, "max_images": max_images}
     conditions |= {name: value for name, value in options.items() if name != "threshold"}
     conditions |= {"checkpoint": file.name, "changed": file.stat().st_mtime, "device": device_name(device)}
-    tradeoff = Tradeoff(run, dataset_name, folder / "results.json", conditions, max_images=max_images)
+    tradeoff = Tradeoff(run, dataset_name, folder / "results.json", conditions, COST, max_images)
     tried = [
         Setting(im_size=size) if threshold is None else Setting(method, options | {"threshold": threshold}, size)
         for size in sizes or (None,)
@@ -112,7 +120,8 @@ def falling(highest: float, lowest: float, step: float) -> list[float]:
 def report(rows: Sequence[Row], folder: Path, per_size: int) -> None:
     """Print the rows and draw them; so many of them belong to one image size, the unpatched one first."""
     several = len(rows) > per_size
-    best = set(hull(rows)) if several else set()
+    times, scores = [1 / row["images_per_second"] for row in rows], [row["mean_iou"] for row in rows]
+    best = set(hull(times, scores)) if several else set()
     click.echo(f"{'im_size ' * several}{'threshold':>9} {'mIoU':>6} {'tokens':>8} {'images/s':>9}")
     for index, row in enumerate(rows):
         size = f"{row['im_size']:>7} " if several else ""
@@ -129,7 +138,7 @@ def report(rows: Sequence[Row], folder: Path, per_size: int) -> None:
             click.echo(f"lowest threshold without loss{at}: {lowest}")
     if several:
         labels = [("pure" if row["method"] == PURE else f"{row['method']}, {row['im_size']} pixels") for row in rows]
-        picture = tradeoff_plot(rows, labels, sorted(best))
+        picture = tradeoff_plot(rows, labels)
     else:
         curve = [row | {"threshold": row["options"]["threshold"]} for row in rows[1:]]
         picture = threshold_curves(rows[0], curve, lowest_without_loss(rows))

@@ -32,9 +32,8 @@ def is_command(file):
     return "@click.command" in file.read_text()
 
 
-# What commands are built on may know methods too. The comparison and the profiling are there because they take a method
-# apart: they run the merges alone and replay them, which a callback cannot hand to them.
-KNOW_METHODS = {"merging.py", "resolve.py", "run.py", "trainer.py", "eval/comparison.py", "eval/profiling.py"}
+# What commands are built on may know methods too.
+KNOW_METHODS = {"merging.py", "resolve.py", "run.py", "trainer.py"}
 
 
 def test_imports_run_one_way():

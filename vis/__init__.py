@@ -2,7 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
-from vis.curves import scale_curves, threshold_curves, tradeoff_plot
+from vis.curves import hull, scale_curves, threshold_curves, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
@@ -16,6 +16,7 @@ __all__ = [
     "colorize",
     "enlarge",
     "fill_tokens",
+    "hull",
     "label_picture",
     "legend",
     "magnification",

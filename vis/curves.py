@@ -23,22 +23,48 @@ DEEPEST = 15  # points below the best: what loses more leaves the picture
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
+def hull(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """The points that no mixture of two others beats: the upper convex hull of the scores over the costs.
+
+    A mixture of two settings, used in turn, reaches every point of the line between them.
+
+    Args:
+        costs: better if smaller, such as seconds per image.
+        scores: better if larger; as many.
+
+    Returns:
+        Indices of the points, the lowest cost first.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i]))
+    found: list[int] = []
+    for index in order:
+        if found and scores[index] <= max(scores[i] for i in found):
+            continue
+        while len(found) > 1 and not _is_above(found[-1], found[-2], index, costs, scores):
+            found.pop()
+        found.append(index)
+    return found
+
+
+def _is_above(middle: int, first: int, last: int, x: Sequence[float], y: Sequence[float]) -> bool:
+    """Whether the middle one of three points lies above the line between the others."""
+    return (y[middle] - y[first]) * (x[last] - x[first]) > (y[last] - y[first]) * (x[middle] - x[first])
+
+
 def tradeoff_plot(
     rows: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
-    hull: Sequence[int] = (),
     score: str = "mean_iou",
     name: str = "mIoU, %",
     tokens: bool = False,
 ) -> np.ndarray:
-    """A score over the time per image, or over the tokens: one line per label, and the hull of the best.
+    """A score over the time per image, with the hull, or over the tokens: one line per label.
 
     The axis ends 15 points below the best score, so that differences between good settings can be seen.
 
     Args:
         rows: `images_per_second` (or `tokens`) and the score.
         labels: one per row; rows of one label are joined, in order of their time.
-        hull: indices of rows to mark, the fastest first.
         score: key; name: of its axis.
         tokens: over the tokens per image instead of the time.
 
@@ -49,9 +75,11 @@ def tradeoff_plot(
         figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
         canvas, axis = FigureCanvasAgg(figure), figure.subplots()
         points = [(row["tokens"] if tokens else 1000 / row["images_per_second"], row[score]) for row in rows]
-        if hull:
-            best = zip(*(points[index] for index in hull), strict=True)
-            axis.plot(*best, color="0.75", linewidth=6, solid_capstyle="round", label="hull", zorder=0)
+        if not tokens:
+            best = [points[index] for index in hull(*zip(*points, strict=True))]
+            axis.plot(
+                *zip(*best, strict=True), color="0.75", linewidth=6, solid_capstyle="round", label="hull", zorder=0
+            )
         for number, label in enumerate(dict.fromkeys(labels)):
             own = sorted(point for point, other in zip(points, labels, strict=True) if other == label)
             color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]

@@ -16,7 +16,7 @@ N_BINS = 30
 
 
 def token_histograms(layers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
-    """How many tokens images keep, and how large the merged ones are, one row of panels per layer.
+    """Histograms of the tokens that images keep and of the sizes of merged ones, a row of panels per layer.
 
     Args:
         layers: 1-based layer -> dict of `n_patches` (int), `counts` (images,) and `sizes` (tokens,), the sizes other
@@ -36,7 +36,7 @@ def token_histograms(layers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
 
 
 def similarity_histograms(layers: Mapping[int, np.ndarray]) -> np.ndarray:
-    """How similar neighboring patches are, one curve per layer.
+    """Histograms of the similarities of neighboring patches, one curve per layer.
 
     Args:
         layers: 1-based layer -> cosine similarities, any shape.

@@ -14,7 +14,7 @@ IGNORED = (0, 0, 0)
 
 
 def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Color of every pixel's class; what is no class (255) becomes black.
+    """Color of every pixel's class; a label that is no class (255) becomes black.
 
     Args:
         labels: (H, W), integer.
@@ -34,7 +34,7 @@ def blend(image: np.ndarray, colors: np.ndarray, opacity: float = 0.5) -> np.nda
 
 
 def legend(names: Sequence[str], palette: np.ndarray, height: int | None = None, row: int = 24) -> np.ndarray:
-    """Class names beside their colors, in columns as wide as their longest name.
+    """Class names next to their colors, in columns as wide as their longest name.
 
     Args:
         names: class names.
@@ -52,10 +52,10 @@ def legend(names: Sequence[str], palette: np.ndarray, height: int | None = None,
 
 
 def label_picture(labels: np.ndarray, names: Sequence[str], palette: np.ndarray, row: int = 24) -> np.ndarray:
-    """A label map in its colors, and beside it the names of the classes that occur.
+    """A label map in its colors, and next to it the names of the classes that occur.
 
     Args:
-        labels: (H, W), integer; what is no class is black and called ignored.
+        labels: (H, W), integer; a label that is no class is black and called ignored.
         names: class names.
         palette: (C, 3), uint8, RGB.
         row: pixels of one line of the legend.

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from vis.curves import BLUE, ORANGE
+from vis.curves import BLUE, ORANGE, hull
 
 COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito, those that show on white and on black
 MARKERS = "osD^vPX"  # one more marker than colors: 42 pairs before one comes twice
-INK = "#010203"  # what becomes the color of the page's text
+INK = "#010203"  # becomes the color of the page's text
 STYLE = {
     "font.size": 10,
     "text.parse_math": False,  # names are no formulas
@@ -39,12 +39,12 @@ N_BINS = 40
 
 
 def pareto(points: Sequence[tuple[str, float, float]], xlabel: str, *, larger_is_better: bool = True) -> str:
-    """mIoU over what it costs, the best compromises joined by a line.
+    """mIoU over a speed or a cost; a line joins the points that no mixture of two others beats.
 
     Args:
         points: list of (name, x, mIoU in percent); those whose mIoU is not finite are left out.
         xlabel: of x.
-        larger_is_better: of x; mIoU is always better if larger.
+        larger_is_better: x is a speed; else a cost.
 
     Returns:
         SVG text.
@@ -53,31 +53,16 @@ def pareto(points: Sequence[tuple[str, float, float]], xlabel: str, *, larger_is
         figure, axis = _figure(5.6, 4.2)
         shown = [(index, *point) for index, point in enumerate(points) if math.isfinite(point[2])]
         x, y = [point[2] for point in shown], [point[3] for point in shown]
-        front = pareto_front(x, y, larger_is_better)
-        axis.plot([x[i] for i in front], [y[i] for i in front], "--", color=INK, alpha=0.5, linewidth=1)
+        best = hull([1 / one if larger_is_better else one for one in x], y)
+        axis.plot([x[i] for i in best], [y[i] for i in best], "--", color=INK, alpha=0.5, linewidth=1)
         for index, _, at, score in shown:
             axis.plot(at, score, markersize=8, linestyle="none", **_style(index))
         axis.margins(0.18)
         axis.set(xlabel=xlabel, ylabel="mIoU, %")
         axis.grid()
         _label_points(figure, axis, [point[1] for point in shown], x, y)
-        return _svg(figure, f"pareto-{xlabel}")
-
-
-def pareto_front(x: Sequence[float], y: Sequence[float], larger_is_better: bool = True) -> list[int]:
-    """Indices of the points that no other beats in both coordinates, by rising x.
-
-    Args:
-        x, y: sequences of numbers; y is better if larger.
-        larger_is_better: of x.
-    """
-    sign = 1 if larger_is_better else -1
-    points = [(sign * a, b) for a, b in zip(x, y, strict=True)]
-
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
-
-    return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: x[i])
+        words = "; ".join(f"{name}: {score:.2f} % at {x:.3g} {xlabel}" for name, x, score in points)
+        return _svg(figure, f"pareto-{xlabel}", f"mIoU over {xlabel}. {words}")
 
 
 def class_iou(classes: Sequence[str], scores: Mapping[str, Sequence[float | None]]) -> str:
@@ -109,7 +94,8 @@ def class_iou(classes: Sequence[str], scores: Mapping[str, Sequence[float | None
         axis.tick_params(axis="x", labeltop=len(classes) > 30)
         axis.grid()
         figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2)
-        return _svg(figure, "class-iou")
+        label = f"IoU of {len(classes)} classes by method; the numbers are in the JSON file next to this page"
+        return _svg(figure, "class-iou", label)
 
 
 CURVES = {
@@ -121,7 +107,7 @@ CURVES = {
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str] | None = None) -> str:
-    """What trainings wrote down, over their epochs.
+    """The logs of trainings, over their epochs.
 
     Args:
         logs: name -> list of dicts with `epoch` and some of `train_loss`, `val_mean_iou` (percent),
@@ -152,11 +138,11 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequ
             axis.grid()
         handles = [Line2D([], [], markersize=4, **_style(names.index(name))) for name in logs]
         figure.legend(handles, list(logs), loc="outside upper left", ncols=4)
-        return _svg(figure, "training")
+        return _svg(figure, "training", f"Training curves of {', '.join(logs)}")
 
 
 def token_shares(shares: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> str:
-    """How many tokens images keep, a row per method.
+    """Histograms of the tokens that images keep, a row per method.
 
     Args:
         shares: name -> (images,), percent of the patch tokens that are left.
@@ -177,7 +163,8 @@ def token_shares(shares: Mapping[str, np.ndarray], names: Sequence[str] | None =
             axis.yaxis.get_major_locator().set_params(integer=True, nbins=3)
             axis.grid()
         axes[-1].set_xlabel("tokens left, % of the patches")
-        return _svg(figure, "tokens")
+        words = "; ".join(f"{name}: {np.mean(values):.1f} %" for name, values in shares.items())
+        return _svg(figure, "tokens", f"Tokens left on average. {words}")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -203,7 +190,7 @@ def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float
 
 
 def _label_points(figure: Figure, axis: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
-    """Write every name beside its point, at the first of several places that nothing else takes."""
+    """Write every name next to its point, at the first of several free places."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # the layout is settled
     figure.set_layout_engine("none")
@@ -230,9 +217,12 @@ def _label_points(figure: Figure, axis: Axes, names: Sequence[str], x: Sequence[
 _PLACES = [(9, 0), (-9, 0), (0, 12), (0, -12), *((dx, dy) for dy in (12, -12, 24, -24) for dx in (9, -9))]
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element that can stand in HTML beside others: no ids but those that it refers to, which
-    begin with its name, no style sheet, the font of the page, and nothing that changes from run to run."""
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an SVG element for HTML with others: no ids but those that it refers to, which begin with its
+    name, no style sheet, the font of the page, and nothing that changes from run to run.
+
+    label: says to a screen reader what the figure shows.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -253,6 +243,7 @@ def _svg(figure: Figure, name: str) -> str:
         }
         if "id" in element.attrib:
             element.set("id", f"{slug}-{element.get('id')}")
+    root.attrib |= {"role": "img", "aria-label": label}
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -56,7 +56,7 @@ def outline_tokens(
 def token_pictures(
     image: np.ndarray, assignment: np.ndarray, grid: tuple[int, int], patch_size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """What became of the patches, by the name that its file ends with; arguments as in `fill_tokens`.
+    """Pictures of the merged tokens, by the ending of their file names; arguments as in `fill_tokens`.
 
     Returns:
         `vis_<M>_tokens` (filled) and `vis_<M>_tokens_overlay` (outlined) where M < gh·gw tokens are left, `grid` (every
@@ -71,7 +71,7 @@ def token_pictures(
 
 
 def _draw(image: np.ndarray, groups: np.ndarray, color: tuple[int, int, int], patch_side: int) -> np.ndarray:
-    """Color the pixels behind every border between two groups; where patches have room for it, those before it become
+    """Color the pixels after every border between two groups; where patches have room for it, those before it become
     dark, so that the line stands out from bright ground too."""
     right, below = groups[:, 1:] != groups[:, :-1], groups[1:] != groups[:-1]
     drawn = image.copy()

@@ -22,10 +22,9 @@ from segm.cli import (
 )
 from segm.data import Sample
 from segm.exported import open_run
-from segm.files import write_text
+from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
 from segm.parallel import is_main, process_group
-from segm.pictures import write_picture
 from segm.sizes import Size
 from vis import blend, colorize
 

@@ -1,20 +1,17 @@
-"""Operations of a model in fvcore's convention."""
+"""Operations of a model, one per multiply-add, counted as PyTorch runs them."""
 
-import math
-import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # fvcore imports parts of torch.jit that are on their way out
-    from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import get_shape
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -23,9 +20,9 @@ class Operations:
 
     Attributes:
         total: all of them.
-        encoder, decoder: those of the two parts; what merges tokens is part of the encoder. What is left is the
-            undoing of the merge, upsampling, and the weighing of masks by their classes.
-        uncounted: operator -> how often it ran without being counted: element-wise work, sorting, indexing.
+        encoder, decoder: those of the two parts; merging is part of the encoder, its undoing of the decoder. The rest
+            is upsampling, and the weighing of masks by their classes.
+        uncounted: operator -> number of its calls that do not count: element-wise work, sorting, indexing.
     """
 
     total: float
@@ -37,78 +34,104 @@ class Operations:
 def count_operations(model: nn.Module, images: Tensor) -> Operations:
     """Operations of one forward pass; for a merging model the count depends on the images.
 
-    fvcore counts matrix products, convolutions, layer norms and interpolation. Added are fused attention (its two
-    matrix products), the similarities of neighbors and the sums of the merge. Connected components are searched
-    outside PyTorch and do no arithmetic.
+    PyTorch's formulas give matrix products, convolutions and fused attention. As fvcore does, norms count 5 per number
+    (batch norms 2) and bilinear interpolation 4 per pixel. The similarities of neighbors and the sums of the merge
+    count one per number. Connected components are searched outside PyTorch and do no arithmetic.
 
     Args:
         model: a Segmenter or a ViT, patched or not.
-        images: (B, 3, H, W).
+        images: (B, 3, H, W). Where no image decides what is computed, model and images may be on the device "meta".
 
     Returns:
         `Operations` per image, upsampling included. A ViT without a decoder is all encoder.
     """
-    # A patched model lets itself be traced only where it is told that nothing will run again.
-    with torch.inference_mode(), getattr(model, "tracing", nullcontext)():
-        analysis = FlopCountAnalysis(_WithSelection(model), images)
-        analysis.set_op_handle(**{f"aten::{name}": handle for name, handle in _HANDLES.items()})
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        parts = analysis.by_module()
-        total, own = parts[""], {part: parts.get(f"model.{part}", 0) for part in ("encoder", "decoder")}
-        own["encoder"] = own["encoder"] or total
-        uncounted = {name.removeprefix("aten::"): n for name, n in sorted(analysis.unsupported_ops().items())}
-    total, encoder, decoder = (count / len(images) / 1e9 for count in (total, *own.values()))
-    return Operations(total, encoder, decoder, uncounted)
+    counter = _OperationCounter()
+    with torch.inference_mode(), ExitStack() as hooks:
+        decoder = getattr(model, "decoder", None)
+        for module in (decoder, getattr(decoder, "neck", None)):
+            if isinstance(module, nn.Module):
+                for handle in counter.watch(module):
+                    hooks.callback(handle.remove)
+        with counter:
+            model(images)
+    found = {part: count / len(images) / 1e9 for part, count in counter.operations.items()}
+    uncounted = dict(sorted(counter.uncounted.items()))
+    return Operations(sum(found.values()), found.get("encoder", 0.0), found.get("decoder", 0.0), uncounted)
 
 
-class _WithSelection(nn.Module):
-    """Gives back what a model computes only to choose tokens: tracing would drop it, since no output depends on it
-    once the components are found outside PyTorch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        with _Keep() as kept:
-            output = self.model(images)
-        return output, *kept.results
-
-
-class _Keep(TorchFunctionMode):
-    """Collects the results of the functions with which tokens are compared."""
+class _OperationCounter(TorchDispatchMode):
+    """While open, counts the operations of a model: those before its decoder, in it, and after it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.results: list[Tensor] = []
+        self.operations: Counter[str] = Counter()
+        self.uncounted: Counter[str] = Counter()
+        self.part = "encoder"
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function in (torch.linalg.vecdot, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            self.results.append(result)
+    def watch(self, decoder: nn.Module) -> list[Any]:
+        """Handles of the hooks that tell when the decoder, or a part of it, runs."""
+
+        def enter(part: str) -> Callable[..., None]:
+            return lambda *_: setattr(self, "part", part)
+
+        return [decoder.register_forward_pre_hook(enter("decoder")), decoder.register_forward_hook(enter("rest"))]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, operator = kwargs or {}, func.overloadpacket
+        if operator not in FORMULAS:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if operator in FORMULAS:
+            self.operations[self.part] += FORMULAS[operator](*args, **kwargs, out_val=result)
+        elif not func.is_view:
+            self.uncounted[operator.__name__] += 1
         return result
 
 
-def _attention(inputs: Any, outputs: Any) -> int:
-    """The two matrix products of attention, as fvcore counts them where they are explicit."""
-    queries, keys, values = (get_shape(value) for value in inputs[:3])
-    *batch, n_queries, width = queries
-    return math.prod(batch) * n_queries * keys[-2] * (width + values[-1])
+def _library(formula: Callable[..., int]) -> Callable[..., int]:
+    """PyTorch's formula, which counts two per multiply-add."""
+    return lambda *args, **kwargs: formula(*args, **kwargs) // 2
 
 
-def _similarities(inputs: Any, outputs: Any) -> int:
-    """A product of every pair of vectors."""
-    return math.prod(get_shape(inputs[0]))
+def _per_number(position: int, factor: int = 1) -> Callable[..., int]:
+    """So many operations per number of an argument."""
+    return lambda *args, **_: factor * args[position].numel()
 
 
-def _sums(position: int) -> Callable[[Any, Any], int]:
-    """One addition per number that is summed; position: which input holds the numbers."""
-    return lambda inputs, outputs: math.prod(get_shape(inputs[position]))
+def _per_result(factor: int) -> Callable[..., int]:
+    """So many operations per number of the result."""
+    return lambda *_, out_val, **__: factor * out_val.numel()
 
 
-_HANDLES = {
-    "scaled_dot_product_attention": _attention,
-    "linalg_vecdot": _similarities,
-    "index_add": _sums(3),
-    "scatter_add_": _sums(3),
+def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return x.numel() * weight.shape[0]
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop(queries, keys, values, out_val=queries) // 2
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **{operator: _library(formula) for operator, formula in flop_registry.items()},
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten.native_layer_norm: _per_number(0, 5),
+    aten.native_group_norm: _per_number(0, 5),
+    aten.native_batch_norm: _per_number(0, 2),
+    aten._native_batch_norm_legit_no_training: _per_number(0, 2),
+    aten.cudnn_batch_norm: _per_number(0, 2),
+    aten._adaptive_avg_pool2d: _per_number(0),
+    aten.upsample_bilinear2d: _per_result(4),
+    aten.upsample_nearest2d: _per_result(1),
+    aten.linalg_vecdot: _per_number(0),
+    aten.index_add: _per_number(3),
+    aten.index_add_: _per_number(3),
+    aten.scatter_add: _per_number(3),
+    aten.scatter_add_: _per_number(3),
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear

@@ -1,16 +1,27 @@
-"""Speed of models, compared inside one run."""
+"""Speed of models, compared inside one run, and the machine that it was measured on.
 
+"Trials" are the rates of `interleaved_trials`: (batches, trials), images/s.
+"""
+
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from segm.model.linear import processor_name
+
+COMPILING_PASSES = 3  # of every shape: compile, record a CUDA graph, replay it
+
+Call = Callable[[Any], Any]
+
 
 def interleaved_rates(
-    calls: Mapping[Any, Callable[[Any], Any]],
+    calls: Mapping[Any, Call],
     batches: Sequence[Any],
     device: torch.device,
     *,
@@ -18,31 +29,30 @@ def interleaved_rates(
     warmup: int = 2,
     progress: bool = False,
 ) -> dict[Any, Tensor]:
-    """Speed of several functions, each the median of its turns; arguments as for `interleaved_turns`.
+    """Speed of several functions, each the median of its trials; arguments as for `interleaved_trials`.
 
     Returns:
         name -> (len(batches),) images/s, float64.
     """
-    turns = interleaved_turns(calls, batches, device, repeats=repeats, warmup=warmup, progress=progress)
-    return {name: rates.quantile(0.5, dim=1) for name, rates in turns.items()}
+    trials = interleaved_trials(calls, batches, device, repeats=repeats, warmup=warmup, progress=progress)
+    return {name: rates.quantile(0.5, dim=1) for name, rates in trials.items()}
 
 
 @torch.inference_mode()
-def interleaved_turns(
-    calls: Mapping[Any, Callable[[Any], Any]],
+def interleaved_trials(
+    calls: Mapping[Any, Call],
     batches: Sequence[Any],
     device: torch.device,
     *,
     repeats: int = 3,
     warmup: int = 2,
-    settled: bool = False,
+    warm: bool = False,
     progress: bool = False,
 ) -> dict[Any, Tensor]:
-    """Speed of several functions in every turn, interleaved call by call so that they meet the same conditions; each in
-    turn is the first, since what ran before leaves its marks on caches and memory.
+    """Speed of several functions in every trial, interleaved call by call so that all meet the same conditions.
 
-    Where a machine's speed drifts, the median ratio of two functions over the turns is steadier than the ratio of
-    their medians.
+    Each function goes first in turn, since the call before leaves its marks on caches and memory. Where a machine's
+    speed drifts, the median ratio of two functions over the trials is steadier than the ratio of their medians.
 
     Args:
         calls: name -> function of a batch (B, 3, H, W).
@@ -50,7 +60,7 @@ def interleaved_turns(
         device: torch.device, waited for before and after every call.
         repeats: timed calls of each function per batch.
         warmup: untimed calls of each function, with the first batch.
-        settled: an untimed call before every timed one, as in a stream of images through one model: weights and memory
+        warm: an untimed call before every timed one, as in a stream of images through one model: weights and memory
             that another model has pushed out of the caches would count against the faster one.
         progress: show a bar.
 
@@ -64,9 +74,9 @@ def interleaved_turns(
                 for _ in range(warmup):
                     call(batch)
         seconds = {name: list[float]() for name in calls}
-        for turn in range(repeats):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                if settled:
+        for trial in range(repeats):
+            for name in names[trial % len(names) :] + names[: trial % len(names)]:
+                if warm:
                     calls[name](batch)
                 start = _now(device)
                 calls[name](batch)
@@ -77,7 +87,66 @@ def interleaved_turns(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has finished what it was given."""
+    """Seconds, once the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+@torch.inference_mode()
+def warm_up_shapes(calls: Mapping[str, Call], batches: Sequence[Tensor]) -> None:
+    """Let compiled models see every number of tokens before they are timed.
+
+    Args:
+        calls: name -> function of a batch (B, 3, H, W).
+        batches: those that will be timed.
+    """
+    for batch in tqdm(batches, desc="compiling", unit="batch", leave=False):
+        for call in calls.values():
+            for _ in range(COMPILING_PASSES):
+                call(batch)
+
+
+def speed(trials: Tensor) -> float:
+    """Images/s over all batches, each at the median of its trials."""
+    return 1 / (1 / trials.quantile(0.5, dim=1)).mean().item()
+
+
+def share_of_time(others: Tensor, trials: Tensor) -> float:
+    """Time per pass as a share of another's: the median over the trials of a batch, then the mean over the batches.
+
+    In a trial both ran one after the other, so that a machine whose speed drifts changes little.
+
+    Args:
+        others, trials: (batches, trials), images/s.
+    """
+    return (others / trials).quantile(0.5, dim=1).mean().item()
+
+
+def ratio(trials: Tensor, others: Tensor) -> float:
+    """Speed over all batches against another's, which takes the same time for each; as in `share_of_time`."""
+    return 1 / share_of_time(others, trials)
+
+
+def realized_share(trials: Tensor, pure_trials: Tensor, operations: float, pure_operations: float) -> float:
+    """(speed merged ÷ speed pure) ÷ (operations pure ÷ operations merged); 1: all saved operations are saved time."""
+    return ratio(trials, pure_trials) / (pure_operations / operations)
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Device, its threads and the versions that matter for speed, as JSON takes them."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor and the number of threads that are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    n_threads = torch.get_num_threads()
+    return f"{processor_name()}, {n_threads} thread{'s' if n_threads > 1 else ''}"

@@ -25,8 +25,8 @@ class Views(Sequence[Tensor]):
         samples: the images.
         size: of the images, pixels.
         normalization: name.
-        n_images: only so many images, spread over all of them; None: all.
-        batch_size: images per batch; what does not fill the last one is left out, unless nothing else is there.
+        n_images: number of images, spread over all of them; None: all.
+        batch_size: images per batch; an incomplete last batch is left out, unless it is the only one.
         duplicate: fill every batch with copies of one image, so that adaptive methods keep its own token count.
         device, dtype: of the batches.
     """

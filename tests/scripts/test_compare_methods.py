@@ -43,7 +43,7 @@ def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run
     )
     assert (tmp_path / "found.md").read_text().strip() == table.strip()
 
-    monkeypatch.setattr(script, "setting", None)  # would fail: what is known is not looked for again
+    monkeypatch.setattr(script, "options_for", None)  # would fail: what is known is not looked for again
     call(script, shapes_run, "shapes", *options, "--methods", names)
 
 

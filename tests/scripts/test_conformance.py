@@ -1,11 +1,10 @@
 """Conformance vectors: every case holds, and the command finds out what does not."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import conformance
 import pytest
 import timm
 import torch
@@ -21,16 +20,6 @@ DATA = Path(__file__).parents[1] / "data"
 FILES = sorted(DATA.glob("*.safetensors"))
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def conformance():
-    sys.path.insert(0, str(SCRIPTS))  # as Python does for a script
-    yield importlib.import_module("conformance")
-    sys.path.remove(str(SCRIPTS))
-
-
 def changed(name, folder, change):
     """A copy of a file of vectors, in which tensors or parameters were changed."""
     with safe_open(DATA / name, "pt") as opened:
@@ -44,13 +33,13 @@ def changed(name, folder, change):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_case_holds(conformance, file):
+def test_every_case_holds(file):
     cases = conformance.find_cases(file)
     assert len(cases) >= {"cases": 37, "clustvit": 14, "opentome_a": 18, "opentome_b": 31}[file.stem]
     assert {case.name: reason for case in cases if (reason := conformance.failure(case))} == {}
 
 
-def test_every_output_that_is_wrong_is_found(conformance, tmp_path):
+def test_every_output_that_is_wrong_is_found(tmp_path):
     """Every tensor that a case is held against, one at a time, by an amount that matters."""
     inputs = (".metric", ".x", ".size", ".attn", ".importance", ".cotangent", ".h")
     source = DATA / "opentome_b.safetensors"
@@ -67,7 +56,7 @@ def test_every_output_that_is_wrong_is_found(conformance, tmp_path):
         assert any(conformance.failure(case) for case in conformance.find_cases(file)), name
 
 
-def test_the_command_names_what_fails(conformance, tmp_path, call):
+def test_the_command_names_what_fails(tmp_path, call):
     assert "atc: 4 of 4 hold" in call(conformance, DATA / "opentome_b.safetensors")
 
     def change(tensors, header):
@@ -81,7 +70,7 @@ def test_the_command_names_what_fails(conformance, tmp_path, call):
     assert "pitome.n65.bsm.r8.m0.75: the assignment differs in" in result.stdout
 
 
-def test_files_that_it_does_not_know_are_refused(conformance, tmp_path, refused):
+def test_files_that_it_does_not_know_are_refused(tmp_path, refused):
     save_file({"other.x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "holds other, which no check knows" in refused(conformance, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
@@ -214,41 +203,41 @@ def clusters():
     return tensors | {"loss.value": loss, "loss.weighted": 0.25 * loss}, header
 
 
-def failures(conformance, file, tensors, header=None):
+def failures(file, tensors, header=None):
     """(number of cases, what fails) of a new file."""
     save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, file, header)
     cases = conformance.find_cases(file)
     return len(cases), {case.name: reason for case in cases if (reason := conformance.failure(case))}
 
 
-def test_files_with_other_numbers_hold_without_a_segmenter_beside_them(conformance, tmp_path):
+def test_files_with_other_numbers_hold_without_a_segmenter_beside_them(tmp_path):
     (a, rules), b = single_steps()
-    assert failures(conformance, tmp_path / "a.safetensors", a, {"cases": json.dumps(rules)}) == (5, {})
-    assert failures(conformance, tmp_path / "b.safetensors", b) == (6, {})
-    found = failures(conformance, tmp_path / "c.safetensors", chain() | {"n31.attn": b["n31.attn"]})
-    assert found == (3, {}) == failures(conformance, tmp_path / "c.safetensors", chain(), {"heads": "3"})
+    assert failures(tmp_path / "a.safetensors", a, {"cases": json.dumps(rules)}) == (5, {})
+    assert failures(tmp_path / "b.safetensors", b) == (6, {})
+    found = failures(tmp_path / "c.safetensors", chain() | {"n31.attn": b["n31.attn"]})
+    assert found == (3, {}) == failures(tmp_path / "c.safetensors", chain(), {"heads": "3"})
     tensors, header = clusters()
-    assert failures(conformance, tmp_path / "d.safetensors", tensors, header) == (4, {})
+    assert failures(tmp_path / "d.safetensors", tensors, header) == (4, {})
     for name in ("clustvit", "opentome_a", "opentome_b"):
         assert conformance.find_cases(Path(shutil.copy(DATA / f"{name}.safetensors", tmp_path)))
 
 
-def test_a_number_that_a_file_does_not_tell_is_named(conformance, tmp_path):
+def test_a_number_that_a_file_does_not_tell_is_named(tmp_path):
     tensors, header = clusters()
-    _, found = failures(conformance, tmp_path / "d.safetensors", tensors, {"loss_weight": "0.25"})
+    _, found = failures(tmp_path / "d.safetensors", tensors, {"loss_weight": "0.25"})
     assert found == {"vit.batch": "the header of d.safetensors lacks heads"}  # the others follow from shapes
-    _, found = failures(conformance, tmp_path / "d.safetensors", tensors, header | {"injection_point": "2"})
+    _, found = failures(tmp_path / "d.safetensors", tensors, header | {"injection_point": "2"})
     assert found.keys() == {"vit.batch"}
-    _, found = failures(conformance, tmp_path / "c.safetensors", chain())
+    _, found = failures(tmp_path / "c.safetensors", chain())
     assert set(found.values()) == {"the header of c.safetensors lacks heads"}
     _, b = single_steps()
     b |= {f"diffrate.train.n31.{name}_logits": torch.randn(3) for name in ("prune", "merge")}  # 10 to 14 apart
-    _, found = failures(conformance, tmp_path / "b.safetensors", b)
+    _, found = failures(tmp_path / "b.safetensors", b)
     assert found == {"diffrate.train.n31": "the header of b.safetensors lacks granularity"}
 
 
 @torch.no_grad()
-def test_a_segmenter_is_sampled_as_the_file_is(conformance, tmp_path, golden_model):
+def test_a_segmenter_is_sampled_as_the_file_is(tmp_path, golden_model):
     for name in ("checkpoint.pth", "variant.yml"):
         shutil.copy(DATA / name, tmp_path)
     model, images, slide = golden_model.eval(), torch.randn(3, 3, 192, 192).half(), torch.randn(1, 3, 200, 300).half()
@@ -258,7 +247,7 @@ def test_a_segmenter_is_sampled_as_the_file_is(conformance, tmp_path, golden_mod
     patch.apply(model, "graph", layers=[3], threshold=0.9)
     tensors["graph.l3.t0.9.none.b3.logits"] = model(images.float())[..., ::4, ::4]
     tensors["graph.l3.t0.9.none.b3.assignment"] = patch.reduction(model).assignment
-    assert failures(conformance, tmp_path / "s.safetensors", tensors) == (3, {})
+    assert failures(tmp_path / "s.safetensors", tensors) == (3, {})
     tensors["xslide"] = slide[..., :200]  # squares of several sizes could have given it
-    _, found = failures(conformance, tmp_path / "s.safetensors", tensors)
+    _, found = failures(tmp_path / "s.safetensors", tensors)
     assert found.keys() == {"pure.slide.flip1"}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import patch
-from segm.eval.comparison import mean_tokens
+from segm.merging import mean_tokens
 from segm.model import linear
 from segm.model.factory import create_segmenter
 from segm.run import Run
@@ -92,7 +92,7 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     assert "| tome | " in text and "| smaller image | " in text
 
     monkeypatch.setattr(script, "TRAININGS", script.TRAININGS)
-    monkeypatch.setattr(script.subprocess, "run", None)  # would fail: nothing is trained again
+    monkeypatch.setattr("trainings.subprocess.run", None)  # would fail: nothing is trained again
     monkeypatch.setattr("segm.tradeoff.compare", None)  # nor measured
     assert call(script, *options, "--steps", "methods,frontier")
 

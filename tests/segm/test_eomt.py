@@ -9,8 +9,8 @@ import torch
 import patch
 from segm import flops, report, show_attn_map, speedtest, test, train
 from segm.data import create_dataset
-from segm.eval.comparison import count_tokens
 from segm.losses import eomt_loss
+from segm.merging import count_tokens
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction
 from segm.run import Run

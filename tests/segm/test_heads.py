@@ -9,8 +9,8 @@ import torch
 import patch
 from segm import flops, report, speedtest, test, train
 from segm.config import Net, RunConfig
-from segm.eval.comparison import count_tokens
 from segm.losses import segvit_loss
+from segm.merging import count_tokens
 from segm.model.decoder import LinearBN
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction, SegViT, class_scores

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 import patch
-from segm.eval.comparison import eager_label_map
-from segm.eval.products import products_alone
 from segm.model import linear
 from segm.model.factory import create_segmenter
 
@@ -117,16 +115,3 @@ def test_a_segmenter_gives_the_same(monkeypatch, small_net, method, options):
     with torch.inference_mode():
         torch.testing.assert_close(other(images), one(images), rtol=1e-5, atol=1e-5)
         assert by_onednn(other, images) > by_onednn(one, images) == 0
-
-
-@torch.inference_mode()
-def test_the_eager_label_map_has_pytorchs_layers(held_back, small_net):
-    model, images = create_segmenter(small_net).eval(), torch.randn(2, 3, 64, 64)
-    assert by_onednn(model.predict, images) > by_onednn(eager_label_map(model), images) == 0
-
-
-def test_products_alone_are_those_of_onednn(held_back, small_net):
-    model, images = create_segmenter(small_net).eval(), torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        repeat = products_alone(model.network, images)
-        assert by_onednn(repeat) == by_onednn(model.network, images) > 0

@@ -10,7 +10,7 @@ import torch
 
 import patch
 from segm import flops, profile_model, speedtest, token_stats
-from segm.eval.comparison import count_tokens
+from segm.merging import count_tokens
 from segm.run import Run
 
 OPTIONS = ["shapes", "--device", "cpu", "--max-images", "3"]

@@ -96,7 +96,7 @@ def test_every_run_is_measured_and_shown(tmp_path, pure, graph):
         assert row["gflops"] >= row["gflops_encoder"] + row["gflops_decoder"] and row["reference"] == "pure"
         assert f'<th scope="row">{escape(name)}</th><td>{row["mean_iou"]:.2f}</td>' in text
         assert f"| {name} | {row['mean_iou']:.2f} |" in printed
-    assert rows["pure"]["realised_share"] == 1 and rows["graph"]["realised_share"] > 0
+    assert rows["pure"]["realized_share"] == 1 and rows["graph"]["realized_share"] > 0
     assert "tome <b>" not in text and rows["graph"]["settings"]["threshold"] == 0.6
     assert content["dataset"] == "shapes" and content["n_images"] == {"mean_iou": 2, "cost": 2}
     assert content["torch"] == torch.__version__ and "segm/report.py" in content["command"]
@@ -185,7 +185,8 @@ def test_images_without_labels(pure):
             return type(sample)(sample.name, sample.image, None)
 
     blocks, _, _ = report.picture_blocks([run], Unlabelled(), 1)
-    assert len(blocks) == 1 and "truth" in blocks[0]
+    ((name, pairs),) = blocks
+    assert name == sample.name and [one.caption for one in pairs[0]] == ["input", "truth"]
 
 
 class TestRefused:

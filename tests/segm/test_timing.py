@@ -1,12 +1,20 @@
 """Timing, and the images that are timed."""
 
 import numpy as np
+import pytest
 import torch
 
 from segm.data import create_dataset
 from segm.data.images import resized_view
-from segm.eval.environment import environment
-from segm.eval.timing import interleaved_rates, interleaved_turns
+from segm.eval.timing import (
+    environment,
+    interleaved_rates,
+    interleaved_trials,
+    ratio,
+    realized_share,
+    share_of_time,
+    speed,
+)
 from segm.eval.views import Views
 
 CPU = torch.device("cpu")
@@ -28,14 +36,32 @@ def test_a_slow_pass_does_not_count(monkeypatch):
     assert rates["a"].tolist() == [4.0]
 
 
-def test_ratios_over_turns_stand_a_machine_that_slows_down(monkeypatch):
-    """b takes twice as long as a, and everything ten times as long from the second turn on."""
+def test_ratios_over_trials_stand_a_machine_that_slows_down(monkeypatch):
+    """b takes twice as long as a, and everything ten times as long from the second trial on."""
     passes = [1, 2, 20, 10, 10, 20]  # a b, b a, a b
     clock = iter(np.cumsum([0, *(t for seconds in passes for t in (seconds, 0))]).tolist())
     monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
-    turns = interleaved_turns({"a": len, "b": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
-    assert turns["a"].shape == (1, 3)
-    assert (turns["a"] / turns["b"]).tolist() == [[2.0, 2.0, 2.0]]
+    trials = interleaved_trials({"a": len, "b": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
+    assert trials["a"].shape == (1, 3)
+    assert (trials["a"] / trials["b"]).tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_speeds_and_ratios_are_those_of_all_batches_together():
+    """Two batches that plain execution takes 1 s for, and merged 0.5 s and 0.25 s; in the last trial all is slower."""
+    plain = torch.tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 0.1]])
+    merged = plain * torch.tensor([[2.0], [4.0]])
+    assert speed(plain) == pytest.approx(1) and speed(merged) == pytest.approx(2 / 0.75)
+    assert ratio(merged, plain) == pytest.approx(2 / 0.75)
+    assert share_of_time(plain, merged) == pytest.approx(0.375)
+
+
+def test_the_realized_share_is_speed_gained_over_operations_saved():
+    """Half the operations in 0.6 of the time: 1/0.6 of 2 is 0.83; and a model is worth itself."""
+    pure = torch.tensor([[10.0, 20.0, 40.0]])
+    assert realized_share(pure / 0.6, pure, 1.0, 2.0) == pytest.approx(1 / 1.2)
+    assert realized_share(pure, pure, 2.0, 2.0) == 1
+    slow = torch.tensor([[1.0, 1.0, 9.0]])  # the median over neighboring calls
+    assert realized_share(slow, torch.ones(1, 3), 1.0, 2.0) == pytest.approx(0.5)
 
 
 def test_views_are_the_images_resized_to_a_square():

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vis import plots
+from vis import hull, plots
 
 NASTY = '<b>"a" & $x_1$</b>'
 
@@ -36,15 +36,36 @@ def test_a_drawing_can_stand_in_any_page():
         ids = re.findall(r' id="([^"]*)"', svg)
         assert set(re.findall(r'(?:href="|url\()#([^")]*)', svg)) == set(ids)
         assert any(NASTY in text for text in texts(svg) if text)
+        assert ElementTree.fromstring(svg).get("aria-label")
         all_ids += ids
     assert len(all_ids) == len(set(all_ids))  # none twice, also not in two drawings
 
 
-def test_the_front_holds_what_nothing_beats():
-    x, y = [1, 2, 3, 2, 3], [9, 8, 5, 7, 5]
-    assert plots.pareto_front(x, y) == [0, 1, 2, 4]
-    assert plots.pareto_front(x, y, larger_is_better=False) == [0]
-    assert plots.pareto_front([], []) == []
+def hull_of(points):
+    """points: (seconds per image, mIoU)."""
+    return hull(*zip(*points, strict=True))
+
+
+def test_the_hull_is_what_no_mixture_of_others_beats():
+    assert hull([], []) == [] and hull_of([(1, 50)]) == [0]
+    assert hull_of([(1, 50), (2, 60), (3, 61), (4, 60)]) == [0, 1, 2]
+    assert hull_of([(1, 50), (2, 52), (3, 61)]) == [0, 2]  # half of the first and half of the last beat it
+    assert hull_of([(1, 50), (1, 55), (2, 55)]) == [1]
+
+
+def test_the_hull_against_its_definition():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [(float(x), float(y)) for x, y in zip(rng.uniform(1, 5, 12), rng.uniform(40, 60, 12), strict=True)]
+        found = hull_of(points)
+        times, scores = zip(*(points[i] for i in found), strict=True)
+        assert list(times) == sorted(times) and list(scores) == sorted(scores)
+        for seconds, score in points:
+            assert score <= np.interp(seconds, times, scores) + 1e-9 and seconds >= times[0]
+        for i in found[1:-1]:  # none of them lies on the line between two others
+            others = [j for j in found if j != i]
+            between = np.interp(points[i][0], *zip(*(points[j] for j in others), strict=True))
+            assert points[i][1] > between
 
 
 def test_labels_of_near_points_do_not_cover_each_other():

@@ -96,6 +96,14 @@ def test_regions_get_their_mean_color(script):
     assert script.call("colors", sums, [0, 0, 1], 2) == [2, 1, 1, 5, 10, 15]
 
 
+RECORD = {
+    "n_images": {"mean_iou": 2, "cost": 2},
+    "device": "CPU",
+    "python": "3",
+    "torch": "2",
+    "timm": "1",
+    "date": "today",
+}
 DATA = {"images": 5, "smallest": [40, 30], "largest": [80, 60], "masks_counted": 3, "ignored_pixels": 10}
 
 
@@ -108,23 +116,19 @@ def example(name="street", threshold=0.88, size=(40, 60), grid=(5, 8), patch_siz
     rows = [
         {"name": name, "path": name, "method": "graph", "settings": {"layers": (2,), "threshold": 0.9, "note": name}}
         | {"mean_iou": 71.25, "per_class_iou": [80.0, 62.5], "images_per_second": 12.34, "gflops": 1.5, "tokens": 20.5}
-        | {"realised_share": 0.957, "n_patches": 40, "counts": [20, 21]}
+        | {"realized_share": 0.957, "n_patches": 40, "counts": [20, 21]}
     ]
-    log = [{"epoch": 0, "train_loss": 1.0}]
-    block = page.picture_pairs(
-        name, [(page.picture(photo, name), page.label_picture(photo[..., 0] % 2, [[9, 9, 9]] * 2, name))]
+    picture, labels = page.picture(photo, name), page.label_picture(photo[..., 0] % 2, [[9, 9, 9]] * 2, name)
+    text = page.comparison_page(
+        RECORD | {"dataset": name, "command": name},
+        rows,
+        [name, "sky"],
+        {name: [{"epoch": 0, "train_loss": 1.0}]},
+        ([(name, [(picture, labels)])], [name], [[1, 2, 3]]),
+        {"name": name, "layer": 2, "threshold": threshold, "images": [image, image]},
+        {name: {"train": DATA | {"pixels": {name: 30, "sky": 60}, "notes": [name]}}},
     )
-    sections = [
-        page.methods_section(rows),
-        page.trade_off_section(rows),
-        page.classes_section(rows, [name, "sky"]),
-        page.data_section({name: {"train": DATA | {"pixels": {name: 30, "sky": 60}, "notes": [name]}}}),
-        page.training_section({name: log}, [name]),
-        page.tokens_section(rows),
-        page.pictures_section([block], [name], [[1, 2, 3]]),
-        page.explorer_section(name, 2, threshold, [image, image]),
-    ]
-    return page.page(name, [("command", name)], sections), g2tm.graph_merge(x, grid, threshold).counts.item()
+    return text, g2tm.graph_merge(x, grid, threshold).counts.item()
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +196,15 @@ def test_light_and_dark_and_small_screens(text):
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "overflow-x: auto" in text
 
 
-def test_sections_without_content_are_left_out():
-    pure = {"name": "a", "method": "pure", "n_patches": 4, "counts": [4]}
-    assert page.tokens_section([pure]) is None and page.training_section({}, ["a"]) is None
-    assert page.data_section({}) is None
-    assert page.pictures_section([], [], []) is None and page.explorer_section("a", 2, 0.9, []) is None
-    assert "<script>" not in page.page("a", [], [])
+def test_sections_without_content_are_left_out(text):
+    row = {"name": "a", "path": "a", "method": "pure", "settings": {}, "mean_iou": 9.0, "per_class_iou": [9.0]}
+    row |= {"images_per_second": 1.0, "gflops": 1.0, "tokens": 4, "n_patches": 4, "realized_share": 1.0, "counts": [4]}
+    explored = {"name": "a", "layer": 2, "threshold": 0.9, "images": []}
+    record = RECORD | {"dataset": "own", "command": "report"}
+    small = page.comparison_page(record, [row], ["sky"], {}, ([], [], np.zeros((0, 3))), explored, {})
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings[-1] == "Threshold explorer" and len(headings) == 8
+    assert re.findall("<h2>(.*?)</h2>", small) == headings[:3] and "<script" not in small
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The matrix products of a pass by themselves: how much of a saving the machine's own libraries let arrive."""
+"""The matrix products of a pass by themselves: the part of a saving that the machine's libraries can realize."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _stand_in(self, x: Tensor) -> Tensor:
-        """The tensor itself, where it is a weight; else one like it, which all of its shape and strides share."""
+        """A weight itself, or a random tensor, which all tensors of one shape and strides share."""
         if isinstance(x, torch.nn.Parameter) or (x._base is not None and isinstance(x._base, torch.nn.Parameter)):
             return x
         key = (x.shape, x.stride(), x.dtype, x.device)
@@ -42,8 +42,8 @@ class _Recorder(TorchDispatchMode):
 def products_alone(call: Callable[[Tensor], Any], images: Tensor) -> Callable[[], None]:
     """A function that repeats the matrix products of one pass, attention included, and nothing else of it.
 
-    Its speed on a merged model against that on a pure one is what a pass can reach at most: where it gains less than
-    the operations, the libraries multiply smaller matrices more slowly.
+    Its speed on a merged model against that on a pure one bounds the speed-up of a pass: where it gains less than the
+    operations, the libraries multiply smaller matrices more slowly.
 
     Args:
         call: a model or one of its parts.

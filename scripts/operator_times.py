@@ -1,4 +1,4 @@
-"""Where the time of merging goes, operator by operator."""
+"""The time of merges and passes, operator by operator."""
 
 import copy
 from collections import Counter
@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from method_cost import Merges
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
-from segm.eval.comparison import Merges
 from segm.model.segmenter import Segmenter
 
 OUTSIDE = "outside"  # of PyTorch's operators: Python, NumPy, OpenCV
@@ -20,7 +20,7 @@ OUTSIDE = "outside"  # of PyTorch's operators: Python, NumPy, OpenCV
 def profile_merges(
     model: Segmenter, method: str, options: Mapping[str, Any], batch: Tensor, device: torch.device, repeats: int = 20
 ) -> list[dict[str, Any]]:
-    """What the merges of one pass spend their time in, by operator; a plain pass before each keeps caches as they are.
+    """Time of the merges of one pass by operator; a plain pass before each keeps the caches as they are in use.
 
     Args:
         model: unpatched.
@@ -28,17 +28,17 @@ def profile_merges(
         batch: (B, 3, H, W), on the device.
 
     Returns:
-        list of `operator`, `calls` per pass and `share` of the time that the profiler saw, the longest first; what is
-        no operator of PyTorch's is the rest of the time, called "outside".
+        list of `operator`, `calls` per pass and `share` of the time that the profiler saw, the longest first; the time
+        in no operator of PyTorch's is called "outside".
     """
     merged = patch.apply(copy.deepcopy(model), method, **options)
     merges, merge = Merges.record(merged, batch), patch.find(method).merge
     totals: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for turn in range(1 + repeats):
+    for trial in range(1 + repeats):
         model.network(batch)
         times, counts = _by_operator(lambda: [merges.repeat(merge, layer) for layer in merges.steps], device)
-        if turn > 0:
+        if trial > 0:
             totals += times
             calls += counts
     whole = sum(totals.values())
@@ -52,9 +52,9 @@ def profile_merges(
 def profile_passes(
     model: Segmenter, method: str, options: Mapping[str, Any], batch: Tensor, device: torch.device, repeats: int = 10
 ) -> list[dict[str, Any]]:
-    """What a pass without merging and one with it spend their time in, by operator, in turns.
+    """Time of a pass without merging and of one with it by operator, interleaved.
 
-    An operator whose time falls less than the operations of the model takes from the realised share.
+    An operator whose time falls less than the operations of the model lowers the realized share.
 
     Args:
         model: unpatched.
@@ -67,18 +67,18 @@ def profile_passes(
     """
     merged = patch.apply(copy.deepcopy(model), method, **options)
     totals: dict[str, Counter[str]] = {"pure": Counter(), "merged": Counter()}
-    for turn in range(1 + repeats):
+    for trial in range(1 + repeats):
         for name, one in (("pure", model), ("merged", merged)):
             one.network(batch)
             times, _ = _by_operator(lambda one=one: one.network(batch), device)  # type: ignore[misc]
-            totals[name] += times if turn > 0 else Counter()
+            totals[name] += times if trial > 0 else Counter()
     pure, own = ({name: time / repeats / 1e3 for name, time in found.items()} for found in totals.values())
     names = sorted({*pure, *own}, key=lambda name: -pure.get(name, 0.0))
     return [{"operator": name, "ms_pure": pure.get(name, 0.0), "ms": own.get(name, 0.0)} for name in names]
 
 
 def _by_operator(call: Callable[[], Any], device: torch.device) -> tuple[Counter[str], Counter[str]]:
-    """Time of one call in each operator itself, µs, and how often it ran."""
+    """Time of one call in each operator itself, µs, and the number of calls of the operator."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler, record_function(OUTSIDE):
         call()

@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from matrix_products import products_alone
 from torch.utils.flop_counter import FlopCounterMode
 
 import patch
-from segm.eval.products import products_alone
 from segm.merging import build_model
 
 NET = {"backbone": "vit_tiny_patch16_384", "image_size": 64, "n_cls": 5, "decoder": {"name": "mask_transformer"}}
