@@ -17,6 +17,7 @@ from segm.processor import processor_name
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MACHINES = "machines"  # the file of the machines that entries name
+PICTURES = "pictures"  # the folder beside the files
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = {  # flag of Linux -> what the table of machines calls it
     "avx2": "AVX2",
@@ -48,9 +49,12 @@ def read(question: str, folder: Path = RESULTS) -> list[Entry]:
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-        return [entry | {"rows": list(entry["rows"])} for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no file of results: mend it, or choose another folder with --out") from error
+        damaged = not isinstance(entries, list) or not all({"id", "machine", "rows"} <= {*entry} for entry in entries)
+    except (ValueError, TypeError):
+        damaged = True
+    if damaged:
+        raise ValueError(f"{file} is no file of results: mend it, or choose another folder with --out")
+    return entries
 
 
 def append(
