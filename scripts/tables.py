@@ -135,7 +135,7 @@ TIME = {
     "GFLOPs": "{gflops_pure:.1f} → {gflops:.1f}",
     "images/s": "{scores_pure:.2f} → {scores:.2f}",
     "times as fast": "{ratio_scores:.2f}",
-    "realised share": "{share_scores:.2f}",
+    "realized share": "{share_scores:.2f}",
 }
 
 
@@ -202,7 +202,7 @@ def time_tome() -> str:
 
 @table
 def time_fewer() -> str:
-    """The realised share at 410 tokens, machine by machine."""
+    """The realized share at 410 tokens, machine by machine."""
     rows = [row for row in benchmarks(6, 9, 11, 13, 16, 18, 25) if row["method"] == "graph"]
     names = {"T": "T", "S": "S", "B": "B"}
     shown = [
@@ -263,7 +263,7 @@ def time_eomt() -> str:
             "tokens of 1024": "{tokens:.0f}",
             "GFLOPs": "{gflops_pure:.1f} → {gflops:.1f}",
             "images/s": "{scores_pure:.2f} → {scores:.2f}",
-            "realised share": "{share_scores:.2f}{interval}",
+            "realized share": "{share_scores:.2f}{interval}",
             "products alone": "{share_products:.2f}",
         },
         rows,
@@ -303,7 +303,7 @@ MEASURED = {
     "quality-boundary": ("boundary IoU", "{boundary_iou:.1f}"),
     "methods-labels": ("label maps/s", "{images_per_second:.2f}"),
     "methods-gflops": ("GFLOPs", "{gflops:.1f}"),
-    "methods-shares": ("realised share", "{realised_share:.2f}"),
+    "methods-shares": ("realized share", "{realized_share:.2f}"),
 }
 
 
@@ -387,7 +387,7 @@ def methods_costs() -> str:
             "method, tokens of 1024": "`{method}`, {tokens:.0f}",
             "needs": "{needs}",
             "merging, % of a pass, in layers": "{merges}",
-            "times as fast (realised share)": "{ratio_scores:.2f} ({share_scores:.2f})",
+            "times as fast (realized share)": "{ratio_scores:.2f} ({share_scores:.2f})",
             "mIoU at 75 % of the operations": "{first}",
             "at 60 %": "{second}",
         },
@@ -498,8 +498,8 @@ def quality_heads() -> str:
 
 @table
 def quality_heads_speed() -> str:
-    """Label maps/s and realised share of other decoders."""
-    return _heads("{images_per_second:.2f} ({realised_share:.2f})")
+    """Label maps/s and realized share of other decoders."""
+    return _heads("{images_per_second:.2f} ({realized_share:.2f})")
 
 
 def _heads(text: str) -> str:
