@@ -111,10 +111,10 @@ def _json(value: Any) -> str:
 
 def machine(device: torch.device, folder: Path = RESULTS) -> str:
     """The name of this machine in the file of machines, M1 and so on; a new one is added."""
+    found: dict[str, Any] = {"processor": processor_name(), "cores": os.cpu_count()}
+    found["instructions"] = ", ".join(instructions())
     if device.type == "cuda":
         found = {"processor": torch.cuda.get_device_name(device), "cores": None, "instructions": "CUDA"}
-    else:
-        found = {"processor": processor_name(), "cores": os.cpu_count(), "instructions": ", ".join(instructions())}
     known = known_machines(folder)
     for one in known:
         if found.items() <= one.items():
