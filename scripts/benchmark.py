@@ -1,9 +1,8 @@
 """The one place where speed is measured: models with and without merging, interleaved in one process.
 
-python scripts/benchmark.py --models T,S,B --batch-sizes 1,8 --out results/benchmark.json --check
+python scripts/benchmark.py --models T,S,B --batch-sizes 1,8 --check
 """
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from equal_cost import options_for
 from method_cost import measure
 from operator_times import profile_merges, profile_passes
+from results_file import append, out_option
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +23,6 @@ from segm.config import DECODERS
 from segm.data import create_dataset
 from segm.data.images import resized_view
 from segm.eval.timing import environment
-from segm.files import write_text
 from segm.model.factory import create_segmenter
 from segm.model.segmenter import Segmenter
 
@@ -85,8 +84,8 @@ PROFILE_ROWS = 12
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed passes per batch.")
 @click.option("--compile", "compiled", is_flag=True, help="Time compiled models as well, against plain execution.")
 @click.option("--profile", is_flag=True, help="Also print the time of merges and passes by operator.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target of the design is missed.")
+@out_option
 @device_option
 def main(
     models: tuple[str, ...],
@@ -103,8 +102,8 @@ def main(
     repeats: int,
     compiled: bool,
     profile: bool,
-    out: Path | None,
     check: bool,
+    out: Path,
     device: torch.device,
 ) -> None:
     """Time models with random weights on images, without merging and with it, and print one row per combination.
@@ -117,7 +116,8 @@ def main(
     merge is timed by itself, and as the difference to a pass that is given the same reductions.
     """
     cases = list(product(models, sides, batch_sizes, dtypes, methods))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    entry = None
     for model_name, side, batch_size, dtype, method in tqdm(cases, desc="benchmark", unit="row", leave=False):
         model = build_model(model_name, side, n_cls, device, DTYPES[dtype], decoder)
         patch.add_modules(model.encoder, method)
@@ -130,9 +130,7 @@ def main(
         if profile:
             rows[-1]["profile"] = profile_merges(model, method, options, views[0], device)
             rows[-1]["passes"] = profile_passes(model, method, options, views[0], device)
-        if out is not None:
-            content = environment(device) | {"command": " ".join(sys.argv), "images": images, "rows": rows}
-            write_text(out, json.dumps(content, indent=2))
+        entry = append("time", "benchmark", rows, device, out, entry, images=images)
     click.echo(f"{environment(device)['device']}, torch {torch.__version__}; {batches} batches of {images}\n")
     click.echo(format_table(rows))
     for row in rows if profile else ():

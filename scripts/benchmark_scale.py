@@ -1,10 +1,8 @@
 """Time and memory of one merge over the number of patches.
 
-python scripts/benchmark_scale.py --out results/scale
+python scripts/benchmark_scale.py
 """
 
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any
 import click
 import torch
 from method_cost import peak_memory
+from results_file import PICTURES, append, out_option
 from torch import Tensor
 from tqdm import tqdm
 
 import g2tm
 from segm.cli import Command, Listed, device_option, markdown
 from segm.eval.timing import environment, interleaved_rates
-from segm.files import write_picture, write_text
+from segm.files import write_picture
 from vis import scale_curves
 
 THRESHOLD = 0.5
@@ -43,9 +42,9 @@ COLUMNS = {
 )
 @click.option("--width", type=click.IntRange(min=1), default=384, show_default=True, help="Of the tokens.")
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Timed calls.")
-@click.option("--out", type=click.Path(path_type=Path), help="OUT.json and OUT.png.")
+@out_option
 @device_option
-def main(grids: tuple[int, ...], width: int, repeats: int, out: Path | None, device: torch.device) -> None:
+def main(grids: tuple[int, ...], width: int, repeats: int, out: Path, device: torch.device) -> None:
     """Merge and unmerge the tokens of one image, for grids of several sizes, and print microseconds and peak KiB per
     patch. Tokens are random, half of the 2 x 2 windows are alike: graph and CLAP leave five eighths."""
     rows = []
@@ -66,10 +65,8 @@ def main(grids: tuple[int, ...], width: int, repeats: int, out: Path | None, dev
             )
     click.echo(f"{environment(device)['device']}, width {width}, float32")
     click.echo(format_rows(rows))
-    if out is not None:
-        content = environment(device) | {"command": " ".join(sys.argv), "width": width, "rows": rows}
-        write_text(out.with_suffix(".json"), json.dumps(content, indent=2))
-        write_picture(out.with_suffix(".png"), scale_curves(rows))
+    append("training", "scale", rows, device, out, width=width)
+    write_picture(out / PICTURES / "scale.png", scale_curves(rows))
 
 
 def half_alike(side: int, width: int) -> Tensor:

@@ -1,12 +1,10 @@
 """Speed of training with each method, and how much of it is waiting for data; on scenes drawn in memory.
 
-python scripts/benchmark_training.py --model S --batch-size 8 --out results/training.json
+python scripts/benchmark_training.py --model S --batch-size 8
 """
 
 import copy
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import click
 import torch
 from benchmark import BACKBONES, build_model
 from equal_cost import options_for
+from results_file import append, out_option
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,7 +25,6 @@ from segm.data import create_dataset
 from segm.data.dataset import IGNORE_LABEL
 from segm.data.loader import create_loader
 from segm.eval.timing import environment
-from segm.files import write_text
 from segm.merging import PURE, apply
 from segm.model.segmenter import Segmenter
 from segm.optim import create_optimizer
@@ -54,7 +52,7 @@ COLUMNS = {
 @click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that draw.")
 @click.option("--amp", is_flag=True, help="Mixed precision.")
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs, as train.py --compile does.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@out_option
 @device_option
 def main(
     size: str,
@@ -68,7 +66,7 @@ def main(
     num_workers: int,
     amp: bool,
     compile: bool,
-    out: Path | None,
+    out: Path,
     device: torch.device,
 ) -> None:
     """Train a model without merging and with each method, interleaved, and print images/s and the share of waiting.
@@ -95,8 +93,7 @@ def main(
     machine = environment(device)["device"]
     click.echo(f"{machine}, ViT-{size}, {side} x {side}, batch {batch_size}, amp {amp}, compile {compile}")
     click.echo(format_rows(rows))
-    if out is not None:
-        write_text(out, json.dumps(environment(device) | {"command": " ".join(sys.argv), "rows": rows}, indent=2))
+    append("training", "training", rows, device, out)
 
 
 def training(

@@ -29,11 +29,11 @@ PAGES = {
     "README.md": "index.md",
     "TRAINING.md": "training.md",
     "RESULTS.md": "results.md",
+    **{f"results/{file.name}": f"results/{file.name}" for file in sorted((ROOT / "results").glob("*.md"))},
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
 }
-LINKS = PAGES | {"LICENSE": "licenses.md"}
-COMPARISON = "What differs from the released codes"  # a section of the README
+LINKS = PAGES | {"LICENSE": "licenses.md", "docs/comparison.md": "comparison.md"}
 ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
 # Settings with which the small model of the pictures merges about half of its tokens.
@@ -65,7 +65,6 @@ def main(run_path: Path | None, out: Path) -> None:
         target = out / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
-    write_text(out / "comparison.md", comparison((ROOT / "README.md").read_text(encoding="utf-8")))
     pictured = draw_methods(Run.load(run_path, patch_type=PURE), out / "methods") if run_path is not None else set()
     write_methods(out / "methods", pictured)
     command = [sys.executable, "-m", "mkdocs", "build"]
@@ -76,14 +75,8 @@ def main(run_path: Path | None, out: Path) -> None:
 def linked(text: str) -> str:
     """A document with links to the pages of the site in place of those to files of the repository."""
     for name, page in LINKS.items():
-        text = re.sub(rf"\]\({re.escape(name)}(#[\w-]+)?\)", rf"]({page}\1)", text)
+        text = re.sub(rf"\]\((\.\./)?{re.escape(name)}(#[\w-]+)?\)", rf"](\g<1>{page}\2)", text)
     return text
-
-
-def comparison(readme: str) -> str:
-    """The page that compares us with the released codes."""
-    section = readme.split(f"## {COMPARISON}\n", 1)[1].split("\n## ", 1)[0]
-    return f"# {COMPARISON}\n{linked(section)}"
 
 
 def write_methods(folder: Path, pictured: set[str]) -> None:
@@ -98,9 +91,7 @@ def write_methods(folder: Path, pictured: set[str]) -> None:
         write_text(folder / f"{name}.md", method_page(name, words, papers.get(name), name in pictured))
         rows.append({"name": name, "idea": words["idea"].split(". ")[0].rstrip(".") + "."})
     table = markdown({"method": "[`{name}`]({name}.md)", "idea": "{idea}"}, rows)
-    costs = (
-        "What each method costs and gains stands in the [README](../index.md#methods) and in [Results](../results.md)."
-    )
+    costs = "What each method needs, costs and keeps is in [Which method?](../results/methods.md)."
     write_text(folder / "index.md", f"# Methods\n\n{table}\n\n{costs}\n")
 
 

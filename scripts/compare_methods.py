@@ -1,7 +1,6 @@
 """All methods at the same operations: applied without training, and after a short one.
 
-python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --epochs 2 --work runs/compared \
-    --out results/methods_shapes
+python scripts/compare_methods.py runs/plain shapes --share 0.75 --share 0.6 --epochs 2 --work runs/compared
 """
 
 import copy
@@ -14,13 +13,13 @@ from typing import Any
 import click
 import torch
 from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, gflops, options_for
+from results_file import append, out_option
 from tqdm import tqdm
 from trainings import train_unless_finished
 
 import patch
 from segm.cli import POSITIVE, Command, dataset_argument, device_option, markdown
 from segm.eval.comparison import compare
-from segm.eval.timing import environment
 from segm.files import write_text
 from segm.merging import PURE, apply, mean_tokens
 from segm.run import Run
@@ -46,8 +45,13 @@ COLUMNS = {
 @click.option("--train-options", default="", help="Further options of train.py, quoted.")
 @click.option("--cost-images", type=POSITIVE, default=8, show_default=True, help="Images for operations and speed.")
 @click.option("--max-images", type=POSITIVE, help="Images for the mIoU.")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of trainings.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Results: OUT.json and OUT.md.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of trainings, and of rows.json.",
+)
+@out_option
 @device_option
 def main(
     plain: Path,
@@ -68,7 +72,8 @@ def main(
     one that starts from PLAIN, and is timed, all interleaved. Known measurements are not repeated.
     """
     run = Run.load(plain, device=device, patch_type=PURE)
-    known = json.loads(out.with_suffix(".json").read_text())["rows"] if out.with_suffix(".json").exists() else []
+    kept = work / "rows.json"
+    known = json.loads(kept.read_text()) if kept.exists() else []
     done = {(row["method"], row["share"]): row for row in known}
     every = (*KNOBS, *FIXED, *BASELINES)
     names = methods.split(",") if methods else every
@@ -91,12 +96,10 @@ def main(
                 row["trained"] = Run.load(folder, device=device).evaluate(dataset=dataset_name, n_images=max_images)[
                     "mean_iou"
                 ]
-            save(out, rows, run, dataset_name, plain, epochs)
+            write_text(kept, json.dumps(rows, indent=2, default=str) + "\n")
     time_all(rows, run, views, dataset_name, cost_images)
-    save(out, rows, run, dataset_name, plain, epochs)
-    table = markdown(COLUMNS, [shown(row) for row in rows])
-    write_text(out.with_suffix(".md"), table + "\n")
-    click.echo(table)
+    append("methods", "operations", rows, device, out, plain=str(plain), dataset=dataset_name, epochs=epochs)
+    click.echo(markdown(COLUMNS, [shown(row) for row in rows]))
 
 
 def fill(
@@ -187,12 +190,6 @@ def model_of(row: dict[str, Any], run: Run) -> Any:
     if row["method"] == COARSER:
         return run.variation(PURE, {}, None, row["options"]["patch_size"]).model
     return apply(with_parts(run.model, row["method"]), row["method"], row["options"])
-
-
-def save(out: Path, rows: list[dict[str, Any]], run: Run, dataset: str, plain: Path, epochs: int) -> None:
-    """Write all that was measured so far."""
-    record = {"plain": str(plain), "dataset": dataset, "epochs": epochs, **environment(run.device), "rows": rows}
-    write_text(out.with_suffix(".json"), json.dumps(record, indent=2, default=str) + "\n")
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Costs and gains of merging on a real model, DINOv2 ViT-S/14 on CamVid: tables and pictures of RESULTS.md.
+"""Costs and gains of merging on a real model, DINOv2 ViT-S/14 on CamVid; measures most of RESULTS.md.
 
-DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real --out results/real
+DATASET=… python scripts/real_results.py --weights dinov2_vits14.safetensors --work runs/real
 """
 
 import json
@@ -17,6 +17,7 @@ from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, options_for
 from real_classification import classify
 from real_speed import PHOTOS, measure_speed
 from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
+from results_file import PICTURES, append, out_option
 from tqdm import tqdm
 from trainings import train_unless_finished
 
@@ -104,7 +105,7 @@ class Real:
     """The settings that all steps share.
 
     Attributes:
-        work: folder of trainings and features.
+        work: folder of trainings, features, tables, and what was measured so far.
         out: folder of results.
         weights: of the backbone, or None: timm's.
         device: where to compute.
@@ -132,9 +133,21 @@ class Real:
 
     def tradeoff(self, name: str, run: Run) -> Tradeoff:
         """The measurements of a table and their file."""
-        conditions = {"run": run.name, "images": self.max_images, "classes": list(SMALL)} | environment(self.device)
-        file = self.out / f"{name}.json"
+        conditions = self.conditions(run) | environment(self.device)
+        file = self.work / "measured" / f"{name}.json"
         return Tradeoff(run, DATASET, file, conditions, COST_IMAGES, self.max_images, boundary=True)
+
+    def conditions(self, run: Run) -> dict[str, Any]:
+        """What scores of a run depend on."""
+        return {"run": run.name, "images": self.max_images, "classes": list(SMALL)}
+
+    def append(self, question: str, study: str, rows: Sequence[Row], **conditions: Any) -> None:
+        """Add rows to the results."""
+        append(question, study, rows, self.device, self.out, **conditions)
+
+    def draw(self, name: str, picture: np.ndarray) -> None:
+        """Write a picture of the results."""
+        write_picture(self.out / PICTURES / f"{name}.png", picture)
 
 
 # ---------------------------------------------------------------------------------------------- the models
@@ -149,7 +162,7 @@ def models(real: Real) -> str:
         scores = {split: small_and_all(run, run.evaluate(split, n_images=real.max_images)) for split in SPLITS}
         log = [json.loads(line) for line in (real.work / name / "log.txt").read_text().splitlines()]
         rows.append({"name": name, "epochs": len(log), "options": options, **scores})
-    write_text(real.out / "models.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    real.append("quality", "models", rows)
     columns = {
         "model": "{name}",
         "epochs": "{epochs}",
@@ -188,10 +201,9 @@ def methods(real: Real) -> str:
             settings[at_share(run, name, share, views)] = name, share
     settings |= {Setting(name): (name, 0.0) for name in FIXED if name not in NEEDS_TRAINING}
     settings |= smaller_and_coarser(run)
-    rows = measured(real, "methods", run, settings)
+    rows = measured(real, "methods", "methods", run, settings)
     for name, over_tokens in (("methods_time", False), ("methods_tokens", True)):
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], tokens=over_tokens)
-        write_picture(real.out / f"{name}.png", picture)
+        real.draw(name, tradeoff_plot(rows, [row["label"] for row in rows], tokens=over_tokens))
     return "\n\n".join(by_share(rows, text, title) for title, text in CELLS.items())
 
 
@@ -216,11 +228,15 @@ def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:
     return found
 
 
-def measured(real: Real, name: str, run: Run, settings: dict[Setting, tuple[str, float]]) -> list[Row]:
-    """Rows of a table, with label and share of the tokens."""
-    rows = real.tradeoff(name, run).measure(settings)
+def measured(
+    real: Real, question: str, study: str, run: Run, settings: dict[Setting, tuple[str, float]], **more: str
+) -> list[Row]:
+    """Rows of a table, with label, share of the tokens, and `more`; they are added to the results."""
+    rows = real.tradeoff("_".join((study, *more.values())), run).measure(settings)
     labels = [{"label": label, "share": share} for label, share in settings.values()]
-    return [small_and_all(run, row) | label for row, label in zip(rows, labels, strict=True)]
+    rows = [small_and_all(run, row) | label | more for row, label in zip(rows, labels, strict=True)]
+    real.append(question, study, rows, **real.conditions(run))
+    return rows
 
 
 CELLS = {
@@ -260,14 +276,13 @@ def frontier(real: Real) -> str:
         for name, shares in FRONTIER.items():
             for share in shares:
                 settings[at_share(at_size, name, share, views, size)] = f"{name}, {100 * share:g} %", share
-    rows = measured(real, "frontier", run, settings)
+    rows = measured(real, "size", "frontier", run, settings)
     for score, name in (
         ("mean_iou", "mIoU, %"),
         ("small_iou", "IoU of small classes, %"),
         ("boundary_iou", "boundary IoU, %"),
     ):
-        picture = tradeoff_plot(rows, [row["label"] for row in rows], score, name)
-        write_picture(real.out / f"frontier_{score}.png", picture)
+        real.draw(f"frontier_{score}", tradeoff_plot(rows, [row["label"] for row in rows], score, name))
     columns = {
         "shorter side": "{im_size}",
         "method, tokens left": "{label}",
@@ -298,7 +313,7 @@ def ablations(real: Real) -> str:
     for layer in layers:
         options = {"layers": [layer], "threshold": found[layer].threshold}
         tried[Setting("graph", options)] = f"graph, layers {layer}, auto: τ {found[layer].threshold:.3f}", 0.0
-    rows = measured(real, "ablations", run, tried)
+    rows = measured(real, "methods", "ablations", run, tried)
     columns = {
         "method": "{label}",
         "tokens": "{tokens:.0f}",
@@ -330,7 +345,7 @@ def trained(real: Real) -> str:
         runs["everything"] = real.run(f"{name}_longer")
         scores = {key: small_and_all(own, own.evaluate(n_images=real.max_images)) for key, own in runs.items()}
         rows.append({"method": name, "tokens": mean_tokens(runs["applied"].model, views), **scores})
-    write_text(real.out / "trained.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    real.append("quality", "trained", rows)
     shown = [
         {"method": row["method"], "tokens": row["tokens"]}
         | {key: f"{row[key]['mean_iou']:.2f} ({row[key]['small_iou']:.2f})" if key in row else "" for key in STAGES}
@@ -357,7 +372,7 @@ def heads(real: Real) -> str:
                 settings[at_share(run, method, share, views)] = method, share
         else:
             settings[Setting(run.method, run.options)] = run.method, 0.0
-        rows += [row | {"head": name} for row in measured(real, f"heads_{name}", run.unpatched(), settings)]
+        rows += measured(real, "quality", "heads", run.unpatched(), settings, head=name)
     columns = {
         "model": "{head}",
         "method": "{label}",
@@ -380,7 +395,7 @@ def tokens(real: Real) -> str:
     layers = range(1, len(run.model.encoder.blocks) + 1)
     found = similarities(run, samples, layers)
     values = {layer: np.concatenate([x.ravel() for pair in pairs for x in pair]) for layer, pairs in found.items()}
-    write_picture(real.out / "similarities.png", similarity_histograms(values))
+    real.draw("similarities", similarity_histograms(values))
     kept = {
         layer: {t: float(np.mean([kept_share(*pair, t) for pair in pairs])) for t in THRESHOLDS}
         for layer, pairs in found.items()
@@ -388,13 +403,15 @@ def tokens(real: Real) -> str:
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, PURE_AT, views).apply_to(run) for name in PURE_OF}
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
-    write_picture(real.out / "front.png", front_sheet(run, chosen[PURE_OF[0]], samples[min(FRONT, len(samples) - 1)]))
+    real.draw("front", front_sheet(run, chosen[PURE_OF[0]], samples[min(FRONT, len(samples) - 1)]))
     # Not among the results: these are photographs, whose license may forbid to show them.
     shown_samples = [samples[index] for index in spread(N_PICTURES, len(samples))]
     write_picture(real.work / "regions.png", region_sheet(chosen, shown_samples))
-    record = environment(real.device) | {"kept": kept, "purity": pure, "images": [sample.name for sample in samples]}
-    record["similarity"] = {layer: [float(v.mean()), float(v.std())] for layer, v in values.items()}
-    write_text(real.out / "tokens.json", json.dumps(record, indent=2) + "\n")
+    names = [sample.name for sample in samples]
+    spreads = {layer: [float(v.mean()), float(v.std())] for layer, v in values.items()}
+    by_layer = [{"layer": layer, "kept": kept[layer], "similarity": spreads[layer]} for layer in layers]
+    real.append("quality", "tokens", by_layer, images=names)
+    real.append("quality", "purity", [{"method": name, **one} for name, one in pure.items()], images=names)
     shown = [
         {"layer": layer} | {f"t{index}": f"{100 * share:.0f}" for index, share in enumerate(shares.values())}
         for layer, shares in kept.items()
@@ -421,7 +438,7 @@ def speed(real: Real) -> str:
         runs[f"ours, {method}, {100 * share:g} % of the tokens"] = at_share(run, method, share, views).apply_to(run)
     dataset, _ = run.open()
     rows = measure_speed(runs, dataset[0].image, real.max_images)
-    write_text(real.out / "speed.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    real.append("deployed", "speed", rows)
     shown = [row | {f"ratio_{name}": row[name] / rows[0][name] for name in PHOTOS} for row in rows]
     columns = {"model": "{name}", "precision": "{dtype}"}
     columns |= {f"{name}, photographs/s": f"{{{name}:.2f}} ({{ratio_{name}:.1f}} ×)" for name in PHOTOS}
@@ -436,7 +453,7 @@ def classification(real: Real) -> str:
     run = real.run(FROZEN_RUN)
     names = [name for name in NO_TRAINING if patch.find(name).takes("r")]
     rows = classify(run.model.encoder, run.normalization, names, CLASSIFIED, real.device, real.max_images)
-    write_text(real.out / "classification.json", json.dumps(environment(real.device) | {"rows": rows}, indent=2) + "\n")
+    real.append("quality", "classification", rows)
     columns = {"method": "{method}", "tokens left": "{share:.0%}", "r": "{r}", "accuracy, %": "{accuracy:.2f}"}
     return markdown(columns | {"images/s": "{images_per_second:.1f}"}, rows)
 
@@ -461,39 +478,33 @@ STEPS: dict[str, Callable[[Real], str]] = {
     type=click.Path(file_okay=False, path_type=Path),
     default="runs/real",
     show_default=True,
-    help="Folder of trainings.",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="results/real",
-    show_default=True,
-    help="Folder of tables and pictures.",
+    help="Folder of trainings and tables.",
 )
 @click.option(
     "--steps", type=Listed(str, lambda: STEPS), default=",".join(STEPS), show_default=True, help="What to make."
 )
 @click.option("--max-images", type=click.IntRange(min=1), help="Images to score, spread over all.  [default: all]")
 @click.option("--amp", is_flag=True, help="Train in bfloat16, fast where the processor has instructions for it.")
+@out_option
 @device_option
 def main(
     weights: Path | None,
     work: Path,
-    out: Path,
     steps: tuple[str, ...],
     max_images: int | None,
     amp: bool,
+    out: Path,
     device: torch.device,
 ) -> None:
     """Train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains.
 
-    A finished training or measurement is not repeated, so the command may be interrupted. Every step writes
-    OUT/STEP.json and OUT/STEP.md.
+    A finished training or measurement is not repeated, so the command may be interrupted. Every step adds its rows to
+    the results in OUT, and writes its table to WORK/STEP.md.
     """
     real = Real(work, out, weights, device, max_images, amp)
     for step in steps:
         table = STEPS[step](real)
-        write_text(out / f"{step}.md", table + "\n")
+        write_text(work / f"{step}.md", table + "\n")
         click.echo(f"\n{step}\n\n{table}")
 
 

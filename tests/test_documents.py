@@ -20,6 +20,7 @@ import pytest
 import timm
 import torch
 import yaml
+from click.testing import CliRunner
 from timm.models.vision_transformer import ResPostBlock
 
 import patch
@@ -29,8 +30,9 @@ from segm import merging, train
 from tests.helpers import read_variant, write_variant
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("docs", "results")
 DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}
-DOCUMENTS |= {f"docs/{file.stem}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+DOCUMENTS |= {f"{room}/{file.stem}": file.read_text() for room in PAGES for file in sorted((ROOT / room).glob("*.md"))}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(segm|scripts)/[\w/]+\.py")
 
@@ -221,4 +223,100 @@ def test_tables_are_narrow_and_links_lead_somewhere():
                 assert re.sub(r"`[^`]*`", "", line).count("|") <= 7, (name, line)
         for link in re.findall(r"\]\((?!https?://)([^)#]+)", prose):
             if not name.startswith("docs/"):  # whose links are those of the site
-                assert (ROOT / link).exists(), (name, link)
+                assert (ROOT / name).parent.joinpath(link).exists(), (name, link)
+
+
+def anchors(text):
+    """Where links into a document can lead, as GitHub names its headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.replace("`", "")).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_links_into_a_document_lead_to_a_heading():
+    for name, text in DOCUMENTS.items():
+        for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", FENCE.sub("", text)):
+            file = (ROOT / name).parent.joinpath(link) if link else ROOT / f"{name}.md"
+            assert name.startswith("docs/") or anchor in anchors(file.read_text()), (name, link, anchor)
+
+
+def test_files_to_read_first_exist():
+    (order,) = re.findall(
+        r"^Read these six files in this order:(.*?)\n\n", DOCUMENTS["README"], re.MULTILINE | re.DOTALL
+    )
+    files = re.findall(r"`([\w/]+\.py)`", order)
+    assert len(files) == 6 and all((ROOT / file).is_file() for file in files)
+
+
+def test_documents_are_short():
+    assert len(DOCUMENTS["README"].splitlines()) <= 200 and len(DOCUMENTS["RESULTS"].splitlines()) <= 250
+    assert len([*(ROOT / "results").rglob("*.json")]) <= 12
+
+
+def test_every_picture_of_results_is_shown():
+    shown = {path.rsplit("/", 1)[-1] for text in DOCUMENTS.values() for path in re.findall(r"\]\(([^)]+\.png)\)", text)}
+    assert shown == {file.name for file in (ROOT / "results").rglob("*.png")}
+
+
+# ---------------------------------------------------------------------------------------------- tables of results
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The script that makes the tables."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    yield importlib.import_module("tables")
+    for name in ("tables", "results_file"):
+        sys.modules.pop(name, None)
+
+
+def test_tables_of_the_documents_are_those_of_the_files_of_results(tables):
+    named = set()
+    for name, text in DOCUMENTS.items():
+        assert tables.filled(text) == text, f"{name}: run python scripts/tables.py"
+        named |= {found[2] for found in tables.MARKED.finditer(text)}
+    assert named == {*tables.TABLES}  # and every table is in a document
+    assert {str(file.relative_to(ROOT)) for file in tables.DOCUMENTS} >= {"README.md", "RESULTS.md", "results/time.md"}
+
+
+def test_a_changed_figure_is_found(tables, tmp_path, monkeypatch):
+    text = "<!-- table: machines -->\n| M1 | another |\n<!-- end -->\n"
+    assert tables.filled(text) != text and tables.filled(tables.filled(text)) == tables.filled(text)
+    file = tmp_path / "RESULTS.md"
+    file.write_text(text)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "DOCUMENTS", [file])
+    check = ["--check"]
+    assert CliRunner().invoke(tables.main, check).exit_code == 1 and file.read_text() == text
+    assert CliRunner().invoke(tables.main, []).exit_code == 0 and file.read_text() == tables.filled(text)
+    assert CliRunner().invoke(tables.main, check).exit_code == 0
+    with pytest.raises(ValueError, match="no table nothing: choose from time, "):
+        tables.filled("<!-- table: nothing -->\n<!-- end -->\n")
+
+
+def test_questions_have_one_short_table(tables):
+    _, _, _, _, *questions = DOCUMENTS["RESULTS"].split("\n## ")  # the title, what was not measured, machines, words
+    assert len(questions) == 6
+    for section in questions:
+        lines = [line for line in section.splitlines() if line.startswith("| ")]
+        assert section.count("<!-- table: ") == 1 and 6 <= len(lines[2:]) <= 10, section
+
+
+def test_entries_name_their_machine_and_command(tables):
+    machines = {one["machine"] for one in tables.known_machines()}
+    for file in (ROOT / "results").glob("*.json"):
+        if file.stem != tables.MACHINES:
+            entries = json.loads(file.read_text())
+            assert len({entry["id"] for entry in entries}) == len(entries)
+            for entry in entries:
+                assert entry["machine"] in machines and entry["command"].startswith("scripts/") and entry["rows"], (
+                    entry["id"]
+                )
+                assert {"device", "threads", "python", "torch", "timm", "date"} <= entry.keys()
+
+
+def test_speed_at_equal_quality_by_hand(tables):
+    """Plain models take 0.1 s for 60 and 0.3 s for 70 mIoU; halfway between them, 0.2 s."""
+    plain = [{"mean_iou": 60.0, "images_per_second": 10.0}, {"mean_iou": 70.0, "images_per_second": 10 / 3}]
+    cases = {(65.0, 10.0): "2.00", (60.0, 10.0): "1.00", (59.0, 20.0): "-", (71.0, 5.0): "> 1.50"}
+    for (score, speed), expected in cases.items():
+        assert tables.times_as_fast({"mean_iou": score, "images_per_second": speed}, plain) == expected

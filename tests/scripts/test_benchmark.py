@@ -20,7 +20,15 @@ def benchmark(monkeypatch):
     import benchmark
 
     yield benchmark
-    del sys.modules["benchmark"]
+    for name in ("benchmark", "results_file"):
+        del sys.modules[name]
+
+
+def rows_in(folder, question):
+    """The rows of the only entry of a question."""
+    (entry,) = json.loads((folder / f"{question}.json").read_text())
+    assert entry["machine"] == "M1" and entry["torch"] == torch.__version__
+    return entry["rows"]
 
 
 def row_of(**changed):
@@ -56,13 +64,14 @@ def test_targets(benchmark):
 def test_the_command_writes_rows_and_fails_where_a_target_is_missed(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "missed_targets", lambda row, device: [f"{row['method']} is too slow"])
     options = ["--models", "T", "--sides", "64", "--methods", "graph,tome", "--batches", "1", "--repeats", "1"]
-    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path / "rows.json")]
+    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path)]
     passed = CliRunner().invoke(benchmark.main, options)
     assert passed.exit_code == 0, passed.output
-    assert [row["method"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["graph", "tome"]
+    assert [row["method"] for row in rows_in(tmp_path, "time")] == ["graph", "tome"]
     assert "| T | 64 | 1 | float32 | graph | " in passed.output
     failed = CliRunner().invoke(benchmark.main, [*options, "--check"])
     assert failed.exit_code == 1 and "tome is too slow" in failed.output
+    assert [entry["id"] for entry in json.loads((tmp_path / "time.json").read_text())] == ["benchmark-1", "benchmark-2"]
 
 
 @pytest.fixture
@@ -76,10 +85,10 @@ def plain_backend(monkeypatch):
 @pytest.mark.slow
 def test_compiled_models_get_columns_of_their_own(benchmark, plain_backend, tmp_path):
     options = ["--models", "T", "--sides", "64", "--methods", "graph", "--batches", "1", "--repeats", "1", "--compile"]
-    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path / "rows.json")]
+    options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path)]
     passed = CliRunner().invoke(benchmark.main, options)
     assert passed.exit_code == 0, passed.output
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    (row,) = rows_in(tmp_path, "time")
     assert row["scores_compiled_pure"] > 0
     assert row["ratio_compiled"] > 0 and row["ratio_compiled_pure"] > 0
     assert "compiled to eager pure, pure → merged |" in passed.output
@@ -97,10 +106,10 @@ def test_wrong_values_are_refused(benchmark):
 
 def test_a_budget_is_kept_to_the_token(benchmark, tmp_path):
     options = ["--models", "T", "--sides", "64", "--methods", "graph,tome", "--batches", "1", "--repeats", "1"]
-    options += ["--device", "cpu", "--n-cls", "5", "--tokens", "0.25", "--budget", "--out", str(tmp_path / "rows.json")]
+    options += ["--device", "cpu", "--n-cls", "5", "--tokens", "0.25", "--budget", "--out", str(tmp_path)]
     passed = CliRunner().invoke(benchmark.main, options)
     assert passed.exit_code == 0, passed.output
-    graph, tome = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    graph, tome = rows_in(tmp_path, "time")
     assert graph["tokens"] == 4 and graph["settings"]["tokens"] and tome["settings"]["r"]
 
 
@@ -110,10 +119,10 @@ def test_training_is_timed_interleaved(benchmark, tmp_path, options):
 
     arguments = ["--model", "T", "--side", "32", "--n-cls", "11", "--batch-size", "2", "--updates", "1"]
     arguments += ["--rounds", "1", "--num-workers", "0", "--methods", "graph,dtem", "--device", "cpu"]
-    arguments += ["--out", str(tmp_path / "rows.json")]
+    arguments += ["--out", str(tmp_path)]
     result = CliRunner().invoke(benchmark_training.main, [*arguments, *options])
     assert result.exit_code == 0, result.output
-    pure, graph, dtem = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    pure, graph, dtem = rows_in(tmp_path, "training")
     assert pure["ratio"] == 1 and pure["tokens"] is None and 0 < graph["tokens"] <= 4 and dtem["ratio"] > 0
     assert 0 < graph["data_wait"] < 100 and "| graph | " in result.output
     del sys.modules["benchmark_training"]
@@ -123,13 +132,12 @@ def test_the_scale_of_a_merge(benchmark, tmp_path):
     import benchmark_scale
 
     options = ["--grids", "8,16", "--width", "32", "--repeats", "1", "--device", "cpu", "--out"]
-    options.append(str(tmp_path / "scale"))
+    options.append(str(tmp_path))
     result = CliRunner().invoke(benchmark_scale.main, options)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
-    for row in rows:
+    for row in rows_in(tmp_path, "training"):
         assert row["microseconds_per_patch"] > 0
         if row["method"] != "ToMe" and row["patches"] == 256:  # five eighths of the tokens
             assert row["tokens"] == pytest.approx(160, abs=25)
-    assert (tmp_path / "scale.png").stat().st_size > 1000
+    assert (tmp_path / "pictures/scale.png").stat().st_size > 1000
     del sys.modules["benchmark_scale"]

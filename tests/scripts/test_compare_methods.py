@@ -16,7 +16,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield importlib.import_module("compare_methods")
-    sys.modules.pop("compare_methods")
+    for name in ("compare_methods", "results_file"):
+        sys.modules.pop(name)
 
 
 def test_every_method_is_compared(script):
@@ -30,7 +31,8 @@ def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found"]
     names = "random,tome,smaller image,coarser patch,fpet"
     table = call(script, shapes_run, "shapes", *options, "--methods", names)
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    (entry,) = json.loads((tmp_path / "found/methods.json").read_text())
+    rows = entry["rows"]
     assert [row["method"] for row in rows] == ["pure", *names.split(",")]
     pure, *others = rows
     for row in others[:4]:
@@ -41,7 +43,7 @@ def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run
         and others[3]["options"]["patch_size"] > 8
         and "| random | tokens 0." in table
     )
-    assert (tmp_path / "found.md").read_text().strip() == table.strip()
+    assert entry["plain"] == str(shapes_run) and entry["epochs"] == 0
 
     monkeypatch.setattr(script, "options_for", None)  # would fail: what is known is not looked for again
     call(script, shapes_run, "shapes", *options, "--methods", names)
@@ -52,6 +54,7 @@ def test_methods_are_trained_with_the_real_command(script, shapes_run, tmp_path,
     options = ["--share", "0.8", "--epochs", "1", "--max-images", "2", "--cost-images", "1", "--device", "cpu"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found", "--methods", "dtem,coarser patch"]
     call(script, shapes_run, "shapes", *options, "--train-options", "--batch-size 250 --num-workers 0")
-    (_, row, coarser) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    (entry,) = json.loads((tmp_path / "found/methods.json").read_text())
+    (_, row, coarser) = entry["rows"]
     assert "applied" not in row and row["trained"] >= 0 and (tmp_path / "work/dtem_0.8/checkpoint.pth").is_file()
     assert coarser["applied"] >= 0 and coarser["trained"] >= 0

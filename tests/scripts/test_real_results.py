@@ -60,41 +60,43 @@ def script(monkeypatch, shapes_run, tmp_path):
     yield module
     for name in ("results", "tokens", "speed", "classification"):
         sys.modules.pop(f"real_{name}", None)
-    sys.modules.pop("compare_methods", None)
+    for name in ("compare_methods", "results_file"):
+        sys.modules.pop(name, None)
+
+
+def rows_in(folder, question, study):
+    """The rows of the only entry of a study, and all of them of several heads."""
+    entries = json.loads((folder / f"{question}.json").read_text())
+    (entry,) = (one for one in entries if one["id"] == f"{study}-1")
+    assert not any(one["id"] == f"{study}-2" for one in entries)
+    return entry["rows"]
 
 
 def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     options = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--max-images", 2, "--device", "cpu"]
     text = call(script, *options)
     out = tmp_path / "out"
-    (model,) = json.loads((out / "models.json").read_text())["rows"]
+    (model,) = rows_in(out, "quality", "models")
     assert model["epochs"] == 1 and 0 <= model["val"]["mean_iou"] <= 100
-    rows = json.loads((out / "methods.json").read_text())["rows"]
+    rows = rows_in(out, "methods", "methods")
     assert {row["method"] for row in rows} == {"pure", "graph", "tome", "fpet"}
     assert {row["im_size"] for row in rows} > {None} and {row["patch_size"] for row in rows} > {None}
     assert all(row["boundary_iou"] >= 0 and row["images_per_second"] > 0 for row in rows)
-    sizes = {(row["im_size"], row["method"]) for row in json.loads((out / "frontier.json").read_text())["rows"]}
+    sizes = {(row["im_size"], row["method"]) for row in rows_in(out, "size", "frontier")}
     assert sizes == {(size, method) for size in (24, 32) for method in ("pure", "tome")}
-    tokens = json.loads((out / "tokens.json").read_text())
-    assert set(tokens["kept"]) == {"1", "2", "3"} and set(tokens["purity"]) == {"graph", "tome"}
-    for name in (
-        "models.md",
-        "tokens.md",
-        "front.png",
-        "similarities.png",
-        "methods.md",
-        "heads.md",
-        "frontier.md",
-        "methods_time.png",
-        "frontier_boundary_iou.png",
-    ):
-        assert (out / name).stat().st_size > 50
+    assert [row["layer"] for row in rows_in(out, "quality", "tokens")] == [1, 2, 3]
+    assert [row["method"] for row in rows_in(out, "quality", "purity")] == ["graph", "tome"]
+    for name in ("models", "tokens", "methods", "heads", "frontier"):
+        assert (tmp_path / "work" / f"{name}.md").stat().st_size > 50
+    for name in ("front", "similarities", "methods_time", "frontier_boundary_iou"):
+        assert (out / "pictures" / f"{name}.png").stat().st_size > 50
     assert "| tome | " in text and "| smaller image | " in text
 
     monkeypatch.setattr(script, "TRAININGS", script.TRAININGS)
     monkeypatch.setattr("trainings.subprocess.run", None)  # would fail: nothing is trained again
     monkeypatch.setattr("segm.tradeoff.compare", None)  # nor measured
     assert call(script, *options, "--steps", "methods,frontier")
+    assert rows_in(out, "methods", "methods") == rows
 
 
 def test_a_step_without_its_models_says_which_step_trains_them(script, tmp_path, refused):
