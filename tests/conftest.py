@@ -139,6 +139,16 @@ def refused():
 
 
 @pytest.fixture(scope="session")
+def forked():
+    """Runs commands in processes of their own: a `tests.forked.Server`."""
+    from tests.forked import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def folder_data(tmp_path_factory):
     """The user's own data: six photographs with masks of three classes."""
     import cv2

@@ -25,6 +25,7 @@ from segm.eval.comparison import (
 from segm.eval.products import products_alone
 from segm.eval.profiling import profile_merges, profile_passes
 from segm.merging import build_model
+from tests.helpers import by_speed
 
 CPU = torch.device("cpu")
 METHODS = {
@@ -115,17 +116,17 @@ def test_a_budget_is_exact_where_a_method_has_one(model, batches):
                 assert all((count_tokens(merged, batch) == 30).all() for batch in batches), name
 
 
-def test_costs_are_means_over_images(model, batches):
+@pytest.mark.parametrize("name", by_speed(METHODS, quick=["graph"], slow=["dct"]))
+def test_costs_are_means_over_images(model, batches, name):
     pure = Cost.of(model, batches)
     assert pure.counts == (64,) * 4 and pure.network < pure.total
-    for name in METHODS:
-        merged = merging(model, name)
-        cost = Cost.of(merged, batches)
-        alone = [Cost.of(merged, [batch]) for batch in batches]
-        assert cost.total == pytest.approx(sum(one.total for one in alone) / 2), name
-        assert cost.counts == alone[0].counts + alone[1].counts and cost.tokens < 64
-        if name != "dct":  # its own matrix products may cost more than they save in so small a model
-            assert cost.decoder < pure.decoder
+    merged = merging(model, name)
+    cost = Cost.of(merged, batches)
+    alone = [Cost.of(merged, [batch]) for batch in batches]
+    assert cost.total == pytest.approx(sum(one.total for one in alone) / 2), name
+    assert cost.counts == alone[0].counts + alone[1].counts and cost.tokens < 64
+    if name != "dct":  # its own matrix products may cost more than they save in so small a model
+        assert cost.decoder < pure.decoder
 
 
 @torch.inference_mode()
@@ -145,16 +146,16 @@ def test_a_replayed_pass_gives_the_same_scores_for_free(model, batches):
 
 
 @torch.inference_mode()
-def test_a_row_holds_together(model, batches):
-    for name in ("graph", "dct", "dtem"):
-        row = measure(model, name, METHODS[name], batches, CPU, 1)
-        assert row["n_patches"] == 64 and 0 < row["tokens"] <= 64
-        assert row["saving"] == pytest.approx(row["gflops_pure"] / row["gflops"])
-        assert row["share_scores"] == pytest.approx(row["ratio_scores"] / row["saving"])
-        assert row["share_scores_low"] <= row["share_scores"] <= row["share_scores_high"]
-        assert [*row["overhead"]] == [*row["settings"]["layers"]] and all(one > 0 for one in row["overhead"].values())
-        assert row["memory_scores_mib"] is None or row["memory_scores_mib"] >= 0
-        assert not patch.is_patched(model)
+@pytest.mark.parametrize("name", by_speed(["graph", "dct", "dtem"], slow=["graph"]))
+def test_a_row_holds_together(model, batches, name):
+    row = measure(model, name, METHODS[name], batches, CPU, 1)
+    assert row["n_patches"] == 64 and 0 < row["tokens"] <= 64
+    assert row["saving"] == pytest.approx(row["gflops_pure"] / row["gflops"])
+    assert row["share_scores"] == pytest.approx(row["ratio_scores"] / row["saving"])
+    assert row["share_scores_low"] <= row["share_scores"] <= row["share_scores_high"]
+    assert [*row["overhead"]] == [*row["settings"]["layers"]] and all(one > 0 for one in row["overhead"].values())
+    assert row["memory_scores_mib"] is None or row["memory_scores_mib"] >= 0
+    assert not patch.is_patched(model)
 
 
 def test_models_are_compared_with_their_references(model, batches):

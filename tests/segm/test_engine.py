@@ -20,6 +20,7 @@ from segm.engine import (
 )
 from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
+from tests.helpers import by_speed
 
 
 class StoppedError(Exception):
@@ -118,13 +119,10 @@ def test_what_shall_fall_is_a_callback(net):
     assert equal_weights(plain, train(net, 1, loss=segmentation_loss)[0])
 
 
-@pytest.mark.slow  # the first compilation of a process takes half a minute
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
-)
-def test_compiled_blocks_learn_the_same(small_net, method, options):
+@pytest.mark.parametrize("method", by_speed(["graph", "tome"], slow=["tome"]))
+def test_compiled_blocks_learn_the_same(small_net, method):
     """Forward and gradients, with images of two sizes, and the keys of the model stay."""
+    options = {"graph": {"threshold": 0.2}, "tome": {"r": 2, "attention": "proportional"}}[method]
     plain = create_segmenter(small_net)
     compiled = copy.deepcopy(plain)
     for model in (plain, compiled):

@@ -15,10 +15,10 @@ from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer, create_scheduler
-from tests.helpers import METHOD_OPTIONS, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, with_parts
 
 STATUS = Path("/proc/self/status")
-N, WARM_UP, SIDE = 2000, 500, 32
+LONG, SHORT, SIDE = 2000, 400, 32  # updates or images; the first quarter warms up
 SIZES = [(32, 32), (32, 48), (40, 32), (64, 48)]  # pixels, of photographs
 FLAT = 8.0  # MiB; what allocators and caches of libraries move by
 
@@ -58,14 +58,14 @@ def resident():
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS")) / 1024
 
 
-def watch(run):
-    """How many MiB a run holds more after `N` calls of the function that it is given than after `WARM_UP`."""
+def watch(run, n):
+    """How many MiB a run holds more after `n` calls of the function that it is given than after a quarter of them."""
     n_calls, seen = 0, []
 
     def look(*_):
         nonlocal n_calls
         n_calls += 1
-        if n_calls in (WARM_UP, N):
+        if n_calls in (n // 4, n):
             seen.append(resident())
 
     run(look)
@@ -73,11 +73,11 @@ def watch(run):
     return after - before
 
 
-def train_on_noise(model, look):
-    """`N` updates."""
+def train_on_noise(model, n, look):
+    """`n` updates."""
     optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
-    schedule = create_scheduler(optimizer, "polynomial", epochs=1, updates_per_epoch=N, learning_rate=1e-4)
-    loader, cpu = create_loader(Noise(N), batch_size=1), torch.device("cpu")
+    schedule = create_scheduler(optimizer, "polynomial", epochs=1, updates_per_epoch=n, learning_rate=1e-4)
+    loader, cpu = create_loader(Noise(n), batch_size=1), torch.device("cpu")
     precision = Precision.choose(cpu, amp=False)
     options = {"device": cpu, "after_update": look, "progress": False}
     train_one_epoch(model, loader, optimizer, schedule, precision, 0, **options)
@@ -85,13 +85,16 @@ def train_on_noise(model, look):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux tells what a process holds")
-@pytest.mark.parametrize("method", ["pure", *METHOD_OPTIONS])
-def test_memory_stays_flat(small_net, method, record_property):
+@pytest.mark.parametrize(
+    ("method", "n"),
+    by_speed([("graph", SHORT), *((name, LONG) for name in ("pure", *METHOD_OPTIONS))], slow=[("graph", SHORT)]),
+)
+def test_memory_stays_flat(small_net, method, n, record_property):
     model = create_segmenter(small_net)
     if method != "pure":
         with_parts(model.encoder, method)
         patch.apply(model, method, **METHOD_OPTIONS[method])
-    trained = watch(lambda look: train_on_noise(model, look))
-    evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows.of(SIDE, SIDE), on_image=look))
+    trained = watch(lambda look: train_on_noise(model, n, look), n)
+    evaluated = watch(lambda look: evaluate(model.eval(), Noise(n), Windows.of(SIDE, SIDE), on_image=look), n)
     record_property("grown_mib", [round(trained, 2), round(evaluated, 2)])
     assert max(trained, evaluated) < FLAT

@@ -6,6 +6,7 @@ import torch
 import patch
 from segm.eval.operations import count_operations
 from segm.model.factory import create_segmenter
+from tests.helpers import by_speed
 
 
 def segmenter(size, pixels, n_cls):
@@ -15,15 +16,19 @@ def segmenter(size, pixels, n_cls):
 
 @pytest.mark.parametrize(
     ("size", "pixels", "n_cls", "published"),
-    [
-        ("tiny", 512, 150, 12.8),
-        ("small", 512, 150, 38.6),
-        pytest.param("base", 512, 150, 129.6, marks=pytest.mark.slow),
-        pytest.param("small", 768, 19, 116, marks=pytest.mark.slow),
-        pytest.param("large", 512, 150, 400, marks=pytest.mark.slow),
-        pytest.param("small", 1024, 19, 285, marks=pytest.mark.slow),
-        pytest.param("base", 1024, 19, 776, marks=pytest.mark.slow),
-    ],
+    by_speed(
+        [
+            ("tiny", 512, 150, 12.8),
+            ("small", 512, 150, 38.6),
+            ("base", 512, 150, 129.6),
+            ("small", 768, 19, 116),
+            ("large", 512, 150, 400),
+            ("small", 1024, 19, 285),
+            ("base", 1024, 19, 776),
+        ],
+        quick=[("tiny", 512, 150, 12.8)],
+        slow=[("small", 768, 19, 116)],
+    ),
 )
 def test_operations_are_the_published_ones(size, pixels, n_cls, published):
     operations = count_operations(segmenter(size, pixels, n_cls), torch.randn(1, 3, pixels, pixels))

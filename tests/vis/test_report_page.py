@@ -200,7 +200,7 @@ def test_sections_without_content_are_left_out():
     assert "<script>" not in page.page("a", [], [])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("moved", [None, "0.95"])
 def test_in_a_real_browser(tmp_path, moved):
