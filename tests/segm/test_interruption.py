@@ -14,6 +14,7 @@ from filelock import FileLock
 from segm import train
 from segm.checkpoint import load_checkpoint
 from tests.forked import printed
+from tests.helpers import by_speed
 
 NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset", "shapes"]
 NETWORK += ["--patch-size", "8", "--d-model", "32", "--n-heads", "2", "--n-layers", "2", "--batch-size", "4"]
@@ -41,12 +42,17 @@ def wait_for(what, seconds=60):
         time.sleep(0.005)
 
 
-def saves(folder, count):
-    """Wait until a training has saved so many times more."""
+def saves(folder, count, process=None):
+    """Wait until a training has saved so many times more, or its process has ended."""
     file = folder / "checkpoint.pth"
     seen = file.stat().st_mtime_ns if file.exists() else 0
     for _ in range(count):
-        wait_for(lambda: file.exists() and file.stat().st_mtime_ns != seen)  # noqa: B023
+        wait_for(
+            lambda: (
+                (file.exists() and file.stat().st_mtime_ns != seen)  # noqa: B023
+                or (process is not None and not process.is_alive())
+            )
+        )
         seen = file.stat().st_mtime_ns
 
 
@@ -94,42 +100,42 @@ def whole(forked, tmp_path_factory):
     return expected
 
 
-@pytest.mark.slow
-def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path):
-    chance = random.Random(0)
-    for workers, kills in ((0, 1), (2, 3)):
-        folder = tmp_path / str(workers)
-        for _ in range(kills):
-            process = start(folder, "--num-workers", str(workers), "--resume")
-            saves(folder, chance.randint(1, 9))
-            time.sleep(chance.random() / 50)
-            mine = children(process.pid)
-            process.kill()
-            process.join()
-            wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)  # noqa: B023
-        process = start(folder, "--num-workers", str(workers), "--resume")
-        process.join(120)
-        assert process.exitcode == 0
-        assert left_behind(folder) == whole
-        assert not list(folder.glob("*.part"))
-
-
-@pytest.mark.slow
-def test_signals_end_a_training_well(start, whole, tmp_path):
-    """SIGTERM to the training, Ctrl-C to all of its processes, a signal during an evaluation."""
-    for number, to_all in ((signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)):
-        folder = tmp_path / f"{number}_{to_all}"
-        process = start(folder, "--num-workers", "2")
-        saves(folder, 3)
+@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)], slow=[(0, 1), (2, 1)]))
+def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path, workers, kills):
+    chance, folder = random.Random(kills), tmp_path / "run"
+    for _ in range(kills):
+        process = start(folder, "--num-workers", workers, "--resume")
+        saves(folder, chance.randint(1, 9), process)
+        time.sleep(chance.random() / 50)
         mine = children(process.pid)
-        assert len(mine) >= 2
-        for pid in [process.pid, *(mine if to_all else ())]:
-            os.kill(pid, number)
-        process.join(30)
-        text = "".join(printed(folder))
-        assert process.exitcode == 128 + number, text
-        assert "checkpoint.pth" in text and "--resume" in text and "Traceback" not in text
+        process.kill()
+        process.join()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)  # noqa: B023
+    process = start(folder, "--num-workers", workers, "--resume")
+    process.join(120)
+    assert process.exitcode == 0
+    assert left_behind(folder) == whole
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    by_speed([(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)], slow=[(signal.SIGTERM, False)]),
+)
+def test_signals_end_a_training_well(start, whole, tmp_path, number, to_all):
+    """SIGTERM to the training, Ctrl-C to all of its processes."""
+    folder = tmp_path / "run"
+    process = start(folder, "--num-workers", "2")
+    saves(folder, 3)
+    mine = children(process.pid)
+    assert len(mine) >= 2
+    for pid in [process.pid, *(mine if to_all else ())]:
+        os.kill(pid, number)
+    process.join(30)
+    text = "".join(printed(folder))
+    assert process.exitcode == 128 + number, text
+    assert "checkpoint.pth" in text and "--resume" in text and "Traceback" not in text
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)
     process = start(folder, "--num-workers", "2", "--resume")
     process.join(120)
     assert left_behind(folder) == whole

@@ -451,7 +451,7 @@ def test_a_process_that_fails_ends_the_others_with_one_message(folder_data, tmp_
 @pytest.mark.parametrize("method", by_speed(["pure", *patch.METHODS], slow=["graph"]))
 def test_training_with_every_method_converges(method, tmp_path, call, monkeypatch):
     """A few hundred steps from one plain start: the loss falls to where the plain model's falls."""
-    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 2000, "val": 50})
+    monkeypatch.undo()
     network = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", "4", "--d-model", "32"]
     network += ["--n-heads", "2", "--n-layers", "3", "--drop-path", "0", "--decoder-dropout", "0"]
     options = ["--dataset", "shapes", "--im-size", "32", "--crop-size", "32", "--batch-size", "10", "--epochs", "1"]
