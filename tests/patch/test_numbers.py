@@ -9,7 +9,7 @@ import torch
 import patch
 from segm.engine import segmentation_loss
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, with_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDE = 24  # pixels; patches of 8
@@ -74,14 +74,7 @@ def gradients_are_finite(model, pictures):
 
 @pytest.mark.parametrize(
     ("dtype", "zero_norm"),
-    [
-        (torch.float32, False),
-        *(
-            pytest.param(dtype, zero_norm, marks=pytest.mark.slow)
-            for dtype, zero_norm in product(DTYPES, (False, True))
-            if (dtype, zero_norm) != (torch.float32, False)
-        ),
-    ],
+    by_speed(product(DTYPES, (False, True)), slow=[(torch.float32, False), (torch.bfloat16, True)]),
 )
 def test_scores_and_gradients_are_finite(small_net, dtype, zero_norm):
     net = small_net | {"image_size": [SIDE, SIDE], "patch_size": 8, "n_layers": 3}
