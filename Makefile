@@ -1,5 +1,6 @@
 # make demo: install, train a small Segmenter with and without merging, show a table and pictures
-# make test: install, run the whole test suite on all cores; make quick: the fast tests alone
+# make test: install, run the test suite on all cores (minutes); make quick: its fast tests alone
+# make soak: what takes long, and what the test suite has a representative of (an hour)
 # make docs: the documentation site, in build/site
 # make real DATASET=… WEIGHTS=…: train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains (hours)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo real test quick lint docs system clean
+.PHONY: demo real test quick soak lint docs system clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -17,10 +18,13 @@ real: .venv/installed
 	DATASET=$(DATASET) $(BIN)/python scripts/real_results.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: .venv/installed
-	$(PYTEST)
+	$(PYTEST) -m "not nightly"
 
 quick: .venv/installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
+
+soak: .venv/installed
+	$(PYTEST) -m nightly
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -12,12 +12,9 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+# torch is imported where it is used: the first process of pytest-xdist runs no test, and the others wait for it.
 DATA = Path(__file__).parent / "data"
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config):
@@ -50,6 +47,8 @@ def short_collections(imported):
 @pytest.fixture(scope="session")
 def cases():
     """Conformance vectors by name, in float32 where they are floating point."""
+    from safetensors.torch import load_file
+
     tensors = load_file(DATA / "cases.safetensors")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
@@ -65,6 +64,8 @@ def golden_model():
 @pytest.fixture(autouse=True)
 def seed():
     """Random tensors of a test are the same in every run."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -135,6 +136,16 @@ def refused():
         return text
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Runs commands in processes of their own: a `tests.forked.Server`."""
+    from tests.forked import Server
+
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

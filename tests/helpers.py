@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from torch.overrides import TorchFunctionMode
@@ -121,6 +122,17 @@ class Copies(TorchDispatchMode):
         if len({x.device.type for x in tensors}) > 1:
             self.names.append(name)
         return out
+
+
+def by_speed(cases, quick=(), slow=()):
+    """The cases as parameters of a test: `quick` ones run always, `slow` ones in `make test`, all others at night."""
+    cases = list(cases)
+    assert {*quick, *slow} <= {*cases}, {*quick, *slow} - {*cases}
+
+    def marks(case):
+        return () if case in quick else pytest.mark.slow if case in slow else pytest.mark.nightly
+
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks(case)) for case in cases]
 
 
 def end_process(*_, **__):

@@ -235,7 +235,7 @@ for gh, gw in ((1, 1), (1, 7), (7, 1), (5, 6), (8, 8)):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]

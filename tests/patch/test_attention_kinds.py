@@ -124,7 +124,7 @@ def test_the_same_tokens_merge_however_attention_runs(kind):
     check_kind(kind, QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_tokens_merge_in_every_method(kind):

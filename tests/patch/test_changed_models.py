@@ -9,7 +9,7 @@ from torch import nn
 
 import patch
 from tests.families import FAMILIES
-from tests.helpers import METHOD_OPTIONS, different_images, right_or_refused
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, right_or_refused
 
 NAMES = ["vit", "eva", "Dinov2", "ViT", "DINOv3ViT", "SiglipVision", "mmseg", "segmenter"]
 QUICK = ("graph", "tome")
@@ -182,7 +182,7 @@ def test_attention_that_is_set_after_patching(name):
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "ViT" else [pytest.mark.slow]) for name in HUGGING if name != "Eomt"],
+    by_speed([name for name in HUGGING if name != "Eomt"], slow=["ViT"]),
 )  # which transformers refuses itself
 def test_attention_that_takes_no_mask_of_ours_is_refused_when_it_is_set(name):
     """Flex attention, after patching as before."""

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import patch
 from g2tm import Grouping
 from patch import layout
 from segm.model.factory import create_segmenter
+from tests.helpers import by_speed
 
 METHODS = {
     "graph": {"threshold": 0.2},
@@ -90,7 +92,7 @@ def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(ne
         assert n_merges == {"graph": 1}.get(method, 2) and (len(widths) > 1 or method != "graph")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("more", "sizes"), [({}, SIZES), (ROTARY, SIZES[:2])])
 @torch.inference_mode()
 def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes):
@@ -110,10 +112,9 @@ def test_a_rotary_backbone_is_compiled(net):
         check_equal(model, compiled, images)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "backend"),
-    [("algm", "inductor"), *((method, "aot_eager") for method in METHODS)],  # inductor is slow
+    by_speed(product(METHODS, ("inductor", "aot_eager")), slow=[("graph", "inductor"), ("mpm", "aot_eager")]),
 )
 @torch.inference_mode()
 def test_backends_give_the_eager_outputs(net, method, backend):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import patch
 from tests.families import FAMILIES
-from tests.helpers import METHOD_OPTIONS, STATIC_OPTIONS, Copies, Reads, Waits, different_images
+from tests.helpers import METHOD_OPTIONS, STATIC_OPTIONS, Copies, Reads, Waits, by_speed, different_images
 
 SETTINGS = {name: options for name, options in STATIC_OPTIONS.items() if name != "atc"}  # ATC leaves PyTorch
 SETTINGS |= {
@@ -81,11 +81,10 @@ def copies_of_its_own(kind, precision):
 
 
 def cases(settings):
-    return [
-        pytest.param(kind, setting, marks=[] if kind == "vit" or (kind, setting) in QUICK else [pytest.mark.slow])
-        for kind in KINDS
-        for setting in settings
-    ]
+    """Every method on one model quickly, and of every other kind of model two methods slowly."""
+    pairs = [(kind, setting) for kind in KINDS for setting in settings]
+    quick = [pair for pair in pairs if pair[0] == "vit" or pair in QUICK]
+    return by_speed(pairs, quick, [pair for pair in pairs if pair[1] in ("graph", "tome")])
 
 
 @pytest.mark.parametrize(("kind", "setting"), cases(SETTINGS))

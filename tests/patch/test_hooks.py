@@ -62,7 +62,7 @@ def test_a_hook_that_changes_nothing_changes_nothing(name):
         check_hooks(name, method, [equal_new] if method == "dct" else HOOKS)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @torch.inference_mode()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_hook_that_changes_nothing_changes_nothing_in_any_method(name):
@@ -193,7 +193,7 @@ def test_gradients_with_a_backward_hook_are_those_without(name):
         check_gradients(name, method)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Eomt"])
 def test_gradients_with_a_backward_hook_are_those_without_in_every_method(name):
     for method in FAMILIES[name].methods:

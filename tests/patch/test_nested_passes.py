@@ -65,7 +65,7 @@ def test_a_hook_that_calls_the_model_on_other_images(name):
         check_calls_inside(name, method)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @torch.inference_mode()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_hook_that_calls_the_model_in_every_method(name):

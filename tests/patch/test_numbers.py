@@ -9,7 +9,7 @@ import torch
 import patch
 from segm.losses import segmentation_loss
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, with_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDE = 24  # pixels; patches of 8
@@ -47,20 +47,18 @@ def images():
     return found | {"a patch": noise[..., :8, :8], "a pixel": noise[..., :1, :1], "none": noise[:0], "one": noise[:1]}
 
 
-def models(net, zero_norm):
-    """(method, options, model) with attention of all kinds; `zero_norm`: tokens are zero until position is added."""
-    for method, options in METHOD_OPTIONS.items():
-        entry = patch.find(method)
-        extremes = EXTREMES.get(method, BY_R if entry.takes("r") else ())
-        for chosen in (options, *extremes):
-            for attention in ("none",) if method == "clustvit" else ("none", "proportional"):
-                model = create_segmenter(net)
-                if zero_norm:
-                    for parameter in (model.encoder.patch_embed.proj, model.encoder.pos_embed):
-                        torch.nn.init.zeros_(getattr(parameter, "weight", parameter))
-                    torch.nn.init.zeros_(model.encoder.patch_embed.proj.bias)
-                with_parts(model.encoder, method)
-                yield method, chosen, patch.apply(model, method, **chosen, attention=attention)
+def models(net, zero_norm, method):
+    """(options, model) with attention of all kinds; `zero_norm`: tokens are zero until position is added."""
+    extremes = EXTREMES.get(method, BY_R if patch.find(method).takes("r") else ())
+    for options in (METHOD_OPTIONS[method], *extremes):
+        for attention in ("none",) if method == "clustvit" else ("none", "proportional"):
+            model = create_segmenter(net)
+            if zero_norm:
+                for parameter in (model.encoder.patch_embed.proj, model.encoder.pos_embed):
+                    torch.nn.init.zeros_(getattr(parameter, "weight", parameter))
+                torch.nn.init.zeros_(model.encoder.patch_embed.proj.bias)
+            with_parts(model.encoder, method)
+            yield options, patch.apply(model, method, **options, attention=attention)
 
 
 def gradients_are_finite(model, pictures):
@@ -72,20 +70,15 @@ def gradients_are_finite(model, pictures):
     return bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
+SLOW = [(torch.float32, False, name) for name in ("graph", "tome", "ltmp", "pitome")] + [(torch.bfloat16, True, "algm")]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "zero_norm"),
-    [
-        (torch.float32, False),
-        *(
-            pytest.param(dtype, zero_norm, marks=pytest.mark.slow)
-            for dtype, zero_norm in product(DTYPES, (False, True))
-            if (dtype, zero_norm) != (torch.float32, False)
-        ),
-    ],
+    ("dtype", "zero_norm", "method"), by_speed(product(DTYPES, (False, True), METHOD_OPTIONS), slow=SLOW)
 )
-def test_scores_and_gradients_are_finite(small_net, dtype, zero_norm):
+def test_scores_and_gradients_are_finite(small_net, dtype, zero_norm, method):
     net = small_net | {"image_size": [SIDE, SIDE], "patch_size": 8, "n_layers": 3}
-    for method, options, model in models(net, zero_norm):
+    for options, model in models(net, zero_norm, method):
         model.to(dtype)
         plain = patch.remove(copy.deepcopy(model)).train()
         for name, pictures in images().items():

@@ -5,25 +5,18 @@ import torch
 
 import patch
 from tests.families import FAMILIES
-from tests.helpers import STATIC_OPTIONS, different_images
+from tests.helpers import STATIC_OPTIONS, by_speed, different_images
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KINDS = ("vit", "eva", "Dinov2", "DINOv3ViT", "ViT", "SiglipVision", "segmenter", "mask transformer")
 SETTINGS = STATIC_OPTIONS
-# What stands for the rest in the quick tests.
-COMPILED = {("vit", "tome"), ("eva", "graph"), ("Dinov2", "tome"), ("mask transformer", "graph"), ("vit", "random")}
-EXPORTED = {("vit", "graph"), ("Dinov2", "graph"), ("mask transformer", "tome")}
-TRAINED = {("vit", "graph"), ("Dinov2", "tome")}
-
-
-def cases(quick):
-    """(kind, setting), those that are not quick marked as slow."""
-    return [
-        pytest.param(kind, setting, marks=[] if (kind, setting) in quick else [pytest.mark.slow])
-        for kind in KINDS
-        for setting in SETTINGS
-        if setting.split(",")[0] in FAMILIES[kind].methods
-    ]
+PAIRS = [(kind, setting) for kind in KINDS for setting in SETTINGS if setting in FAMILIES[kind].methods]
+# A pair takes seconds: every method on one model, and every kind of model with one method, stand for the rest.
+COMPILED = {("vit", "random"), ("mask transformer", "graph")}
+COMPILED_SLOWLY = {("vit", setting) for setting in SETTINGS} | {("eva", "graph"), ("Dinov2", "tome")}
+COMPILED_SLOWLY |= {(kind, "random") for kind in ("DINOv3ViT", "ViT", "SiglipVision", "segmenter")}
+EXPORTED, EXPORTED_SLOWLY = {("vit", "graph")}, {("Dinov2", "graph"), ("mask transformer", "tome"), ("eva", "random")}
+TRAINED, TRAINED_SLOWLY = {("vit", "graph")}, {("Dinov2", "tome"), ("segmenter", "dct")}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +27,7 @@ def fresh_compiler():
 
 
 def build(kind, setting, **options):
-    return FAMILIES[kind].patched(setting.split(",")[0], **SETTINGS[setting] | options)
+    return FAMILIES[kind].patched(setting, **SETTINGS[setting] | options)
 
 
 class OneGraph:
@@ -49,7 +42,7 @@ class OneGraph:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "setting"), cases(COMPILED))
+@pytest.mark.parametrize(("kind", "setting"), by_speed(PAIRS, COMPILED, COMPILED_SLOWLY))
 def test_compiled_it_is_one_graph(kind, setting):
     model, backend = build(kind, setting, attention="proportional"), OneGraph()
     batches = [different_images(3), torch.randn(3, 3, 32, 32)]
@@ -63,7 +56,7 @@ def test_compiled_it_is_one_graph(kind, setting):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "setting"), cases(EXPORTED))
+@pytest.mark.parametrize(("kind", "setting"), by_speed(PAIRS, EXPORTED, EXPORTED_SLOWLY))
 def test_exported_it_is_right_on_other_images(kind, setting):
     model = build(kind, setting)
     exported = torch.export.export(model, (torch.randn(3, 3, 32, 32),), strict=False).module()
@@ -75,7 +68,7 @@ def tensors(output):
     return output if isinstance(output, torch.Tensor) else output.last_hidden_state
 
 
-@pytest.mark.parametrize(("kind", "setting"), cases(TRAINED))
+@pytest.mark.parametrize(("kind", "setting"), by_speed(PAIRS, TRAINED, TRAINED_SLOWLY))
 def test_so_is_its_training(kind, setting):
     """Forward is one graph, and gradients are those of the eager model."""
     if setting in ("ltmp", "clustvit", "random"):
@@ -93,18 +86,16 @@ def test_so_is_its_training(kind, setting):
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "setting"), [("vit", "graph"), ("mask transformer", "tome")])
+@pytest.mark.parametrize(("kind", "setting"), by_speed([("vit", "graph"), ("mask transformer", "tome")]))
 def test_inductor_gives_the_eager_result(kind, setting):
     model, images = build(kind, setting), different_images(3)
     expected = model(images)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["vit", "Dinov2", "segmenter"])
+@pytest.mark.parametrize("kind", by_speed(["vit", "Dinov2", "segmenter"], slow=["segmenter"]))
 def test_other_shapes_are_other_graphs_and_nothing_breaks(kind):
     model, backend = build(kind, "graph"), OneGraph()
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)

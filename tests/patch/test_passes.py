@@ -99,7 +99,7 @@ def test_threads(models):
     check_threads(models["segmenter"](), 3, "unpatched")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_threads_often(models):
     check_threads(models["segmenter"](), 300, "unpatched")
     for method in METHOD_OPTIONS:
@@ -321,7 +321,7 @@ def test_exports_of_fixed_numbers_are_right_on_other_images(models):
     check_export(models["segmenter"], ("tome",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_exports_of_every_method(models):
     for create in models.values():
         check_export(create, STATIC)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import patch
 from tests.families import FAMILIES, MASKS, segmenter
-from tests.helpers import different_images
+from tests.helpers import by_speed, different_images
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -47,7 +47,6 @@ WRAPPERS = {
     "two wrappers": lambda model: nn.DataParallel(compiled(model)),
 }
 SETTINGS = [[("graph", {"threshold": 0.2}), ("tome", {"r": 2})], [("graph", {"tokens": 7})]]  # compiled: one graph
-QUICK = ("mask transformer", "used compile")
 INNER = {"Sequential": "0", "Sequential of more": "1", "two wrappers": "module._orig_mod"}
 MODELS = {
     "vit": FAMILIES["vit"].build,
@@ -60,15 +59,10 @@ def is_compiled(wrapper):
     return "compile" in wrapper or wrapper == "two wrappers"
 
 
-def cases(quick):
+def cases(slow):
     """(model, wrapper); compilers take seconds."""
-    return [
-        pytest.param(
-            model, wrapper, marks=[pytest.mark.slow] if is_compiled(wrapper) and (model, wrapper) != quick else []
-        )
-        for model in MODELS
-        for wrapper in WRAPPERS
-    ]
+    pairs = [(model, wrapper) for model in MODELS for wrapper in WRAPPERS]
+    return by_speed(pairs, [pair for pair in pairs if not is_compiled(pair[1])], slow)
 
 
 def inner(wrapped, wrapper):
@@ -83,7 +77,7 @@ def fresh_compiler():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("model", "wrapper"), cases(quick=QUICK))
+@pytest.mark.parametrize(("model", "wrapper"), cases(slow=[("mask transformer", "used compile"), ("vit", "compile")]))
 def test_a_model_is_patched_through_its_wrapper(model, wrapper):
     images = different_images(3)
     for method, options in SETTINGS[is_compiled(wrapper)]:
@@ -110,7 +104,7 @@ def test_a_model_is_patched_through_its_wrapper(model, wrapper):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("model", "wrapper"), cases(quick=()))
+@pytest.mark.parametrize(("model", "wrapper"), cases(slow=[("segmenter", "two wrappers")]))
 def test_a_patched_model_is_wrapped(model, wrapper):
     images = different_images(3)
     for method, options in SETTINGS[is_compiled(wrapper)]:

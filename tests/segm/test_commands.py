@@ -28,7 +28,8 @@ from segm import (
 )
 from segm.eval import miou
 from segm.run import Run
-from tests.helpers import read_variant, write_variant
+from tests.forked import printed
+from tests.helpers import by_speed, read_variant, write_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
@@ -274,24 +275,20 @@ class TestRefused:
         assert "a.png" in refused(inference, run, "-i", tmp_path / "in", "-o", tmp_path / "out")
 
 
-def test_commands_run_as_files_and_as_modules():
+@pytest.mark.parametrize("how", by_speed(["segm/train.py", "-m segm.eval.miou"], slow=["segm/train.py"]))
+def test_commands_run_as_files_and_as_modules(how):
     """That no file of segm/ shadows a module, which a file alone can meet, holds for all in test_architecture."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for how in (["segm/train.py"], ["-m", "segm.eval.miou"]):
-        result = subprocess.run(
-            [sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == 0 and "--patch-type" in result.stdout and result.stderr == ""
+    command = [sys.executable, *how.split(), "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "--patch-type" in result.stdout and result.stderr == ""
 
 
 @pytest.mark.slow
-def test_two_processes_score_like_one(runs, folder_data, call):
-    """gloo, under torchrun: every image is counted once."""
-    # Without the "--", torchrun takes --r for an option of its own.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    environment = os.environ | {"DATASET": str(folder_data), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for folder in runs.values():
-        command = [*torchrun, "segm/test.py", str(folder), *CPU]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout == call(test, folder, *CPU)
+def test_two_processes_score_like_one_in_mixed_precision(runs, forked, folder_data, tmp_path, call):
+    """gloo: every image is counted once. In float32: test_train.py."""
+    data = {"DATASET": str(folder_data)}
+    for process in forked.together(2, "segm.test", runs["amp"], *CPU, output=tmp_path / "two", **data):
+        process.join(300)
+        assert process.exitcode == 0, printed(tmp_path / "two")
+    assert printed(tmp_path / "two")[0] == call(test, runs["amp"], *CPU)

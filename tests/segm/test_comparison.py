@@ -8,6 +8,7 @@ import torch
 import patch
 from segm.eval.comparison import Cost, compare
 from segm.merging import build_model
+from tests.helpers import by_speed
 
 CPU = torch.device("cpu")
 METHODS = {
@@ -43,17 +44,17 @@ def merging(model, name):
     return patch.apply(deepcopy(model), name, **METHODS[name])
 
 
-def test_costs_are_means_over_images(model, batches):
+@pytest.mark.parametrize("name", by_speed(METHODS, quick=["graph"], slow=["dct"]))
+def test_costs_are_means_over_images(model, batches, name):
     pure = Cost.of(model, batches)
     assert pure.counts == (64,) * 4 and pure.network < pure.total
-    for name in METHODS:
-        merged = merging(model, name)
-        cost = Cost.of(merged, batches)
-        alone = [Cost.of(merged, [batch]) for batch in batches]
-        assert cost.total == pytest.approx(sum(one.total for one in alone) / 2), name
-        assert cost.counts == alone[0].counts + alone[1].counts and cost.tokens < 64
-        if name != "dct":  # its own matrix products may cost more than they save in so small a model
-            assert cost.decoder < pure.decoder
+    merged = merging(model, name)
+    cost = Cost.of(merged, batches)
+    alone = [Cost.of(merged, [batch]) for batch in batches]
+    assert cost.total == pytest.approx(sum(one.total for one in alone) / 2), name
+    assert cost.counts == alone[0].counts + alone[1].counts and cost.tokens < 64
+    if name != "dct":  # its own matrix products may cost more than they save in so small a model
+        assert cost.decoder < pure.decoder
 
 
 def test_models_are_compared_with_their_references(model, batches):

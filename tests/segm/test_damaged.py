@@ -17,6 +17,7 @@ from segm.config import RunConfig, config_dir
 from segm.data import create_dataset
 from segm.data.folder import read_classes
 from segm.trainer import Trainer
+from tests.helpers import by_speed
 
 NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--num-workers", "0", "--device", "cpu"]
 NETWORK += ["--patch-size", "8", "--d-model", "32", "--n-heads", "2", "--n-layers", "2", "--batch-size", "2"]
@@ -103,29 +104,29 @@ def damaged_texts(text, count, seed):
             yield yaml.safe_dump(odd(yaml.safe_load(text), chance, chance.choice([0.02, 0.1]))).encode()
 
 
-@pytest.mark.slow
-def test_damaged_variant_files(run, tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize("count", by_speed([40, 600], slow=[40]))
+def test_damaged_variant_files(count, run, tmp_path, photos, monkeypatch):
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     monkeypatch.setattr(Trainer, "fit", lambda self: self)
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "run/variant.yml"
     n_failed = 0
-    for index, content in enumerate(damaged_texts(file.read_text(), 600, 0)):
+    for index, content in enumerate(damaged_texts(file.read_text(), count, 0)):
         file.write_bytes(content)
         n_failed += outcome(inference, tmp_path / "run", "-i", photos, "-o", tmp_path / "out", "--device", "cpu") != ""
         outcome(test, tmp_path / "run", "--device", "cpu", "--max-images", "1")
         outcome(train, "--log-dir", tmp_path / "run", "--resume", "--device", "cpu")
         if index % 10 == 0:
             outcome(report, tmp_path / "run", *FEW, "--out", tmp_path / "page.html")
-    assert n_failed > 100
+    assert n_failed > count / 6
 
 
-@pytest.mark.slow
-def test_damaged_logs(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", by_speed([24, 240], slow=[24]))
+def test_damaged_logs(count, run, tmp_path, monkeypatch):
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     shutil.copytree(run, tmp_path / "run")
     content, chance = (run / "log.txt").read_bytes(), random.Random(1)
-    for index in range(240):
+    for index in range(count):
         (tmp_path / "run/log.txt").write_bytes(mutated(content, chance))
         if index % 8:
             entries = report.read_log(tmp_path / "run/log.txt")
@@ -135,14 +136,14 @@ def test_damaged_logs(run, tmp_path, monkeypatch):
             assert outcome(train, "--log-dir", tmp_path / "run", "--resume", "--device", "cpu") == ""
 
 
-@pytest.mark.slow
-def test_damaged_checkpoints_are_not_resumed(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", by_speed([30, 300], slow=[30]))
+def test_damaged_checkpoints_are_not_resumed(count, run, tmp_path, monkeypatch):
     """Neither are well-formed ones with odd values in the place of others."""
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     chance, whole = random.Random(2), torch.load(run / "checkpoint.pth")
     content = (run / "checkpoint.pth").read_bytes()
     small = [torch.zeros(0), torch.zeros(1), torch.zeros(2, 2, dtype=torch.long), torch.tensor(float("nan"))]
-    for index in range(300):
+    for index in range(count):
         folder = tmp_path / str(index)
         folder.mkdir()
         shutil.copy(run / "variant.yml", folder)
@@ -168,20 +169,20 @@ def test_damaged_checkpoints_are_not_resumed(run, tmp_path, monkeypatch):
         shutil.rmtree(folder)
 
 
-@pytest.mark.slow
-def test_damaged_recipes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", by_speed([30, 400], slow=[30]))
+def test_damaged_recipes(count, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda self: self)
     recipe = (config_dir() / "recipes/ade20k_512_tiny_graph.yml").read_text()
-    for content in damaged_texts(recipe, 400, 3):
+    for content in damaged_texts(recipe, count, 3):
         (tmp_path / "recipe.yml").write_bytes(content)
         outcome(train, "--log-dir", tmp_path / "run", "--config", tmp_path / "recipe.yml", *NETWORK)
 
 
-@pytest.mark.slow
-def test_damaged_class_lists(tmp_path):
+@pytest.mark.parametrize("count", by_speed([30, 300], slow=[30]))
+def test_damaged_class_lists(count, tmp_path):
     entries = [{"id": index, "name": f"class {index}", "color": [index, 2 * index, 255]} for index in range(5)]
     for text in (yaml.safe_dump(entries), "[floor, wall, door, no, 1]"):
-        for content in damaged_texts(text, 300, 4):
+        for content in damaged_texts(text, count, 4):
             (tmp_path / "classes.yml").write_bytes(content)
             try:
                 metainfo, _ = read_classes(tmp_path / "classes.yml")
@@ -205,8 +206,8 @@ def test_nested_aliases_cost_nothing(run, tmp_path):
         assert outcome(test, tmp_path / "run", "--device", "cpu")
 
 
-@pytest.mark.slow
-def test_damaged_files_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", by_speed([20, 60], slow=[20]))
+def test_damaged_files_are_named(count, tmp_path, monkeypatch):
     """A data set that is damaged in one file says which."""
     monkeypatch.setenv("DATASET", str(tmp_path))
     for kind in ("images", "annotations"):
@@ -214,7 +215,7 @@ def test_damaged_files_are_named(tmp_path, monkeypatch):
         cv2.imwrite(str(tmp_path / kind / "train/a.png"), np.zeros((20, 20), np.uint8))
     (tmp_path / "classes.yml").write_text("[a, b]")
     content, chance = (tmp_path / "annotations/train/a.png").read_bytes(), random.Random(5)
-    for _ in range(60):
+    for _ in range(count):
         (tmp_path / "annotations/train/a.png").write_bytes(mutated(content, chance))
         dataset = create_dataset("folder", "train")
         try:

@@ -9,7 +9,7 @@ import torch
 import patch
 from segm.exporting import convert
 from segm.merging import build_model
-from tests.helpers import METHOD_OPTIONS, different_images, options_for, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, options_for, with_parts
 
 SIDE = 32
 NET = {
@@ -24,7 +24,6 @@ NET = {
 }
 ROTARY = {"backbone": "vit_small_patch16_rope_224", "image_size": 32, "patch_size": 8, "n_layers": 2, "n_cls": 5}
 ROTARY |= {"decoder": {"name": "linear"}}
-FAST = ("graph", "tome")
 INEXPRESSIBLE = ("atc", "clustvit", "ltmp")
 BUDGETS = {"graph": 9, "algm": [13, 8], "ltmp": 8}
 
@@ -65,11 +64,9 @@ def sizes_inside(program):
     return {size.dim_param or size.dim_value for name in made for size in known[name].dim}
 
 
-def slow_unless(fast, names):
-    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("method", slow_unless(FAST, [name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE]))
+@pytest.mark.parametrize(
+    "method", by_speed([name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE], quick=["graph"], slow=["tome"])
+)
 def test_the_merge_is_inside_of_the_graph(method, tmp_path):
     model = small_segmenter(method, **options_for(method))
     program = convert(model, (SIDE, SIDE))
@@ -78,7 +75,7 @@ def test_the_merge_is_inside_of_the_graph(method, tmp_path):
     assert "If" not in {node.op_type for node in program.model_proto.graph.node}
 
 
-@pytest.mark.parametrize("method", slow_unless(("graph",), BUDGETS))
+@pytest.mark.parametrize("method", by_speed(BUDGETS, slow=["graph"]))
 def test_a_budget_leaves_no_size_open(method, tmp_path):
     model = small_segmenter(method, **options_for(method) | {"tokens": BUDGETS[method]})
     program = convert(model, (SIDE, SIDE), batch_size=2)
@@ -86,7 +83,7 @@ def test_a_budget_leaves_no_size_open(method, tmp_path):
     assert_same(model.grid_logits, outputs_of(program, tmp_path), counts=(2,))
 
 
-@pytest.mark.parametrize(("opset", "is_one"), [(18, False), (23, True)])
+@pytest.mark.parametrize(("opset", "is_one"), by_speed([(18, False), (23, True)], slow=[(23, True)]))
 def test_attention_is_one_operator_where_there_is_one(opset, is_one, tmp_path):
     model = small_segmenter()
     program = convert(model, (SIDE, SIDE), opset=opset)
@@ -95,8 +92,7 @@ def test_attention_is_one_operator_where_there_is_one(opset, is_one, tmp_path):
     assert_same(model.grid_logits, outputs_of(program, tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [None, 1])
+@pytest.mark.parametrize("batch_size", by_speed([None, 1], slow=[1]))
 def test_rotary_tables_are_constants(batch_size, tmp_path):
     model = small_segmenter("graph", ROTARY, tokens=9)
     program = convert(model, (SIDE, SIDE), batch_size=batch_size)
@@ -106,7 +102,7 @@ def test_rotary_tables_are_constants(batch_size, tmp_path):
         assert all(isinstance(size, int) for size in sizes_inside(program))
 
 
-@pytest.mark.parametrize("output", slow_unless(("labels",), ("logits", "labels")))
+@pytest.mark.parametrize("output", by_speed(["logits", "labels"], slow=["labels"]))
 def test_outputs_at_the_size_of_the_image(output, tmp_path):
     model = small_segmenter()
     program = convert(model, (28, 36), output)  # no whole patches
@@ -120,7 +116,7 @@ def test_outputs_at_the_size_of_the_image(output, tmp_path):
     assert np.mean(np.isclose(found, expected, atol=1e-4)) > 0.999
 
 
-@pytest.mark.parametrize("method", INEXPRESSIBLE)
+@pytest.mark.parametrize("method", by_speed(INEXPRESSIBLE, slow=["ltmp"]))
 def test_what_onnx_cannot_say_is_refused_in_one_line(method, capfd):
     model = small_segmenter(method, **options_for(method))
     with pytest.raises(ValueError, match="cannot be exported, choose a method with a fixed number of tokens") as error:
@@ -129,7 +125,7 @@ def test_what_onnx_cannot_say_is_refused_in_one_line(method, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("method", ["graph", "algm"])
+@pytest.mark.parametrize("method", by_speed(["graph", "algm"], slow=["graph"]))
 def test_torch_export_takes_a_model_with_a_budget(method):
     model = small_segmenter(method, **options_for(method) | {"tokens": BUDGETS[method]})
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
@@ -140,8 +136,7 @@ def test_torch_export_takes_a_model_with_a_budget(method):
             torch.testing.assert_close(program.module()(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["linear_bn", "setr_naive", "eomt", "segvit"])
+@pytest.mark.parametrize("decoder", by_speed(["linear_bn", "setr_naive", "eomt", "segvit"], slow=["segvit"]))
 def test_decoders_on_the_grid_and_queries(decoder, tmp_path):
     model = small_segmenter("graph", NET | {"decoder": {"name": decoder}}, **options_for("graph"))
     assert_same(model.grid_logits, outputs_of(convert(model, (SIDE, SIDE)), tmp_path))

@@ -16,7 +16,7 @@ from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction, SegViT, class_scores
 from segm.run import Run
 from segm.trainer import Objective
-from tests.helpers import METHOD_OPTIONS, different_images, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
 HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")}
@@ -166,8 +166,7 @@ def test_every_method_gives_the_head_all_patches(model):
         patch.compile(model)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_speed(FAMILIES, slow=["rotary, registers"]))
 @torch.inference_mode()
 def test_every_method_with_every_head_on_every_family(family, small_net):
     images = different_images()

@@ -1,12 +1,9 @@
 """Trainings that are killed, asked to end, or started twice: nothing is lost, and nothing changes."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,8 @@ from filelock import FileLock
 
 from segm import train, trainer
 from segm.checkpoint import load_checkpoint
+from tests.forked import printed
+from tests.helpers import by_speed
 
 NETWORK = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset", "shapes"]
 NETWORK += ["--patch-size", "8", "--d-model", "32", "--n-heads", "2", "--n-layers", "2", "--batch-size", "4"]
@@ -25,27 +24,14 @@ MEASURED = ("images_per_second", "data_wait", "memory_mb")
 OFTEN = ["--save-every", "0.0001"]  # after every update
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Start a training in a process of its own; returns it."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["training_process"])
-    import training_process
+@pytest.fixture
+def start(forked):
+    """Start a training; returns its process."""
 
-    processes = []
+    def run(folder, *options):
+        return forked.start("segm.train", "--log-dir", folder, *NETWORK, *OFTEN, *options, output=folder)
 
-    def run(folder, *options, **environment):
-        arguments = ["--log-dir", str(folder), *NETWORK, *OFTEN, *options]
-        process = server.Process(target=training_process.run, args=(arguments, f"{folder}.txt", environment))
-        process.start()
-        processes.append(process)
-        return process
-
-    yield run
-    sys.path.remove(str(Path(__file__).parent))
-    for process in processes:
-        process.kill()
+    return run
 
 
 def wait_for(what, seconds=60):
@@ -56,12 +42,17 @@ def wait_for(what, seconds=60):
         time.sleep(0.005)
 
 
-def saves(folder, count):
-    """Wait until a training has saved so many times more."""
+def saves(folder, count, process=None):
+    """Wait until a training has saved so many times more, or its process has ended."""
     file = folder / "checkpoint.pth"
     seen = file.stat().st_mtime_ns if file.exists() else 0
     for _ in range(count):
-        wait_for(lambda: file.exists() and file.stat().st_mtime_ns != seen)  # noqa: B023
+        wait_for(
+            lambda: (
+                (file.exists() and file.stat().st_mtime_ns != seen)  # noqa: B023
+                or (process is not None and not process.is_alive())
+            )
+        )
         seen = file.stat().st_mtime_ns
 
 
@@ -96,88 +87,85 @@ def flat(value, name=""):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def whole(forked, tmp_path_factory):
     """What an uninterrupted training leaves; the same with and without workers."""
     folders = [tmp_path_factory.mktemp("whole") / str(workers) for workers in (0, 2)]
     for folder in folders:
-        process = start(folder, "--num-workers", folder.name)
+        options = [*NETWORK, *OFTEN, "--num-workers", folder.name]
+        process = forked.start("segm.train", "--log-dir", folder, *options, output=folder)
         process.join(120)
-        assert process.exitcode == 0, Path(f"{folder}.txt").read_text()
+        assert process.exitcode == 0, printed(folder)
     expected = left_behind(folders[0])
     assert left_behind(folders[1]) == expected and len(expected[1]) == 4
     return expected
 
 
-@pytest.mark.slow
-def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path):
-    chance = random.Random(0)
-    for workers, kills in ((0, 1), (2, 3)):
-        folder = tmp_path / str(workers)
-        for _ in range(kills):
-            process = start(folder, "--num-workers", str(workers), "--resume")
-            saves(folder, chance.randint(1, 9))
-            time.sleep(chance.random() / 50)
-            mine = children(process.pid)
-            process.kill()
-            process.join()
-            wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)  # noqa: B023
-        process = start(folder, "--num-workers", str(workers), "--resume")
-        process.join(120)
-        assert process.exitcode == 0
-        assert left_behind(folder) == whole
-        assert not list(folder.glob("*.part"))
-
-
-@pytest.mark.slow
-def test_signals_end_a_training_well(start, whole, tmp_path):
-    """SIGTERM to the training, Ctrl-C to all of its processes, a signal during an evaluation."""
-    for number, to_all in ((signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)):
-        folder = tmp_path / f"{number}_{to_all}"
-        process = start(folder, "--num-workers", "2")
-        saves(folder, 3)
+@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)], slow=[(0, 1), (2, 1)]))
+def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path, workers, kills):
+    chance, folder = random.Random(kills), tmp_path / "run"
+    for _ in range(kills):
+        process = start(folder, "--num-workers", workers, "--resume")
+        saves(folder, chance.randint(1, 9), process)
+        time.sleep(chance.random() / 50)
         mine = children(process.pid)
-        assert len(mine) >= 2
-        for pid in [process.pid, *(mine if to_all else ())]:
-            os.kill(pid, number)
-        process.join(30)
-        text = Path(f"{folder}.txt").read_text()
-        assert process.exitcode == 128 + number, text
-        assert "checkpoint.pth" in text and "--resume" in text and "Traceback" not in text
+        process.kill()
+        process.join()
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)  # noqa: B023
+    process = start(folder, "--num-workers", workers, "--resume")
+    process.join(120)
+    assert process.exitcode == 0
+    assert left_behind(folder) == whole
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    by_speed([(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)], slow=[(signal.SIGTERM, False)]),
+)
+def test_signals_end_a_training_well(start, whole, tmp_path, number, to_all):
+    """SIGTERM to the training, Ctrl-C to all of its processes."""
+    folder = tmp_path / "run"
+    process = start(folder, "--num-workers", "2")
+    saves(folder, 3)
+    mine = children(process.pid)
+    assert len(mine) >= 2
+    for pid in [process.pid, *(mine if to_all else ())]:
+        os.kill(pid, number)
+    process.join(30)
+    text = "".join(printed(folder))
+    assert process.exitcode == 128 + number, text
+    assert "checkpoint.pth" in text and "--resume" in text and "Traceback" not in text
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), 10)
     process = start(folder, "--num-workers", "2", "--resume")
     process.join(120)
     assert left_behind(folder) == whole
     process = start(folder, "--resume")
     process.join(60)
-    assert process.exitcode == 0 and "finished" in Path(f"{folder}.txt").read_text()
+    assert process.exitcode == 0 and "finished" in "".join(printed(folder))
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_they_were(start, tmp_path):
-    def pair(folder):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        options = ("--num-workers", "0", "--epochs", "2", "--resume")
-        return [start(folder, *options, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+def test_two_processes_go_on_where_they_were(forked, tmp_path):
+    def pair(name):
+        options = [*NETWORK, *OFTEN, "--num-workers", "0", "--epochs", "2", "--resume"]
+        return forked.together(2, "segm.train", "--log-dir", tmp_path / name, *options, output=tmp_path / name)
 
-    for process in pair(tmp_path / "whole"):
+    for process in pair("whole"):
         process.join(120)
-        assert process.exitcode == 0, (tmp_path / "whole.txt").read_text()
-    processes = pair(tmp_path / "cut")
+        assert process.exitcode == 0, printed(tmp_path / "whole")
+    processes = pair("cut")
     saves(tmp_path / "cut", 3)
     for process in processes:
         process.kill()
         process.join()
     assert load_checkpoint(tmp_path / "cut")["updates"] > 0
-    processes = pair(tmp_path / "cut")
+    processes = pair("cut")
     saves(tmp_path / "cut", 1)
     os.kill(processes[1].pid, signal.SIGTERM)  # one is asked, both end after the same update
     for process in processes:
         process.join(30)
         assert process.exitcode == 128 + signal.SIGTERM
-    for process in pair(tmp_path / "cut"):
+    for process in pair("cut"):
         process.join(120)
         assert process.exitcode == 0
     assert left_behind(tmp_path / "cut") == left_behind(tmp_path / "whole")

@@ -18,10 +18,10 @@ from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer
 from segm.resolve import resolve
 from segm.trainer import Objective, Trainer
-from tests.helpers import METHOD_OPTIONS, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, with_parts
 
 STATUS = Path("/proc/self/status")
-N, WARM_UP, SIDE = 2000, 500, 32
+LONG, SHORT, SIDE = 2000, 400, 32  # updates or images; the first quarter warms up
 SIZES = [(32, 32), (32, 48), (40, 32), (64, 48)]  # pixels, of photographs
 SETTINGS = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384", "batch_size": 1, "epochs": 1, "num_workers": 0}
 SETTINGS |= {"n_layers": 1, "d_model": 32, "n_heads": 2, "crop_size": SIDE, "im_size": SIDE}
@@ -63,14 +63,14 @@ def resident():
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmRSS")) / 1024
 
 
-def watch(run):
-    """How many MiB a run holds more after `N` calls of the function that it is given than after `WARM_UP`."""
+def watch(run, n):
+    """How many MiB a run holds more after `n` calls of the function that it is given than after a quarter of them."""
     n_calls, seen = 0, []
 
     def look(*_):
         nonlocal n_calls
         n_calls += 1
-        if n_calls in (WARM_UP, N):
+        if n_calls in (n // 4, n):
             seen.append(resident())
 
     run(look)
@@ -79,7 +79,7 @@ def watch(run):
 
 
 def train_on_noise(model, method, look):
-    """`N` updates."""
+    """Updates on noise."""
     trainer = Trainer(resolve(SETTINGS), "unused", device="cpu", weights=False)
     trainer.objective = Objective(model, RunConfig(net=Net(decoder="mask_transformer"), merging=Merging(method)))
     trainer.optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
@@ -92,14 +92,17 @@ def train_on_noise(model, method, look):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux tells what a process holds")
-@pytest.mark.parametrize("method", ["pure", *METHOD_OPTIONS])
-def test_memory_stays_flat(small_net, method, record_property, monkeypatch):
-    monkeypatch.setattr(trainer, "open_datasets", lambda *settings: (Noise(N), Noise(1)))
+@pytest.mark.parametrize(
+    ("method", "n"),
+    by_speed([("graph", SHORT), *((name, LONG) for name in ("pure", *METHOD_OPTIONS))], slow=[("graph", SHORT)]),
+)
+def test_memory_stays_flat(small_net, method, n, record_property, monkeypatch):
+    monkeypatch.setattr(trainer, "open_datasets", lambda *settings: (Noise(n), Noise(1)))
     model = create_segmenter(small_net)
     if method != "pure":
         with_parts(model.encoder, method)
         patch.apply(model, method, **METHOD_OPTIONS[method])
-    trained = watch(lambda look: train_on_noise(model, method, look))
-    evaluated = watch(lambda look: evaluate(model.eval(), Noise(N), Windows.of(SIDE, SIDE), on_image=look))
+    trained = watch(lambda look: train_on_noise(model, method, look), n)
+    evaluated = watch(lambda look: evaluate(model.eval(), Noise(n), Windows.of(SIDE, SIDE), on_image=look), n)
     record_property("grown_mib", [round(trained, 2), round(evaluated, 2)])
     assert max(trained, evaluated) < FLAT

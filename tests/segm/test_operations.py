@@ -6,19 +6,24 @@ import torch
 import patch
 from segm.eval.operations import count_operations
 from segm.model.factory import create_segmenter
+from tests.helpers import by_speed
 
 
 @pytest.mark.parametrize(
     ("size", "pixels", "n_cls", "published"),
-    [
-        ("tiny", 512, 150, 12.8),
-        ("small", 512, 150, 38.6),
-        ("base", 512, 150, 129.6),
-        ("small", 768, 19, 116),
-        ("large", 512, 150, 400.1),
-        ("small", 1024, 19, 285),
-        ("base", 1024, 19, 776),
-    ],
+    by_speed(
+        [
+            ("tiny", 512, 150, 12.8),
+            ("small", 512, 150, 38.6),
+            ("base", 512, 150, 129.6),
+            ("small", 768, 19, 116),
+            ("large", 512, 150, 400.1),
+            ("small", 1024, 19, 285),
+            ("base", 1024, 19, 776),
+        ],
+        quick=[("tiny", 512, 150, 12.8)],
+        slow=[("small", 768, 19, 116)],
+    ),
 )
 def test_operations_are_the_published_ones(size, pixels, n_cls, published):
     net = {"backbone": f"vit_{size}_patch16_384", "image_size": pixels, "n_cls": n_cls}

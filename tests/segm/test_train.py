@@ -22,7 +22,8 @@ from segm import auto_threshold, flops, test, train, trainer
 from segm.checkpoint import load_checkpoint
 from segm.run import Run
 from segm.trainer import Trainer
-from tests.helpers import read_variant
+from tests.forked import printed
+from tests.helpers import by_speed, read_variant
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
@@ -381,60 +382,53 @@ def test_damaged_data_is_named(folder_data, tmp_path, monkeypatch, refused):
     assert "DATASET" in message()
 
 
-@pytest.fixture
-def launch(folder_data):
-    """Run a command in several processes, with gloo under torchrun; returns what has ended."""
-    environment = os.environ | {"DATASET": str(folder_data), "OMP_NUM_THREADS": "1"}
-
-    def run(n_processes, *arguments, **more):
-        # Without the "--", torchrun takes --r for an option of its own.
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
-        command = [*torchrun, "--", *map(str, arguments)]
-        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
-        return subprocess.run(command, env=environment | more, **options)
-
-    return run
-
-
-@pytest.mark.slow
-def test_several_processes_train_and_score_like_one(run, launch, tmp_path, call):
+@pytest.mark.parametrize(
+    ("n_processes", "words"),
+    by_speed(
+        [
+            (4, "graph --selected-layer 1 --threshold 0.5"),  # two images to score: two processes have none
+            (2, "algm --selected-layers 1 2 --threshold 0.5"),
+            (2, "tome --r 2"),
+            (2, "dtem --r 2 --selected-layers 2"),  # the learned part of the first layer gets no gradient
+            (2, "ltmp --learned"),
+        ],
+        slow=[(4, "graph --selected-layer 1 --threshold 0.5")],
+    ),
+)
+def test_several_processes_train_and_score_like_one(forked, n_processes, words, tmp_path, call):
     """The same losses and scores as one process, one run directory, every image counted once."""
-
-    def succeed(n_processes, *arguments):
-        ended = launch(n_processes, *arguments)
-        assert ended.returncode == 0, ended.stderr
-        assert "arning" not in ended.stderr
-        return ended.stdout
-
     still = ["--drop-path", "0", "--decoder-dropout", "0", "--batch-size", "4"]
-    for n_processes, words in (
-        (4, "graph --selected-layer 1 --threshold 0.5"),  # two images to score: two processes have none
-        (2, "algm --selected-layers 1 2 --threshold 0.5"),
-        (2, "tome --r 2"),
-        (2, "dtem --r 2 --selected-layers 2"),  # the learned part of the first layer gets no gradient
-        (2, "ltmp --learned"),
-    ):
-        method = words.split()[0]
-        options = ["--dataset", "folder", *TINY, *still, "--patch-type", *words.split()]
-        call(train, "--log-dir", tmp_path / method / "alone", *options)
-        succeed(n_processes, "segm/train.py", "--log-dir", tmp_path / method / "run", *options)
-        alone, entries = entries_of(tmp_path / method / "alone"), entries_of(tmp_path / method / "run")
-        assert [entry["num_updates"] for entry in entries] == [1, 2]
-        for one, several in zip(alone, entries, strict=True):
-            # ALGM merges as many tokens of every image of a process, DTEM draws its halves in each process, LTMP
-            # compares the operations of each process with its target, and after an update rounding may turn a merge.
-            loss, score = (0.01, 10) if method in ("algm", "dtem", "ltmp") or one["epoch"] else (1e-5, 0.5)
-            assert several["train_loss"] == pytest.approx(one["train_loss"], rel=loss)
-            assert several["val_mean_iou"] == pytest.approx(one["val_mean_iou"], abs=score)
-        scored = call(test, tmp_path / method / "run", "--device", "cpu")
-        assert f"mean_iou: {entries[-1]['val_mean_iou']:.2f}" in scored
-    assert succeed(4, "segm/test.py", run, "--device", "cpu") == call(test, run, "--device", "cpu")
+    options = ["--dataset", "folder", *TINY, *still, "--patch-type", *words.split()]
+    call(train, "--log-dir", tmp_path / "alone", *options)
+    together(forked, n_processes, "segm.train", "--log-dir", tmp_path / "run", *options, output=tmp_path / "training")
+    alone, entries = entries_of(tmp_path / "alone"), entries_of(tmp_path / "run")
+    assert [entry["num_updates"] for entry in entries] == [1, 2]
+    for one, several in zip(alone, entries, strict=True):
+        # ALGM merges as many tokens of every image of a process, DTEM draws its halves in each process, LTMP
+        # compares the operations of each process with its target, and after an update rounding may turn a merge.
+        loss, score = (0.01, 10) if words.startswith(("algm", "dtem", "ltmp")) or one["epoch"] else (1e-5, 0.5)
+        assert several["train_loss"] == pytest.approx(one["train_loss"], rel=loss)
+        assert several["val_mean_iou"] == pytest.approx(one["val_mean_iou"], abs=score)
+    scored = call(test, tmp_path / "run", "--device", "cpu")
+    assert f"mean_iou: {entries[-1]['val_mean_iou']:.2f}" in scored
+    found = together(forked, n_processes, "segm.test", tmp_path / "run", "--device", "cpu", output=tmp_path / "test")
+    assert found == scored
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_a_process_that_fails_ends_the_others_with_one_message(folder_data, launch, tmp_path, everywhere):
-    """A cut image is met by one process, a missing one by all: the message stands at the end, once."""
+def together(forked, n_processes, command, *arguments, output):
+    """Run a command in several processes, with gloo; returns what they print."""
+    data = {"DATASET": os.environ["DATASET"]}
+    for process in forked.together(n_processes, command, *arguments, output=output, **data):
+        process.join(300)
+        assert process.exitcode == 0, printed(output)
+    out, err = printed(output)
+    assert "arning" not in err
+    return out
+
+
+@pytest.mark.parametrize("everywhere", by_speed([True, False], slow=[False]))
+def test_a_process_that_fails_ends_the_others_with_one_message(folder_data, tmp_path, everywhere):
+    """A cut image is met by one process, a missing one by all: the message stands at the end of torchrun's, once."""
     root = Path(shutil.copytree(folder_data, tmp_path / "data"))
     photo = root / "images/train/2.jpg"
     photo.write_bytes(photo.read_bytes()[:-200])
@@ -442,15 +436,19 @@ def test_a_process_that_fails_ends_the_others_with_one_message(folder_data, laun
         (root / "annotations/train/1.png").unlink()
     begin = time.monotonic()
     options = ["--log-dir", tmp_path / "run", "--dataset", "folder", *TINY, "--batch-size", "2"]
-    ended = launch(2, "segm/train.py", *options, DATASET=str(root))
-    assert ended.returncode != 0 and time.monotonic() - begin < 60
+    # Without the "--", torchrun takes --r for an option of its own.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    command = [*torchrun, "segm/train.py", *map(str, options)]
+    environment = os.environ | {"DATASET": str(root)}
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0 and time.monotonic() - begin < 120
     name = "annotations/train/1.png" if everywhere else "images/train/2.jpg"
     assert ended.stderr.count("Error: ") - ended.stderr.count("FailedError: ") == 1, ended.stderr
     assert name in ended.stderr and name in " ".join(ended.stderr.splitlines()[-3:])
 
 
-@pytest.mark.slow
-def test_training_with_every_method_converges(tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("method", by_speed(["pure", *patch.METHODS], slow=["graph"]))
+def test_training_with_every_method_converges(method, tmp_path, call, monkeypatch):
     """A few hundred steps from one plain start: the loss falls to where the plain model's falls."""
     monkeypatch.undo()
     network = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", "4", "--d-model", "32"]
@@ -463,11 +461,10 @@ def test_training_with_every_method_converges(tmp_path, call, monkeypatch):
         "mpm": ["--selected-layers", "2"],
         "clustvit": ["--injection-point", "1"],
     }
-    for method, entry in {"pure": None, **patch.METHODS}.items():
-        folder = tmp_path / method
-        merging = own.get(method, ["--r", "6"] if entry is not None and entry.takes("r") else [])
-        call(train, "--log-dir", folder, *network, *options, "--patch-type", method, *merging)
-        (last,) = entries_of(folder)
-        assert last["num_updates"] == 200
-        assert last["train_loss"] < 2.1 and last["val_mean_iou"] > 8, method  # at random: 2.4 and 3
-        assert read_variant(folder)["dataset_kwargs"]["patch_type"] == method
+    entry = patch.METHODS.get(method)
+    merging = own.get(method, ["--r", "6"] if entry is not None and entry.takes("r") else [])
+    call(train, "--log-dir", tmp_path, *network, *options, "--patch-type", method, *merging)
+    (last,) = entries_of(tmp_path)
+    assert last["num_updates"] == 200
+    assert last["train_loss"] < 2.1 and last["val_mean_iou"] > 8, method  # at random: 2.4 and 3
+    assert read_variant(tmp_path)["dataset_kwargs"]["patch_type"] == method

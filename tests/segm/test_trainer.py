@@ -20,6 +20,7 @@ from segm.precision import Precision
 from segm.resolve import resolve
 from segm.run import Run
 from segm.trainer import Trainer, compile_blocks
+from tests.helpers import by_speed
 
 SMALL = {
     "dataset": "shapes", "backbone": "vit_tiny_patch16_384", "patch_size": 8, "d_model": 32, "n_heads": 2,
@@ -254,13 +255,10 @@ def normalize_half(rank, folder, x, weight):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow  # the first compilation of a process takes half a minute
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("graph", {"threshold": 0.2}), ("tome", {"r": 2, "attention": "proportional"})],
-)
-def test_compiled_blocks_learn_the_same(small_net, method, options):
+@pytest.mark.parametrize("method", by_speed(["graph", "tome"], slow=["tome"]))
+def test_compiled_blocks_learn_the_same(small_net, method):
     """Forward and gradients, with images of two sizes, and the keys of the model stay."""
+    options = {"graph": {"threshold": 0.2}, "tome": {"r": 2, "attention": "proportional"}}[method]
     plain = create_segmenter(small_net)
     compiled = copy.deepcopy(plain)
     for model in (plain, compiled):

@@ -207,7 +207,7 @@ def test_sections_without_content_are_left_out(text):
     assert re.findall("<h2>(.*?)</h2>", small) == headings[:3] and "<script" not in small
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("moved", [None, "0.95"])
 def test_in_a_real_browser(tmp_path, moved):
