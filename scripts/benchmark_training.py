@@ -7,6 +7,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,15 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import Command, Listed, device_option, markdown
-from segm.config import Merging, Net, RunConfig
 from segm.data import create_dataset
 from segm.data.dataset import IGNORE_LABEL
 from segm.data.loader import create_loader
 from segm.eval.timing import environment
+from segm.losses import Objective
 from segm.merging import PURE, apply
-from segm.model.segmenter import Segmenter
+from segm.model.segmenter import Segmenter, compile_blocks
 from segm.optim import create_optimizer
 from segm.precision import Precision
-from segm.trainer import Objective, compile_blocks
 
 COLUMNS = {
     "method": "{method}",
@@ -101,11 +102,10 @@ def training(
 ) -> Callable[[int], dict[str, Any]]:
     """A function of the epoch that trains for it and returns images/s, the share of waiting, and the tokens left."""
     if compile:
-        for stack in (model.encoder, model.decoder):
-            compile_blocks(stack.blocks)
+        compile_blocks(chain(model.encoder.blocks, model.decoder.blocks))
     optimizer, precision = create_optimizer(model, "sgd", 1e-5), Precision.choose(device, amp)
     method = patch.method(model) if patch.is_patched(model) else PURE
-    objective = Objective(model, RunConfig(net=Net(decoder="mask_transformer"), merging=Merging(method)))
+    objective = Objective(model, method_loss=None if method == PURE else partial(patch.loss, model))
 
     def train(epoch: int) -> dict[str, Any]:
         loader.sampler.epoch = epoch  # type: ignore[attr-defined]

@@ -100,7 +100,8 @@ def automatic_thresholds(
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
             encoder.forward_features(run.resized(sample.image, size))
-        sums = [moments.get(layer, torch.zeros(3, dtype=torch.float64, device=device)) for layer in layers]
+        zeros = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        sums = [moments.get(layer, zeros) for layer in layers]
         total = parallel.all_reduce_sum(torch.stack(sums))
     return {layer: Similarity(*patch.mean_and_std(one)) for layer, one in zip(layers, total, strict=True)}
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from segm import parallel
 from segm.data.dataset import IGNORE_LABEL
-from segm.model.masks import Prediction
+from segm.model.masks import EoMT, Prediction, SegViT
+from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
 
 ABSENT_WEIGHT = 0.1  # of the class "not in this image"
@@ -110,4 +111,50 @@ def _eomt_criterion(n_cls: int, n_pixels: int) -> Any:
 
 
 # Losses of decoders that learn from more than logits.
-DECODER_LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"segvit": segvit_loss, "eomt": eomt_loss}
+DECODER_LOSSES: dict[type, Callable[[Any, Tensor], Tensor]] = {SegViT: segvit_loss, EoMT: eomt_loss}
+AUXILIARY_WEIGHT = 0.4  # of an auxiliary head in the loss (PSPNet, section 4; SETR)
+
+
+class Objective(nn.Module):
+    """A model with its loss, as one module that `DistributedDataParallel` wraps.
+
+    Args:
+        model: a Segmenter, whose parameters it shares.
+        outputs: from images to logits (B, C, H, W) or what the decoder's own loss takes, then the logits of auxiliary
+            heads; None: `Segmenter.training_outputs`.
+        method_loss: from labels to what a merging method adds to the loss, a tensor or 0.0; None: no method.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        outputs: Callable[[Tensor], list[Any]] | None = None,
+        method_loss: Callable[[Tensor], Tensor | float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.method_loss = model, method_loss
+        self.outputs = outputs or model.training_outputs
+        self.decoder_loss = DECODER_LOSSES.get(type(model.decoder))
+
+    def forward(self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Loss of a batch.
+
+        Args:
+            images: (B, 3, H, W), normalized, or the features that `outputs` takes.
+            labels: (B, H, W), int64, 255 is ignored.
+            n_labelled: gives (), the labelled pixels of all processes.
+
+        Returns:
+            The loss (), and what the merging method adds to it, detached; None: nothing.
+        """
+        first, *auxiliary = self.outputs(images)
+        if self.decoder_loss is None:
+            loss = segmentation_loss(first, labels, n_labelled())
+        else:
+            loss = self.decoder_loss(first, labels)
+        for logits in auxiliary:
+            loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels, n_labelled())
+        own = 0.0 if self.method_loss is None else self.method_loss(labels)
+        if not isinstance(own, Tensor):
+            return loss, None
+        return loss + own, own.detach()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 import patch
 from patch.method import ModelShape, Number, Option
 from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
-from segm.model.factory import create_segmenter
+from segm.config import RunConfig
+from segm.model.factory import copy_weights, create_segmenter
 from segm.model.segmenter import Segmenter
 
 PURE = "pure"
@@ -305,6 +307,28 @@ def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -
         ValueError, FileNotFoundError, ConnectionError: as `create_segmenter`, and for an unknown method.
     """
     return create_segmenter(net_kwargs, pretrained, parts=add_parts)
+
+
+def first_model(config: RunConfig, weights: bool | str | Path, finetune: str | Path | None) -> Segmenter:
+    """The model of a training with its first weights; parts of a method that its first run lacks begin at random.
+
+    Args:
+        config: of the training, with its classes.
+        weights: of the encoder, see `build_model`.
+        finetune: checkpoint or run that all weights come from.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `build_model` and `copy_weights`.
+    """
+    if finetune is None:
+        return build_model(config.net_kwargs, weights)
+    source = RunConfig.read(finetune)
+    model = build_model(config.with_values(reduction=source.net.reduction).net_kwargs)
+    names = [one["name"] for one in config.data.classes]
+    copy_weights(model, finetune, same_classes=source.class_names in (None, tuple(names)))
+    if not source.net.reduction and config.net.reduction is not None:
+        add_parts(model.encoder, config.net.reduction)
+    return model
 
 
 def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:

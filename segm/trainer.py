@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,10 @@ from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, DecoderOnly
 from segm.interruption import Interruption, SignalError
-from segm.losses import DECODER_LOSSES, segmentation_loss
+from segm.losses import Objective
 from segm.merging import PURE
 from segm.metrics import segmentation_scores
-from segm.model.factory import copy_weights
-from segm.model.segmenter import Segmenter
+from segm.model.segmenter import compile_blocks
 from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.precision import Precision, fast_float32, peak_memory, sum_dtype
 from segm.resolve import curriculum
@@ -37,53 +38,9 @@ from segm.run import require_classes
 from segm.runlog import RunLog, run_lock
 
 logger = logging.getLogger(__name__)
-AUXILIARY_WEIGHT = 0.4  # of an auxiliary head in the loss (PSPNet, section 4; SETR)
 READ_EVERY = 10  # steps between readings of the loss: each one waits for the device
 N_MASKS, N_HEADERS = 200, 5000  # that are inspected in every split before a training: a few seconds
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
-
-
-class Objective(nn.Module):
-    """A model with its loss, as one module that `DistributedDataParallel` wraps.
-
-    Args:
-        model: a Segmenter, whose parameters it shares.
-        config: its decoder and method choose the losses.
-        outputs: from images to logits (B, C, H, W) or what the decoder's own loss takes, then the logits of auxiliary
-            heads; None: the model's.
-    """
-
-    def __init__(
-        self, model: Segmenter, config: RunConfig, outputs: Callable[[Tensor], list[Any]] | None = None
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.outputs = outputs or model.training_outputs
-        self.of_decoder = DECODER_LOSSES.get(config.net.decoder)
-        self.merges = config.merging.method not in (None, PURE)
-
-    def forward(self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Loss of a batch.
-
-        Args:
-            images: (B, 3, H, W), normalized, or the features that `outputs` takes.
-            labels: (B, H, W), int64, 255 is ignored.
-            n_labelled: gives (), the labelled pixels of all processes.
-
-        Returns:
-            The loss (), and what the merging method adds to it, detached; None: nothing.
-        """
-        first, *auxiliary = self.outputs(images)
-        if self.of_decoder is None:
-            loss = segmentation_loss(first, labels, n_labelled())
-        else:
-            loss = self.of_decoder(first, labels)
-        for logits in auxiliary:
-            loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels, n_labelled())
-        own = patch.loss(self.model, labels) if self.merges else None
-        if not isinstance(own, Tensor):
-            return loss, None
-        return loss + own, own.detach()
 
 
 @dataclass
@@ -154,12 +111,11 @@ class Trainer:
         self.curriculum = curriculum(self.config)
         self.windows = Windows.of(config.inference.window_size, config.inference.window_stride)
         torch.manual_seed(config.schedule.seed)
-        self.model = first_model(self.config, False if resume else weights, None if resume else finetune)
+        self.model = merging.first_model(self.config, False if resume else weights, None if resume else finetune)
         merging.apply(self.model, self.method, self.options)
         self._freeze()
         if compile:
-            for stack in (self.model.encoder, self.model.decoder):
-                compile_blocks(stack.blocks)
+            compile_blocks(chain(self.model.encoder.blocks, self.model.decoder.blocks))
         parallel.synchronize_batch_norm(self.model, self.device).to(self.device)
         self.precision = Precision.choose(self.device, bool(config.optim.amp))
         given = config.data.num_workers
@@ -181,7 +137,7 @@ class Trainer:
         self.step, self.best, self._is_open = 0, -1.0, False  # open: it has updates whose end is not recorded
         self.losses = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)  # of this epoch: sum, number
         self.meter = Meter()
-        self.objective: nn.Module = Objective(self.model, self.config)
+        self.objective: nn.Module = self._objective()
         self.log: RunLog | None = None
         self._interruption, self._requests = Interruption(), parallel.Requests()
         self._saved = time.monotonic()
@@ -366,11 +322,10 @@ class Trainer:
                 epochs = self.config.schedule.epochs
                 self.say(f"{self.log_dir} has finished its {epochs} epochs: give more --epochs to go on")
                 return self
-            if parallel.world_size() > 1:
-                parallel.on_parent_exit(self._interruption.request)
             if self.features is not None:
                 self.features.fill(self.model, self.device, self.precision.autocast, self._interruption, self.workers)
-            self.objective = self._shared_objective()
+            if parallel.world_size() > 1:
+                self._share()
             if parallel.is_main():
                 self.log = RunLog(self.log_dir, self.config, self.epoch)
             while not self.is_finished:
@@ -385,16 +340,18 @@ class Trainer:
                 self.features.remove()
         return self
 
-    def _shared_objective(self) -> nn.Module:
-        """The objective, which several processes share."""
+    def _objective(self) -> Objective:
         head = None if self.features is None else DecoderOnly(self.model, self.train_set.crop_size)
-        objective = Objective(self.model, self.config, head and (lambda tokens: [head(tokens)]))
-        if parallel.world_size() == 1:
-            return objective
+        method_loss = None if self.method == PURE else partial(patch.loss, self.model)
+        return Objective(self.model, head and (lambda tokens: [head(tokens)]), method_loss)
+
+    def _share(self) -> None:
+        """Let several processes train together."""
+        parallel.on_parent_exit(self._interruption.request)
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
         unused = patch.has_unused_parts(self.model.encoder, self.method, self.options.get("layers", ()))
-        return DistributedDataParallel(objective, find_unused_parameters=unused)
+        self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
 
     def start_epoch(self) -> None:
         """Set what belongs to the epoch under way, wherever in it the training goes on."""
@@ -596,33 +553,6 @@ def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[Segmentati
     val_set = create_dataset(data.dataset, "val", **sizes)
     train_set.skip_bad = val_set.skip_bad = skip_bad
     return train_set, val_set
-
-
-def first_model(config: RunConfig, weights: bool | str | Path, finetune: str | Path | None) -> Segmenter:
-    """A model with its first weights; parts of a method that the run to start from lacks begin at random."""
-    if finetune is None:
-        return merging.build_model(config.net_kwargs, weights)
-    source = RunConfig.read(finetune)
-    model = merging.build_model(config.with_values(reduction=source.net.reduction).net_kwargs)
-    names = [one["name"] for one in config.data.classes]
-    copy_weights(model, finetune, same_classes=source.class_names in (None, tuple(names)))
-    if not source.net.reduction and config.net.reduction is not None:
-        merging.add_parts(model.encoder, config.net.reduction)
-    return model
-
-
-def compile_blocks(blocks: Any, backend: str = "inductor") -> None:
-    """Compile attention and MLP of transformer blocks, in place, once for all token counts.
-
-    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
-
-    Args:
-        blocks: timm's `Block`s, patched or not.
-        backend: of `torch.compile`.
-    """
-    for block in blocks:
-        for part in (block.attn, block.mlp):
-            part.compile(dynamic=True, backend=backend)
 
 
 def summary(entry: Mapping[str, Any], epochs: int) -> str:

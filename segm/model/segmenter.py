@@ -244,3 +244,17 @@ class Segmenter(nn.Module):
         """Zeros at the right and bottom up to whole patches."""
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
+
+
+def compile_blocks(blocks: Iterable[Any], backend: str = "inductor") -> None:
+    """Compile attention and MLP of transformer blocks, in place, once for all token counts.
+
+    What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
+
+    Args:
+        blocks: timm's `Block`s, patched or not.
+        backend: of `torch.compile`.
+    """
+    for block in blocks:
+        for part in (block.attn, block.mlp):
+            part.compile(dynamic=True, backend=backend)

@@ -8,14 +8,12 @@ import torch
 
 import patch
 from segm import flops, report, speedtest, test, train
-from segm.config import Net, RunConfig
-from segm.losses import segvit_loss
+from segm.losses import Objective, segvit_loss
 from segm.merging import count_tokens
 from segm.model.decoder import LinearBN
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction, SegViT, class_scores
 from segm.run import Run
-from segm.trainer import Objective
 from tests.helpers import METHOD_OPTIONS, by_speed, different_images, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
@@ -203,9 +201,7 @@ def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_n
         assert len(model.aux_heads) == count and len(model.training_outputs(images)) == 1 + count
         for one in model.training_outputs(images):
             assert one.shape == (3, 5, 32, 32)
-        loss, _ = Objective(model, RunConfig(net=Net(decoder=name)))(
-            images, labels, lambda: torch.tensor(labels.numel())
-        )
+        loss, _ = Objective(model)(images, labels, lambda: torch.tensor(labels.numel()))
         loss.backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert loss > 0 and without == [], name

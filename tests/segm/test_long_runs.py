@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,14 @@ import torch
 
 import patch
 from segm import trainer
-from segm.config import Merging, Net, RunConfig
 from segm.data import Sample, SegmentationDataset
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
+from segm.losses import Objective
 from segm.model.factory import create_segmenter
 from segm.optim import create_optimizer
 from segm.resolve import resolve
-from segm.trainer import Objective, Trainer
+from segm.trainer import Trainer
 from tests.helpers import METHOD_OPTIONS, by_speed, with_parts
 
 STATUS = Path("/proc/self/status")
@@ -81,7 +82,7 @@ def watch(run, n):
 def train_on_noise(model, method, look):
     """Updates on noise."""
     trainer = Trainer(resolve(SETTINGS), "unused", device="cpu", weights=False)
-    trainer.objective = Objective(model, RunConfig(net=Net(decoder="mask_transformer"), merging=Merging(method)))
+    trainer.objective = Objective(model, method_loss=None if method == "pure" else partial(patch.loss, model))
     trainer.optimizer = create_optimizer(model, "sgd", 1e-4, 0.0)
     trainer.start_epoch()
     model.train()

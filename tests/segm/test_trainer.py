@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 import patch
-from segm import trainer as trainer_module
 from segm.checkpoint import load_checkpoint
 from segm.data.loader import EpochSampler
 from segm.data.shapes import ShapesDataset
 from segm.losses import segmentation_loss
 from segm.model.factory import create_segmenter
+from segm.model.segmenter import compile_blocks
 from segm.precision import Precision
 from segm.resolve import resolve
 from segm.run import Run
-from segm.trainer import Trainer, compile_blocks
+from segm.trainer import Trainer
 from tests.helpers import by_speed
 
 SMALL = {
@@ -138,7 +138,7 @@ def test_images_of_a_loss_that_is_not_finite_are_named(create, monkeypatch):
         losses.append(segmentation_loss(logits, labels, n_labelled))
         return losses[-1] * (math.nan if len(losses) == 2 else 1)
 
-    monkeypatch.setattr(trainer_module, "segmentation_loss", loss)
+    monkeypatch.setattr("segm.losses.segmentation_loss", loss)
     trainer = create()
     names = [f"train_{index:05d}" for index in EpochSampler(10, 4).batch(1)]
     with pytest.raises(ValueError, match=", ".join(names)) as error:
@@ -157,7 +157,6 @@ def overflowing(trainer, overflows):
         return loss * (math.inf if trainer.step in overflows else 1), own
 
     trainer.objective.forward = forward
-    trainer._shared_objective = lambda: trainer.objective
     return trainer
 
 
