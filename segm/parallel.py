@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 PRECEDENCE = 10  # seconds that other processes leave to the main one to fail first
+MOST_WORKERS = 8  # per process
 GRACE = 60  # seconds between a signal and the end of a worker, enough for the step and the checkpoint
 
 
@@ -115,11 +117,18 @@ def when_orphaned(act: Callable[[], Any], every: float = 1.0) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def start_worker(_: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: the worker lives as long as its training needs it.
+def default_workers() -> int:
+    """Workers that read images: the cores of this machine, shared by the processes of `torchrun`; at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    Signals that reach all processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still
-    wants its batches. When the training was killed, the worker would wait for ever.
+
+def start_worker(_: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: the worker computes on one core, and lives as long as it is needed.
+
+    PyTorch gives workers one thread by itself; OpenCV would start one per core in each of them. Signals that reach all
+    processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still wants its batches. When the
+    training was killed, the worker would wait for ever.
     """
 
     def end_later(*_: Any) -> None:
@@ -127,6 +136,7 @@ def start_worker(_: int) -> None:
         timer.daemon = True
         timer.start()
 
+    cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
     when_orphaned(lambda: os._exit(1))

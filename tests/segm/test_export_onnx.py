@@ -6,9 +6,9 @@ import onnx
 import pytest
 import torch
 
-from segm import export_onnx, exporting, inference, test
+from segm import export_onnx, inference, test
 from segm.eval import miou
-from segm.exported import KEY, OnnxModel, Record
+from segm.onnx_model import KEY, OnnxModel, Record
 
 CPU = ["--device", "cpu"]
 FEW = ["--max-images", 2]
@@ -88,7 +88,7 @@ def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monke
     other = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(other, tmp_path / "other.onnx")
     assert "was not exported" in refused(inference, tmp_path / "other.onnx", *read)
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None)
     assert "pip install 'g2tm[onnx]'" in refused(export_onnx, shapes_run, *FEW)
 
 
