@@ -5,10 +5,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 
 from segm import export_onnx, inference, test
 from segm.eval import miou
-from segm.onnx_model import KEY, OnnxModel, Record
+from segm.onnx_model import KEY, OnnxModel, Record, open_run
+from segm.run import Run
 
 CPU = ["--device", "cpu"]
 FEW = ["--max-images", 2]
@@ -40,6 +42,12 @@ def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photograph
     assert np.mean([(expected[name] == found[name]).mean() for name in found]) > 0.999
     assert call(test, file, *FEW, *CPU) == call(test, shapes_run, *merging, *FEW, *CPU)
     assert "mean_iou" in call(miou, file, "shapes", "--singlescale", *FEW, *CPU)
+    call(miou, shapes_run, "shapes", *merging, *FEW, *CPU)
+    exported, own = yaml.safe_load((shapes_run / "scores_ss.yml").read_text())
+    assert exported["conditions"] == own["conditions"] | {"checkpoint": "model.onnx"}
+    assert own["conditions"]["patch_type"] == "graph" and exported["mean_iou"] == own["mean_iou"]
+    run = open_run(file, device=torch.device("cpu"), merging={})
+    assert (run.method, run.options["tokens"]) == ("graph", 0.5)
     error = refused(test, file, "--patch-type", "pure", *CPU)
     assert "exported" in error and "leave the options out" in error
     assert Record.parse(onnx.load(file).metadata_props[-1].value).merging["patch_type"] == "graph"
@@ -74,6 +82,16 @@ def test_a_fixed_number_of_images_is_filled_up(shapes_run, tmp_path, call):
     images = torch.randn(3, 3, 32, 32)
     found = model(images)
     torch.testing.assert_close(found, torch.cat([model(images[:1]), model(images[1:])]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_images_that_are_no_whole_patches(shapes_run, tmp_path, call):
+    """Logits per patch cover the padded image, in PyTorch and in the file."""
+    call(export_onnx, shapes_run, "--im-size", 28, "--out", tmp_path / "a.onnx", *FEW)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        expected = Run.load(shapes_run, device="cpu").model(images)
+    torch.testing.assert_close(OnnxModel(tmp_path / "a.onnx")(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monkeypatch):
