@@ -1,4 +1,4 @@
-"""Exported models: what their ONNX file records, and how they predict.
+"""Exported models: the record in their ONNX file, and their predictions.
 
 The file knows what a run directory knows beside its weights, as metadata: `variant.yml`, and what merges inside.
 """

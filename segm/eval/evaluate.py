@@ -19,7 +19,7 @@ MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 class Item(NamedTuple):
-    """What a worker reads: an image with its label map, and the image as the model sees it at some scales.
+    """An image with its label map, and the same image as the model sees it at some scales; workers read it.
 
     Attributes:
         sample: at the original size.

@@ -18,7 +18,7 @@ Model = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Windows:
-    """How an image is cut into windows.
+    """Size, stride and batch size of sliding windows.
 
     Attributes:
         size: (height, width), pixels.
@@ -59,7 +59,7 @@ def upscale_to_window(image: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 class Side:
-    """How the logits of all windows along one side of an image become those of its pixels along that side.
+    """The way from the logits of all windows to those of the pixels, along one side of an image.
 
     Upsampling to the window, averaging where windows overlap, and resizing to the original size are linear, and none
     of them mixes rows with columns: one matrix per side holds them all.

@@ -151,7 +151,7 @@ def _label_map_in_bands(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def _bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the points of a resized side lie between those of the old one, without aligned corners.
+    """Positions of the points of a resized side between those of the old one, without aligned corners.
 
     Returns:
         (new,) each: the point before, the one after (both int64), and the weight of the latter.
