@@ -400,6 +400,14 @@ device_option = click.option(
 max_images_option = click.option(
     "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"
 )
+workers_option = click.option(
+    "--num-workers",
+    "workers",
+    type=click.IntRange(min=0),
+    default=parallel.default_workers,
+    show_default=f"the cores of the machine, at most {parallel.MOST_WORKERS}",
+    help="Processes that read and resize images; 0: none but the program itself.",
+)
 batch_size_option = click.option(
     "--batch-size",
     type=POSITIVE,

@@ -1,24 +1,41 @@
-"""A trained Segmenter as an ONNX file, checked in ONNX Runtime."""
+"""A trained Segmenter as an ONNX file, with the merge inside of the graph, checked in ONNX Runtime."""
 
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from segm.checkpoint import checkpoint_file
 from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
+from segm.errors import one_line
 from segm.eval.timing import interleaved_trials, speed
 from segm.eval.views import Views
-from segm.exported import OnnxModel
-from segm.exporting import OPSET, OUTPUTS, export, quantize
+from segm.files import atomic
 from segm.merging import MergingCommand
+from segm.model.segmenter import Segmenter
+from segm.onnx_model import KEY, MISSING, OnnxModel, Record
 from segm.run import Run
 
+HAS_ATTENTION = OPSET = 23  # the first version of ONNX's operators with one for attention
+OUTPUTS: dict[str, Callable[[Segmenter, Tensor], Tensor]] = {
+    "scores": lambda model, images: model.grid_logits(images),
+    "logits": lambda model, images: model(images),
+    "labels": lambda model, images: model(images).argmax(1),
+}
+BOOL, INT32 = 9, 6  # ONNX's numbers of types
 CPU = torch.device("cpu")
 AGREEMENT = 99.9  # percent of the pixels: less is no rounding any more
 N_COMPARED, N_TIMED, N_CALIBRATION = 16, 4, 32  # images
@@ -35,7 +52,9 @@ COLUMNS = {
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write.  [default: model.onnx in the run]"
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to this file.  [default: model.onnx in the run]",
 )
 @click.option(
     "--output",
@@ -44,20 +63,22 @@ COLUMNS = {
     show_default=True,
     help="Output of the graph: class logits per patch, logits per pixel, or the label map.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Number of images per pass.  [default: any]")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Take a fixed number of images per pass.  [default: any number]"
+)
 @click.option(
     "--opset",
     type=click.IntRange(18, OPSET),
     default=OPSET,
     show_default=True,
-    help="Version of ONNX's operators; some compilers need an older one.",
+    help="Version of ONNX's operators; give an older one for compilers that do not know the newest.",
 )
-@click.option("--int8", is_flag=True, help="Also write the model in int8, quantized dynamically, and statically.")
+@click.option("--int8", is_flag=True, help="Also write the model in int8, quantized dynamically and statically.")
 @click.option(
     "--images",
     type=Images(),
     metavar="DATASET|FOLDER",
-    help="Images for the check and for the ranges of static quantization.  [default: the run's data set]",
+    help="Images to check on, and those that static quantization takes its ranges from.  [default: the run's data set]",
 )
 @im_size_option
 @max_images_option
@@ -164,6 +185,179 @@ def _calibration(run: Run, images: str | Path | None) -> list[Tensor]:
 def _mib(run: Run) -> float:
     """Size of the weights in float32."""
     return sum(tensor.numel() for tensor in run.model.parameters()) * 4 / 2**20
+
+
+# ------------------------------------------------------------------------------------------- the graph
+
+
+class _Graph(nn.Module):
+    """A Segmenter as a function from images to one of `OUTPUTS`."""
+
+    def __init__(self, model: Segmenter, output: str) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, images: Tensor) -> Tensor:
+        return OUTPUTS[self.output](self.model, images)
+
+
+def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None, opset: int = OPSET) -> None:
+    """Write a run as an ONNX file.
+
+    Images have the size of the run's windows. With a method whose number of tokens is fixed, all shapes are, but for
+    the batch; with a threshold, the tokens are as many as the image with most of them keeps, as in PyTorch.
+
+    Args:
+        run: on the CPU, patched or not.
+        file: to write.
+        output: see `segm.onnx_model.Record`.
+        batch_size: images per pass; None: any number.
+        opset: version of ONNX's operators; before 23 attention is written as products and a softmax.
+
+    Raises:
+        ValueError: ONNX is not installed, or has no words for the model.
+        OSError: it cannot be written.
+    """
+    size, merging = run.windows.size, run.merging
+    program = convert(run.model, size, output, batch_size, opset)
+    patch_size = run.model.patch_size if output == "scores" else (1, 1)
+    record = Record(run.name, run.config.to_variant(), run.im_size, size, output, merging, patch_size)
+    program.model.metadata_props[KEY] = record.dump()
+    with atomic(file) as part:
+        program.save(part)
+
+
+def convert(
+    model: Segmenter,
+    size: tuple[int, int],
+    output: str = "scores",
+    batch_size: int | None = None,
+    opset: int = OPSET,
+) -> torch.onnx.ONNXProgram:
+    """A model as ONNX's graph: "images" (B, 3, height, width), normalized, to "output".
+
+    Args:
+        model: on the CPU, in evaluation mode, patched or not.
+        size: (height, width) of the images, pixels.
+        output, batch_size, opset: see `export`.
+
+    Raises:
+        ValueError: as `export`.
+    """
+    if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
+        raise ValueError(MISSING)
+    may_trace = getattr(model, "tracing", nullcontext)()  # its shapes may depend on the image
+    # In inference mode operations arrive in one piece; and a choice between kernels would ask for a length.
+    contexts: list[Any] = [torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), may_trace]
+    contexts += [redirect_stdout(StringIO()), redirect_stderr(StringIO())]  # PyTorch's exporter may print a whole graph
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of types and versions inside of the exporters
+        for context in contexts:
+            stack.enter_context(context)
+        logging.disable(logging.CRITICAL)  # and log it
+        try:
+            return _converted(_Graph(model, output), size, batch_size, opset)
+        except Exception as error:  # the exporters raise many kinds
+            raise ValueError(
+                "this model cannot be exported, choose a method with a fixed number of tokens, or none: "
+                f"{one_line(error.__cause__ or error)}"
+            ) from error
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None, opset: int) -> torch.onnx.ONNXProgram:
+    images = torch.zeros(batch_size or 2, 3, *size)  # of one image alone, the number would count as fixed
+    shapes = None if batch_size else {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"], "opset_version": opset}
+    own: dict[Any, Any] = {torch.ops.aten.sort.stable: _stable_sort}
+    if opset >= HAS_ATTENTION:
+        own[torch.ops.aten.scaled_dot_product_attention.default] = _attention
+    options |= {"custom_translation_table": own, "verbose": False}
+    found = torch.onnx.export(program, dynamo=True, **options)
+    assert found is not None  # it is without a file to write
+    return found
+
+
+def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """`torch.sort(stable=True)`, which PyTorch's exporter lacks: TopK of all numbers, of equal ones the first."""
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types know no variables
+    every = _length(op, x, dim % len(x.shape))
+    is_bool = x.dtype == BOOL
+    values, indices = op.TopK(op.Cast(x, to=INT32) if is_bool else x, every, axis=dim, largest=int(descending))
+    return op.Cast(values, to=BOOL) if is_bool else values, indices
+
+
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *, is_causal: bool = False, scale: float | None = None
+) -> Any:
+    """Attention with a mask of one row for all queries, which ONNX Runtime does not repeat by itself."""
+    from onnxscript import opset23
+
+    op: Any = opset23
+    if attn_mask is not None:
+        one = op.Constant(value_ints=[1])
+        attn_mask = op.Expand(attn_mask, op.Concat(one, one, _length(op, query, 2), one, axis=0))
+    return op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)[0]
+
+
+def _length(op: Any, x: Any, axis: int) -> Any:
+    """The size of an axis as ONNX's (1,): a constant where it is known, which compilers want."""
+    size = x.shape[axis]
+    return op.Constant(value_ints=[size]) if isinstance(size, int) else op.Shape(x, start=axis, end=axis + 1)
+
+
+# ---------------------------------------------------------------------------------------------- int8
+
+
+def quantize(file: Path, out: Path, calibration: Iterable[Tensor] | None = None) -> None:
+    """Write an exported model with its linear layers in int8.
+
+    Args:
+        file: exported, float32.
+        out: to write.
+        calibration: images (B, 3, H, W), normalized, from which the ranges of activations are taken once and for all
+            (static quantization); None: they are found in every pass (dynamic quantization).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with TemporaryDirectory() as folder, atomic(out) as part:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(file, prepared, skip_symbolic_shape=True, auto_merge=True)
+        own: dict[str, Any] = {"nodes_to_quantize": _linear_layers(prepared), "per_channel": True}
+        if calibration is None:
+            quantize_dynamic(prepared, part, weight_type=QuantType.QInt8, **own)
+            return
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, part, _Reader(calibration), quant_format=QuantFormat.QDQ, **types, **own)
+
+
+def _linear_layers(file: Path) -> list[str]:
+    """Names of the products with weights: those of activations alone, in attention and similarities, stay float32."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    weights = {one.name for one in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+
+
+class _Reader:
+    """Images as ONNX Runtime's calibration reads them."""
+
+    def __init__(self, images: Iterable[Tensor]) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch, or None at the end."""
+        batch = next(self.images, None)
+        return None if batch is None else {"images": batch.numpy()}
 
 
 if __name__ == "__main__":

@@ -1,36 +1,42 @@
 """Segment photographs that have no labels."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from segm.cli import checkpoint_argument, device_option, im_size_option
+from segm.cli import checkpoint_argument, device_option, im_size_option, workers_option
+from segm.data import Sample
 from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
-from segm.exported import open_run
+from segm.eval.evaluate import Item, read_ahead
 from segm.files import write_picture
 from segm.merging import MergingCommand
+from segm.onnx_model import open_run
 from vis import blend, colorize
 
 
 @click.command(cls=MergingCommand)
 @checkpoint_argument
-@click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
 @click.option(
-    "-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder for the results."
+    "-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of the photographs."
 )
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 @click.option(
     "--opacity",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="Opacity of the labels in the blends, 0 to 1.",
+    help="Weight of the labels in the blends, 0 to 1.",
 )
 @im_size_option
 @device_option
+@workers_option
 def main(
     checkpoint: Path,
     source: Path,
@@ -38,6 +44,7 @@ def main(
     opacity: float,
     im_size: int | None,
     device: torch.device,
+    workers: int,
     merging: dict[str, Any],
 ) -> None:
     """Segment every photograph in a folder with CHECKPOINT, a file, a run directory or an exported .onnx.
@@ -51,21 +58,36 @@ def main(
     photographs = _find_photographs(source)
     run = open_run(checkpoint, device=device, merging=merging, im_size=im_size)
     damaged: list[str] = []
-    for file in tqdm(photographs, desc="inference", unit="image", leave=False):
-        try:
-            image = read_image(file)
-        except ValueError as error:
-            damaged.append(str(error))
+    loader = read_ahead(Photographs(photographs, run.preprocessing), range(len(photographs)), workers, device)
+    for item in tqdm(loader, desc="inference", unit="image", leave=False):
+        if isinstance(item, str):
+            damaged.append(item)
             continue
-        labels = run.predict(image).astype(np.uint8)
-        write_picture(target / f"{file.stem}.png", labels)
-        write_picture(target / f"{file.stem}_blend.jpg", blend(image, colorize(labels, run.palette), opacity))
+        photograph, (view,) = item
+        labels = run.predict_preprocessed(view, photograph.image.shape[:2]).astype(np.uint8)
+        write_picture(target / f"{photograph.name}.png", labels)
+        picture = blend(photograph.image, colorize(labels, run.palette), opacity)
+        write_picture(target / f"{photograph.name}_blend.jpg", picture)
     click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
     others = count_suffixes(file for file in source.iterdir() if not is_image(file) and not file.name.startswith("."))
     if others:
         click.echo(f"not read: {others}; photographs are {', '.join(SUFFIXES)}")
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(photographs)} photographs left out: {'; '.join(damaged[:5])}")
+
+
+class Photographs(Dataset):
+    """Photographs as `Item`s of one view; in place of one that is damaged, the message that says so."""
+
+    def __init__(self, files: Sequence[Path], preprocess: Callable[[np.ndarray], Tensor]) -> None:
+        self.files, self.preprocess = files, preprocess
+
+    def __getitem__(self, index: int) -> Item | str:
+        try:
+            image = read_image(self.files[index])
+        except ValueError as error:
+            return str(error)
+        return Item(Sample(self.files[index].stem, image, None), [self.preprocess(image)])
 
 
 def _find_photographs(folder: Path) -> list[Path]:

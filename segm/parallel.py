@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -144,10 +145,11 @@ def default_workers() -> int:
 
 
 def start_worker(_: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: the worker lives as long as its training needs it.
+    """For `DataLoader(worker_init_fn=...)`: the worker computes on one core, and lives as long as it is needed.
 
-    Signals that reach all processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still
-    wants its batches. When the training was killed, the worker would wait for ever.
+    PyTorch gives workers one thread by itself; OpenCV would start one per core in each of them. Signals that reach all
+    processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still wants its batches. When the
+    training was killed, the worker would wait for ever.
     """
 
     def end_later(*_: Any) -> None:
@@ -155,6 +157,7 @@ def start_worker(_: int) -> None:
         timer.daemon = True
         timer.start()
 
+    cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
     on_parent_exit(lambda: os._exit(1))

@@ -7,7 +7,7 @@ labels = run.predict("photo.jpg")
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset,
 from segm.data.dataset import Photographs
 from segm.data.images import read_image, resize_keep_ratio, resized_view
 from segm.eval.boundary import BoundaryCount
-from segm.eval.evaluate import MULTISCALE, evaluate
+from segm.eval.evaluate import MULTISCALE, both_ways, evaluate
 from segm.eval.sliding import Windows, predict_labels
 from segm.eval.views import Samples, Views
 from segm.metrics import segmentation_scores
@@ -245,10 +245,17 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: no such file, or no image.
         """
+        return self.preprocessing(_pixels(photo)).unsqueeze(0).to(self.device)
+
+    @property
+    def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
+        """Function from a photograph, (H, W, 3) uint8 RGB, to the image of `view`, (3, h, w), on the CPU.
+
+        It holds no model: workers can take it along.
+        """
         factor = dataset_defaults(self.dataset)["resize_factor"] if self.dataset in DATASETS else RESIZE_FACTOR
         (short, _) = scaled(self.image_size, self.ratio)
-        resized = resize_keep_ratio(_pixels(photo), factor * short, short)
-        return normalize(resized, self.normalization).unsqueeze(0).to(self.device)
+        return partial(_preprocessed, long=factor * short, short=short, normalization=self.normalization)
 
     def resized(self, photo: Photo, size: Size | None = None) -> Tensor:
         """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
@@ -274,9 +281,22 @@ class Run:
         if isinstance(photo, list | tuple):
             return [self.predict(one) for one in photo]
         image = _pixels(photo)
+        return self.predict_preprocessed(self.preprocessing(image), image.shape[:2])
+
+    @torch.inference_mode()
+    def predict_preprocessed(self, image: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """Label map of a photograph that `preprocessing` was applied to.
+
+        Args:
+            image: (3, h, w).
+            size: (height, width) of the photograph, pixels.
+
+        Returns:
+            (height, width), int64.
+        """
+        views = both_ways([image], False, self.device)
         with self.precision.autocast():
-            labels = predict_labels(self.model, [(self.view(image)[0], False)], self.windows, image.shape[:2])
-        return labels.cpu().numpy()
+            return predict_labels(self.model, views, self.windows, size).cpu().numpy()
 
     def open(self, split: str = "val", name: str | None = None) -> tuple[SegmentationDataset, Windows]:
         """A split to score the run on, and its windows.
@@ -324,6 +344,7 @@ class Run:
         multiscale: bool = False,
         n_images: int | None = None,
         boundary: bool = False,
+        workers: int = 0,
         on_image: Callable[[Any, Tensor], None] | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
@@ -335,7 +356,7 @@ class Run:
             multiscale: six scales, each mirrored as well.
             n_images: only so many images, spread over the data set.
             boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.eval.boundary`).
-            on_image, progress: see `segm.eval.evaluate.evaluate`.
+            workers, on_image, progress: see `segm.eval.evaluate.evaluate`.
 
         Returns:
             See `segm.metrics.segmentation_scores`.
@@ -359,6 +380,7 @@ class Run:
                 flip=multiscale,
                 device=self.device,
                 n_images=n_images,
+                workers=workers,
                 on_image=look,
                 progress=progress,
             )
@@ -372,6 +394,11 @@ def require_classes(recorded: tuple[str, ...] | None, dataset: SegmentationDatas
             f"the classes of {dataset.name} are {', '.join(dataset.classes)}; those of {run} are "
             f"{', '.join(recorded)}: choose its own data set, or its own class list"
         )
+
+
+def _preprocessed(image: np.ndarray, long: int, short: int, normalization: str) -> Tensor:
+    """(H, W, 3), uint8, RGB -> (3, h, w), float32: resized to fit within (long, short) pixels, and normalized."""
+    return normalize(resize_keep_ratio(image, long, short), normalization)
 
 
 def _pixels(photo: Photo) -> np.ndarray:

@@ -1,42 +1,84 @@
 """Evaluate a model on a data set: one confusion matrix, image by image."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from segm import parallel
 from segm.data import Sample, SegmentationDataset, spread
 from segm.eval.sliding import Model, Windows, predict_labels
+from segm.eval.views import Samples
 from segm.metrics import confusion_matrix
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
-def image_views(
-    dataset: SegmentationDataset,
-    image: np.ndarray,
-    ratios: Sequence[float] = (1.0,),
-    flip: bool = False,
-    device: torch.device | str | None = None,
-) -> list[tuple[Tensor, bool]]:
-    """The scaled and mirrored versions of an image that are evaluated together.
+class Item(NamedTuple):
+    """An image with its label map, and the same image as the model sees it at some scales; workers read it.
+
+    Attributes:
+        sample: at the original size.
+        views: (3, h, w) each, normalized.
+    """
+
+    sample: Sample
+    views: list[Tensor]
+
+
+class Items(Dataset):
+    """Samples as `Item`s.
 
     Args:
-        dataset: gives `view(image, ratio)`.
-        image: (H, W, 3), uint8, RGB.
+        samples: an evaluation split of `segm.data`.
+        view: from an image, (H, W, 3) uint8 RGB, and a scale to what the model sees, (3, h, w).
         ratios: scales relative to the size of the evaluation.
-        flip: also take the mirror image of each.
-
-    Returns:
-        List of (tensor (3, h, w), flipped).
     """
-    views = [(dataset.view(image, ratio).to(device), False) for ratio in ratios]
-    return views + [(view.flip(-1), True) for view, _ in views] if flip else views
+
+    def __init__(
+        self, samples: Samples, view: Callable[[np.ndarray, float], Tensor], ratios: Sequence[float] = (1.0,)
+    ) -> None:
+        self.samples, self.view, self.ratios = samples, view, ratios
+
+    def __getitem__(self, index: int) -> Item:
+        sample = self.samples[index]
+        return Item(sample, [self.view(sample.image, ratio) for ratio in self.ratios])
+
+
+def read_ahead(items: Dataset, indices: Sequence[int], workers: int, device: torch.device | str) -> DataLoader:
+    """Items one by one, in this order, read by other processes while the model computes.
+
+    Args:
+        items: data set whose items are read.
+        indices: which of them.
+        workers: processes that read; 0: this one does.
+        device: of the model; for CUDA the tensors lie in pinned memory.
+    """
+    return DataLoader(
+        items,
+        batch_size=None,
+        sampler=indices,
+        num_workers=min(workers, len(indices)),
+        collate_fn=as_is,
+        worker_init_fn=parallel.start_worker,
+        generator=torch.Generator(),  # else it draws from the one that a training draws from
+        pin_memory=torch.device(device).type == "cuda",
+    )
+
+
+def both_ways(views: Sequence[Tensor], flip: bool, device: torch.device | str) -> list[tuple[Tensor, bool]]:
+    """The views of an image that are evaluated together, on a device: (tensor (3, h, w), whether it is mirrored).
+
+    Args:
+        views: (3, h, w) each.
+        flip: also take the mirror image of each.
+    """
+    own = [(view.to(device, non_blocking=True), False) for view in views]
+    return own + [(view.flip(-1), True) for view, _ in own] if flip else own
 
 
 @torch.inference_mode()
@@ -61,9 +103,10 @@ def evaluate(
         model: images -> logits, in evaluation mode.
         dataset: an evaluation split of `segm.data`.
         windows: `segm.eval.sliding.Windows`.
-        ratios, flip: see `image_views`.
+        ratios: scales relative to the size of the evaluation.
+        flip: also the mirror image at every scale.
         n_images: only so many images, spread over the data set.
-        workers: processes that read images.
+        workers: processes that read and resize images; 0: this one does.
         progress: show a bar.
         on_image: called with (sample, label map (H, W) int64 on the device) after every image of this process.
 
@@ -72,12 +115,10 @@ def evaluate(
     """
     chosen = spread(n_images, len(dataset))
     mine = chosen[parallel.rank() :: parallel.world_size()]
-    options: dict[str, Any] = {"collate_fn": as_is, "worker_init_fn": parallel.start_worker}
-    loader = DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, **options)
+    loader = read_ahead(Items(dataset, dataset.view, ratios), mine, workers, device)
     confusion = torch.zeros(dataset.n_cls, dataset.n_cls, dtype=torch.long, device=device)
-    for sample in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
-        views = image_views(dataset, sample.image, ratios, flip, device)
-        labels = predict_labels(model, views, windows, sample.image.shape[:2])
+    for sample, views in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
+        labels = predict_labels(model, both_ways(views, flip, device), windows, sample.image.shape[:2])
         if sample.label is not None:
             truth = torch.from_numpy(sample.label).to(device)
             confusion += confusion_matrix(labels, truth, dataset.n_cls)
@@ -86,6 +127,6 @@ def evaluate(
     return parallel.all_reduce_sum(confusion).cpu()
 
 
-def as_is(sample: Any) -> Any:
+def as_is(item: Any) -> Any:
     """Collate function of a loader without batches."""
-    return sample
+    return item

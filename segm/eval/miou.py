@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from segm.checkpoint import checkpoint_file
 from segm.cli import (
     Sides,
     amp_option,
@@ -19,13 +20,17 @@ from segm.cli import (
     im_size_option,
     max_images_option,
     show_scores,
+    workers_option,
 )
-from segm.data import Sample
-from segm.exported import open_run
+from segm.data import Sample, SegmentationDataset
+from segm.errors import one_line
+from segm.eval.sliding import Windows
 from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
+from segm.onnx_model import open_run
 from segm.parallel import is_main, process_group
-from segm.sizes import Size
+from segm.run import Run
+from segm.sizes import Size, scaled
 from vis import blend, colorize
 
 PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
@@ -38,38 +43,41 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
     "--singlescale/--multiscale",
     default=True,
     show_default=True,
-    help="Score at one size, or at 0.5 to 1.75 times it, mirrored as well.",
+    help="Multi-scale sums the probabilities of 6 scales, 0.5 to 1.75, and of their mirror images.",
 )
-@click.option("--split", default="val", show_default=True, help="Split of the data set.")
-@click.option("--window-size", cls=Sides, help="Side of the sliding window, pixels.  [default: the run's]")
-@click.option("--window-stride", cls=Sides, help="Stride of the sliding window, pixels.  [default: the run's]")
+@click.option("--split", default="val", show_default=True, help="Split of the data set to score on.")
+@click.option("--window-size", cls=Sides, help="Size of the sliding window, pixels.  [default: the run's]")
+@click.option("--window-stride", cls=Sides, help="Distance between windows, pixels.  [default: the run's]")
 @click.option(
     "--window-batch-size",
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="Number of windows per forward pass.",
+    help="Windows of an image per forward pass.",
 )
-@click.option("--boundary", is_flag=True, help="Also print the boundary IoU, of pixels near the edges of a class.")
-@click.option("--save-images", is_flag=True, help="Write label maps next to the checkpoint.")
+@click.option(
+    "--boundary", is_flag=True, help="Also measure the boundary IoU: that of pixels near the edges of a class."
+)
+@click.option("--save-images", is_flag=True, help="Write label maps beside the checkpoint.")
 @click.option(
     "--blend/--no-blend",
     "blended",
     default=True,
     show_default=True,
-    help="With --save-images, also write blends with the images.",
+    help="With --save-images, also lay the label maps over the images.",
 )
 @click.option(
     "--frac-dataset",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Share of the images (0 to 1), spread over the data set.",
+    help="Use this share of the images, 0 to 1, spread over the data set.",
 )
 @amp_option
 @im_size_option
 @device_option
 @max_images_option
+@workers_option
 def main(
     checkpoint: Path,
     dataset_name: str,
@@ -86,13 +94,15 @@ def main(
     im_size: int | None,
     device: torch.device,
     max_images: int | None,
+    workers: int,
     merging: dict[str, Any],
 ) -> None:
     """Score CHECKPOINT, a file, a run directory or an .onnx, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
-    scores_ms.yml next to the checkpoint; label maps (8-bit class indices) and blends go to images_ss or images_ms. Of
-    another split or data set, the names say which: scores_ss_test.yml.
+    scores_ms.yml beside the checkpoint, a list with one entry per conditions: checkpoint, images, windows, precision
+    and merging. Label maps (8-bit class indices) and blends go to images_ss or images_ms. Of another split or data set,
+    the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
@@ -100,22 +110,75 @@ def main(
         suffix = "ss" if singlescale else "ms"
         if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are
             suffix += f"_{split}" if dataset_name == run.dataset else f"_{dataset_name}_{split}"
+        file = run.folder / f"scores_{suffix}.yml"
+        read_entries(file)  # a damaged one is named before the images are scored
         part = max(1, round(frac_dataset * len(dataset)))
         n_images = min(part, max_images or part)
+        windows = run.choose_windows(window_size, window_stride, window_batch_size)
         scores = run.evaluate(
             dataset=dataset,
-            windows=run.choose_windows(window_size, window_stride, window_batch_size),
+            windows=windows,
             multiscale=not singlescale,
             n_images=n_images,
             boundary=boundary,
+            workers=workers,
             on_image=_image_writer(run.folder / f"images_{suffix}", dataset.palette, blended) if save_images else None,
             progress=is_main(),
         )
         if is_main():
-            scores |= {"checkpoint": str(checkpoint), "split": split, "n_images": n_images, **run.merging}
             for key in filter(scores.__contains__, PER_CLASS):
                 scores[key] = dict(zip(dataset.classes, scores[key], strict=True))
-            _report(scores, run.folder / f"scores_{suffix}.yml")
+            _show(scores)
+            conditions = {"multiscale": not singlescale, "n_images": n_images} | conditions_of(run, dataset, windows)
+            record(file, conditions, scores)
+            click.echo(f"written to {file}")
+
+
+def conditions_of(run: Run, dataset: SegmentationDataset, windows: Windows) -> dict[str, Any]:
+    """The settings that scores depend on, merging among them under its keys in `variant.yml`; sizes in pixels."""
+    dtype = run.precision.dtype or torch.float32
+    return {
+        "checkpoint": checkpoint_file(run.path).name,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "image_size": min(scaled(dataset.image_size, run.ratio)),
+        "window_size": list(windows.size),
+        "window_stride": list(windows.stride),
+        "window_batch_size": windows.batch_size,
+        "precision": str(dtype).removeprefix("torch."),
+        **run.merging,
+    }
+
+
+def record(file: Path, conditions: dict[str, Any], scores: dict[str, Any]) -> None:
+    """Add an entry to a file of scores; one of the same conditions is replaced.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be written.
+    """
+    others = [entry for entry in read_entries(file) if entry.get("conditions") != conditions]
+    write_text(file, yaml.safe_dump([*others, {"conditions": conditions, **scores}], sort_keys=False))
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a file of scores, oldest first; none if it does not exist.
+
+    The only entry of a file that an older version wrote has no conditions.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not file.exists():
+        return []
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged, move it away: {one_line(error)}") from error
+    entries = found if isinstance(found, list) else [found]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{file} holds no scores, move it away")
+    return entries
 
 
 def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[[Sample, Tensor], None]:
@@ -130,7 +193,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
     return write
 
 
-def _report(scores: dict[str, Any], file: Path) -> None:
+def _show(scores: dict[str, Any]) -> None:
     show_scores(scores)
     if "boundary_iou" in scores:
         click.echo(f"boundary_iou: {scores['boundary_iou']:.2f}")
@@ -138,8 +201,6 @@ def _report(scores: dict[str, Any], file: Path) -> None:
         click.echo(f"{key}:")
         for name, iou in scores[key].items():
             click.echo(f"  {name}: {'-' if iou is None else f'{iou:.2f}'}")
-    write_text(file, yaml.safe_dump(scores, sort_keys=False))
-    click.echo(f"written to {file}")
 
 
 if __name__ == "__main__":

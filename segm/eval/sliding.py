@@ -1,26 +1,24 @@
 """Sliding-window inference, as in the released evaluation of Segmenter."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
+from itertools import product
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segm.model.upsample import bilinear_places, resized_label_map, upsample
+from segm.model.upsample import band_bytes, upsample, whole_patches
 from segm.sizes import Size, pair
 
 Model = Callable[[Tensor], Tensor]
-Region = tuple[int, int, int, int]  # first and behind the last row, first and behind the last column
-MOST_PIXELS = 1 << 21  # 2048×1024: logits of larger images are held in bands
-BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How an image is cut into windows.
+    """Size, stride and batch size of sliding windows.
 
     Attributes:
         size: (height, width), pixels.
@@ -50,76 +48,126 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def sliding_logits(model: Model, image: Tensor, windows: Windows, region: Region | None = None) -> Tensor:
-    """Logits of an image of any size, averaged where windows overlap.
+def upscale_to_window(image: Tensor, window: tuple[int, int]) -> Tensor:
+    """Scale an image (1, 3, H, W) up until it covers a window of (height, width) pixels."""
+    (height, width), (win_h, win_w) = image.shape[-2:], window
+    if height >= win_h and width >= win_w:
+        return image
+    if win_h / height >= win_w / width:
+        return upsample(image, (win_h, max(int(width / height * win_h), win_w)))
+    return upsample(image, (max(int(height / width * win_w), win_h), win_w))
+
+
+class Side:
+    """The way from the logits of all windows to those of the pixels, along one side of an image.
+
+    Upsampling to the window, averaging where windows overlap, and resizing to the original size are linear, and none
+    of them mixes rows with columns: one matrix per side holds them all.
+
+    Args:
+        starts: first pixel of every window.
+        window: length of a window, pixels.
+        n_logits: logits along a window.
+        covered: pixels that these logits cover; the last ones may lie outside of the window.
+        scaled: length of the image that the windows lie in, pixels.
+        size: original length, pixels.
+        flipped: whether the image was mirrored along this side.
+
+    Attributes:
+        weights: (size, len(starts)·n_logits), float32, on the CPU: how much every logit counts for every pixel.
+    """
+
+    def __init__(
+        self, starts: list[int], window: int, n_logits: int, covered: int, scaled: int, size: int, flipped: bool = False
+    ) -> None:
+        own = _resized(torch.eye(n_logits), covered)[:, :window]
+        placed = torch.zeros(len(starts), n_logits, scaled)
+        for part, start in zip(placed, starts, strict=True):
+            part[:, start : start + window] = own
+        n_windows = placed.sum((0, 1)).round()  # over every pixel: the weights of each one sum to 1
+        weights = _resized(placed.flatten(0, 1) / n_windows, size)
+        self.weights = (weights.flip(-1) if flipped else weights).T.contiguous()
+
+    def part(self, pixels: slice) -> tuple[slice, Tensor]:
+        """Which logits count for some pixels, and how much: (pixels, logits)."""
+        weights = self.weights[pixels]
+        used = weights.any(0).nonzero()
+        logits = slice(int(used[0]), int(used[-1]) + 1)
+        return logits, weights[:, logits]
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """(N, old) -> (N, size), linear."""
+    return F.interpolate(x.unsqueeze(0), size=size, mode="linear", align_corners=False)[0]
+
+
+@dataclass(frozen=True)
+class ViewLogits:
+    """Logits of one view of an image, kept as coarse as the model gives them.
+
+    Attributes:
+        coarse: (R·gh, S·gw, C), float32: those of R × S windows.
+        rows, columns: from their rows and columns to those of the pixels.
+    """
+
+    coarse: Tensor
+    rows: Side
+    columns: Side
+
+    def part(self, rows: slice, columns: slice) -> Tensor:
+        """Logits of some pixels of the original image, (h, w, C), float32."""
+        device = self.coarse.device
+        (tall, above), (broad, beside) = self.rows.part(rows), self.columns.part(columns)
+        coarse = self.coarse[tall, broad]
+        with torch.autocast(device.type, enabled=False):
+            mixed = (above.to(device) @ coarse.flatten(1)).unflatten(1, coarse.shape[1:])
+            return torch.bmm(beside.to(device).expand(len(mixed), -1, -1), mixed)
+
+
+def sliding_logits(
+    model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int] | None = None
+) -> ViewLogits:
+    """Logits of one view of an image from windows, averaged where they overlap.
+
+    Every window goes through the network once, however large the original image is. A model with `grid_logits` and
+    `patch_size` (`segm.model.segmenter.Segmenter`) gives its logits per patch; of another one they are those of pixels.
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
-        image: (3, H, W), normalized.
+        image: (3, H, W), normalized, and mirrored if `flipped`; the logits are mirrored back. An image that does not
+            cover a window is scaled up first.
         windows: `Windows`.
-        region: the pixels that are asked for, of the scaled image; None: all.
-
-    Returns:
-        (C, H', W'), or the region of it; an image that does not cover a window is scaled up first.
+        size: original (height, width); None: that of the image.
     """
-    image = _at_least(image.unsqueeze(0), windows.size)
-    height, width = image.shape[-2:]
-    high, wide = windows.size
-    top, bottom, left, right = region or (0, height, 0, width)
-    rows = [t for t in window_starts(height, high, windows.stride[0]) if t < bottom and t + high > top]
-    columns = [c for c in window_starts(width, wide, windows.stride[1]) if c < right and c + wide > left]
-    corners = [(t, c) for t in rows for c in columns]
-    total, count = image.new_empty(0), image.new_zeros(bottom - top, right - left)
+    height, width = size or image.shape[-2:]
+    image = upscale_to_window(image.unsqueeze(0), windows.size)
+    scaled_h, scaled_w = image.shape[-2:]
+    win_h, win_w = windows.size
+    tops, lefts = (window_starts(*one) for one in zip(image.shape[-2:], windows.size, windows.stride, strict=True))
+    grid_logits, patch_size = getattr(model, "grid_logits", model), getattr(model, "patch_size", (1, 1))
+    corners = list(product(tops, lefts))
+    found = []
     for first in range(0, len(corners), windows.batch_size):
         some = corners[first : first + windows.batch_size]
-        crops = torch.cat([image[..., t : t + high, c : c + wide] for t, c in some])
-        logits = model(crops).float()
-        if not total.numel():
-            if len(corners) == 1 and region is None:
-                return logits[0]
-            total = logits.new_zeros(logits.shape[1], *count.shape)
-        for (t, c), own in zip(some, logits, strict=True):
-            inside = (
-                slice(max(t - top, 0), max(t + high - top, 0)),
-                slice(max(c - left, 0), c + wide - left),
-            )
-            part = own[:, max(top - t, 0) : bottom - t, max(left - c, 0) : right - c]
-            total[:, *inside] += part
-            count[inside] += 1
-    return total.div_(count)
-
-
-def _at_least(image: Tensor, window: tuple[int, int]) -> Tensor:
-    """Scale (1, 3, H, W) up until it covers a window."""
-    size = _at_least_size(image.shape[-2:], window)
-    if size == tuple(image.shape[-2:]):
-        return image
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-
-
-def _at_least_size(size: Sequence[int], window: tuple[int, int]) -> tuple[int, int]:
-    (height, width), (high, wide) = size, window
-    if height >= high and width >= wide:
-        return height, width
-    if high / height >= wide / width:
-        return high, max(int(width / height * high), wide)
-    return max(int(height / width * wide), high), wide
+        crops = torch.cat([image[..., top : top + win_h, left : left + win_w] for top, left in some])
+        found.append(grid_logits(crops).float())
+    logits = torch.cat(found)
+    gh, gw = logits.shape[-2:]
+    covered_h, covered_w = whole_patches(windows.size, patch_size)
+    rows = Side(tops, win_h, gh, covered_h, scaled_h, height)
+    columns = Side(lefts, win_w, gw, covered_w, scaled_w, width, flipped)
+    by_place = logits.unflatten(0, (len(tops), len(lefts))).permute(0, 3, 1, 4, 2)  # (R, gh, S, gw, C)
+    return ViewLogits(by_place.flatten(2, 3).flatten(0, 1), rows, columns)
 
 
 def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> Tensor:
-    """Logits of one view of an image, at the image's original size.
+    """Logits of one view of an image, all at once, at the image's original size: (C, height, width).
 
     Args:
-        model: images (B, 3, h, w) -> logits (B, C, h, w).
-        image: (3, H, W), normalized, and mirrored if `flipped`; the logits are mirrored back.
-        windows: `Windows`.
-        size: original (height, width).
-
-    Returns:
-        (C, height, width).
+        model, image, flipped, windows, size: see `sliding_logits`.
     """
-    logits = upsample(sliding_logits(model, image, windows).unsqueeze(0), size)[0]
-    return logits.flip(-1) if flipped else logits
+    whole = slice(None)
+    return sliding_logits(model, image, flipped, windows, size).part(whole, whole).permute(2, 0, 1)
 
 
 def predict_labels(
@@ -127,7 +175,7 @@ def predict_labels(
 ) -> Tensor:
     """Label map from the summed class probabilities of all views of an image.
 
-    Bands across the longer side of a large image are done one by one, each with logits of about `BAND_PIXELS`.
+    The pixels are done part by part, each with logits of at most `segm.model.upsample.band_bytes`.
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
@@ -138,60 +186,22 @@ def predict_labels(
     Returns:
         (height, width), int64.
     """
-    sizes = [_at_least_size(image.shape[-2:], windows.size) for image, _ in views]
-    n_pixels = max(height * width for height, width in (*sizes, size))
-    if n_pixels <= MOST_PIXELS and len(views) == 1:  # a softmax does not change which class is largest
-        image, flipped = views[0]
-        labels = resized_label_map(sliding_logits(model, image, windows), size)
-        return labels.flip(-1) if flipped else labels
-    if n_pixels <= MOST_PIXELS:
-        return _most_probable(view_logits(model, image, flipped, windows, size) for image, flipped in views)
-    axis, n_bands = 0 if size[0] > size[1] else 1, -(-n_pixels // BAND_PIXELS)
-    edges = [round(i * size[axis] / n_bands) for i in range(n_bands + 1)]
-    bands = (
-        _most_probable(_band_logits(model, image, flipped, windows, size, axis, band) for image, flipped in views)
-        for band in pairwise(edges)
-    )
-    return torch.cat(list(bands), dim=axis)
+    found = [sliding_logits(model, image, flipped, windows, size) for image, flipped in views]
+    coarse = found[0].coarse
+    labels = torch.empty(*size, dtype=torch.long, device=coarse.device)
+    n_pixels = max(1, band_bytes(coarse.device) // (coarse.shape[-1] * coarse.element_size()))
+    for rows, columns in _parts(size, n_pixels):
+        parts = (view.part(rows, columns) for view in found)
+        if len(found) > 1:  # of one view alone, a softmax does not change which class is largest
+            parts = (logits.softmax(-1) for logits in parts)
+        labels[rows, columns] = reduce(torch.Tensor.add_, parts).argmax(-1)
+    return labels
 
 
-def _most_probable(logits: Iterable[Tensor]) -> Tensor:
-    """(C, H, W) of every view -> (H, W), int64."""
-    return reduce(torch.add, (one.softmax(0) for one in logits)).argmax(0)
-
-
-def _band_logits(
-    model: Model,
-    image: Tensor,
-    flipped: bool,
-    windows: Windows,
-    size: tuple[int, int],
-    axis: int,
-    band: tuple[int, int],
-) -> Tensor:
-    """Logits of the pixels from band[0] to below band[1] of a side of an image, at its original size.
-
-    Args:
-        flipped: whether the view is mirrored; the logits are mirrored back.
-        axis: 0: the band has all columns, 1: all rows.
-
-    Returns:
-        (C, height, width) of the band.
-    """
-    first, last = band
-    if flipped and axis == 1:
-        first, last = size[1] - last, size[1] - first
-    height, width = _at_least_size(image.shape[-2:], windows.size)
-    old = (height, width)[axis]
-    above, below, weight = bilinear_places(old, size[axis], image.device)
-    above, below, weight = above[first:last], below[first:last], weight[first:last]
-    start, end = int(above[0]), int(below[-1]) + 1
-    region = (start, end, 0, width) if axis == 0 else (0, height, start, end)
-    logits = sliding_logits(model, image, windows, region)
-    weight = weight[:, None] if axis == 0 else weight
-    mixed = torch.lerp(
-        logits.index_select(axis + 1, above - start), logits.index_select(axis + 1, below - start), weight
-    )
-    other = (last - first, size[1]) if axis == 0 else (size[0], last - first)
-    mixed = upsample(mixed.unsqueeze(0), other)[0]  # along the other side; this one has its size
-    return mixed.flip(-1) if flipped else mixed
+def _parts(size: tuple[int, int], n_pixels: int) -> Iterator[tuple[slice, slice]]:
+    """Cut an image into rectangles of at most so many pixels, as square as they can be: each needs few logits."""
+    height, width = size
+    w = min(width, max(isqrt(n_pixels), n_pixels // height))
+    h = min(height, n_pixels // w)
+    for top, left in product(range(0, height, h), range(0, width, w)):
+        yield slice(top, top + h), slice(left, left + w)

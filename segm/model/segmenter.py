@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
 from segm.model.masks import Prediction, best_classes, class_scores
-from segm.model.upsample import label_map, upsample
+from segm.model.upsample import label_map, to_pixels
 
 
 class Segmenter(nn.Module):
@@ -190,11 +190,7 @@ class Segmenter(nn.Module):
         return self._to_pixels(self.to_grid(self.decoder(tokens), self.grid(size)), size)
 
     def _to_pixels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        height, width = size
-        gh, gw = self.grid(size)
-        padded = (gh * self.patch_size[0], gw * self.patch_size[1])
-        upsampled = logits if logits.shape[-2:] == padded else upsample(logits, padded)
-        return upsampled[..., :height, :width]
+        return to_pixels(logits, size, self.patch_size)
 
     def predict(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized, any size -> label map (B, H, W), int64.

@@ -6,16 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Size that the interpolated logits of one part of the image may have: large enough that the work dominates the
-# call, small enough to stay near the cache.
-BAND_BYTES = 16 * 2**20
+# Size that the interpolated logits of one part of the image may have. On a CPU: large enough that the work dominates
+# the call, small enough to stay near the cache. On a GPU, where every call is a launch: whole images, while they fit.
+BAND_BYTES, GPU_BAND_BYTES = 16 * 2**20, 2**30
 # Classes that are compared in a cell where no more can win.
 CANDIDATES = 8
+
+
+def band_bytes(device: torch.device) -> int:
+    """Size that the interpolated logits of one part of the image may have on a device, bytes."""
+    return BAND_BYTES if device.type == "cpu" else GPU_BAND_BYTES
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear upsampling; logits: (B, C, gh, gw) -> (B, C, H, W)."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def whole_patches(size: Sequence[int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels (height, width) that the patches of an image of this size cover."""
+    height, width = (-(-side // patch) * patch for side, patch in zip(size, patch_size, strict=True))
+    return height, width
+
+
+def to_pixels(logits: Tensor, size: Sequence[int], patch_size: tuple[int, int]) -> Tensor:
+    """Logits of every pixel of images.
+
+    Args:
+        logits: (B, C, h, w), which cover whole patches.
+        size: (height, width) of the images, pixels.
+        patch_size: pixels per patch, (height, width).
+
+    Returns:
+        (B, C, height, width).
+    """
+    height, width = size
+    padded = whole_patches(size, patch_size)
+    upsampled = logits if logits.shape[-2:] == padded else upsample(logits, padded)
+    return upsampled[..., :height, :width]
 
 
 def label_map(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -105,26 +133,25 @@ def _cell_labels(corners: Tensor, weights: Tensor) -> Tensor:
 
 
 def _label_map_in_bands(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Interpolate all classes, in bands of patch rows, each with one more row on both sides."""
+    """Interpolate all classes: of as many images as fit, or in bands of patch rows, with one more row on both sides."""
     n_images, n_cls, gh, gw = logits.shape
     ph, pw = patch_size
     # Classes innermost: argmax then runs over contiguous memory, which is what the time goes into.
     logits = logits.contiguous(memory_format=torch.channels_last)
-    row_bytes = n_cls * ph * gw * pw * logits.element_size()
-    rows = max(1, min(BAND_BYTES // row_bytes, (gh + 1) // 2))
+    n_rows = max(1, band_bytes(logits.device) // (n_cls * ph * gw * pw * logits.element_size()))
+    rows = min(n_rows, gh)
     labels = torch.empty(n_images, gh * ph, gw * pw, dtype=torch.long, device=logits.device)
-    for image in range(n_images):
+    for own, images in zip(labels.split(n_rows // rows), logits.split(n_rows // rows), strict=True):
         for top in range(0, gh, rows):
             bottom = min(top + rows, gh)
             first, last = max(top - 1, 0), min(bottom + 1, gh)
-            band = upsample(logits[image : image + 1, :, first:last], ((last - first) * ph, gw * pw))
-            band = band[0, :, (top - first) * ph : (bottom - first) * ph]
-            labels[image, top * ph : bottom * ph] = band.argmax(dim=0)
+            band = upsample(images[:, :, first:last], ((last - first) * ph, gw * pw))
+            own[:, top * ph : bottom * ph] = band[:, :, (top - first) * ph : (bottom - first) * ph].argmax(dim=1)
     return labels
 
 
-def bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the points of a resized side lie between those of the old one, without aligned corners.
+def _bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the points of a resized side between those of the old one, without aligned corners.
 
     Returns:
         (new,) each: the point before, the one after (both int64), and the weight of the latter.
@@ -134,24 +161,8 @@ def bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, T
     return before, (before + 1).clamp(max=old - 1), place - before
 
 
-def resized_label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """`upsample(logits, size).argmax(1)` for any size, in bands of rows; ties aside, which rounding may turn.
-
-    Args:
-        logits: (C, h, w).
-        size: (H, W).
-
-    Returns:
-        (H, W), int64.
-    """
-    labels = torch.empty(*size, dtype=torch.long, device=logits.device)
-    for band, part in upsampled_bands(logits, size):
-        labels[band] = part.argmax(0)
-    return labels
-
-
 def upsampled_bands(maps: Tensor, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """`upsample(maps, size)` in bands of rows, each small enough to stay near the cache.
+    """`upsample(maps, size)` in bands of rows, none larger than `band_bytes`.
 
     Args:
         maps: (C, h, w).
@@ -161,8 +172,8 @@ def upsampled_bands(maps: Tensor, size: Sequence[int]) -> Iterator[tuple[slice, 
         Which rows, and (C, rows, W), which may be written to.
     """
     height, width = size
-    above, below, weight = bilinear_places(maps.shape[1], height, maps.device)
-    rows = max(1, BAND_BYTES // (len(maps) * width * maps.element_size()))
+    above, below, weight = _bilinear_places(maps.shape[1], height, maps.device)
+    rows = max(1, band_bytes(maps.device) // (len(maps) * width * maps.element_size()))
     for top in range(0, height, rows):
         band = slice(top, top + rows)
         mixed = torch.lerp(maps[:, above[band]], maps[:, below[band]], weight[band, None])

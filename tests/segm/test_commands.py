@@ -94,13 +94,43 @@ def test_scores_agree_between_training_test_and_miou(runs, call):
         for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
             assert f"{key}: {last[f'val_{key}']:.2f}" in printed, name
         call(miou, folder, "folder", *CPU, "--save-images")
-        scores = yaml.safe_load((folder / "scores_ss.yml").read_text())
-        assert scores["mean_iou"] == last["val_mean_iou"] and scores["threshold"] == 0.5
+        (scores,) = yaml.safe_load((folder / "scores_ss.yml").read_text())
+        assert scores["mean_iou"] == last["val_mean_iou"] and scores["conditions"]["threshold"] == 0.5
         assert list(scores["per_class_iou"]) == ["floor", "wall", "door"]
         labels = cv2.imread(str(folder / "images_ss/0.png"), cv2.IMREAD_UNCHANGED)
         assert labels.shape == (40, 48) and labels.max() < 3 and (folder / "images_ss/0_blend.jpg").is_file()
         call(miou, folder, "folder", *CPU, "--multiscale", "--frac-dataset", "0.5")
         assert (folder / "scores_ms.yml").is_file()
+
+
+def test_a_file_of_scores_has_one_entry_per_conditions(run, tmp_path, call, refused):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    file = folder / "scores_ss.yml"
+    file.write_text("mean_iou: 12.5\npatch_type: pure\n")  # of an older version, which kept the last call alone
+    old, base = {"mean_iou": 12.5, "patch_type": "pure"}, ["folder", "--num-workers", 0, *CPU]
+    settings = {
+        "patch_type": (["--patch-type", "pure"], "pure"),
+        "threshold": (["--threshold", 0.9], 0.9),
+        "image_size": (["--im-size", 16], 16),
+        "n_images": (["--max-images", 1], 1),
+        "window_stride": (["--window-stride", 16], [16, 16]),
+        "precision": (["--amp"], "bfloat16"),
+    }
+    call(miou, folder, *base)
+    for options, _ in settings.values():
+        call(miou, folder, *base, *options)
+    first, *entries = yaml.safe_load(file.read_text())
+    assert first == old and len(entries) == 1 + len(settings)
+    own = entries[0]["conditions"]
+    assert own["checkpoint"] == "checkpoint.pth" and own["patch_type"] == "graph" and own["precision"] == "float32"
+    for (key, (_, value)), entry in zip(settings.items(), entries[1:], strict=True):
+        assert entry["conditions"][key] == value != own[key]
+    call(miou, folder / "checkpoint.pth", *base, *settings["image_size"][0])  # the same file, by another name
+    again = yaml.safe_load(file.read_text())
+    assert again == [first, *(entry for entry in entries if entry["conditions"]["image_size"] != 16), entries[3]]
+    for text in ("[", "- 1\n"):
+        file.write_text(text)
+        assert "scores_ss.yml" in refused(miou, folder, *base) and file.read_text() == text
 
 
 def test_the_precision_of_a_run_is_its_own_unless_another_is_asked_for(runs, monkeypatch, call):

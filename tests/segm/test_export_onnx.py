@@ -5,10 +5,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 
-from segm import export_onnx, exporting, inference, test
+from segm import export_onnx, inference, test
 from segm.eval import miou
-from segm.exported import KEY, OnnxModel, Record
+from segm.onnx_model import KEY, OnnxModel, Record, open_run
+from segm.run import Run
 
 CPU = ["--device", "cpu"]
 FEW = ["--max-images", 2]
@@ -40,6 +42,12 @@ def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photograph
     assert np.mean([(expected[name] == found[name]).mean() for name in found]) > 0.999
     assert call(test, file, *FEW, *CPU) == call(test, shapes_run, *merging, *FEW, *CPU)
     assert "mean_iou" in call(miou, file, "shapes", "--singlescale", *FEW, *CPU)
+    call(miou, shapes_run, "shapes", *merging, *FEW, *CPU)
+    exported, own = yaml.safe_load((shapes_run / "scores_ss.yml").read_text())
+    assert exported["conditions"] == own["conditions"] | {"checkpoint": "model.onnx"}
+    assert own["conditions"]["patch_type"] == "graph" and exported["mean_iou"] == own["mean_iou"]
+    run = open_run(file, device=torch.device("cpu"), merging={})
+    assert (run.method, run.options["tokens"]) == ("graph", 0.5)
     error = refused(test, file, "--patch-type", "pure", *CPU)
     assert "exported" in error and "leave the options out" in error
     assert Record.parse(onnx.load(file).metadata_props[-1].value).merging["patch_type"] == "graph"
@@ -76,6 +84,16 @@ def test_a_fixed_number_of_images_is_filled_up(shapes_run, tmp_path, call):
     torch.testing.assert_close(found, torch.cat([model(images[:1]), model(images[1:])]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_images_that_are_no_whole_patches(shapes_run, tmp_path, call):
+    """Logits per patch cover the padded image, in PyTorch and in the file."""
+    call(export_onnx, shapes_run, "--im-size", 28, "--out", tmp_path / "a.onnx", *FEW)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        expected = Run.load(shapes_run, device="cpu").model(images)
+    torch.testing.assert_close(OnnxModel(tmp_path / "a.onnx")(images), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monkeypatch):
     read = ["-i", photographs, "-o", tmp_path / "b", *CPU]
     assert "not found" in refused(inference, tmp_path / "none.onnx", *read)
@@ -88,7 +106,7 @@ def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monke
     other = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(other, tmp_path / "other.onnx")
     assert "was not exported" in refused(inference, tmp_path / "other.onnx", *read)
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None)
     assert "pip install 'g2tm[onnx]'" in refused(export_onnx, shapes_run, *FEW)
 
 

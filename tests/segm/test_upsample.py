@@ -32,10 +32,24 @@ def test_every_form_is_the_argmax_of_the_upsampled_scores(kind):
 
 
 def test_small_parts_give_the_same(monkeypatch):
-    scores = scores_of("smooth", 2, 40, (8, 8))
+    scores = scores_of("smooth", 5, 40, (8, 8))
     expected = label_map(scores, (8, 8))
-    monkeypatch.setattr(module, "BAND_BYTES", 1)
-    assert torch.equal(label_map(scores, (8, 8)), expected)
+    for limit in (1, 30_000, 10**6):  # the last one: several images at once
+        monkeypatch.setattr(module, "BAND_BYTES", limit)
+        assert torch.equal(label_map(scores, (8, 8)), expected)
+        assert torch.equal(module._label_map_in_bands(scores, (8, 8)), expected)
+
+
+def test_on_a_gpu_a_batch_is_few_calls(monkeypatch):
+    """Images of 512x512 pixels, 150 classes; the meta device stands in for a GPU."""
+    calls = []
+    monkeypatch.setattr(module, "upsample", lambda x, size: (calls.append(len(x)), upsample(x, size))[1])
+    for n_images, n_calls in ((1, 1), (6, 1), (32, 6), (0, 1)):
+        calls.clear()
+        labels = label_map(torch.empty(n_images, 150, 32, 32, device="meta"), (16, 16))
+        assert labels.shape == (n_images, 512, 512) and len(calls) == n_calls and sum(calls) == n_images
+    label_map(torch.empty(1, 150, 250, 188, device="meta"), (16, 16))  # 12 megapixels: parts of 1 GiB
+    assert len(calls) == 1 + 7
 
 
 def test_of_equal_scores_the_first_class_wins():

@@ -1,6 +1,6 @@
-"""Exported models: what an ONNX file of ours holds, and how it predicts.
+"""Exported models: the record in their ONNX file, and their predictions.
 
-The file knows what a run directory knows beside its weights: `variant.yml` as metadata.
+The file knows what a run directory knows beside its weights, as metadata: `variant.yml`, and what merges inside.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from segm.config import RunConfig
 from segm.errors import one_line
-from segm.model.upsample import upsample
+from segm.merging import read_variant
+from segm.model.upsample import to_pixels
 from segm.precision import Precision
 from segm.run import Run
 
@@ -28,7 +29,7 @@ MISSING = "ONNX is not installed: pip install 'g2tm[onnx]'"
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded in an exported file.
+    """Metadata of an exported file.
 
     Attributes:
         name: of the run.
@@ -36,7 +37,9 @@ class Record:
         im_size: shorter side that images are resized to, pixels; None: as in training.
         size: (height, width) of the images, pixels; fixed.
         output: "scores", class logits per patch; "logits", per pixel; or "labels", the label map.
-        merging: what merges inside, as `variant.yml` records it.
+        merging: the method inside of the graph and its options, as `variant.yml` records them.
+        patch_size: pixels (height, width) of which class logits cover whole multiples, also where the image is no
+            multiple; (1, 1): they cover the image as it is.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Record:
     size: tuple[int, int]
     output: str
     merging: Mapping[str, Any]
+    patch_size: tuple[int, int] = (1, 1)
 
     def dump(self) -> str:
         """As text."""
@@ -54,7 +58,7 @@ class Record:
     def parse(cls, text: str) -> "Record":
         """From text."""
         found = json.loads(text)
-        return cls(**found | {"size": tuple(found["size"])})
+        return cls(**found | {key: tuple(found[key]) for key in ("size", "patch_size") if key in found})
 
 
 class OnnxModel(nn.Module):
@@ -66,7 +70,7 @@ class OnnxModel(nn.Module):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is none of ours, or ONNX Runtime is not installed.
+        ValueError: another program wrote it, or ONNX Runtime is not installed.
     """
 
     def __init__(self, file: str | Path, device: torch.device | str = "cpu") -> None:
@@ -76,12 +80,13 @@ class OnnxModel(nn.Module):
         if text is None:
             raise ValueError(f"{file} was not exported by segm/export_onnx.py: it does not say how it was trained")
         self.record = Record.parse(text)
+        self.patch_size = self.record.patch_size
         self.n_cls = self.record.variant["net_kwargs"]["n_cls"]
         fixed = self.session.get_inputs()[0].shape[0]  # a name where it may be any number
         self.batch_size = fixed if isinstance(fixed, int) else None
 
     def run(self, images: Tensor) -> Tensor:
-        """What the graph gives: images (B, 3, H, W), normalized -> see `Record.output`.
+        """The graph's output: images (B, 3, H, W), normalized -> see `Record.output`.
 
         Raises:
             ValueError: images of another size than the graph takes.
@@ -102,16 +107,38 @@ class OnnxModel(nn.Module):
         (output,) = self.session.run(None, {"images": filled.numpy()})
         return torch.from_numpy(np.asarray(output))[: len(images)]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W), normalized -> logits (B, C, H, W).
+    def grid_logits(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized -> logits as coarse as the graph gives them, (B, C, h, w).
 
         Raises:
             ValueError: images of another size, or a graph that gives labels alone.
         """
         if self.record.output == "labels":
             raise ValueError("the exported model gives label maps, whose windows cannot be averaged: --output scores")
-        found = self.run(images)
-        return upsample(found, images.shape[-2:]) if self.record.output == "scores" else found
+        return self.run(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W), normalized -> logits (B, C, H, W); raises as `grid_logits`."""
+        return to_pixels(self.grid_logits(images), images.shape[-2:], self.patch_size)
+
+
+class ExportedRun(Run):
+    """A run whose model is an `OnnxModel`; its merging is part of the graph."""
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """Method and options in force as `variant.yml` records them."""
+        return dict(cast(OnnxModel, self.model).record.merging)
+
+    @property
+    def method(self) -> str:
+        """Name of the method in force, "pure" for none."""
+        return read_variant(self.merging)[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options in force."""
+        return read_variant(self.merging)[1]
 
 
 def open_session(file: Path, device: torch.device) -> Any:
@@ -151,12 +178,5 @@ def open_run(
         raise ValueError(f"{path} is exported, its merging, image size and precision are fixed: leave the options out")
     model: Any = OnnxModel(path, device)
     record = model.record
-    return Run(
-        record.name,
-        path,
-        model,
-        RunConfig.from_variant(record.variant),
-        device,
-        Precision.choose(device, False),
-        record.im_size,
-    )
+    config, precision = RunConfig.from_variant(record.variant), Precision.choose(device, False)
+    return ExportedRun(record.name, path, model, config, device, precision, record.im_size)
