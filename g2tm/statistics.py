@@ -11,8 +11,9 @@ from g2tm.selection import selection
 def similarity_moments(x: Tensor) -> Tensor:
     """Number, sum and sum of squares of the cosine similarities of all pairs of tokens of an image: (3,), float64.
 
-    x: (B, N, D); those of Apple's GPUs, which lack float64, are computed on the CPU. Exact without an N×N matrix: with unit vectors u, the sum over all i, j of u_i·u_j is |Σu|², and
-    that of (u_i·u_j)² is the squared norm of the D×D matrix Σ u uᵀ.
+    x: (B, N, D); of Apple's GPUs, which lack float64, computed on the CPU. Exact without an N×N matrix: with unit
+    vectors u, the sum over all i, j of u_i·u_j is |Σu|², and that of (u_i·u_j)² is the squared norm of the D×D matrix
+    Σ u uᵀ.
     """
     x = x.cpu() if x.device.type == "mps" else x
     unit = F.normalize(x.double(), dim=-1)

@@ -66,7 +66,7 @@ def options_for(
     model, own = copy.deepcopy(model), dict(fixed)
     if name == "r":
         high = 2 * math.prod(model.grid(batches[0].shape[-2:])) // len(model.encoder.blocks)
-    if name == "threshold" and cost_of is tokens_left and not model.joins:  # no token leaves after the last merge
+    if name == "threshold" and cost_of is tokens_left and not model.has_queries:  # no token leaves after the last merge
         grid = model.encoder.patch_embed.grid_size
         own["layers"] = [*patch.check(method, len(model.encoder.blocks), grid, **fixed)["layers"]]
         del model.encoder.blocks[own["layers"][-1] :]

@@ -304,6 +304,13 @@ class Images(click.ParamType):
         return Path(value)
 
 
+TITLES = {"net": "Network", "data": "Data", "optim": "Optimizer", "schedule": "Schedule", "inference": "Evaluation"}
+SETTING_GROUPS = {
+    title: [name for name, (part, entry) in SETTINGS.items() if part == key and entry.metadata["help"]]
+    for key, title in TITLES.items()
+}
+
+
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: an option for each setting of `segm.config` that has a help text, None where it is not given."""
     for name, (_, entry) in reversed(SETTINGS.items()):

@@ -161,7 +161,7 @@ class Net:
     """The network."""
 
     backbone: str = setting(_name(), "net.backbone", "Released name, or the name of any plain ViT of timm.",
-        frozen_on_resume=True, default_text="required")
+        frozen_on_resume=True, default_text="that of the run to start from")
     decoder: str = setting(_name(*DECODERS), "net.decoder.name", "Decoder that gives every patch its logits.",
         "mask_transformer", frozen_on_resume=True)
     patch_size: int = setting(SIZE, "net.patch_size", "Side of a patch, pixels.", default_from=BACKBONE,
@@ -195,7 +195,7 @@ class Data:
     """The data set and how training reads it."""
 
     dataset: str = setting(_name(*DATASETS), "dataset.dataset", "Data set; all but shapes are read from $DATASET.",
-        frozen_on_resume=True, default_text="required")
+        frozen_on_resume=True, default_text="that of the run to start from")
     im_size: int = setting(SIZE, "dataset.image_size", "Shorter side of the images, pixels.", default_from=DATA)
     crop_size: int | tuple[int, int] = setting(SIDES, "dataset.crop_size", "Training crop, pixels.", default_from=DATA,
         frozen_on_resume=True)
@@ -236,7 +236,7 @@ class Schedule:
     """What happens when."""
 
     scheduler: str = setting(_name(*SCHEDULERS), "optimizer.sched",
-        "How the learning rate falls: per iteration, or per epoch.", "polynomial")
+        "How the learning rate falls: per iteration, polynomial_epoch per epoch.", "polynomial")
     minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Learning rate at the end of the schedule.", 1e-5)
     warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs in which the learning rate rises linearly.",
         0)

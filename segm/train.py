@@ -9,7 +9,7 @@ import torch
 from segm import parallel
 from segm.auto_threshold import threshold_for
 from segm.checkpoint import LAST
-from segm.cli import device_option, print_once, read_recipe, settings_options
+from segm.cli import SETTING_GROUPS, device_option, print_once, read_recipe, settings_options
 from segm.config import CURRICULUM, RunConfig
 from segm.interruption import SignalError
 from segm.merging import MergingCommand, is_given
@@ -19,20 +19,24 @@ from segm.trainer import Trainer
 AUTO = "auto"
 
 
-@click.command(cls=MergingCommand)
+@click.command(cls=MergingCommand, groups=SETTING_GROUPS)
 @click.option(
     "--config",
     is_eager=True,
     expose_value=False,
     callback=read_recipe,
-    help="YAML file with options, or the name of one in configs/recipes; options given here override it.",
+    help="YAML file with options, or the name of one in configs/recipes; options given here override it.  [default: none]",
 )
 @click.option(
     "--log-dir", type=click.Path(file_okay=False, path_type=Path), required=True, help="Run directory to write to."
 )
 @settings_options
-@click.option("--pretrained", type=click.Path(exists=True, dir_okay=False), help="File with weights of the encoder.")
-@click.option("--no-pretrained", is_flag=True, help="Start from random weights.  [default: timm's weights]")
+@click.option(
+    "--pretrained",
+    type=click.Path(exists=True, dir_okay=False),
+    help="File with the first weights of the encoder.  [default: timm's]",
+)
+@click.option("--no-pretrained", is_flag=True, help="Start from random weights in place of timm's.")
 @click.option(
     "--resume/--no-resume",
     default=False,
@@ -48,7 +52,9 @@ AUTO = "auto"
     help="Minutes between checkpoints inside an epoch; 0 saves after epochs only.",
 )
 @click.option(
-    "--finetune", type=click.Path(exists=True, path_type=Path), help="Checkpoint or run whose weights are the first."
+    "--finetune",
+    type=click.Path(exists=True, path_type=Path),
+    help="Checkpoint or run whose weights are the first.  [default: none]",
 )
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that cannot be read, and count them, instead of ending."
@@ -64,7 +70,7 @@ AUTO = "auto"
     "--from",
     "unpatched",
     type=click.Path(exists=True, path_type=Path),
-    help="Unpatched checkpoint or run whose similarities give --threshold auto: their mean + std.",
+    help="Unpatched checkpoint or run whose similarities give --threshold auto, their mean + std.  [default: none]",
 )
 @click.pass_context
 def main(

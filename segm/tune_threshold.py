@@ -44,7 +44,7 @@ COST = 10  # images for tokens and speed
     "--images-per-second",
     "speed",
     type=click.FloatRange(min=0, min_open=True),
-    help="Also name the image size and threshold of the highest mIoU at this speed, label maps per second.",
+    help="Also name the image size and threshold of the highest mIoU at this speed, label maps per second.  [default: none]",
 )
 @click.option(
     "--out",
