@@ -23,7 +23,7 @@ from g2tm.validation import check_r
 from patch.methods.common import scheduled_r
 from segm.cli import POSITIVE, device_option, markdown
 from segm.errors import one_line
-from segm.eval.operations import count_operations
+from segm.eval.cost import count_operations
 from segm.eval.timing import environment, interleaved_trials
 from segm.eval.views import spread
 from segm.files import write_picture, write_text

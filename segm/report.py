@@ -20,7 +20,7 @@ import patch
 from segm.cli import POSITIVE, Command, device_option, markdown
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset
 from segm.data.images import resize_to
-from segm.eval.comparison import compare
+from segm.eval.cost import compare
 from segm.eval.timing import environment
 from segm.eval.views import spread
 from segm.files import write_text
@@ -196,7 +196,7 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
 
     Returns:
         List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and the
-        entries of `segm.eval.comparison.compare`.
+        entries of `segm.eval.cost.compare`.
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}
