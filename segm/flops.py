@@ -26,7 +26,7 @@ from segm.run import Run
 @checkpoint_argument
 @images_argument
 @batch_size_option
-@click.option("--enc-dec", is_flag=True, help="Also print what encoder and decoder take, and the rest.")
+@click.option("--enc-dec", is_flag=True, help="Also print the parts of the encoder, the decoder and the rest.")
 @im_size_option
 @device_option
 @max_images_option

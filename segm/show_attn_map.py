@@ -44,28 +44,30 @@ class Query(NamedTuple):
 @click.option(
     "--cls/--patch",
     default=None,
-    help="What attends: CLS (in the decoder: classes), or one patch.  [default: cls; patch where one is chosen, or "
-    "where the encoder has no CLS]",
+    help="Draw the attention of CLS (in the decoder: of classes), or of one patch.  [default: cls; patch where one is "
+    "chosen, or where the encoder has no CLS]",
 )
 @click.option("--x-patch", type=int, help="Column of the patch, counted from 0.  [default: the middle]")
 @click.option("--y-patch", type=int, help="Row of the patch, counted from 0.  [default: the middle]")
-@click.option("--enc/--dec", default=True, show_default=True, help="Attention of the encoder or of the decoder.")
+@click.option(
+    "--enc/--dec", default=True, show_default=True, help="Draw the attention of the encoder, or of the decoder."
+)
 @click.option("--layer-id", type=int, help="Layer, counted from 0, unlike --selected-layer.  [default: the last]")
 @click.option(
     "--class",
     "classes",
     multiple=True,
-    help="With --dec: name of a class that attends; may be repeated.  [default: every class in the prediction]",
+    help="Name of a class that attends, with --dec; may be repeated.  [default: every class in the prediction]",
 )
 @click.option(
     "--image-size",
     type=click.IntRange(min=1),
-    help="Pixels per side to which the photograph is resized, ratio not kept.  [default: the crop of the training]",
+    help="Side of the square that the photograph is resized to, pixels.  [default: the crop of the training]",
 )
 @click.option(
     "--ground-truth",
     type=click.Path(path_type=Path),
-    help="True label map.  [default: where the data set keeps that of IMAGE; none if nothing is there]",
+    help="File of the true label map.  [default: that of IMAGE in its data set, if there is one]",
 )
 @device_option
 @torch.inference_mode()

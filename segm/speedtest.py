@@ -45,22 +45,32 @@ COLUMNS = {
 @images_argument
 @batch_size_option
 @click.option("--duplicate", is_flag=True, help="Fill a batch with copies of one image, which keeps its token count.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of model and images.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Precision of model and images."
+)
 @click.option(
     "--output",
     type=click.Choice(OUTPUTS),
     default="logits",
     show_default=True,
-    help="What is timed: logits per pixel (the published protocol), scores per patch, or the label map.",
+    help="Output that is timed: logits per pixel (the published protocol), scores per patch, or the label map.",
 )
-@click.option("--warmup", type=click.IntRange(min=0), default=50, show_default=True, help="Untimed passes at first.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed passes per batch.")
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=50, show_default=True, help="Number of untimed passes at first."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Number of timed passes per batch."
+)
 @click.option(
     "--compare",
-    help='Methods to time side by side, e.g. pure,graph or "pure,graph --threshold 0.9,algm --threshold 0.9".',
+    help='Methods to time, interleaved, as in "pure,graph --threshold 0.9".  [default: that of the run alone]',
 )
 @click.option("--compile", "compiled", is_flag=True, help="Compile every method, before anything is timed.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON with rows, device and versions.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON file for rows, device and versions.  [default: none]",
+)
 @im_size_option
 @device_option
 @max_images_option

@@ -28,7 +28,7 @@ class OneDNNLinear(nn.Linear):
 
 
 def use_onednn_linear(model: Model) -> Model:
-    """Let the linear layers of a model be `OneDNNLinear`, in place, if they are faster so on this processor.
+    """Turn the linear layers of a model into `OneDNNLinear`, in place, where that is faster on this processor.
 
     Parameters and the names of the state dict stay. Subclasses of `nn.Linear` stay as they are.
 
@@ -43,7 +43,7 @@ def use_onednn_linear(model: Model) -> Model:
 
 
 def restore_linear(model: Model) -> Model:
-    """Undo `use_onednn_linear`, in place: what goes by the type, as dynamic quantization, finds `nn.Linear` again.
+    """Undo `use_onednn_linear`, in place, for code that looks for `nn.Linear`, such as dynamic quantization.
 
     Returns:
         The model.
@@ -55,22 +55,22 @@ def restore_linear(model: Model) -> Model:
 
 
 def mkl_lacks_avx512() -> bool:
-    """Whether PyTorch multiplies with less than the processor has: MKL on AMD, with AVX-512."""
+    """Whether PyTorch multiplies with MKL on a processor of AMD with AVX-512, of which MKL makes no use."""
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in processor_name()
 
 
-def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """Not where other code is made of it, for which a linear layer shall be one, and not where the operator ends."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
-
-
 @cache
 def processor_name() -> str:
-    """What Linux calls the processor; elsewhere, what Python knows."""
+    """Name of this machine's processor, from Linux or else from Python."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
+    """Not where it is compiled or traced, which takes a plain linear layer, nor for inputs that oneDNN refuses."""
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
