@@ -19,7 +19,7 @@ from trainings import train_unless_finished
 
 import patch
 from segm.cli import POSITIVE, Command, dataset_argument, device_option, markdown
-from segm.eval.comparison import compare
+from segm.eval.cost import compare
 from segm.files import write_text
 from segm.merging import PURE, apply, mean_tokens
 from segm.run import Run

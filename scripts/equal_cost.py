@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import patch
-from segm.eval.operations import count_operations
+from segm.eval.cost import count_operations
 from segm.model.segmenter import Segmenter
 
 BISECTIONS = 25

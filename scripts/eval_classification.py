@@ -24,7 +24,7 @@ from patch.methods.common import scheduled_r
 from segm.cli import POSITIVE, device_option, markdown
 from segm.data import spread
 from segm.errors import one_line
-from segm.eval.operations import count_operations
+from segm.eval.cost import count_operations
 from segm.eval.timing import environment, interleaved_trials
 from segm.files import write_picture, write_text
 from segm.merging import PURE, MergingCommand, choose

@@ -6,7 +6,7 @@ from benchmark import build_model
 from tqdm import tqdm
 
 from segm.cli import markdown
-from segm.eval.operations import count_operations
+from segm.eval.cost import count_operations
 
 # model, side of the image in pixels, classes: published GFLOPs
 PUBLISHED = {

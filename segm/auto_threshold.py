@@ -39,13 +39,14 @@ class Similarity:
 @click.command(cls=Command)
 @checkpoint_argument
 @dataset_argument
-@click.option("--selected-layers", cls=Numbers, type=int, help="Take these layers, counted from 1.  [default: all]")
+@click.option("--selected-layers", cls=Numbers, type=int, help="Layers to measure, counted from 1.  [default: all]")
+@device_option
 @click.option(
     "--max-images",
     type=POSITIVE,
-    help="Take this many training images, spread evenly over the data set.  [default: all]",
+    metavar="N",
+    help="Number of training images, spread over the data set.  [default: all]",
 )
-@device_option
 def main(
     checkpoint: Path,
     dataset_name: str,

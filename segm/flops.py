@@ -17,7 +17,7 @@ from segm.cli import (
     images_argument,
     max_images_option,
 )
-from segm.eval.operations import count_operations
+from segm.eval.cost import count_operations
 from segm.merging import MergingCommand
 from segm.run import Run
 

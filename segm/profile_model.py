@@ -1,4 +1,4 @@
-"""The time of a trained Segmenter, operator by operator."""
+"""Profile a trained Segmenter, operator by operator."""
 
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
-    help="Profile this many images, spread evenly over the data set.",
+    help="Number of images, spread over the data set.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="List this many operators.")
+@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Number of operators to list.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the Chrome trace (chrome://tracing, ui.perfetto.dev) to this file.  "
-    "[default: trace_<method>.json next to CHECKPOINT]",
+    help="Chrome trace to write, for ui.perfetto.dev.  [default: trace_<method>.json next to CHECKPOINT]",
 )
 @device_option
 def main(

@@ -20,7 +20,7 @@ import patch
 from segm.cli import POSITIVE, Command, device_option, markdown
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
-from segm.eval.comparison import compare
+from segm.eval.cost import compare
 from segm.eval.timing import environment
 from segm.files import write_text
 from segm.merging import parse
@@ -46,19 +46,14 @@ class RecordedCommand(Command):
     "--dataset",
     "dataset_name",
     type=click.Choice(DATASETS),
-    help="Score all runs on this data set.  [default: that of the first run]",
+    help="Data set of the images.  [default: that of the first run]",
 )
 @click.option(
     "--cost-images",
-    type=POSITIVE,
+    type=click.IntRange(min=1),
     default=20,
     show_default=True,
-    help="Measure tokens, GFLOPs and images/s on this many images, spread evenly over the data set.",
-)
-@click.option(
-    "--max-images",
-    type=POSITIVE,
-    help="Score the mIoU on this many images, spread evenly over the data set.  [default: all]",
+    help="Number of images for speed, operations and tokens.",
 )
 @click.option(
     "--pictures",
@@ -66,7 +61,7 @@ class RecordedCommand(Command):
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Show tokens and predictions of this many images.",
+    help="Number of images with label maps.",
 )
 @click.option(
     "--explore",
@@ -74,22 +69,27 @@ class RecordedCommand(Command):
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Put this many images into the threshold explorer.",
+    help="Number of images in the explorer.",
 )
 @click.option(
     "--layer",
     type=int,
-    help="Show this layer, counted from 1, in the explorer.  [default: where graph merges, or the first run that does, "
-    "else 2]",
+    help="Layer of the explorer, counted from 1.  [default: where graph or the first run merges, else 2]",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="report.html",
     show_default=True,
-    help="Write the page to this file, and all numbers to a .json next to it.",
+    help="File of the page; all numbers go into a .json next to it.",
 )
 @device_option
+@click.option(
+    "--max-images",
+    type=POSITIVE,
+    metavar="N",
+    help="Number of images for the mIoU, spread over the data set.  [default: all]",
+)
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -195,7 +195,7 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
 
     Returns:
         List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and the
-        entries of `segm.eval.comparison.compare`.
+        entries of `segm.eval.cost.compare`.
     """
     references = {run.name: reference_of(run, runs) for run in runs}
     models = {run.name: run for run in runs} | {run.name: run for run in references.values()}

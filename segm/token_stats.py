@@ -27,13 +27,11 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @images_argument
-@click.option(
-    "--layer-id", type=click.IntRange(min=0), help="Show this encoder layer alone, counted from 0.  [default: all]"
-)
+@click.option("--layer-id", type=click.IntRange(min=0), help="Encoder layer, counted from 0.  [default: all]")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write tokens.json and tokens.png to this folder.  [default: token_stats_<method> next to CHECKPOINT]",
+    help="Folder for tokens.json and tokens.png.  [default: token_stats_<method> next to CHECKPOINT]",
 )
 @im_size_option
 @device_option

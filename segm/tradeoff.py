@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from segm.eval.comparison import compare
+from segm.eval.cost import compare
 from segm.files import write_text
 from segm.merging import PURE
 from segm.run import Run
@@ -77,7 +77,7 @@ class Tradeoff:
 
         Returns:
             One dict per setting, in their order: `method`, `options`, `im_size`, `patch_size`; scores in percent
-            (`Run.evaluate`); and the entries of `segm.eval.comparison.compare`.
+            (`Run.evaluate`); and the entries of `segm.eval.cost.compare`.
 
         Raises:
             ValueError: the file holds measurements under other conditions, or something else.

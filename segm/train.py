@@ -25,7 +25,7 @@ AUTO = "auto"
     is_eager=True,
     expose_value=False,
     callback=read_recipe,
-    help="YAML file with options, or the name of one in configs/recipes; options given here override it.  [default: none]",
+    help="YAML file with options, or the name of a recipe; options given here override it.  [default: none]",
 )
 @click.option(
     "--log-dir", type=click.Path(file_okay=False, path_type=Path), required=True, help="Run directory to write to."

@@ -31,34 +31,33 @@ COST = 10  # images for tokens and speed
     type=click.FloatRange(min=0, min_open=True),
     default=0.02,
     show_default=True,
-    help="Difference of two thresholds.",
+    help="Distance of two thresholds.",
 )
 @click.option(
     "--im-size",
     "sizes",
     cls=Numbers,
     type=click.IntRange(min=1),
-    help="Try every threshold at each of these shorter sides of the images, pixels.  [default: the run's]",
+    help="Shorter sides of the images, pixels; every threshold is tried at each.  [default: the run's]",
 )
 @click.option(
     "--images-per-second",
     "speed",
     type=click.FloatRange(min=0, min_open=True),
-    help="Also name the image size and threshold of the highest mIoU at this speed, label maps per second.  [default: none]",
+    help="Speed, images/s, at which the best size and threshold are also named.  [default: none]",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep results.json and curves.png in this folder, and measure only settings that are not in it.  "
-    "[default: tune_threshold_<method> next to CHECKPOINT]",
+    help="Folder for results.json and curves.png; its results are not measured again.  [default: next to CHECKPOINT]",
 )
+@device_option
 @click.option(
     "--max-images",
     type=POSITIVE,
-    help="Score every setting on this many images, spread evenly over the data set; "
-    f"tokens and speed come from {COST}.  [default: all]",
+    metavar="N",
+    help=f"Number of images for the mIoU, spread over the data set; tokens and speed come from {COST}.  [default: all]",
 )
-@device_option
 def main(
     checkpoint: Path,
     dataset_name: str,

@@ -9,7 +9,7 @@ from method_cost import Merges, eager_label_map, measure, products_alone, ratio_
 from operator_times import profile_merges, profile_passes
 
 import patch
-from segm.eval.comparison import Cost
+from segm.eval.cost import Cost
 from segm.merging import build_model, count_tokens
 from segm.model import linear
 from segm.model.factory import create_segmenter

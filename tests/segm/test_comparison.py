@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import patch
-from segm.eval.comparison import Cost, compare
+from segm.eval.cost import Cost, compare
 from segm.merging import build_model
 from tests.helpers import by_speed
 
