@@ -32,7 +32,7 @@ def compile(
     The encoder becomes one part up to the first merge, one from each merge to the next, and one after the last; the
     decoder is another. All are compiled in the first pass that needs them, for any number of tokens, and in the mode
     "reduce-overhead" a CUDA graph is recorded for every bucket that occurs. Upsampling stays as it is, and so does a
-    pass in which somebody looks inside by a hook (attention maps, similarities). No parameter and no state-dict key
+    pass in which a hook reads a block (attention maps, similarities). No parameter and no state-dict key
     changes. A copy of the model is compiled too, separately.
 
     What has run: all of it on the CPU, where there are no CUDA graphs.

@@ -1,4 +1,4 @@
-"""Hooks through which somebody looks into modules."""
+"""Hooks that read modules."""
 
 import sys
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# transformers leaves its hooks in place once somebody has asked for hidden states; they sleep until the next time.
+# transformers leaves its hooks in place once hidden states were asked for; they sleep until the next time.
 CAPTURING = "transformers.utils.output_capturing"
 
 

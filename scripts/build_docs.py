@@ -140,10 +140,10 @@ def draw_methods(run: Run, folder: Path) -> set[str]:
     dataset = create_dataset("shapes", "val")
     drawn = set()
     for name, options in PICTURED.items():
-        merged = run.variation(name, options)
+        merged = run.with_settings(name, options)
         rows, captions = [], []
         for sample in (dataset[index] for index in range(N_SCENES)):
-            view = merged.view(sample.image)
+            view = merged.preprocess(sample.image)
             merged.model.grid_logits(view)
             reduction, grid = patch.reduction(merged.model), merged.model.grid(view.shape[-2:])
             given = sample.image, reduction.assignment[0].numpy(), grid, merged.model.patch_size

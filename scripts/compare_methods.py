@@ -146,9 +146,11 @@ def fill_smaller(run: Run, wanted: float, dataset: str, max_images: int | None, 
 def fill_coarser(run: Run, wanted: float, dataset: str, max_images: int | None, views: list) -> dict[str, Any]:
     """The plain model with the patch size that costs the next most, its patch embedding resampled."""
     own = run.model.patch_size[0]
-    costs = {size: gflops(run.variation(PURE, {}, None, size).model, views[:1]) for size in range(own + 1, 2 * own + 1)}
+    costs = {
+        size: gflops(run.with_settings(PURE, {}, None, size).model, views[:1]) for size in range(own + 1, 2 * own + 1)
+    }
     size = min(costs, key=lambda one: abs(costs[one] - wanted))
-    one = run.variation(PURE, {}, None, size)
+    one = run.with_settings(PURE, {}, None, size)
     found = {"options": {"patch_size": size}, "gflops": costs[size], "tokens": mean_tokens(one.model, views)}
     return found | {"applied": one.evaluate(dataset=dataset, n_images=max_images)["mean_iou"]}
 
@@ -188,7 +190,7 @@ def model_of(row: dict[str, Any], run: Run) -> Any:
     if row["method"] in (PURE, SMALLER):
         return run.model
     if row["method"] == COARSER:
-        return run.variation(PURE, {}, None, row["options"]["patch_size"]).model
+        return run.with_settings(PURE, {}, None, row["options"]["patch_size"]).model
     return apply(with_parts(run.model, row["method"]), row["method"], row["options"])
 
 

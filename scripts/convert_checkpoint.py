@@ -107,7 +107,7 @@ def load_theirs(source: Path) -> dict[str, Any]:
 
 
 def variant_exists(checkpoint: Path) -> bool:
-    """Whether a checkpoint is one of ours."""
+    """Return whether a checkpoint is one of ours."""
     try:
         return variant_file(checkpoint).is_file()
     except FileNotFoundError:

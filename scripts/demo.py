@@ -76,7 +76,7 @@ def token_sheet(runs: Sequence[Run], samples: Sequence[Sample]) -> np.ndarray:
     for sample in samples:
         row, caption = [sample.image], [""]
         for run in merging:
-            view = run.view(sample.image)
+            view = run.preprocess(sample.image)
             run.model.grid_logits(view)
             reduction, grid = patch.reduction(run.model), run.model.grid(view.shape[-2:])
             assignment = reduction.assignment[0].cpu().numpy()

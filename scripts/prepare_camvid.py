@@ -87,7 +87,7 @@ def place_original(kind: str) -> Callable[[str], str | None]:
 
 
 def is_source(path: PurePosixPath) -> bool:
-    """Whether a name is that of a released picture: no system's own, and none that this script wrote."""
+    """Return whether a name is that of a released picture: no system's own, and none that this script wrote."""
     return path.suffix.lower() == ".png" and path.name[0] != "." and path.parent.parent.name not in PUT
 
 
@@ -118,7 +118,7 @@ def to_labels(stream: BinaryIO) -> np.ndarray:
 
 
 def has(folder: Path, place: Callable[[str], str | None]) -> bool:
-    """Whether files that `place` takes lie below a folder."""
+    """Return whether files that `place` takes lie below a folder."""
     return any(place(file.relative_to(folder).as_posix()) for file in folder.rglob("*.png"))
 
 

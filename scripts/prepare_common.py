@@ -274,7 +274,7 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> list[Member]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a member of this name stays below the folder, on any system."""
+    """Return whether a member of this name stays below the folder, on any system."""
     windows = PureWindowsPath(name)  # splits at / and at \
     return not (PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts)
 
@@ -323,7 +323,7 @@ def _is_done(target: Path, member: Member, converted: bool) -> bool:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether there is nothing at `path`, or a file without content, as an interrupted tool leaves it."""
+    """Return whether there is nothing at `path`, or a file without content, as an interrupted tool leaves it."""
     return not path.exists() or path.stat().st_size == 0
 
 
@@ -352,7 +352,7 @@ def label_table(mapping: dict[int, int], other: int) -> np.ndarray:
 
 
 def is_complete(folder: Path, counts: dict[str, int]) -> bool:
-    """Whether below `folder` every glob pattern finds at least so many files that are not empty."""
+    """Return whether below `folder` every glob pattern finds at least so many files that are not empty."""
     return all(sum(path.stat().st_size > 0 for path in folder.glob(pattern)) >= n for pattern, n in counts.items())
 
 

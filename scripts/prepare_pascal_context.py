@@ -140,7 +140,7 @@ def prepare_split(folder: Path, source: Source, split: str) -> int:
 
 
 def has_split(folder: Path, split: str) -> bool:
-    """Whether the published number of images is listed, with photograph and label map each."""
+    """Return whether the published number of images is listed, with photograph and label map each."""
     names = folder / LISTS / f"{split}.txt"
     if is_empty(names):
         return False

@@ -138,7 +138,7 @@ class Real:
         return Tradeoff(run, DATASET, file, conditions, COST_IMAGES, self.max_images, boundary=True)
 
     def conditions(self, run: Run) -> dict[str, Any]:
-        """What scores of a run depend on."""
+        """The conditions of a run's scores."""
         return {"run": run.name, "images": self.max_images, "classes": list(SMALL)}
 
     def append(self, question: str, study: str, rows: Sequence[Row], **conditions: Any) -> None:
@@ -270,7 +270,7 @@ def frontier(real: Real) -> str:
     run = real.run(BEST)
     settings: dict[Setting, tuple[str, float]] = {}
     for size in tqdm(SIZES, desc="sizes", leave=False):
-        at_size = run.variation(PURE, {}, size)
+        at_size = run.with_settings(PURE, {}, size)
         views = [*at_size.views(DATASET, VIEWS)]
         settings[Setting(im_size=size)] = PURE, 1.0
         for name, shares in FRONTIER.items():

@@ -37,7 +37,7 @@ def plain_predict(run: Run, photo: np.ndarray) -> Tensor:
     Returns:
         (H, W), int64.
     """
-    image, (high, wide), stride = run.view(photo), run.windows.size, run.windows.stride
+    image, (high, wide), stride = run.preprocess(photo), run.windows.size, run.windows.stride
     if image.shape[2] < high or image.shape[3] < wide:
         scale = max(high / image.shape[2], wide / image.shape[3])
         size = [max(int(side * scale), least) for side, least in zip(image.shape[2:], (high, wide), strict=True)]
@@ -131,4 +131,4 @@ def measure_speed(runs: Mapping[str, Run], photo: np.ndarray, max_images: int | 
 def predict(run: Run, model: nn.Module, batch: list[np.ndarray]) -> Tensor:
     """Labels of one photograph as by `Run.predict`, with the run's model in another precision."""
     (photo,) = batch
-    return predict_labels(model, [(run.view(photo)[0], False)], run.windows, photo.shape[:2])
+    return predict_labels(model, [(run.preprocess(photo)[0], False)], run.windows, photo.shape[:2])

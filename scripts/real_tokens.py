@@ -28,7 +28,7 @@ def similarities(run: Run, samples: Sequence[Sample], layers: Sequence[int]) -> 
     for layer in tqdm(layers, desc="similarities", unit="layer", leave=False):
         with patch.edges(run.model.encoder, layer) as edges:
             for sample in samples:
-                run.model.grid_logits(run.resized(sample.image))
+                run.model.grid_logits(run.preprocess_resized(sample.image))
                 pair = edges["right"][0].cpu().numpy(), edges["down"][0].cpu().numpy()
                 found.setdefault(layer, []).append(pair)
     return found
@@ -79,7 +79,7 @@ def purity(run: Run, samples: Sequence[Sample]) -> dict[str, Any]:
 
 def pixel_groups_of(run: Run, sample: Sample) -> np.ndarray:
     """Group of every pixel of a photograph, (H, W), after a pass of a patched run over it."""
-    run.model.grid_logits(run.resized(sample.image))
+    run.model.grid_logits(run.preprocess_resized(sample.image))
     assignment = assignment_of(run).reshape(run.model.grid(run.crop_size))
     (height, width), (ph, pw) = run.crop_size, run.model.patch_size
     rows = (np.arange(sample.image.shape[0]) + 0.5) * height / sample.image.shape[0] // ph
@@ -99,7 +99,7 @@ def assignment_of(run: Run) -> np.ndarray:
 def front_sheet(plain: Run, merged: Run, sample: Sample) -> np.ndarray:
     """Labels without merging, the tokens that are left, and labels with merging; nothing of the photograph, whose
     license may forbid to show it."""
-    views = plain.resized(sample.image)
+    views = plain.preprocess_resized(sample.image)
     before, after = (colorize(run.model.predict(views)[0].cpu().numpy(), run.palette) for run in (plain, merged))
     assignment = assignment_of(merged)
     outlined = outline_tokens(after, assignment, merged.model.grid(merged.crop_size), merged.model.patch_size)
@@ -116,7 +116,7 @@ def region_sheet(runs: Mapping[str, Run], samples: Sequence[Sample]) -> np.ndarr
         for run in runs.values():
             photo = resize_to(sample.image, run.crop_size)
             grid = run.model.grid(run.crop_size)
-            run.model.grid_logits(run.resized(sample.image))
+            run.model.grid_logits(run.preprocess_resized(sample.image))
             assignment = assignment_of(run)
             row.append(outline_tokens(photo, assignment, grid, run.model.patch_size))
             caption.append(f"{assignment.max() + 1} of {len(assignment)} tokens")

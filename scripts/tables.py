@@ -89,7 +89,7 @@ def benchmarks(*numbers: int) -> list[Row]:
 
 
 def same(row: Row, **wanted: Any) -> bool:
-    """Whether a row has these values."""
+    """Return whether a row has these values."""
     return all(row[key] == value for key, value in wanted.items())
 
 
@@ -171,7 +171,7 @@ def time_labels() -> str:
 
 @table
 def time_merges() -> str:
-    """What the merges of the same rows take."""
+    """The time of the merges of the same rows."""
     return markdown(
         {
             "ViT, batch, method": "{name}",
@@ -184,7 +184,7 @@ def time_merges() -> str:
 
 
 def overhead(row: Row) -> str:
-    """What the merges take, percent of the pass of the plain model."""
+    """The time of the merges, percent of the pass of the plain model."""
     steps = [100 * share for share in row["overhead"].values()]
     if len(steps) > 2:
         return f"{sum(steps):.1f} in {len(steps)} layers"
@@ -237,7 +237,7 @@ OPERATORS = {
 
 @table
 def time_operators() -> str:
-    """Where the time of a pass goes, without merging and at 410 tokens."""
+    """The time of a pass by operator, without merging and at 410 tokens."""
     passes = {row["operator"].removeprefix("aten::"): row for row in benchmarks(14)[0]["passes"]}
     rows = []
     for title, names in OPERATORS.items():
@@ -371,7 +371,7 @@ NEEDS = {
 
 @table
 def methods_costs() -> str:
-    """What each method needs, costs with random weights, and keeps on drawn scenes."""
+    """Needs of each method, its cost with random weights, and its quality on drawn scenes."""
     trained = {(row["method"], row["share"]): f"{row['trained']:.1f}" for row in operations() if "trained" in row}
     rows = []
     for row in benchmarks(8):
@@ -420,7 +420,7 @@ def methods_operations() -> str:
 
 @table
 def methods_layers() -> str:
-    """Where to merge, and how merged tokens count, at the same number of tokens."""
+    """Layers and attention modes at the same number of tokens."""
     rows = [row for row in rows_of("methods", "ablations-1") if "auto" not in row["label"]]
     return _ablations(rows)
 
@@ -477,7 +477,7 @@ def quality_models() -> str:
 
 @table
 def quality_trained() -> str:
-    """What training with merging recovers."""
+    """Quality that training with merging recovers."""
     stages = {"applied": "applied", "decoder": "decoder trained", "everything": "everything trained"}
     rows = [
         row
@@ -525,7 +525,7 @@ def quality_clustvit() -> str:
 
 @table
 def quality_thresholds() -> str:
-    """What thresholds leave, layer by layer."""
+    """Tokens that thresholds leave, layer by layer."""
     rows = [
         {"layer": row["layer"], "threshold": threshold, "kept": 100 * share}
         for row in rows_of("quality", "tokens-1")
@@ -537,7 +537,7 @@ def quality_thresholds() -> str:
 
 @table
 def quality_groups() -> str:
-    """How pure merged groups are."""
+    """Purity of merged groups."""
     rows = []
     for row in rows_of("quality", "purity-1"):
         rows.append(row | {"small": float(np.mean([row["pure"][name] for name in SMALL]))})

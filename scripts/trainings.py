@@ -41,7 +41,7 @@ def train_unless_finished(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run directory holds all epochs."""
+    """Return whether a run directory holds all epochs."""
     if not (folder / LAST).exists():
         return False
     epochs = yaml.safe_load((folder / "variant.yml").read_text())["algorithm_kwargs"]["num_epochs"]

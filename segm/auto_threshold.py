@@ -100,7 +100,7 @@ def automatic_thresholds(
         mine = spread(max_images, len(dataset))[parallel.rank() :: parallel.world_size()]
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):
-            encoder.forward_features(run.resized(sample.image, size))
+            encoder.forward_features(run.preprocess_resized(sample.image, size))
         zeros = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         sums = [moments.get(layer, zeros) for layer in layers]
         total = parallel.all_reduce_sum(torch.stack(sums))
@@ -129,7 +129,9 @@ def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.devic
     layer, size = options["layers"][0], config.data.crop_size
     found = automatic_thresholds(unpatched, config.data.dataset, [layer], device, size=size)
     threshold = round(found[layer].threshold, 4)
-    merged = Run.load(unpatched, device=device, patch_type=PURE).variation(method, options | {"threshold": threshold})
+    merged = Run.load(unpatched, device=device, patch_type=PURE).with_settings(
+        method, options | {"threshold": threshold}
+    )
     views = [*merged.views(config.data.dataset, N_VIEWS)]
     left = mean_tokens(merged.model, views) / math.prod(merged.model.grid(views[0].shape[-2:]))
     say(f"threshold {threshold}, from layer {layer} of {unpatched}: {left:.0%} of the tokens are left")

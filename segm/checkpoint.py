@@ -63,7 +63,7 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(file: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, executing nothing that it holds; checksums are verified.
+    """Read what `torch.save` wrote, on the CPU, executing nothing that it holds; checksums are verified.
 
     Raises:
         ValueError: the file is damaged or was not written by `torch.save`.

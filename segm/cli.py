@@ -32,7 +32,7 @@ class Numbers(click.Option):
         self.words = words
 
     def takes(self, text: str) -> bool:
-        """Whether a word of the command line is one of its values."""
+        """Return whether a word of the command line is one of its values."""
         return text in self.words or _is_number(text)
 
 

@@ -75,7 +75,7 @@ def _name(*allowed: str) -> Kind:
 
 
 def _has_classes(value: Any) -> bool:
-    """Whether these are entries of `classes`: a name, and a color of three numbers from 0 to 255."""
+    """Return whether these are entries of `classes`: a name, and a color of three numbers from 0 to 255."""
     return isinstance(value, list) and all(
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
@@ -87,7 +87,7 @@ def _has_classes(value: Any) -> bool:
 
 
 def _has_inventory(value: Any) -> bool:
-    """Whether this is split -> what `segm.data.inventory` records of it."""
+    """Return whether this is split -> what `segm.data.inventory` records of it."""
     return isinstance(value, dict) and all(isinstance(name, str) and _has_split(found) for name, found in value.items())
 
 
@@ -233,7 +233,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens when."""
+    """The course of a training: learning rate, epochs, evaluations, curriculum."""
 
     scheduler: str = setting(_name(*SCHEDULERS), "optimizer.sched",
         "How the learning rate falls: per iteration, polynomial_epoch per epoch.", "polynomial")
@@ -313,7 +313,7 @@ class RunConfig:
         return replace(self, **{part: replace(getattr(self, part), **given) for part, given in own.items() if given})
 
     def for_finetuning(self) -> "RunConfig":
-        """What a new run takes over from this one: network, data, windows, merging; no optimizer, no schedule."""
+        """The part that a new run takes over: network, data, windows, merging; no optimizer, no schedule."""
         return replace(self, optim=Optim(), schedule=Schedule())
 
     @property

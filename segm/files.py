@@ -12,7 +12,7 @@ import numpy as np
 
 
 def part_of(file: Path) -> Path:
-    """Where a file is written before it takes its place."""
+    """The name of a file before it takes its place."""
     return file.with_name(f"{file.name}.part")
 
 
@@ -47,7 +47,7 @@ def atomic(file: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def _own_error(error: BaseException | None, part: Path) -> OSError | None:
-    """Why the file cannot be written, also behind an error that a library made of it; None: it is another one."""
+    """The reason why the file cannot be written, also below an error that a library made of it; None: it is another one."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or error.filename in (str(part), part)):
             return error

@@ -1,4 +1,4 @@
-"""What a Segmenter is trained with: cross-entropy, and the losses of decoders that predict masks."""
+"""Losses of a Segmenter: cross-entropy, and the losses of decoders that predict masks."""
 
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -117,7 +117,7 @@ def _take_merging(ctx: click.Context) -> dict[str, Any]:
 
 
 def is_given(ctx: click.Context, name: str, method: str | None) -> bool:
-    """Whether a parameter that belongs to merging was typed, or is in a recipe for the same method."""
+    """Return whether a parameter that belongs to merging was typed, or is in a recipe for the same method."""
     source = ctx.get_parameter_source(name)
     in_recipe = source is ParameterSource.DEFAULT_MAP and (ctx.default_map or {}).get("patch_type") == method
     return in_recipe or source is ParameterSource.COMMANDLINE

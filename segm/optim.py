@@ -49,7 +49,7 @@ def create_optimizer(
 
 
 def layer_scale(name: str, depth: int, encoder: float, decay: float) -> float:
-    """What a parameter's learning rate is multiplied by.
+    """Factor of a parameter's learning rate.
 
     With layer-wise decay, the last block of the encoder learns `decay` times as fast as the decoder, the one before
     decay² times, and so on down to the patch embedding, decay^(depth + 1).

@@ -52,7 +52,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and shows."""
+    """Return whether this process is the one that writes and shows."""
     return rank() == 0
 
 
@@ -116,7 +116,7 @@ def report_failure(message: str, *, follows: bool = False) -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+    """Return whether an error says that another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

@@ -220,7 +220,7 @@ def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images
 def reference_of(run: Run, runs: Sequence[Run]) -> Run:
     """The unpatched run against which a run's speed counts: the first one of the same network that is fed the same
     images; where there is none, an unpatched copy of the first such run."""
-    alike = [other for other in runs if other.is_like(run)]
+    alike = [other for other in runs if other.same_network(run)]
     unpatched = (other for other in alike if not patch.is_patched(other.model))
     return next(unpatched, None) or alike[0].unpatched(f"{alike[0].name}, unpatched")
 
@@ -249,7 +249,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
     with patch.edges(model.encoder, layer) as edges:
         for index in spread(n_images, len(dataset)):
             sample = dataset[index]
-            model.grid_logits(run.resized(sample.image))
+            model.grid_logits(run.preprocess_resized(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
             photo = resize_to(sample.image, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
@@ -296,7 +296,7 @@ def picture_blocks(
         pairs = [(page.picture(photo, "input"), page.label_picture(truth, dataset.palette, "truth"))]
         seen.update(np.unique(truth))
         for run in runs:
-            labels = run.model.predict(run.resized(sample.image))[0].cpu().numpy()
+            labels = run.model.predict(run.preprocess_resized(sample.image))[0].cpu().numpy()
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.image), predicted))

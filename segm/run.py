@@ -110,9 +110,9 @@ class Run:
 
     def unpatched(self, name: str | None = None) -> "Run":
         """The same run without merging."""
-        return replace(self.variation(merges.PURE, {}), name=name or self.name)
+        return replace(self.with_settings(merges.PURE, {}), name=name or self.name)
 
-    def variation(
+    def with_settings(
         self, method: str, options: Mapping[str, Any], im_size: int | None = None, patch_size: int | None = None
     ) -> "Run":
         """This run with other merging, on images or patches of another size; it shares the weights.
@@ -133,12 +133,12 @@ class Run:
             patch.remove(model)
         return replace(self, model=merges.apply(model, method, options), im_size=im_size or self.im_size)
 
-    def choose(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def resolve_merging(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """(method, options) that `merging` means for this run: what is given, then what it was trained with."""
         return merges.choose(merging, self.config.merging.entries)
 
-    def is_like(self, other: "Run") -> bool:
-        """Whether both are the same network, merging aside, and are fed the same images."""
+    def same_network(self, other: "Run") -> bool:
+        """Return whether both are the same network, merging aside, and are fed the same images."""
 
         def kind(run: Run) -> tuple[Any, ...]:
             return replace(run.config.net, reduction=None), run.crop_size, run.normalization
@@ -236,7 +236,7 @@ class Run:
             raise ValueError(f"{variant_file(self.path)} has no {key} in its {section}: add it")
         return value
 
-    def view(self, photo: Photo) -> Tensor:
+    def preprocess(self, photo: Photo) -> Tensor:
         """A photograph as the model sees it at evaluation: (1, 3, h, w), float32, normalized, ratio kept.
 
         Args:
@@ -249,7 +249,7 @@ class Run:
 
     @property
     def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
-        """Function from a photograph, (H, W, 3) uint8 RGB, to the image of `view`, (3, h, w), on the CPU.
+        """Function from a photograph, (H, W, 3) uint8 RGB, to the image of `preprocess`, (3, h, w), on the CPU.
 
         It holds no model: workers can take it along.
         """
@@ -257,7 +257,7 @@ class Run:
         (short, _) = scaled(self.image_size, self.ratio)
         return partial(_preprocessed, long=factor * short, short=short, normalization=self.normalization)
 
-    def resized(self, photo: Photo, size: Size | None = None) -> Tensor:
+    def preprocess_resized(self, photo: Photo, size: Size | None = None) -> Tensor:
         """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
         return resized_view(_pixels(photo), size or self.crop_size, self.normalization).to(self.device)
 

@@ -81,7 +81,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def is_entry(entry: Any) -> bool:
-    """Whether a JSON value is what a training writes about an epoch."""
+    """Return whether a JSON value is what a training writes about an epoch."""
     if not isinstance(entry, dict) or type(entry.get("epoch")) is not int or not 0 <= entry["epoch"] < MAX:
         return False
     values = [entry.get(key) for key in CURVES]

@@ -99,7 +99,7 @@ def main(
 
     sample = read_sample(image, ground_truth, cmap if cmap in LISTS else run.dataset, names, palette)
     size = pair(image_size or run.crop_size)
-    photo, view = resize_to(sample.image, size), run.resized(sample.image, size)
+    photo, view = resize_to(sample.image, size), run.preprocess_resized(sample.image, size)
     grid = model.grid(size)
 
     part = "encoder" if enc else "decoder"

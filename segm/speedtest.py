@@ -138,7 +138,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
         ValueError: a method or option that is not allowed, or the same one twice.
     """
     if compare is None:
-        method, options = run.choose(merging)
+        method, options = run.resolve_merging(merging)
         return {method: (method, options)}
     if "patch_type" in merging:
         raise ValueError("--compare and --patch-type: name all methods in --compare")
@@ -150,7 +150,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
             name, *own = shlex.split(text) or [""]
             given = parse(["--patch-type", name, *own])
             taken = set() if name == PURE else {key for key in merging if patch.find(name).takes(key)}
-            methods[text] = run.choose({key: merging[key] for key in taken} | given)
+            methods[text] = run.resolve_merging({key: merging[key] for key in taken} | given)
         except ValueError as error:
             raise ValueError(f"--compare {text!r}: {error}") from error
         used |= taken

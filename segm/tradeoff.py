@@ -47,7 +47,7 @@ class Setting:
 
     def apply_to(self, run: Run) -> Run:
         """The run used in this way; it shares its weights."""
-        return run.variation(self.method, self.options, self.im_size, self.patch_size)
+        return run.with_settings(self.method, self.options, self.im_size, self.patch_size)
 
 
 @dataclass(frozen=True)

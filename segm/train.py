@@ -124,7 +124,7 @@ def main(
 
 
 def goes_on(log_dir: Path, resume: bool) -> bool:
-    """Whether the run in a directory is continued, which the main process decides for all.
+    """Return whether the run in a directory is continued, which the main process decides for all.
 
     Raises:
         ValueError: there is one, and nobody asked for it.

@@ -45,7 +45,7 @@ SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
 
 @dataclass
 class Meter:
-    """What is measured of an epoch, or of what was left of it after an interruption."""
+    """Measurements of an epoch, or of what was left of it after an interruption."""
 
     begin: float = field(default_factory=time.perf_counter)
     wait: float = 0.0  # seconds for batches
@@ -238,7 +238,7 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether nothing is left to do."""
         return self.epoch >= self.config.schedule.epochs
 
     def state_dict(self, losses: Tensor | None = None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def main(
     if merging.get("threshold") is not None:
         raise click.UsageError("--threshold: the thresholds to try go from --highest to --lowest")
     run = Run.load(checkpoint, device=device, patch_type=PURE)
-    method, options = run.choose(merging)
+    method, options = run.resolve_merging(merging)
     if method == PURE or not patch.find(method).takes("threshold"):
         names = ", ".join(name for name, entry in patch.METHODS.items() if entry.takes("threshold"))
         raise click.UsageError(f"name a method with a threshold: --patch-type {{{names}}}")

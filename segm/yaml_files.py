@@ -22,7 +22,7 @@ def read_yaml(file: Path, loader: type = yaml.SafeLoader) -> Any:
             stands, with its aliases written out, for more than `MAX_VALUES` values.
     """
     if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} has more than {MAX_BYTES >> 20} MiB: it is none of ours")
+        raise ValueError(f"{file} has more than {MAX_BYTES >> 20} MiB: it is not a settings file")
     try:
         reader = loader(file.read_bytes().decode("utf-8-sig"))
         node = reader.get_single_node()

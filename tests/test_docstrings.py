@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("g2tm", "patch")
+FOLDERS = ("g2tm", "patch", "segm", "vis", "scripts")
 OPENINGS = {"what", "whatever", "whether", "how", "however", "where", "wherever", "when", "whenever", "why"}
 OPENINGS |= {"who", "whoever", "whom", "whose", "which", "whichever"}
 

@@ -47,7 +47,7 @@ def hull(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def _is_above(middle: int, first: int, last: int, x: Sequence[float], y: Sequence[float]) -> bool:
-    """Whether the middle one of three points lies above the line between the others."""
+    """Return whether the middle one of three points lies above the line between the others."""
     return (y[middle] - y[first]) * (x[last] - x[first]) > (y[last] - y[first]) * (x[middle] - x[first])
 
 

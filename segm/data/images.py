@@ -41,7 +41,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a name is that of a picture, suffixes in either case."""
+    """Return whether a name is that of a picture, suffixes in either case."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 

@@ -89,7 +89,7 @@ class Side:
         self.weights = (weights.flip(-1) if flipped else weights).T.contiguous()
 
     def part(self, pixels: slice) -> tuple[slice, Tensor]:
-        """Which logits count for some pixels, and how much: (pixels, logits)."""
+        """The logits that count for some pixels, and their weights: (pixels, logits)."""
         weights = self.weights[pixels]
         used = weights.any(0).nonzero()
         logits = slice(int(used[0]), int(used[-1]) + 1)

@@ -55,7 +55,7 @@ def restore_linear(model: Model) -> Model:
 
 
 def mkl_lacks_avx512() -> bool:
-    """Whether PyTorch multiplies with MKL on a processor of AMD with AVX-512, of which MKL makes no use."""
+    """Return whether PyTorch multiplies with MKL on a processor of AMD with AVX-512, of which MKL makes no use."""
     has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in processor_name()
 

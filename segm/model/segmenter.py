@@ -46,12 +46,12 @@ class Segmenter(nn.Module):
 
     @property
     def on_grid(self) -> bool:
-        """Whether the decoder reads maps (`segm.model.decoder.GridDecoder`), not tokens."""
+        """Return whether the decoder reads maps (`segm.model.decoder.GridDecoder`), not tokens."""
         return hasattr(self.decoder, "reads")
 
     @property
     def predicts_masks(self) -> bool:
-        """Whether the decoder gives masks and classes of queries (`segm.model.masks`), not logits."""
+        """Return whether the decoder gives masks and classes of queries (`segm.model.masks`), not logits."""
         return getattr(self.decoder, "predicts_masks", False)
 
     @property
@@ -61,11 +61,11 @@ class Segmenter(nn.Module):
 
     @property
     def has_queries(self) -> bool:
-        """Whether queries join the tokens of the last blocks (`segm.model.encoder.QueryEncoder`)."""
+        """Return whether queries join the tokens of the last blocks (`segm.model.encoder.QueryEncoder`)."""
         return hasattr(self.encoder, "queries")
 
     def queries_in(self, layer_id: int) -> int:
-        """How many queries are among the tokens of a block of the encoder; layer_id: counted from 0."""
+        """Number of queries among the tokens of a block of the encoder; layer_id: counted from 0."""
         joined = self.has_queries and layer_id >= len(self.encoder.blocks) - self.encoder.n_query_blocks
         return self.decoder.n_queries if joined else 0
 
@@ -138,7 +138,7 @@ class Segmenter(nn.Module):
 
     @property
     def has_training_outputs(self) -> bool:
-        """Whether a training step takes more than the logits of `forward`: auxiliary heads, or a decoder's own loss."""
+        """Return whether a training step takes more than the logits of `forward`: auxiliary heads, or a decoder's own loss."""
         return len(self.aux_heads) > 0 or self.predicts_masks
 
     def training_outputs(self, images: Tensor) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Tokens of images that differ in number are packed as long as nobody looks into a block, and again after it."""
+"""Tokens of images that differ in number are packed as long as no hook reads a block, and again after it."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_past_look_does_not_keep_tokens_from_being_packed(name):
     expected = rows(family, model, images)
     assert expected == [1, 1, 1]
     handle = next(iter(list(family.blocks(model))[1].children())).register_forward_hook(lambda *_: None)
-    assert rows(family, model, images) == [3, 3, 3]  # somebody looks into a block
+    assert rows(family, model, images) == [3, 3, 3]  # a hook reads a block
     handle.remove()
     assert rows(family, model, images) == expected
     if name in EXPOSED:

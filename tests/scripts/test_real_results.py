@@ -122,9 +122,9 @@ def test_shares_over_thresholds_are_those_of_graph_merging(script, shapes_run):
     pairs = script.similarities(run, samples, [1, 2])
     for layer in (1, 2):
         for threshold in (0.5, 0.9, 0.97):
-            merged = run.variation("graph", {"layers": [layer], "threshold": threshold})
+            merged = run.with_settings("graph", {"layers": [layer], "threshold": threshold})
             for sample, pair in zip(samples, pairs[layer], strict=True):
-                kept = mean_tokens(merged.model, [merged.resized(sample.image)]) / 16
+                kept = mean_tokens(merged.model, [merged.preprocess_resized(sample.image)]) / 16
                 assert script.kept_share(*pair, threshold) == kept
 
 
@@ -134,7 +134,7 @@ def test_groups_are_as_pure_as_their_pixels_say(script, shapes_run):
     dataset, _ = run.open()
     sample = dataset[0]
     found = script.purity(run, [sample])
-    run.model.grid_logits(run.resized(sample.image))
+    run.model.grid_logits(run.preprocess_resized(sample.image))
     groups = patch.reduction(run.model).assignment[0].view(4, 4).numpy().repeat(8, 0).repeat(8, 1)
     right, total, held = Counter(), Counter(), []
     for group in np.unique(groups):
@@ -163,7 +163,7 @@ def test_all_precisions_are_measured(script, shapes_run, monkeypatch):
     speed, run = sys.modules["real_speed"], Run.load(shapes_run, device="cpu")
     monkeypatch.setattr(speed, "PHOTOS", {"small": (32, 40)})
     monkeypatch.setattr(speed, "usable_dtypes", lambda: speed.DTYPES)
-    merged = run.variation("graph", {"layers": [1], "threshold": 0.9})
+    merged = run.with_settings("graph", {"layers": [1], "threshold": 0.9})
     rows = speed.measure_speed({"ours": run, "merged": merged}, np.zeros((20, 30, 3), np.uint8), 2)
     names = [("plain PyTorch", "float32"), *((name, dtype) for dtype in speed.DTYPES for name in ("ours", "merged"))]
     assert [(row["name"], row["dtype"]) for row in rows] == names

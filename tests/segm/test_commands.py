@@ -226,7 +226,7 @@ def test_classes_that_changed_their_order_are_refused(run, folder_data, tmp_path
 
 @pytest.fixture
 def toy():
-    """A method with an option and a learned part, which somebody registered."""
+    """A method with an option and a learned part."""
     calls = []
 
     def merge(step):

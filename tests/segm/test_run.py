@@ -53,7 +53,7 @@ def test_merging_is_that_of_the_training_unless_something_else_is_given(shapes_r
     assert Run.load(shapes_run, device="cpu", patch_type="tome", r=2).options["r"] == 2
     assert Run.load(shapes_run, device="cpu", merging={"threshold": 0.8}).merging["threshold"] == 0.8
     for pure in (Run.load(shapes_run, device="cpu", patch_type="pure"), saved.unpatched("plain")):
-        assert pure.method == "pure" and pure.is_like(saved)
+        assert pure.method == "pure" and pure.same_network(saved)
     assert saved.method == "graph"  # its copy is another model
     with pytest.raises(ValueError, match="-1 to 1"):
         Run.load(shapes_run, device="cpu", threshold=2)
@@ -68,7 +68,7 @@ def test_a_photograph_goes_to_labels_of_its_size(shapes_run, tmp_path, photo):
     several = run.predict([file, str(file), photo])
     assert isinstance(several, list) and all((one == labels).all() for one in several)
     assert run.predict([]) == []
-    assert run.view(photo).shape == (1, 3, 32, 56) and run.resized(photo).shape == (1, 3, 32, 32)
+    assert run.preprocess(photo).shape == (1, 3, 32, 56) and run.preprocess_resized(photo).shape == (1, 3, 32, 32)
     for wrong in (photo[..., 0], photo.astype(np.float32), None):
         with pytest.raises(ValueError, match="uint8"):
             run.predict(wrong)
@@ -80,7 +80,7 @@ def test_smaller_images_are_scored_at_the_size_of_their_labels(shapes_run, photo
     run, small = Run.load(shapes_run, device="cpu"), Run.load(shapes_run, device="cpu", im_size=16)
     assert (small.crop_size, small.windows.size, small.windows.stride) == ((16, 16),) * 3
     assert small.view(photo).shape == (1, 3, 16, 28) and small.predict(photo).shape == photo.shape[:2]
-    assert small.views()[0].shape == (1, 3, 16, 16) and not small.is_like(run)
+    assert small.views()[0].shape == (1, 3, 16, 16) and not small.same_network(run)
     seen = []
     scores = small.evaluate(n_images=2, on_image=lambda sample, labels: seen.append((sample.image.shape, labels.shape)))
     assert seen == [((32, 32, 3), (32, 32))] * 2
@@ -164,11 +164,11 @@ def test_a_folder_of_photographs_is_fed_like_a_data_set(shapes_run, tmp_path, ph
         cv2.imwrite(str(tmp_path / name), photo[..., ::-1])
     (tmp_path / "notes.txt").write_text("")
     views = run.views(tmp_path / "", batch_size=2)
-    assert len(views) >= 1 and torch.equal(views[0][0], run.resized(photo)[0])
+    assert len(views) >= 1 and torch.equal(views[0][0], run.preprocess_resized(photo)[0])
     with pytest.raises(FileNotFoundError, match="no photograph"):
         run.views(tmp_path / "nowhere")
     sample = create_dataset("shapes", "val", image_size=32)[1].image
-    assert torch.equal(run.views()[1], run.resized(sample))
+    assert torch.equal(run.views()[1], run.preprocess_resized(sample))
 
 
 def test_numbers_that_are_missing_or_texts_are_named_with_their_file(shapes_run):

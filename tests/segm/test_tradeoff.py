@@ -19,7 +19,7 @@ def test_the_best_of_the_fast_ones():
 
 def test_variations_share_their_weights_and_nothing_else(shapes_run):
     run = Run.load(shapes_run, device="cpu", patch_type="graph", layers=[1], threshold=0.5)
-    pure, other = run.variation("pure", {}), Setting("tome", {"r": 2}, 16).apply_to(run)
+    pure, other = run.with_settings("pure", {}), Setting("tome", {"r": 2}, 16).apply_to(run)
     assert (run.method, pure.method, other.method) == ("graph", "pure", "tome")
     assert other.image_size == run.image_size and other.crop_size == (16, 16) and run.crop_size == (32, 32)
     for one in (pure, other):
@@ -27,4 +27,4 @@ def test_variations_share_their_weights_and_nothing_else(shapes_run):
         assert all(a is b for a, b in pairs)
     assert Setting("tome", {"r": 2}).key == Setting("tome", {"r": 2}).key != Setting("tome", {"r": 3}).key
     with pytest.raises(ValueError, match="choose"):
-        run.variation("nothing", {})
+        run.with_settings("nothing", {})

@@ -261,6 +261,16 @@ def interrupt_after(epochs, training):
             training()
 
 
+def test_annealing_ends_with_the_training(tmp_path, call):
+    """Also that of one epoch; what is fine-tuned from it goes on unmasked."""
+    pytest.importorskip("transformers")
+    options = ["--decoder", "eomt", "--decoder-blocks", "1", "--epochs", "1"]
+    call(train, "--log-dir", tmp_path / "eomt", "--dataset", "shapes", *TINY, *options)
+    call(train, "--log-dir", tmp_path / "on", "--finetune", tmp_path / "eomt", "--epochs", "2", "--device", "cpu")
+    for folder in ("eomt", "on"):
+        assert load_checkpoint(tmp_path / folder)["model"]["decoder.mask_probs"].tolist() == [0.0]
+
+
 def test_fine_tuning_starts_from_the_weights_and_settings(run, tmp_path, call):
     common = ["--finetune", run, "--epochs", "1", "--device", "cpu"]
     call(train, "--log-dir", tmp_path / "tuned", *common, "--threshold", "0.7")
