@@ -47,7 +47,7 @@ def atomic(file: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def _own_error(error: BaseException | None, part: Path) -> OSError | None:
-    """The reason why the file cannot be written, also below an error that a library made of it; None: it is another one."""
+    """The reason why the file cannot be written, also below a library's error; None: it is another error."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or error.filename in (str(part), part)):
             return error

@@ -138,7 +138,7 @@ class Segmenter(nn.Module):
 
     @property
     def has_training_outputs(self) -> bool:
-        """Return whether a training step takes more than the logits of `forward`: auxiliary heads, or a decoder's own loss."""
+        """Return whether a training step takes more than `forward` gives: auxiliary heads, or a decoder's own loss."""
         return len(self.aux_heads) > 0 or self.predicts_masks
 
     def training_outputs(self, images: Tensor) -> list[Any]:

@@ -79,7 +79,7 @@ def test_a_photograph_goes_to_labels_of_its_size(shapes_run, tmp_path, photo):
 def test_smaller_images_are_scored_at_the_size_of_their_labels(shapes_run, photo, call, refused):
     run, small = Run.load(shapes_run, device="cpu"), Run.load(shapes_run, device="cpu", im_size=16)
     assert (small.crop_size, small.windows.size, small.windows.stride) == ((16, 16),) * 3
-    assert small.view(photo).shape == (1, 3, 16, 28) and small.predict(photo).shape == photo.shape[:2]
+    assert small.preprocess(photo).shape == (1, 3, 16, 28) and small.predict(photo).shape == photo.shape[:2]
     assert small.views()[0].shape == (1, 3, 16, 16) and not small.same_network(run)
     seen = []
     scores = small.evaluate(n_images=2, on_image=lambda sample, labels: seen.append((sample.image.shape, labels.shape)))

@@ -151,7 +151,7 @@ def test_a_method_with_options_and_a_learned_part_is_one_entry(toy, tmp_path, ca
     call(test, folder, "--device", "cpu", "--toy-group", "8")
     call(test, folder, "--device", "cpu", "--patch-type", "pure")  # the learned part rests
     for command in (train, test):
-        assert "toy (2): Neighbors that merge." in " ".join(call(command, "--help").split())
+        assert "Neighbors that merge. [default: 2]" in " ".join(call(command, "--patch-type", "toy", "--help").split())
     assert "1 to 16" in refused(test, folder, "--toy-group", "99")
 
     call(train, "--log-dir", folder, "--resume", "--epochs", "2", "--device", "cpu")
