@@ -158,6 +158,7 @@ def test_a_row_holds_together(model, batches, name):
     assert not patch.is_patched(model)
 
 
+@pytest.mark.slow
 def test_models_are_compared_with_their_references(model, batches):
     models = {"pure": model, "graph": merging(model, "graph"), "dct": merging(model, "dct")}
     rows = compare(models, {"graph": "pure", "dct": "pure"}, dict.fromkeys(models, batches), CPU)

@@ -139,6 +139,7 @@ def test_compiled_blocks_learn_the_same(small_net, method):
             torch.testing.assert_close(parameter.grad, expected.grad)
 
 
+@pytest.mark.slow
 def test_images_of_other_lengths_need_no_other_code(small_net):
     """Attention is compiled once for tokens in rows and once for packed ones, in the encoder and in the decoder."""
     model = patch.apply(create_segmenter(small_net), "graph", threshold=0.2)

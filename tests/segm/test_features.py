@@ -14,7 +14,9 @@ from segm.interruption import Interruption, SignalError
 from segm.model.factory import create_segmenter
 
 CPU = torch.device("cpu")
-FROZEN = ("--freeze-encoder", "--batch-size", 250, "--num-workers", 0, "--device", "cpu", "--eval-freq", 9)
+FROZEN = ("--freeze-encoder", "--batch-size", 4, "--num-workers", 0, "--device", "cpu", "--eval-freq", 9)
+
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 @pytest.fixture
