@@ -101,6 +101,12 @@ def shapes_run(tmp_path, small_net):
     return folder
 
 
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """`shapes` with so few images that an epoch takes a moment; in this process alone."""
+    monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 32, "val": 6})
+
+
 def _invoke(command, arguments):
     """Run a command in this process; errors other than an exit are raised."""
     from click.testing import CliRunner

@@ -1,12 +1,15 @@
 """What the tests of several folders share and no fixture can give."""
 
+import importlib
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,6 +136,14 @@ def by_speed(cases, quick=(), slow=()):
         return () if case in quick else pytest.mark.slow if case in slow else pytest.mark.nightly
 
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks(case)) for case in cases]
+
+
+def run_here(words, **_):
+    """In place of `subprocess.run`: Python with a command of ours, such as segm/train.py, called in this process."""
+    _, file, *arguments = words
+    command = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main
+    result = CliRunner().invoke(command, arguments)
+    return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 
 
 def end_process(*_, **__):

@@ -1,8 +1,10 @@
 """A budget equal to the count which a threshold gives: the same partition."""
 
+import pytest
 import torch
 
 from g2tm import bipartite, clap, graph_merge
+from tests.helpers import by_speed
 
 GRIDS = [(8, 8), (5, 11), (11, 5), (2, 3), (1, 12), (12, 1), (16, 9)]
 THRESHOLDS = (-1.0, -0.2, 0.0, 0.3, 0.6, 0.9, 1.0)
@@ -35,13 +37,13 @@ def budget(count):
     return {"threshold": None, "tokens": count}
 
 
-def test_graph():
-    for backend in ("auto", "torch"):
-        for grid in GRIDS:
-            for x in tokens(grid):
-                for threshold in THRESHOLDS:
-                    given = {"grid": grid, "backend": backend}
-                    check(lambda x, more, given=given: graph_merge(x, **given, **more), x, threshold, budget)
+@pytest.mark.parametrize("backend", by_speed(["auto", "torch"], quick=["auto"], slow=["torch"]))
+def test_graph(backend):
+    for grid in GRIDS:
+        for x in tokens(grid):
+            for threshold in THRESHOLDS:
+                given = {"grid": grid, "backend": backend}
+                check(lambda x, more, given=given: graph_merge(x, **given, **more), x, threshold, budget)
 
 
 def test_clap():

@@ -58,6 +58,7 @@ def check(step, image, expected, x):
     assert (step.sizes[image, len(values) :] == 0).all() and (step.merge(x)[image, len(values) :] == 0).all()
 
 
+@pytest.mark.slow
 def test_it_merges_and_prunes_what_the_definition_says():
     for prefix in (0, 1, 2, 5):
         for n_tokens in (1, 2, 3, 4, 11):

@@ -154,6 +154,7 @@ def count_waits(merge, x):
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
+@pytest.mark.slow
 def test_budgets_can_be_exported():
     """Nothing of the images that were exported with stays in the program."""
 

@@ -73,35 +73,32 @@ class Counting:
         return graph.forward
 
 
-CASES = [(method, {"attention": "proportional"} if method == "algm" else {}) for method in METHODS]
-CASES += [("graph", {"attention": "inverse"})]
-MORE_CASES = [*CASES, ("algm", {})]
+CASES = [("graph", None), ("algm", "proportional"), ("mpm", None), ("ltmp", None), ("graph", "inverse")]
+MORE_CASES = [*CASES, ("algm", None)]
 
 
+@pytest.mark.parametrize(("method", "attention"), by_speed(CASES, CASES[:1], CASES[1:4]))
 @torch.inference_mode()
-def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(net):
-    for method, options in CASES:
-        torch._dynamo.reset()
-        model, backend, widths = create(net, method, **options), Counting(), set()
-        compiled = patch.compile(copy.deepcopy(model), bucket=8, backend=backend)
-        for images in batches(SIZES[:1], n_images=(2,), repeats=6):
-            check_equal(model, compiled, images)
-            widths.add(patch.reduction(compiled).sizes.shape[1])
-        n_merges = len(patch.reductions(compiled))
-        assert len(backend.shapes) == n_merges + 2  # one part more than there are merges, and the decoder
-        assert n_merges == {"graph": 1}.get(method, 2) and (len(widths) > 1 or method != "graph")
+def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(net, method, attention):
+    model, backend, widths = create(net, method, attention=attention), Counting(), set()
+    compiled = patch.compile(copy.deepcopy(model), bucket=8, backend=backend)
+    for images in batches(SIZES[:1], n_images=(2,), repeats=6):
+        check_equal(model, compiled, images)
+        widths.add(patch.reduction(compiled).sizes.shape[1])
+    n_merges = len(patch.reductions(compiled))
+    assert len(backend.shapes) == n_merges + 2  # one part more than there are merges, and the decoder
+    assert n_merges == {"graph": 1}.get(method, 2) and (len(widths) > 1 or method != "graph")
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize(("method", "attention"), MORE_CASES)
 @pytest.mark.parametrize(("more", "sizes"), [({}, SIZES), (ROTARY, SIZES[:2])])
 @torch.inference_mode()
-def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes):
-    for method, options in MORE_CASES:
-        torch._dynamo.reset()
-        model = create(net | more, method, **options)
-        compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
-        for images in batches(sizes, n_images=(2,), repeats=2):
-            check_equal(model, compiled, images)
+def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes, method, attention):
+    model = create(net | more, method, attention=attention)
+    compiled = patch.compile(copy.deepcopy(model), bucket=8, backend="eager")
+    for images in batches(sizes, n_images=(2,), repeats=2):
+        check_equal(model, compiled, images)
 
 
 @torch.inference_mode()

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 import patch
+from tests.helpers import run_here
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch, few_shapes):
+    monkeypatch.setattr("subprocess.run", run_here)
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield importlib.import_module("compare_methods")
     for name in ("compare_methods", "results_file"):
@@ -26,8 +28,9 @@ def test_every_method_is_compared(script):
         assert patch.find(method).takes(name) and script.FLAGS[name].startswith("--")
 
 
+@pytest.mark.slow
 def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run, tmp_path, call, monkeypatch):
-    options = ["--share", "0.8", "--epochs", "0", "--max-images", "2", "--cost-images", "2", "--device", "cpu"]
+    options = ["--share", "0.8", "--epochs", "0", "--max-images", "2", "--cost-images", "1", "--device", "cpu"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found"]
     names = "random,tome,smaller image,coarser patch,fpet"
     table = call(script, shapes_run, "shapes", *options, "--methods", names)
@@ -53,7 +56,7 @@ def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run
 def test_methods_are_trained_with_the_real_command(script, shapes_run, tmp_path, call):
     options = ["--share", "0.8", "--epochs", "1", "--max-images", "2", "--cost-images", "1", "--device", "cpu"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found", "--methods", "dtem,coarser patch"]
-    call(script, shapes_run, "shapes", *options, "--train-options", "--batch-size 250 --num-workers 0")
+    call(script, shapes_run, "shapes", *options, "--train-options", "--batch-size 4 --num-workers 0")
     (entry,) = json.loads((tmp_path / "found/methods.json").read_text())
     (_, row, coarser) = entry["rows"]
     assert "applied" not in row and row["trained"] >= 0 and (tmp_path / "work/dtem_0.8/checkpoint.pth").is_file()

@@ -19,14 +19,15 @@ from segm.merging import mean_tokens
 from segm.model import linear
 from segm.model.factory import create_segmenter
 from segm.run import Run
+from tests.helpers import run_here
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SHORT = ["--batch-size", "1000", "--num-workers", "0", "--epochs", "1"]
+SHORT = ["--batch-size", "16", "--num-workers", "0", "--epochs", "1"]
 FROM_RUN = ["--finetune", "{work}/start", *SHORT]
 
 
 @pytest.fixture
-def script(monkeypatch, shapes_run, tmp_path):
+def script(monkeypatch, few_shapes, shapes_run, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module("real_results")
     small = {
@@ -53,6 +54,7 @@ def script(monkeypatch, shapes_run, tmp_path):
         "CROPS_FIRST": {"clustvit": [*FROM_RUN, "--patch-type", "clustvit", "--injection-point", "2"]},
         "HEADS": {"clustvit": ["--finetune", "{work}/clustvit_crops", *SHORT]},
     }
+    monkeypatch.setattr("subprocess.run", run_here)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     (tmp_path / "work").mkdir()

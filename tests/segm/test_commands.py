@@ -63,6 +63,7 @@ def dataset_variable(monkeypatch, folder_data):
     monkeypatch.setenv("DATASET", str(folder_data))
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_run_whose_crops_are_no_squares(folder_data, tmp_path, call):
     folder, place = tmp_path / "wide", TINY.index("--crop-size")
     sides = [*TINY[:place], *TINY[place + 2 :], "--crop-size", 24, 40, "--window-stride", 24, 16]
@@ -187,6 +188,7 @@ def test_the_golden_checkpoint_runs_through_the_commands(call):
         assert "mean_iou" in call(test, DATA, "--max-images", "2", *CPU, *options)
 
 
+@pytest.mark.slow
 def test_measuring_takes_any_images_and_scoring_only_its_own_classes(folder_data, tmp_path, run, call, refused):
     """The golden model has 11 classes, the user's own data 3."""
     measuring = [
@@ -244,6 +246,7 @@ def toy():
     del patch.METHODS["toy"]
 
 
+@pytest.mark.slow
 def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, tmp_path, call, refused):
     trained = tmp_path / "toy"
     call(train, "--log-dir", trained, "--dataset", "folder", *TINY, "--patch-type", "toy", "--spare", "5")

@@ -57,6 +57,7 @@ def test_costs_are_means_over_images(model, batches, name):
         assert cost.decoder < pure.decoder
 
 
+@pytest.mark.slow
 def test_models_are_compared_with_their_references(model, batches):
     models = {"pure": model, "graph": merging(model, "graph"), "dct": merging(model, "dct")}
     rows = compare(models, {"graph": "pure", "dct": "pure"}, dict.fromkeys(models, batches), CPU)

@@ -37,12 +37,14 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
 
 
+@pytest.mark.slow
 def test_import_leaves_mmseg_alone_and_the_first_item_imports_it_silently():
     code = "import sys, segm.data as data; assert not {'mmseg', 'mmcv', 'mmengine'} & set(sys.modules)"
     result = run_python(f"{code}; data.create_dataset('shapes', 'train')[(0, 0)]; assert 'mmseg' in sys.modules")
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.slow
 def test_unpickled_in_a_new_process_prints_nothing(shapes, tmp_path):
     item = shapes[(0, 0)]
     (tmp_path / "ds.pkl").write_bytes(pickle.dumps(shapes))

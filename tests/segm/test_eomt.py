@@ -108,6 +108,7 @@ def test_every_class_of_an_image_is_a_mask():
     assert nothing == 0 and classes.grad.isfinite().all() and masks.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_learns(small_net):
     model = create_segmenter(small_net | {"decoder": EOMT, "drop_path_rate": 0.0})
     images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
@@ -160,8 +161,9 @@ def test_what_it_does_not_take(small_net):
             create_segmenter(small_net | {"decoder": EOMT} | net)
 
 
-def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call):
-    folder, common = tmp_path / "eomt", ("--epochs", 1, "--batch-size", 250, "--num-workers", 0, *DEVICE)
+@pytest.mark.slow
+def test_it_trains_and_every_command_takes_it(few_shapes, tmp_path, call):
+    folder, common = tmp_path / "eomt", ("--epochs", 1, "--batch-size", 4, "--num-workers", 0, *DEVICE)
     start = ("--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", 8)
     start += ("--d-model", 32, "--n-heads", 2, "--n-layers", 3, "--crop-size", 32, "--im-size", 32)
     call(train, "--log-dir", folder, *start, "--decoder", "eomt", "--decoder-blocks", 1, *common)

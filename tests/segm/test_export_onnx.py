@@ -30,6 +30,7 @@ def maps_in(folder):
     return {file.name: cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in sorted(folder.glob("?.png"))}
 
 
+@pytest.mark.slow
 def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photographs, tmp_path, call, refused):
     merging = ["--patch-type", "graph", "--tokens", 0.5]
     out = call(export_onnx, shapes_run, *merging, *FEW)
@@ -53,7 +54,7 @@ def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photograph
     assert Record.parse(onnx.load(file).metadata_props[-1].value).merging["patch_type"] == "graph"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_int8_files_lie_beside_the_exported_one_and_run(shapes_run, photographs, tmp_path, call):
     out = call(export_onnx, shapes_run, "--int8", "--out", tmp_path / "a.onnx", "--images", photographs)
     files = sorted(file.name for file in tmp_path.glob("*.onnx"))
@@ -67,14 +68,14 @@ def test_int8_files_lie_beside_the_exported_one_and_run(shapes_run, photographs,
         call(inference, tmp_path / name, "-i", photographs, "-o", tmp_path / name.removesuffix(".onnx"), *CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_graph_of_labels_is_no_model_for_windows(shapes_run, photographs, tmp_path, call, refused):
     call(export_onnx, shapes_run, "--output", "labels", "--out", tmp_path / "a.onnx", "--batch-size", 2, *FEW)
     error = refused(inference, tmp_path / "a.onnx", "-i", photographs, "-o", tmp_path / "b", *CPU)
     assert "--output scores" in error
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fixed_number_of_images_is_filled_up(shapes_run, tmp_path, call):
     out = call(export_onnx, shapes_run, "--batch-size", 2, "--out", tmp_path / "a.onnx", "--max-images", 4)
     assert "mIoU" in out and "images 2 × 3 × 32 × 32" in out
@@ -110,6 +111,7 @@ def test_wrong_files_are_named(shapes_run, photographs, tmp_path, refused, monke
     assert "pip install 'g2tm[onnx]'" in refused(export_onnx, shapes_run, *FEW)
 
 
+@pytest.mark.nightly
 def test_images_of_another_size_are_refused(shapes_run, tmp_path, call):
     call(export_onnx, shapes_run, "--out", tmp_path / "a.onnx", *FEW)
     model = OnnxModel(tmp_path / "a.onnx")

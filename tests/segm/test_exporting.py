@@ -65,7 +65,7 @@ def sizes_inside(program):
 
 
 @pytest.mark.parametrize(
-    "method", by_speed([name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE], quick=["graph"], slow=["tome"])
+    "method", by_speed([name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE], slow=["graph"])
 )
 def test_the_merge_is_inside_of_the_graph(method, tmp_path):
     model = small_segmenter(method, **options_for(method))
@@ -75,7 +75,7 @@ def test_the_merge_is_inside_of_the_graph(method, tmp_path):
     assert "If" not in {node.op_type for node in program.model_proto.graph.node}
 
 
-@pytest.mark.parametrize("method", by_speed(BUDGETS, slow=["graph"]))
+@pytest.mark.parametrize("method", by_speed(BUDGETS))
 def test_a_budget_leaves_no_size_open(method, tmp_path):
     model = small_segmenter(method, **options_for(method) | {"tokens": BUDGETS[method]})
     program = convert(model, (SIDE, SIDE), batch_size=2)
@@ -102,7 +102,7 @@ def test_rotary_tables_are_constants(batch_size, tmp_path):
         assert all(isinstance(size, int) for size in sizes_inside(program))
 
 
-@pytest.mark.parametrize("output", by_speed(["logits", "labels"], slow=["labels"]))
+@pytest.mark.parametrize("output", by_speed(["logits", "labels"]))
 def test_outputs_at_the_size_of_the_image(output, tmp_path):
     model = small_segmenter()
     program = convert(model, (28, 36), output)  # no whole patches
@@ -136,7 +136,7 @@ def test_torch_export_takes_a_model_with_a_budget(method):
             torch.testing.assert_close(program.module()(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("decoder", by_speed(["linear_bn", "setr_naive", "eomt", "segvit"], slow=["segvit"]))
+@pytest.mark.parametrize("decoder", by_speed(["linear_bn", "setr_naive", "eomt", "segvit"]))
 def test_decoders_on_the_grid_and_queries(decoder, tmp_path):
     model = small_segmenter("graph", NET | {"decoder": {"name": decoder}}, **options_for("graph"))
     assert_same(model.grid_logits, outputs_of(convert(model, (SIDE, SIDE)), tmp_path))

@@ -30,7 +30,7 @@ DEVICE = ("--device", "cpu")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=HEADS)
+@pytest.fixture(params=by_speed(HEADS, ["last", "three", "segvit"], ["setr_naive", "setr_pup", "setr_mla", "upernet"]))
 def model(request, small_net):
     net = create_segmenter(small_net | {"decoder": HEADS[request.param]}).eval()
     last = net.decoder.head if hasattr(net.decoder, "head") else net.decoder.conv_seg
@@ -112,6 +112,7 @@ def test_the_loss_of_segvit_says_what_is_there_and_where():
     assert nothing > 0 and stages[0].classes.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_segvit_learns(small_net):
     model = create_segmenter(small_net | {"decoder": {"name": "segvit", "dropout": 0.0}})
     images, labels = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.int64)
@@ -164,36 +165,40 @@ def test_every_method_gives_the_head_all_patches(model):
         patch.compile(model)
 
 
-@pytest.mark.parametrize("family", by_speed(FAMILIES, slow=["rotary, registers"]))
+QUERIES = {"eomt": {"name": "eomt", "n_queries": 5, "n_blocks": 2}}
+PAIRS = [(one, name) for one in FAMILIES for name in HEADS | ({} if "rotary" in one else QUERIES)]
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), by_speed(PAIRS, slow=[("rotary, registers", "setr_mla"), ("registers", "eomt")])
+)
 @torch.inference_mode()
-def test_every_method_with_every_head_on_every_family(family, small_net):
+def test_every_method_with_every_head_on_every_family(family, head, small_net):
     images = different_images()
-    heads = HEADS | ({} if "rotary" in family else {"eomt": {"name": "eomt", "n_queries": 5, "n_blocks": 2}})
-    for name, decoder in heads.items():
-        model = create_segmenter(small_net | FAMILIES[family] | {"decoder": decoder}).eval()
-        plain = model(images)
-        patch.apply(model, "graph", layers=[2], threshold=1.0)
-        torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
-        patch.remove(model)
-        for method, options in METHOD_OPTIONS.items():
-            one = copy.deepcopy(model)
-            with_parts(one.encoder, method)
-            if method == "diffrate" and (family == "no CLS" or name == "eomt"):
-                continue
-            patch.apply(one, method, **options)
-            together = one(images)
-            alone = torch.cat([one(image[None]) for image in images])
-            case = f"{family}, {name}, {method}"
-            torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4, msg=lambda text, c=case: f"{c}: {text}")
-            assert together.shape == plain.shape, case
-            most = 16 + 3 * (method == "clustvit")  # whose random clusters may leave all but a few
-            assert patch.reduction(one).counts.max() < most, case
+    model = create_segmenter(small_net | FAMILIES[family] | {"decoder": (HEADS | QUERIES)[head]}).eval()
+    plain = model(images)
+    patch.apply(model, "graph", layers=[2], threshold=1.0)
+    torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
+    patch.remove(model)
+    for method, options in METHOD_OPTIONS.items():
+        one = copy.deepcopy(model)
+        with_parts(one.encoder, method)
+        if method == "diffrate" and (family == "no CLS" or head == "eomt"):
+            continue
+        patch.apply(one, method, **options)
+        together = one(images)
+        alone = torch.cat([one(image[None]) for image in images])
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4, msg=lambda text, m=method: f"{m}: {text}")
+        assert together.shape == plain.shape, method
+        most = 16 + 3 * (method == "clustvit")  # whose random clusters may leave all but a few
+        assert patch.reduction(one).counts.max() < most, method
 
 
 def fail(*_):
     raise AssertionError("an auxiliary head was called")
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_net):
     images, labels = torch.randn(3, 3, 32, 32), torch.randint(0, 5, (3, 32, 32))
     for name, count in AUXILIARY.items():
@@ -214,9 +219,10 @@ def test_auxiliary_heads_train_beside_the_decoder_and_cost_nothing_later(small_n
     )
 
 
-def test_it_trains_and_every_command_takes_it(shapes_run, tmp_path, call, refused):
+@pytest.mark.slow
+def test_it_trains_and_every_command_takes_it(few_shapes, tmp_path, call, refused):
     folder = tmp_path / "bn"
-    common = ("--epochs", 1, "--batch-size", 250, "--num-workers", 0, *DEVICE)
+    common = ("--epochs", 1, "--batch-size", 4, "--num-workers", 0, *DEVICE)
     start = ("--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--patch-size", 8)
     start += ("--d-model", 32, "--n-heads", 2, "--n-layers", 3, "--crop-size", 32, "--im-size", 32)
     call(train, "--log-dir", folder, *start, "--decoder", "linear_bn", "--decoder-blocks", 2, *common)

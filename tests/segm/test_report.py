@@ -127,6 +127,7 @@ def _regions(right, down, threshold):
     return len(np.unique(group))
 
 
+@pytest.mark.slow
 def test_the_layer_of_the_explorer_can_be_chosen(tmp_path, pure):
     assert "layer 2 of pure" in call(tmp_path, pure)[1]
     assert "layer 3 of pure" in call(tmp_path, pure, options=["--layer", "3"])[1]

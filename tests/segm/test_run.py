@@ -111,6 +111,7 @@ def test_a_run_predicts_in_the_precision_of_its_training(shapes_run):
     assert Run.load(shapes_run, device="cpu", amp=True).precision.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_photograph_needs_no_mmsegmentation(shapes_run, tmp_path, photo):
     cv2.imwrite(str(tmp_path / "photo.jpg"), photo)
     rewrite(shapes_run, "dataset_kwargs", dataset="ade20k", classes=[{"name": "a", "color": [1, 2, 3]}] * 11)

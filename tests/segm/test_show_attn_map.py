@@ -83,6 +83,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 def test_files_of_every_mode(photo, tmp_path):
     for index, (options, maps) in enumerate(MODES):
         assert draw(photo, tmp_path / str(index), *options) == maps | LABELS | {"house_grid.png"}, options

@@ -51,6 +51,7 @@ def test_auto_threshold_prints_a_line_per_layer(run, call, refused):
     assert "ascending" in refused(auto_threshold, run, "shapes", "--selected-layers", 2, 1, *CPU)
 
 
+@pytest.mark.slow
 def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkeypatch, call, refused):
     scored, real = [], Run.evaluate
 
@@ -83,6 +84,7 @@ def test_tuning_measures_once_and_goes_on_where_it_stopped(run, tmp_path, monkey
     assert "holds no measurements" in refused(tune_threshold, *options)
 
 
+@pytest.mark.slow
 def test_tuning_over_image_sizes_names_the_best_setting_at_a_speed(run, tmp_path, call):
     options = [run, "shapes", "--patch-type", "graph", "--selected-layers", 1, "--max-images", 2, *CPU]
     options += ["--im-size", 32, 16, "--highest", 0.9, "--lowest", 0.8, "--step", 0.1, "--out", tmp_path]
