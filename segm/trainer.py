@@ -107,12 +107,12 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.train_set, self.val_set = open_datasets(config, skip_bad_images)
         self.config = self._with_data(config)
-        self.method, self.options = merging.read_variant(self.config.merging.entries)
+        self.method, options = merging.read_variant(self.config.merging.entries)
         self.curriculum = curriculum(self.config)
         self.windows = Windows.of(config.inference.window_size, config.inference.window_stride)
         torch.manual_seed(config.schedule.seed)
         self.model = merging.first_model(self.config, False if resume else weights, None if resume else finetune)
-        merging.apply(self.model, self.method, self.options)
+        merging.apply(self.model, self.method, options)
         self._freeze()
         if compile:
             compile_blocks(chain(self.model.encoder.blocks, self.model.decoder.blocks))
@@ -350,7 +350,9 @@ class Trainer:
         parallel.on_parent_exit(self._interruption.request)
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
-        unused = patch.has_unused_parts(self.model.encoder, self.method, self.options.get("layers", ()))
+        unused = patch.has_unused_parts(
+            self.model.encoder, self.method, patch.options(self.model)["layers"] if self.method != PURE else ()
+        )
         self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
 
     def start_epoch(self) -> None:

@@ -141,7 +141,8 @@ def by_speed(cases, quick=(), slow=()):
 def run_here(words, **_):
     """In place of `subprocess.run`: Python with a command of ours, such as segm/train.py, called in this process."""
     _, file, *arguments = words
-    command = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main
+    module = Path(file).resolve().relative_to(Path(__file__).parents[1]).with_suffix("")
+    command = importlib.import_module(".".join(module.parts)).main
     result = CliRunner().invoke(command, arguments)
     return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 

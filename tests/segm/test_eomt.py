@@ -76,11 +76,14 @@ def test_attention_is_masked_in_training_and_set_free_block_by_block(model):
             torch.testing.assert_close(one.masks, other.masks, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(one.classes, other.classes, atol=1e-4, rtol=1e-4)
     found = []
+    model.decoder.mask_probs.fill_(1)
     for progress in (0, 0.25, 0.375, 0.5, 0.75, 1):
         model.decoder.anneal(progress)
         found.append(model.decoder.mask_probs.tolist())
     half = pytest.approx(0.5**0.9)
     assert found == [[1, 1], [1, 1], [half, 1], [0, 1], [0, 0], [0, 0]]
+    model.decoder.anneal(0)
+    assert model.decoder.mask_probs.tolist() == [0, 0]
 
 
 def test_older_checkpoints_name_the_mask_probabilities_otherwise(model):

@@ -321,7 +321,7 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
 
     found = {"mean": 0.5}
     monkeypatch.setattr(auto_threshold, "automatic_thresholds", thresholds)
-    monkeypatch.setattr(Trainer, "fit", lambda self: asked.append(self.options))
+    monkeypatch.setattr(Trainer, "fit", lambda self: asked.append(patch.options(self.model)))
     options = ["--log-dir", tmp_path / "new", "--finetune", shapes_run, "--patch-type", "algm"]
     options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
     assert "--from" in refused(train, *options)
