@@ -18,7 +18,7 @@ from tqdm import tqdm
 import g2tm
 from segm.cli import Command, Listed, device_option, markdown
 from segm.eval.timing import environment, interleaved_rates
-from segm.files import write_picture
+from segm.storage import write_picture
 from vis import scale_curves
 
 THRESHOLD = 0.5

@@ -19,9 +19,9 @@ import patch
 from segm.cli import Command, markdown
 from segm.data import create_dataset
 from segm.errors import one_line
-from segm.files import write_picture, write_text
 from segm.merging import PURE
 from segm.run import Run
+from segm.storage import write_picture, write_text
 from vis import fill_tokens, outline_tokens, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,9 +20,9 @@ from trainings import train_unless_finished
 import patch
 from segm.cli import POSITIVE, Command, dataset_argument, device_option, markdown
 from segm.eval.cost import compare
-from segm.files import write_text
 from segm.merging import PURE, apply, mean_tokens
 from segm.run import Run
+from segm.storage import write_text
 
 SMALLER, COARSER = "smaller image", "coarser patch"
 BASELINES = (SMALLER, COARSER)  # what does without merging

@@ -18,8 +18,8 @@ import patch
 from segm import report
 from segm.cli import Command, default_device
 from segm.data import Sample, create_dataset
-from segm.files import write_picture
 from segm.run import Run
+from segm.storage import write_picture
 from vis import colorize, fill_tokens, legend, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,8 +26,8 @@ from segm.data import spread
 from segm.errors import one_line
 from segm.eval.cost import count_operations
 from segm.eval.timing import environment, interleaved_trials
-from segm.files import write_picture, write_text
 from segm.merging import PURE, MergingCommand, choose
+from segm.storage import write_picture, write_text
 from vis.tokens import outline_tokens
 
 COLUMNS = {

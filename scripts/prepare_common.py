@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from segm.files import atomic, part_of
+from segm.storage import atomic, part_of
 
 CHUNK = 1 << 20
 TIMEOUT_S = 60

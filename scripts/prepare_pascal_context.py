@@ -36,7 +36,7 @@ from prepare_common import (
 )
 from tqdm import tqdm
 
-from segm.files import write_text
+from segm.storage import write_text
 
 VOC = Archive(
     "VOCtrainval_03-May-2010.tar",

@@ -26,9 +26,9 @@ from segm.auto_threshold import automatic_thresholds
 from segm.cli import Command, Listed, device_option, markdown
 from segm.data import spread
 from segm.eval.timing import environment
-from segm.files import write_picture, write_text
 from segm.merging import PURE, mean_tokens
 from segm.run import Run
+from segm.storage import write_picture, write_text
 from segm.tradeoff import Row, Setting, Tradeoff
 from vis import hull, similarity_histograms, tradeoff_plot
 

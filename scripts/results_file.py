@@ -12,8 +12,8 @@ import click
 import torch
 
 from segm.eval.timing import environment
-from segm.files import write_text
 from segm.model.linear import processor_name
+from segm.storage import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MACHINES = "machines"  # the file of the machines that entries name

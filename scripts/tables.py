@@ -16,7 +16,7 @@ import numpy as np
 from results_file import MACHINES, RESULTS, known_machines, read
 
 from segm.cli import Command, markdown
-from segm.files import write_text
+from segm.storage import write_text
 from vis import hull
 
 ROOT = RESULTS.parent

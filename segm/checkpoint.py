@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from segm.errors import one_line
-from segm.files import atomic
+from segm.storage import atomic
 
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 SHARED = "model.safetensors"  # weights alone, to be passed on

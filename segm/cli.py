@@ -15,7 +15,7 @@ from segm.config import SETTINGS, config_dir
 from segm.data import DATASETS
 from segm.errors import brief, one_line
 from segm.sizes import short
-from segm.yaml_files import read_yaml
+from segm.storage import read_yaml
 
 LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE = click.IntRange(min=1)

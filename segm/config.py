@@ -10,9 +10,8 @@ import yaml
 
 import segm
 from segm.errors import brief
-from segm.files import write_text
 from segm.sizes import pair
-from segm.yaml_files import read_yaml
+from segm.storage import read_yaml, write_text
 
 VARIANT = "variant.yml"
 

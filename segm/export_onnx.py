@@ -23,11 +23,11 @@ from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_
 from segm.errors import one_line
 from segm.eval.timing import interleaved_trials, speed
 from segm.eval.views import Views
-from segm.files import atomic
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.onnx_model import KEY, MISSING, OnnxModel, Record
 from segm.run import Run
+from segm.storage import atomic
 
 HAS_ATTENTION = OPSET = 23  # the first version of ONNX's operators with one for attention
 OUTPUTS: dict[str, Callable[[Segmenter, Tensor], Tensor]] = {

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from segm import parallel
 from segm.data import SegmentationDataset, fingerprint
-from segm.files import atomic
 from segm.interruption import Interruption, SignalError
 from segm.model.segmenter import Segmenter
+from segm.storage import atomic
 
 FOLDER = "features"
 PART, BATCH = 64, 4  # images per file, which processes share and interruptions keep; images per forward pass

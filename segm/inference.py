@@ -15,9 +15,9 @@ from segm.cli import checkpoint_argument, device_option, im_size_option, workers
 from segm.data import Sample
 from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
 from segm.eval.evaluate import Item, read_ahead
-from segm.files import write_picture
 from segm.merging import MergingCommand
 from segm.onnx_model import open_run
+from segm.storage import write_picture
 from vis import blend, colorize
 
 

@@ -22,10 +22,10 @@ from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.cost import compare
 from segm.eval.timing import environment
-from segm.files import write_text
 from segm.merging import parse
 from segm.run import Run
 from segm.runlog import read_log
+from segm.storage import write_text
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges

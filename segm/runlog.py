@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from segm import parallel
 from segm.config import RunConfig
 from segm.errors import TRAINING
-from segm.files import write_text
+from segm.storage import write_text
 
 CURVES = {
     "train_loss": "loss/train",

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from segm.checkpoint import LAST, SHARED
 from segm.config import VARIANT, Merging
 from segm.errors import one_line
-from segm.files import atomic, write_text
 from segm.runlog import read_log
+from segm.storage import atomic, write_text
 
 if TYPE_CHECKING:
     from segm.run import Run

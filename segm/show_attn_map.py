@@ -15,11 +15,11 @@ import patch
 from segm.cli import checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
 from segm.data.images import resize_to
-from segm.files import write_picture
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.sizes import pair
+from segm.storage import write_picture
 from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
 
 LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose classes are known without a file

@@ -22,9 +22,9 @@ from segm.cli import (
     max_images_option,
 )
 from segm.eval.timing import environment, interleaved_rates, warm_up_shapes
-from segm.files import write_text
 from segm.merging import PURE, MergingCommand, apply, compile_network, mean_tokens, parse
 from segm.run import Run
+from segm.storage import write_text
 
 OUTPUTS = {
     "logits": lambda model: model,

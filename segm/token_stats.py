@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
-from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.run import Run
+from segm.storage import write_picture, write_text
 from vis import token_histograms
 
 QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}

@@ -9,9 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from segm.eval.cost import compare
-from segm.files import write_text
 from segm.merging import PURE
 from segm.run import Run
+from segm.storage import write_text
 
 Row = dict[str, Any]
 

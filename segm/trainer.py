@@ -350,9 +350,8 @@ class Trainer:
         parallel.on_parent_exit(self._interruption.request)
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))  # DDP minds strides
-        unused = patch.has_unused_parts(
-            self.model.encoder, self.method, patch.options(self.model)["layers"] if self.method != PURE else ()
-        )
+        layers = patch.options(self.model)["layers"] if self.method != PURE else ()
+        unused = patch.has_unused_parts(self.model.encoder, self.method, layers)
         self.objective = DistributedDataParallel(self.objective, find_unused_parameters=unused)
 
     def start_epoch(self) -> None:

@@ -12,9 +12,9 @@ import patch
 from segm.checkpoint import checkpoint_file
 from segm.cli import POSITIVE, Numbers, checkpoint_argument, dataset_argument, device_option
 from segm.eval.timing import device_name
-from segm.files import write_picture
 from segm.merging import PURE, MergingCommand
 from segm.run import Run
+from segm.storage import write_picture
 from segm.tradeoff import Row, Setting, Tradeoff, best_at
 from vis import hull, threshold_curves, tradeoff_plot
 

@@ -26,7 +26,7 @@ from segm.data.images import find_images, suffixes_below
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import open_list
 from segm.errors import brief
-from segm.yaml_files import read_yaml
+from segm.storage import read_yaml
 
 # Names of the folders of a split, in either case.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}

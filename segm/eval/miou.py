@@ -25,12 +25,12 @@ from segm.cli import (
 from segm.data import Sample, SegmentationDataset
 from segm.errors import one_line
 from segm.eval.sliding import Windows
-from segm.files import write_picture, write_text
 from segm.merging import MergingCommand
 from segm.onnx_model import open_run
 from segm.parallel import is_main, process_group
 from segm.run import Run
 from segm.sizes import Size, scaled
+from segm.storage import write_picture, write_text
 from vis import blend, colorize
 
 PER_CLASS = ("per_class_iou", "per_class_boundary_iou")

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segm.files import write_picture
+from segm.storage import write_picture
 
 PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 

@@ -1,4 +1,4 @@
-"""Writing files in one step: an interruption leaves the old file as it was."""
+"""Reading and writing files: in one step, so that an interruption leaves the old one; YAML of others with care."""
 
 import errno
 import os
@@ -6,9 +6,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import yaml
+
+from segm.errors import one_line
 
 
 def part_of(file: Path) -> Path:
@@ -73,3 +77,47 @@ def write_picture(file: Path, picture: np.ndarray) -> None:
     _, encoded = cv2.imencode(file.suffix, picture[..., ::-1] if picture.ndim == 3 else picture)
     with atomic(file) as part:
         part.write_bytes(encoded.tobytes())
+
+
+MAX_BYTES, MAX_VALUES = 1 << 20, 50_000
+
+
+def read_yaml(file: Path, loader: type = yaml.SafeLoader) -> Any:
+    """The content of a YAML file, UTF-8, with or without byte-order mark.
+
+    Args:
+        file: it has to exist.
+        loader: a safe loader of PyYAML.
+
+    Raises:
+        ValueError: it is no YAML, or holds tags that the loader does not know; it is bigger than `MAX_BYTES`, or
+            stands, with its aliases written out, for more than `MAX_VALUES` values.
+    """
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} has more than {MAX_BYTES >> 20} MiB: it is not a settings file")
+    try:
+        reader = loader(file.read_bytes().decode("utf-8-sig"))
+        node = reader.get_single_node()
+        _count(node, {}, set())
+        return None if node is None else reader.construct_document(node)
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML's constructors fail with errors of all kinds
+        raise ValueError(f"{file} is no readable YAML: {one_line(error)}") from error
+
+
+def _count(node: Any, known: dict[int, int], within: set[int]) -> int:
+    """Values that a node stands for. known: those of nodes that were met; within: the nodes around this one."""
+    key = id(node)
+    if key in within:
+        raise ValueError("a value holds itself")
+    if key not in known:
+        within.add(key)
+        parts = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[key] = 1 + sum(_count(part, known, within) for part in parts)
+        within.remove(key)
+        if known[key] > MAX_VALUES:
+            raise ValueError(f"with its aliases it holds more than {MAX_VALUES} values")
+    return known[key]
