@@ -163,13 +163,13 @@ class Trainer:
             return {}
         from segm.data.inventory import inspect_dataset  # imports mmseg, which `shapes` does without
 
-        found = [
-            inspect_dataset(one, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=one.skip_bad)
-            for one in (self.train_set, self.val_set)
-        ]
-        for inventory in found:
-            self.say("\n".join(inventory.lines()))
-        return {inventory.split: inventory.record() for inventory in found}
+        found = {}
+        for dataset in (self.train_set, self.val_set):
+            inventory = inspect_dataset(dataset, n_masks=N_MASKS, n_headers=N_HEADERS, skip_bad=dataset.skip_bad)
+            if inventory is not None:
+                self.say("\n".join(inventory.lines()))
+                found[dataset.split] = inventory.record()
+        return found
 
     @property
     def _learned(self) -> list[nn.Parameter]:

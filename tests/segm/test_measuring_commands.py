@@ -10,6 +10,7 @@ import torch
 
 import patch
 from segm import flops, profile_model, speedtest, token_stats
+from segm.config import Merging
 from segm.merging import count_tokens
 from segm.run import Run
 
@@ -53,8 +54,9 @@ class TestSpeed:
         assert methods["tome --r 4"] == ("tome", {"r": 4, "layers": 2})
 
     def test_what_a_run_was_trained_with_is_compared(self, shapes_run):
-        variant = {"dataset_kwargs": {"patch_type": "graph", "selected_layer": 3, "threshold": 0.7}}
-        run = replace(Run.load(shapes_run, device="cpu"), variant=variant)
+        run = Run.load(shapes_run, device="cpu")
+        trained = Merging("graph", {"selected_layer": 3, "threshold": 0.7})
+        run = replace(run, config=replace(run.config, merging=trained))
         for compare in (None, "pure,graph"):
             options = speedtest.read_methods(compare, {}, run)["graph"][1]
             assert (options["layers"], options["threshold"]) == (3, 0.7)
