@@ -80,7 +80,7 @@ def test_unknown_settings_are_named(small_net):
         ({"backbone": "swin_tiny_patch4_window7_224"}, "plain ViT|timm cannot build"),
         ({"d_model": 30, "n_heads": 4}, "timm cannot build"),
         ({"distilled": True}, "distillation"),
-        ({"decoder": {"name": "fpn"}}, "linear, mask_transformer"),
+        ({"decoder": {"name": "fpn"}}, "linear, linear_bn"),
         ({"decoder": None}, "no mapping"),
         ({"d_model": 200, "n_heads": 4, "decoder": {"name": "mask_transformer"}}, "multiple of 64"),
     ]:
