@@ -203,7 +203,7 @@ class Trainer:
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, with the factors of encoder, layers and learned parts."""
-        optim, learned = self.config.optim, set(self._learned)
+        optim, learned, encoder = self.config.optim, set(self._learned), self.model.encoder
         rates = {"depth": self.config.net.n_layers, "encoder": optim.encoder_lr_mult, "decay": optim.layer_decay}
 
         def scale(name: str, parameter: nn.Parameter) -> float:
@@ -211,7 +211,8 @@ class Trainer:
             return own if parameter in learned else layer_scale(name, **rates)
 
         made = create_optimizer(self.model, optim.optimizer, optim.learning_rate, optim.weight_decay, scale)
-        made.register_step_post_hook(lambda *_: patch.clamp_parts(self.model.encoder))
+        # Without `self`: a trainer in a cycle keeps its workers until Python ends, which then waits for them.
+        made.register_step_post_hook(lambda *_: patch.clamp_parts(encoder))
         return made
 
     # --- Where it is

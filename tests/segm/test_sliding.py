@@ -8,10 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from segm.data.normalization import normalize
 
 import patch
-from segm.data import Sample, create_dataset
+from segm.data import Sample, create_dataset, normalize
 from segm.data.images import resize_keep_ratio
 from segm.eval.evaluate import MULTISCALE, Items, both_ways, evaluate, read_ahead
 from segm.eval.sliding import Windows, _parts, predict_labels, upscale_to_window, view_logits, window_starts
