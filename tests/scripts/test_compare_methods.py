@@ -52,7 +52,7 @@ def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run
     call(script, shapes_run, "shapes", *options, "--methods", names)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_methods_are_trained_with_the_real_command(script, shapes_run, tmp_path, call):
     options = ["--share", "0.8", "--epochs", "1", "--max-images", "2", "--cost-images", "1", "--device", "cpu"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found", "--methods", "dtem,coarser patch"]
