@@ -44,7 +44,7 @@ def main(
 
     Counted one per multiply-add, as fvcore counts, in one forward pass over every validation image at the crop size;
     upsampling, fused attention and the products and sums of merging are included. Operators without a count
-    leaves out (element-wise work, sorting, indexing) are listed.
+    (element-wise work, sorting, indexing) are listed.
     """
     run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
     views = run.views(images, max_images, batch_size=batch_size)
