@@ -136,7 +136,7 @@ def test_a_view_comes_back_at_the_original_size_and_unflipped():
     assert view_logits(by_pixel, image, False, Windows.of(16, 16), (30, 20)).shape == (3, 30, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize("ratios", [(1.0,), (1.0, 1.75)])
 def test_memory_of_a_large_photograph(ratios):
