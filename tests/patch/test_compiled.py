@@ -111,7 +111,7 @@ def test_a_rotary_backbone_is_compiled(net):
 
 @pytest.mark.parametrize(
     ("method", "backend"),
-    by_speed(product(METHODS, ("inductor", "aot_eager")), slow=[("graph", "inductor"), ("mpm", "aot_eager")]),
+    by_speed(product(METHODS, ("inductor", "aot_eager")), slow=[("mpm", "aot_eager")]),
 )
 @torch.inference_mode()
 def test_backends_give_the_eager_outputs(net, method, backend):
