@@ -75,26 +75,44 @@ def test_python_of_the_readme(shapes_run, tmp_path, monkeypatch):
     assert merging.parse(["--patch-type", "runs", "--run-length", "4"]) == {"patch_type": "runs", "length": 4}
 
 
-def python(folder, *arguments):
-    """Runs Python in a new process, where a copy of `patch` in the folder comes first; returns what it prints."""
+FORKS = """
+import os, runpy, sys, timm, torch  # they take seconds, and know nothing of ours
+for case in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        runpy.run_path(case, run_name="__main__") if case.endswith(".py") else exec(case, {})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, case
+"""
+
+
+def python(folder, *cases):
+    """Runs files or lines of Python, each in a process that has imported nothing of ours; returns what each prints.
+
+    A copy of `patch` in the folder comes first.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    run = [sys.executable, *arguments]
+    run = [sys.executable, "-c", FORKS, *cases]
     found = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    return found.stdout
+    lines = found.stdout.splitlines()
+    assert len(lines) == len(cases)
+    return lines
 
 
+@pytest.mark.slow
 def test_a_method_in_a_file_of_its_own(tmp_path):
     """The example of the README: as a script, as a module, and, without its use, in the folder of the methods."""
     (code,) = (code for _, _, code in FENCE.findall(DOCUMENTS["README"]) if "register(" in code)
     (tmp_path / "mine.py").write_text(f"{code}\nprint(patch.method(model), patch.options(model)['length'])\n")
-    for arguments in (["mine.py"], ["-c", "import mine"], ["-c", "import patch; import mine"]):
-        assert python(tmp_path, *arguments) == "runs 4\n"
+    assert python(tmp_path, "mine.py", "import mine", "import patch; import mine") == ["runs 4"] * 3
 
     shutil.copytree(ROOT / "patch", tmp_path / "patch", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "patch/methods/runs.py").write_text(code[: code.index("\nmodel = ")])
-    for first in ("patch", "patch.method", "patch.methods.runs", "patch.learned"):
-        found = python(tmp_path, "-c", f"import {first}; import patch; print(patch.__file__, *patch.METHODS)")
+    firsts = ("patch", "patch.method", "patch.methods.runs", "patch.learned")
+    shown = "import patch; print(patch.__file__, *patch.METHODS)"
+    for found in python(tmp_path, *(f"import {first}; {shown}" for first in firsts)):
         assert found.split() == [str(tmp_path / "patch/__init__.py"), *patch.METHODS, "runs"]
 
 

@@ -26,6 +26,7 @@ def run_without_extras(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_extras_a_photograph_gets_its_labels(shapes_run, tmp_path):
     (tmp_path / "photos").mkdir()
     cv2.imwrite(str(tmp_path / "photos/a.png"), np.zeros((40, 50, 3), np.uint8))
@@ -36,6 +37,7 @@ def test_without_extras_a_photograph_gets_its_labels(shapes_run, tmp_path):
     assert (tmp_path / "out/a.png").exists()
 
 
+@pytest.mark.slow
 def test_without_extras_a_plain_vit_is_patched(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -49,6 +51,7 @@ def test_without_extras_a_plain_vit_is_patched(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_what_needs_an_extra_names_it(shapes_run, tmp_path, folder_data, monkeypatch):
     monkeypatch.setenv("DATASET", str(folder_data))
     net = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset"]

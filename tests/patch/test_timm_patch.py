@@ -79,6 +79,7 @@ def test_nothing_merged_is_the_unpatched_model():
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_every_kind_of_plain_vit():
     images = different_images(2, side=64)
     for name in MODELS:
