@@ -316,6 +316,12 @@ class Trainer:
             ValueError: another training writes to the run directory; a loss that is not finite, which names the images;
                 a checkpoint that cannot be resumed.
         """
+        try:
+            return self._fit()
+        finally:
+            self.loader = self._create_loader()  # another one, so that the workers of this one end
+
+    def _fit(self) -> "Trainer":
         with run_lock(self.log_dir), self._interruption.listening(), fast_float32(self.device):
             if self.resume:
                 self.load(load_checkpoint(self.log_dir))

@@ -14,7 +14,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 import pytest
 
 # torch is imported where it is used: the first process of pytest-xdist runs no test, and the others wait for it.
+from segm import parallel
+
 DATA = Path(__file__).parent / "data"
+parallel.MOST_WORKERS = 0  # by default: to start a worker takes longer than to read a test's few images
 
 
 def pytest_configure(config):
