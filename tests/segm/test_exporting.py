@@ -92,7 +92,8 @@ def test_attention_is_one_operator_where_there_is_one(opset, is_one, tmp_path):
     assert_same(model.grid_logits, outputs_of(program, tmp_path))
 
 
-@pytest.mark.parametrize("batch_size", by_speed([None, 1], slow=[1]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("batch_size", [None, 1])
 def test_rotary_tables_are_constants(batch_size, tmp_path):
     model = small_segmenter("graph", ROTARY, tokens=9)
     program = convert(model, (SIDE, SIDE), batch_size=batch_size)
