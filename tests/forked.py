@@ -12,17 +12,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import segm.data.shapes
+import segm.parallel
 import segm.test
 import segm.train
 
 LENGTHS = {"train": 40, "val": 6}
+HEAD_START = 1  # seconds in place of those that real processes may need
 
 
 def _run(command: str, arguments: list[str], output: str, environment: dict[str, str]) -> None:
     """The exit status is that of the command; what it prints goes to the files that `printed` reads."""
     os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)  # workers as in a training that a user starts
-    segm.data.shapes.LENGTHS = LENGTHS
+    segm.data.shapes.LENGTHS, segm.parallel.MAIN_RANK_HEAD_START = LENGTHS, HEAD_START
     for number, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.exit(import_module(command).main(arguments, standalone_mode=True))

@@ -122,7 +122,7 @@ def test_backends_give_the_eager_outputs(net, method, backend):
         assert (compiled.predict(images) == model.predict(images)).float().mean() > 0.999
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @torch.inference_mode()
 def test_compilations_stay_bounded_over_sizes_and_batches(net):
     """Far fewer versions of a part than shapes; how many depends on what Dynamo takes for dynamic at first."""

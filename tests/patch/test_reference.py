@@ -12,6 +12,7 @@ import torch
 
 import g2tm
 import patch
+from tests.helpers import by_speed
 
 GRID, PATCH, DEPTH = (6, 8), 8, 3
 MODELS = {
@@ -342,10 +343,19 @@ def check(name, attention):
         patch.remove(model)
 
 
-@pytest.mark.parametrize("attention", ["none", "proportional"])
+FEW = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")
+
+
+@pytest.mark.parametrize(
+    ("attention", "names"),
+    by_speed(
+        [("none", FEW), ("proportional", FEW), ("proportional", tuple(MODELS))],
+        quick=[("none", FEW)],
+        slow=[("proportional", FEW)],
+    ),
+)
 @torch.inference_mode()
-def test_merged_vits_are_those_of_the_reference(attention):
-    names = list(MODELS) if attention == "proportional" else ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"]
+def test_merged_vits_are_those_of_the_reference(attention, names):
     if tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31):
         names = [name for name in names if "rope_mixed" not in name]  # its tables were float32 alone
     for name in names:

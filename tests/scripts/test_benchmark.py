@@ -82,7 +82,7 @@ def plain_backend(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_models_get_columns_of_their_own(benchmark, plain_backend, tmp_path):
     options = ["--models", "T", "--sides", "64", "--methods", "graph", "--batches", "1", "--repeats", "1", "--compile"]
     options += ["--device", "cpu", "--n-cls", "5", "--out", str(tmp_path)]

@@ -74,7 +74,7 @@ def rows_in(folder, question, study):
     return entry["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     options = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--max-images", 2, "--device", "cpu"]
     text = call(script, *options)

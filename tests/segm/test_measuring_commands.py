@@ -37,6 +37,7 @@ class TestSpeed:
             printed = call(speedtest, shapes_run, *OPTIONS, *options, "--dtype", dtype, "--output", output, *GRAPH)
             assert f"3 x 3 images of 32 x 32, {output}" in printed and dtype in printed
 
+    @pytest.mark.nightly
     def test_compiled_methods_are_compared(self, shapes_run, tmp_path, monkeypatch, call):
         monkeypatch.setattr(patch, "compile", partial(patch.compile, backend="eager"))
         compare = "pure,graph --threshold 0.5"

@@ -25,6 +25,7 @@ from segm.merging import (
     to_variant,
 )
 from segm.model.factory import create_segmenter
+from tests.helpers import by_speed
 
 DEPTH, GRID = 6, (12, 12)
 
@@ -97,18 +98,19 @@ def words_of(method, given):
     return words
 
 
-def test_options_survive_flags_and_variant_file(toy):
+@pytest.mark.parametrize("count", by_speed([40, 200], quick=[40]))
+def test_options_survive_flags_and_variant_file(count, toy):
     rng = random.Random(0)
     for method in patch.METHODS.values():
         seen = 0
-        for given, full in random_options(method, rng, 200):
+        for given, full in random_options(method, rng, count):
             seen += 1
             saved = yaml.safe_load(yaml.safe_dump(to_variant(method.name, full)))
             typed = parse(words_of(method, given))
             for name, options in (read_variant(saved), choose({}, saved), choose(typed), choose(typed, saved)):
                 assert name == method.name
                 assert patch.check(name, DEPTH, GRID, **options) == full, (given, options)
-        assert seen > 30, method.name
+        assert seen > count // 7, method.name
 
 
 def test_a_variant_has_the_released_keys():

@@ -86,7 +86,7 @@ def test_a_training_goes_on_where_it_was(create, workers):
     whole = create("whole", num_workers=workers, epochs=3)
     entries = record(whole)
     whole.fit()
-    for step in (1, 3) if workers else (1, 2, 3, 4, 5):  # inside of epochs, and at their ends before the evaluation
+    for step in (3,) if workers else (1, 2, 3, 4, 5):  # inside of epochs, and at their ends before the evaluation
         with pytest.raises(StoppedError):
             stopping(create(f"cut {step}", num_workers=workers, epochs=3), step).fit()
         torch.rand(7)
