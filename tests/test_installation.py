@@ -51,7 +51,7 @@ def test_without_extras_a_plain_vit_is_patched(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_needs_an_extra_names_it(shapes_run, tmp_path, folder_data, monkeypatch):
     monkeypatch.setenv("DATASET", str(folder_data))
     net = ["--backbone", "vit_tiny_patch16_384", "--no-pretrained", "--device", "cpu", "--dataset"]

@@ -64,9 +64,7 @@ def sizes_inside(program):
     return {size.dim_param or size.dim_value for name in made for size in known[name].dim}
 
 
-@pytest.mark.parametrize(
-    "method", by_speed([name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE], slow=["graph"])
-)
+@pytest.mark.parametrize("method", by_speed([name for name in METHOD_OPTIONS if name not in INEXPRESSIBLE]))
 def test_the_merge_is_inside_of_the_graph(method, tmp_path):
     model = small_segmenter(method, **options_for(method))
     program = convert(model, (SIDE, SIDE))

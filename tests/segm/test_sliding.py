@@ -227,6 +227,7 @@ def test_workers_score_like_the_program_itself():
 
 def test_the_cores_are_shared_by_the_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.setattr("segm.parallel.MOST_WORKERS", 8)
     found = []
     for processes in (None, "2", "5", "24"):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

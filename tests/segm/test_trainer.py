@@ -254,7 +254,7 @@ def normalize_half(rank, folder, x, weight):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", by_speed(["graph", "tome"], slow=["tome"]))
+@pytest.mark.parametrize("method", by_speed(["graph", "tome"]))
 def test_compiled_blocks_learn_the_same(small_net, method):
     """Forward and gradients, with images of two sizes, and the keys of the model stay."""
     options = {"graph": {"threshold": 0.2}, "tome": {"r": 2, "attention": "proportional"}}[method]
