@@ -64,13 +64,15 @@ class Requests:
 
     def __init__(self) -> None:
         self._under_way: tuple[Any, Tensor] | None = None
+        self._asked = False  # whether the one under way is a request of this process
 
     def exchange(self, number: int) -> int:
         """Send a request, 0 for none; returns the highest of all processes, with several of them that of the call
         before."""
         if not dist.is_initialized():
             return number
-        before, tensor = self._under_way, torch.tensor(number)  # on the CPU, so that no device is waited for
+        self._asked = bool(number) and not self._asked  # a request is not repeated before it has arrived
+        before, tensor = self._under_way, torch.tensor(number if self._asked else 0)  # on the CPU: no device waits
         self._under_way = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True), tensor
         if before is None:
             return 0

@@ -240,6 +240,25 @@ def test_a_batch_norm_sees_the_images_of_all_processes(tmp_path):
         torch.testing.assert_close(one["state"], dict(alone.state_dict()))
 
 
+def test_a_request_arrives_once_in_all_processes_after_the_next_update(tmp_path):
+    """It is asked for twice, as a checkpoint that is due is until it is written."""
+    torch.multiprocessing.spawn(exchange_requests, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == [0, 0, 1, 0, 0, 143]
+
+
+def exchange_requests(rank, folder):
+    from segm import parallel
+
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    requests = parallel.Requests()
+    mine = (0, 1, 1, 0, 0, 0) if rank == 0 else (0, 0, 0, 0, 143, 143)
+    torch.save([requests.exchange(number) for number in mine], folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def normalize_half(rank, folder, x, weight):
     from segm import parallel
 
