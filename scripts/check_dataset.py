@@ -4,7 +4,7 @@ import click
 
 from segm.cli import Command, dataset_argument
 from segm.data import create_dataset
-from segm.data.inventory import Inventory, inspect_dataset
+from segm.data.inventory import Inventory, copies, inspect_dataset
 
 
 @click.command(cls=Command)
@@ -22,7 +22,7 @@ def main(dataset_name: str, n_masks: int | None) -> None:
     than 0 where a training would be impossible.
     """
     found: dict[str, Inventory | None] = {}
-    names: dict[str, set[str]] = {}
+    datasets = {}
     for split in ("train", "val", "test"):
         try:
             dataset = create_dataset(dataset_name, split)
@@ -34,12 +34,11 @@ def main(dataset_name: str, n_masks: int | None) -> None:
         found[split] = inspect_dataset(dataset, n_masks=n_masks, progress=True)
         if found[split] is None:
             raise ValueError(f"{dataset_name} has no files: its images are made in memory")
-        names[split] = {dataset.name_of(index) for index in range(len(dataset))}
+        datasets[split] = dataset
         click.echo("\n".join(found[split].lines()))
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        both = names.get(first, set()) & names.get(second, set())
-        if both:
-            click.echo(f"warning: {len(both)} images are in {first} and in {second}, such as {sorted(both)[0]}")
+        if first in datasets and second in datasets and (warning := copies(datasets[first], datasets[second])):
+            click.echo(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,19 @@ from segm.sizes import Size, pair
 
 logger = logging.getLogger(__name__)
 
-IGNORE_LABEL = 255
+IGNORE_LABEL = 255  # of up to 255 classes
+WIDE_IGNORE_LABEL = 65535  # of more
 THREADS = 8  # of those that wait for files
+
+
+def ignore_label(n_cls: int) -> int:
+    """The label of pixels that are ignored, among so many classes."""
+    return IGNORE_LABEL if n_cls <= IGNORE_LABEL else WIDE_IGNORE_LABEL
+
+
+def label_type(n_cls: int) -> type[np.unsignedinteger]:
+    """The type of label maps of so many classes."""
+    return np.uint8 if n_cls <= IGNORE_LABEL else np.uint16
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Sample:
     Attributes:
         name: path of the image below the folder of its split, without suffix; "/" between folders.
         image: uint8 RGB (H, W, 3).
-        label: uint8 (H, W), 255 = ignored; None if the split has no labels.
+        label: uint8 (H, W), 255 = ignored, or uint16, 65535 = ignored, of more than 255 classes; None if the split
+            has no labels.
     """
 
     name: str
@@ -62,9 +74,15 @@ class SegmentationDataset(Dataset):
     Attributes:
         skip_bad: whether an image that cannot be read is left out with a warning; it is refused otherwise.
         colors: (r, g, b) -> label, of masks that are RGB pictures.
+        numbers: value in masks -> label; None: they are the same.
+        ignored: values in masks that are ignored.
+        value_range: lowest and highest value of images; None: they are stored in 8 bits.
     """
 
     colors: Mapping[tuple[int, ...], int] = MappingProxyType({})
+    numbers: Mapping[int, int] | None = None
+    ignored: frozenset[int] = frozenset({IGNORE_LABEL})
+    value_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -136,8 +154,8 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise
             logger.warning("skipped: %s", one_line(error))
-            nothing = {"image": torch.zeros(3, *self.crop_size), "label": torch.full(self.crop_size, IGNORE_LABEL)}
-            return nothing | {"skipped": torch.tensor(True)}
+            label = torch.full(self.crop_size, ignore_label(self.n_cls))
+            return {"image": torch.zeros(3, *self.crop_size), "label": label, "skipped": torch.tensor(True)}
 
     def eval_item(self, index: int) -> Sample:
         """The sample at an index; with `skip_bad` an empty one without labels in place of one that cannot be read."""
@@ -176,7 +194,8 @@ class SegmentationDataset(Dataset):
     def _train_transform(self) -> Callable[[np.ndarray, np.ndarray], dict[str, torch.Tensor]]:
         from segm.data.openmmlab import TrainTransform
 
-        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios)
+        ignored = ignore_label(self.n_cls)
+        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios, ignored)
 
     def _checked(self, index: int) -> int:
         """`index` as a plain int, negative ones counted from the end."""
@@ -218,7 +237,7 @@ def spread(number: int | None, total: int) -> list[int]:
 
 SETTINGS = (
     "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
-    "colors",
+    "colors", "numbers", "value_range",
 )  # fmt: skip
 
 
@@ -235,7 +254,7 @@ def fingerprint(dataset: SegmentationDataset, *conditions: Any) -> str:
     Raises:
         FileNotFoundError: a file is missing.
     """
-    settings = {name: getattr(dataset, name) for name in SETTINGS}
+    settings = {name: getattr(dataset, name) for name in SETTINGS} | {"ignored": sorted(dataset.ignored)}
     digest = hashlib.sha256(repr((settings, conditions)).encode())
     with ThreadPoolExecutor(THREADS) as pool:
         for found in pool.map(dataset.sources, range(len(dataset))):

@@ -38,6 +38,7 @@ def create_dataset(
     length: int | None = None,
     classes: str | Path | None = None,
     ratios: tuple[float, float] = (0.5, 2.0),
+    value_range: tuple[float, float] | None = None,
 ) -> SegmentationDataset:
     """One split of a data set.
 
@@ -53,6 +54,8 @@ def create_dataset(
         length: number of scenes (`shapes`).
         classes: path of the class list (`folder`).
         ratios: of the random resize in training, lowest and highest.
+        value_range: lowest and highest value of images that are not stored in 8 bits; None: see
+            `segm.data.images.common_range`.
 
     Raises:
         ValueError: an unknown name, split or normalization, or an option that the data set does not have.
@@ -86,7 +89,7 @@ def create_dataset(
     from segm.data.public import list_public
 
     files = list_folder(split, base, classes) if name == "folder" else list_public(name, split, base)
-    return FileDataset(files, name, split, **settings)
+    return FileDataset(files, name, split, value_range, **settings)
 
 
 def dataset_root(name: str, root: str | Path | None) -> Path:

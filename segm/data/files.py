@@ -1,29 +1,34 @@
 """Reading and checking image and label files. Imports mmseg."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from segm.data.dataset import IGNORE_LABEL, Sample, SegmentationDataset
-from segm.data.images import DECODE_ERRORS, read_image, require_file, unreadable
-from segm.data.openmmlab import BaseSegDataset, LoadAnnotations
+from segm.data.dataset import IGNORE_LABEL, Sample, SegmentationDataset, spread
+from segm.data.images import Range, common_range, read_image
+from segm.data.masks import MaskReader
+from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import LAYOUTS, mmseg_class
+
+N_LOOKED_AT = 8  # files that tell how a data set stores its pictures
 
 
 class FileDataset(SegmentationDataset):
     """Image and label files listed by one of mmsegmentation's data sets."""
 
-    def __init__(self, files: BaseSegDataset, name: str, split: str, **settings: Any) -> None:
+    def __init__(
+        self, files: BaseSegDataset, name: str, split: str, value_range: Range | None = None, **settings: Any
+    ) -> None:
         super().__init__(name, split, files.metainfo["classes"], files.metainfo["palette"], **settings)
         self._files = files
-        self._read_label = LoadAnnotations()
         self._complete: set[int] = set()  # images that were found to be complete when they were first read
+        self._given_range = value_range
         self.colors: Mapping[tuple[int, ...], int] = getattr(files, "colors", {})
-        codes = sorted((_codes(np.array(color)), label) for color, label in self.colors.items())
-        self._codes, self._labels = np.array(codes, dtype=np.int64).reshape(-1, 2).T
+        self.numbers, self.ignored = _numbers(files, self.n_cls)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -32,9 +37,14 @@ class FileDataset(SegmentationDataset):
         return self.paths(index)[0].as_posix()
 
     @property
-    def made(self) -> str:
-        """The way in which the program made the split; empty where it did not."""
-        return getattr(self._files, "made", "")
+    def notes(self) -> list[str]:
+        """Sentences about what was not taken, or not taken as it is."""
+        return getattr(self._files, "notes", [])
+
+    @property
+    def what_masks_are_there(self) -> str:
+        """In words, what lies where masks are looked for; "" where the data set is not the user's own."""
+        return getattr(self._files, "what_masks_are_there", "")
 
     @property
     def masks_without_image(self) -> list[Path]:
@@ -59,9 +69,23 @@ class FileDataset(SegmentationDataset):
             ValueError: a file is damaged, or the label map does not fit.
         """
         path = self.paths(index)[0]
-        image = read_image(path, check=index not in self._complete)
+        image = read_image(path, index not in self._complete, self.value_range)
         self._complete.add(index)
         return Sample(self._sample_name(path), image, self.label(index, image.shape[:2]))
+
+    @cached_property
+    def value_range(self) -> Range | None:
+        """Lowest and highest value of images that are not stored in 8 bits: what was given, or of the largest values
+        of a few; None: all are stored in 8 bits."""
+        if self._given_range is not None:
+            return self._given_range
+        return common_range([self.paths(index)[0] for index in spread(N_LOOKED_AT, len(self))])
+
+    @cached_property
+    def _masks(self) -> MaskReader:
+        reader = MaskReader(self.n_cls, self.numbers, self.ignored, self.colors)
+        paths = [self.paths(index)[1] for index in spread(N_LOOKED_AT, len(self))]
+        return replace(reader, colored=reader.is_colored(path for path in paths if path is not None))
 
     def _sample_name(self, path: Path) -> str:
         relative = path.relative_to(self._files.data_prefix["img_path"]).as_posix()
@@ -79,63 +103,26 @@ class FileDataset(SegmentationDataset):
             FileNotFoundError: it is missing.
             ValueError: it is damaged, or not what a label map is.
         """
-        info = self._files.get_data_info(index)
-        if "seg_map_path" not in info:
+        path = self.paths(index)[1]
+        if path is None:
             return None
-        path = Path(info["seg_map_path"])
-        require_file(path, "label map")
-        try:
-            highest = highest_wide_label(path)
-            label = self._read_label(info)["gt_seg_map"]
-        except (AssertionError, *DECODE_ERRORS) as error:  # mmcv's, where cv2 gives None
-            raise ValueError(unreadable(path, "label map", error)) from error
-        if label.ndim != 2:
-            label = self._of_colors(path, label)
+        label = self._masks.read(path)
         if shape is not None and label.shape != shape:
             (h, w), (image_h, image_w) = label.shape, shape
             turned = "; its EXIF orientation turns the image, not the mask" if label.shape == shape[::-1] else ""
             raise ValueError(f"{path}: the label map is {w}x{h} pixels, its image {image_w}x{image_h}{turned}")
-        self._check_range(path, label, highest)
         return label
 
-    def _of_colors(self, path: Path, picture: np.ndarray) -> np.ndarray:
-        """(H, W, 3 or 4), BGR as mmcv reads it -> labels, by the colors of the class list."""
-        if not len(self._codes) or picture.shape[2] not in (3, 4):
-            raise ValueError(
-                f"{path}: a label map has one channel, this one has {picture.shape[-1]}: save class numbers, or give "
-                "every class in classes.yml the color that it has here"
-            )
-        codes = _codes(picture[..., 2::-1])
-        places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = codes[self._codes[places] != codes]
-        if unknown.size:
-            color = [int(unknown[0]) >> shift & 255 for shift in (16, 8, 0)]
-            raise ValueError(
-                f"{path}: {unknown.size} pixels have colors of no class, such as {color}: add them to classes.yml, "
-                "with the id 255 where they are to be ignored"
-            )
-        return self._labels[places].astype(np.uint8)
 
-    def _check_range(self, path: Path, label: np.ndarray, highest: int) -> None:
-        """Errors name the value in the file, which differs from `label` where label 0 is ignored."""
-        shift = int(self._files.reduce_zero_label)
-        wrong = label[(label >= self.n_cls) & (label != IGNORE_LABEL)]
-        if highest <= IGNORE_LABEL and not wrong.size:
-            return
-        value = highest if highest > IGNORE_LABEL else int(wrong[0]) + shift
-        top = max(self._files.label_map) if self._files.label_map else self.n_cls - 1 + shift
-        raise ValueError(f"{path}: label {value} is not allowed; allowed are 0 to {top}, and 255 = ignored")
-
-
-def highest_wide_label(path: Path) -> int:
-    """Highest value of a label map with more than 8 bits, else 0: mmseg's loader would cut it to 8 bits."""
-    with Image.open(path) as image:
-        return int(np.asarray(image).max()) if image.mode.startswith(("I", "F")) else 0
-
-
-def _codes(colors: np.ndarray) -> Any:
-    """One number per color: (..., 3), RGB -> (...)."""
-    return colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+def _numbers(files: BaseSegDataset, n_cls: int) -> tuple[dict[int, int] | None, frozenset[int]]:
+    """The numbers of classes in the masks, value -> label, and of what is ignored; None: 0, 1, 2, ..."""
+    ignored = getattr(files, "ignored", frozenset({IGNORE_LABEL}))
+    if files.reduce_zero_label:
+        return {label + 1: label for label in range(n_cls)}, ignored | {0}
+    if files.label_map:  # 255: not among the classes
+        left_out = {value for value, label in files.label_map.items() if label == IGNORE_LABEL}
+        return {value: label for value, label in files.label_map.items() if value not in left_out}, ignored | left_out
+    return getattr(files, "numbers", None), ignored
 
 
 def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[str], palette: np.ndarray) -> Sample:

@@ -9,52 +9,72 @@ Structure below the root, with the splits in one of three forms:
                                                            the name, is `val`, the rest `train`
 
 The class list (`classes.yml`) is a list of names or of `{id, name, color: [r, g, b]}`. Where every class has a color,
-masks may be RGB pictures in these colors; an entry with the id 255 is a color that is ignored.
+masks may be RGB pictures in these colors; an entry with the id 255 is a color that is ignored. With the two keys
+`classes` and `ignore` the list also says which values of the masks are ignored besides 255: a number or a list of them.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from segm.data.dataset import IGNORE_LABEL
-from segm.data.images import find_images, suffixes_below
+from segm.data.dataset import WIDE_IGNORE_LABEL, ignore_label
+from segm.data.images import SUFFIXES, count_suffixes, files_below, find_images, is_image, suffixes_below
+from segm.data.masks import Color
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import open_list
 from segm.errors import brief
 from segm.storage import read_yaml
 
+MOST_CLASSES = WIDE_IGNORE_LABEL
+MASK_SUFFIXES = (".gif",)  # of masks alone: their colors are a palette
 # Names of the folders of a split, in either case.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 LOOKS_LIKE_A_SPLIT = re.compile(r"(train|val|test|dev|eval|hold)", re.IGNORECASE)
+
+
+class ClassList(NamedTuple):
+    """The content of a class list.
+
+    Attributes:
+        metainfo: `{"classes": names, "palette": colors}`; the palette is left out where the list has no colors.
+        colors: (r, g, b) -> label, of masks that show these colors.
+        numbers: value in masks -> label; None: they are the same.
+        ignored: values in masks that are ignored.
+    """
+
+    metainfo: dict[str, Any]
+    colors: Mapping[Color, int]
+    numbers: Mapping[int, int] | None
+    ignored: frozenset[int]
 
 
 class OwnFiles(BaseSegDataset):
     """mmsegmentation's data set for images and masks with mixed suffixes, listed beforehand.
 
     Attributes:
-        colors: (r, g, b) -> label, of masks that are RGB pictures.
-        made: the way in which the program made the split; empty where it did not.
+        colors, numbers, ignored: see `ClassList`.
+        notes: sentences about what was not taken, or not taken as it is.
     """
 
     def __init__(
-        self,
-        images: list[Path],
-        image_dir: Path,
-        label_dir: Path | None,
-        metainfo: dict[str, Any],
-        colors: Mapping[tuple[int, ...], int] | None = None,
-        made: str = "",
+        self, images: list[Path], image_dir: Path, label_dir: Path | None, classes: ClassList, notes: Sequence[str] = ()
     ) -> None:
         self._images, self._label_dir = images, label_dir
-        self._masks = _by_stem(find_images(label_dir), label_dir) if label_dir is not None else {}
-        self.colors, self.made = colors or {}, made
+        self._masks = _by_stem(find_images(label_dir, MASK_SUFFIXES), label_dir) if label_dir is not None else {}
+        _, self.colors, self.numbers, self.ignored = classes
+        self.notes = list(notes)
+        self._ending = _common_ending([self._stem(path, image_dir) for path in images], self._masks)
         prefix = {"img_path": str(image_dir)}
-        super().__init__(img_suffix="", data_prefix=prefix, metainfo=metainfo, lazy_init=True)
+        super().__init__(img_suffix="", data_prefix=prefix, metainfo=classes.metainfo, lazy_init=True)
+
+    @staticmethod
+    def _stem(path: Path, folder: Path) -> str:
+        return path.relative_to(folder).with_suffix("").as_posix()
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """mmsegmentation's entry of every image."""
@@ -63,17 +83,34 @@ class OwnFiles(BaseSegDataset):
     def _data_info(self, path: Path) -> dict[str, Any]:
         info: dict[str, Any] = {"img_path": str(path), "label_map": None, "reduce_zero_label": False, "seg_fields": []}
         if self._label_dir is not None:
-            stem = path.relative_to(self.data_prefix["img_path"]).with_suffix("")
-            expected = self._label_dir / stem.with_name(f"{stem.name}.png")
-            info["seg_map_path"] = str(self._masks.get(stem.as_posix(), expected))
+            stem = self._stem(path, Path(self.data_prefix["img_path"]))
+            info["seg_map_path"] = str(self._masks.get(stem + self._ending, self._label_dir / f"{stem}.png"))
         return info
 
     @property
     def masks_without_image(self) -> list[Path]:
         """Masks that belong to no image of the folder, whatever its split."""
         folder = Path(self.data_prefix["img_path"])
-        images = {path.relative_to(folder).with_suffix("").as_posix() for path in find_images(folder)}
+        images = {self._stem(path, folder) + self._ending for path in find_images(folder)}
         return [path for stem, path in self._masks.items() if stem not in images]
+
+    @property
+    def what_masks_are_there(self) -> str:
+        """In words, what lies where masks are looked for."""
+        if self._label_dir is None or not self._label_dir.is_dir():
+            return f"{self._label_dir} is no folder"
+        names = [path.relative_to(self._label_dir).as_posix() for path in files_below(self._label_dir)]
+        return f"{self._label_dir} holds {', '.join(names[:3]) or 'no file'}" + " …" * (len(names) > 3)
+
+
+def _common_ending(images: list[str], masks: Mapping[str, Path]) -> str:
+    """The ending, such as "_mask", of all masks after the names of their images; "" where none fits all."""
+    if not images or images[0] in masks:
+        return ""
+    first = images[0]
+    endings = [stem[len(first) :] for stem in masks if stem.startswith(first)]
+    fitting = [ending for ending in endings if all(stem + ending in masks for stem in images)]
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 def list_folder(split: str, root: Path, classes: str | Path | None) -> BaseSegDataset:
@@ -94,8 +131,8 @@ def list_folder(split: str, root: Path, classes: str | Path | None) -> BaseSegDa
     if base is None:
         tried = f"{root / 'images'} and {root / 'folder/images'}"
         raise FileNotFoundError(f"folder not found: tried {tried}; set DATASET to the folder that holds images")
-    metainfo, colors = read_classes(find_classes(base, classes))
-    image_dir, images, made = _split_images(base, split)
+    listed = read_classes(find_classes(base, classes))
+    image_dir, images, notes = _split_images(base, split)
     label_dir = base / "annotations" / image_dir.relative_to(base / "images")
     if not label_dir.is_dir() and image_dir != base / "images":  # the masks' folder may be called otherwise
         label_dir = _split_folder(base / "annotations", split) or label_dir
@@ -103,7 +140,7 @@ def list_folder(split: str, root: Path, classes: str | Path | None) -> BaseSegDa
         raise FileNotFoundError(f"folder {split}: no image in {image_dir}; {suffixes_below(image_dir)}")
     # Only a test set may come without masks; elsewhere a missing folder is a mistake that loading reports.
     labelled = split != "test" or label_dir.is_dir()
-    files = OwnFiles(images, image_dir, label_dir if labelled else None, metainfo, colors, made)
+    files = OwnFiles(images, image_dir, label_dir if labelled else None, listed, notes)
     return open_list(files, f"folder {split}", image_dir)
 
 
@@ -115,7 +152,7 @@ def own_classes(file: str | Path) -> dict[str, Any]:
         ValueError: see `read_classes`.
     """
     path = find_classes(Path(), file)
-    return OwnFiles([], path.parent, None, read_classes(path)[0]).metainfo
+    return OwnFiles([], path.parent, None, read_classes(path)).metainfo
 
 
 def find_classes(base: Path, classes: str | Path | None) -> Path:
@@ -127,21 +164,39 @@ def find_classes(base: Path, classes: str | Path | None) -> Path:
     raise FileNotFoundError(f"no class list: {' or '.join(map(str, candidates))} does not exist")
 
 
-def read_classes(path: Path) -> tuple[dict[str, Any], dict[tuple[int, ...], int]]:
-    """A class list: `{"classes": names, "palette": colors}` and (r, g, b) -> label for masks in these colors.
-
-    The palette is left out where the list has no colors. Names are texts, whatever YAML means by them: `no` is a class
-    like any other.
+def read_classes(path: Path) -> ClassList:
+    """A class list. Names are texts, whatever YAML means by them: `no` is a class like any other.
 
     Raises:
         ValueError: the file is no list of names or of `{id, name, color}` with ids 0, 1, 2, ... and 255.
     """
     entries = read_yaml(path, yaml.BaseLoader)
-    if not isinstance(entries, list) or not 0 < len(entries) <= IGNORE_LABEL + 1:
-        raise ValueError(f"{path}: the class list is a YAML list of 1 to {IGNORE_LABEL} classes")
-    if not all(isinstance(entry, dict) for entry in entries):
-        return {"classes": _names(path, entries)}, {}
-    return _read_entries(path, entries)
+    ignored: frozenset[int] = frozenset()
+    if isinstance(entries, dict):
+        if set(entries) != {"classes", "ignore"}:
+            raise ValueError(f"{path}: give a YAML list of classes, or the two keys classes and ignore")
+        ignored, entries = _ignored(path, entries["ignore"]), entries["classes"]
+    if not isinstance(entries, list) or not 0 < len(entries) <= MOST_CLASSES + 1:
+        raise ValueError(f"{path}: the class list is a YAML list of 1 to {MOST_CLASSES} classes")
+    if all(isinstance(entry, dict) for entry in entries):
+        return _read_entries(path, entries, ignored)
+    names = _names(path, entries)
+    return ClassList({"classes": names}, {}, *_numbering(len(names), ignored))
+
+
+def _ignored(path: Path, given: Any) -> frozenset[int]:
+    """The values that `ignore` names: one whole number or a list of them."""
+    values = given if isinstance(given, list) else [given]
+    if not all(isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()) for value in values):
+        raise ValueError(f"{path}: ignore is a whole number or a list of them, not {brief(given)}")
+    return frozenset(int(value) for value in values)
+
+
+def _numbering(n_classes: int, ignored: frozenset[int]) -> tuple[dict[int, int] | None, frozenset[int]]:
+    """Value -> label, and the values that are ignored: classes have the lowest numbers that are not."""
+    values = [value for value in range(n_classes + len(ignored)) if value not in ignored][:n_classes]
+    numbers = None if values == [*range(n_classes)] else {value: label for label, value in enumerate(values)}
+    return numbers, ignored | ({ignore_label(n_classes)} - {*values})
 
 
 def _names(path: Path, entries: list[Any]) -> tuple[str, ...]:
@@ -152,8 +207,8 @@ def _names(path: Path, entries: list[Any]) -> tuple[str, ...]:
         raise ValueError(f"{path}: a name is empty")
     if twice := _repeated(names):
         raise ValueError(f"{path}: the name {brief(twice)} is listed twice")
-    if len(names) > IGNORE_LABEL:
-        raise ValueError(f"{path}: {len(names)} classes, at most {IGNORE_LABEL} are allowed")
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"{path}: {len(names)} classes, at most {MOST_CLASSES} are allowed")
     return tuple(names)
 
 
@@ -162,24 +217,30 @@ def _repeated(names: list[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _read_entries(path: Path, entries: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[tuple[int, ...], int]]:
+def _read_entries(path: Path, entries: list[dict[str, Any]], ignored: frozenset[int]) -> ClassList:
     if any("name" not in entry for entry in entries):
         raise ValueError(f"{path}: every class needs a name")
     ids = [_number(entry.get("id", str(position))) for position, entry in enumerate(entries)]
-    n_classes = len(entries) - ids.count(IGNORE_LABEL)
+    # An entry beside the classes whose id is that of ignored pixels is a color of these.
+    spare = ignore_label(len(entries) - 1)
+    n_classes = len(entries) - ids.count(spare) if ids.count(spare) == 1 else len(entries)
+    numbers, ignored = _numbering(n_classes, ignored)
+    values = [*numbers] if numbers else [*range(n_classes)]
     by_id = dict(zip(ids, entries, strict=True))
-    if not n_classes or set(by_id) - {IGNORE_LABEL} != set(range(n_classes)):
-        raise ValueError(f"{path}: the ids of {n_classes} classes are 0 to {n_classes - 1}, each once")
-    classes = [by_id[index] for index in range(n_classes)]
+    if not n_classes or set(by_id) - {spare} != set(values):
+        asked = f"{values[0]} to {values[-1]}" if values else "none"
+        raise ValueError(f"{path}: the ids of {n_classes} classes are {asked}, each once")
+    classes = [by_id[value] for value in values]
     metainfo: dict[str, Any] = {"classes": _names(path, [entry["name"] for entry in classes])}
     if not any("color" in entry for entry in entries):
-        return metainfo, {}
-    labels = {
-        _color(path, entry): IGNORE_LABEL if label is None else label for label, entry in zip(ids, entries, strict=True)
+        return ClassList(metainfo, {}, numbers, ignored)
+    labels = {value: label for label, value in enumerate(values)}
+    colors = {
+        _color(path, entry): labels.get(one, ignore_label(n_classes)) for one, entry in zip(ids, entries, strict=True)
     }
     palette = [list(_color(path, entry)) for entry in classes]
     # Two classes of one color cannot be told apart in a picture, but as numbers they can.
-    return metainfo | {"palette": palette}, labels if len(labels) == len(entries) else {}
+    return ClassList(metainfo | {"palette": palette}, colors if len(colors) == len(entries) else {}, numbers, ignored)
 
 
 def _number(text: Any) -> int | None:
@@ -203,15 +264,24 @@ def _split_folder(folder: Path, split: str) -> Path | None:
     return next((found[name] for name in SPLITS[split] if name in found), None)
 
 
-def _split_images(base: Path, split: str) -> tuple[Path, list[Path], str]:
-    """The folder of the split's images, their paths in sorted order, and how the program chose them, if it did."""
+def _split_images(base: Path, split: str) -> tuple[Path, list[Path], list[str]]:
+    """The folder of the split's images, their paths in order, and what is to be said of the choice."""
     folder, names_file = base / "images", base / f"{split}.txt"
     image_dir = _split_folder(folder, split)
     if image_dir is not None:
-        return image_dir, _one_per_stem(find_images(image_dir), image_dir), ""
+        images = find_images(image_dir)
+        notes = _not_taken(image_dir, images)
+        if names_file.is_file():
+            listed = _named(images, image_dir, base, names_file)
+            notes.append(
+                f"{names_file} lists {len(listed)} of the {len(images)} images of {image_dir}: these are taken"
+            )
+            images = listed
+        return image_dir, _one_per_stem(images, image_dir), notes
     images = find_images(folder)
+    notes = _not_taken(folder, images)
     if names_file.is_file():
-        return folder, _one_per_stem(_named(images, folder, names_file), folder), ""
+        return folder, _one_per_stem(_named(images, folder, base, names_file), folder), notes
     splits = [path for s in SPLITS for path in (_split_folder(folder, s), base / f"{s}.txt") if path and path.exists()]
     named = sorted(path.name for path in folder.iterdir() if path.is_dir() and LOOKS_LIKE_A_SPLIT.match(path.name))
     if splits or named or split == "test":
@@ -224,8 +294,17 @@ def _split_images(base: Path, split: str) -> tuple[Path, list[Path], str]:
         raise FileNotFoundError(
             f"{folder}: {len(images)} images are too few for train and val; {suffixes_below(folder)}"
         )
-    made = "a tenth of the images, chosen by the hash of their names, is val, the others are train"
-    return folder, _tenth(_one_per_stem(images, folder), folder, split), made
+    notes.append(
+        "the split was made by the program: a tenth of the images, chosen by the hash of their names, is val, the "
+        "others are train"
+    )
+    return folder, _tenth(_one_per_stem(images, folder), folder, split), notes
+
+
+def _not_taken(folder: Path, images: list[Path]) -> list[str]:
+    """A sentence about the files below a folder that are no images, if there are some."""
+    others = count_suffixes({*files_below(folder)} - {*images})
+    return [f"not taken from {folder}: {others}; images are {', '.join(SUFFIXES)}"] if others else []
 
 
 def _by_stem(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
@@ -247,27 +326,39 @@ def _one_per_stem(paths: list[Path], folder: Path) -> list[Path]:
     return list(_by_stem(paths, folder).values())
 
 
-def _named(images: list[Path], folder: Path, names_file: Path) -> list[Path]:
-    """The images that a list names, in its order."""
+def _named(images: list[Path], folder: Path, base: Path, names_file: Path) -> list[Path]:
+    """The images that a list names, in its order.
+
+    A line is a name below the images, or a path below the root, with or without suffix; lines that begin with "#" are
+    comments. What follows a name is left aside; a mask there must be the one of that name.
+    """
     by_name: dict[str, list[Path]] = {}
     for path in images:
-        below = path.relative_to(folder)
-        for key in (below.as_posix(), below.with_suffix("").as_posix()):
-            by_name.setdefault(key, []).append(path)
+        for below in {folder, base, base / "images", Path(folder.anchor)}:
+            key = path.relative_to(below).as_posix()
+            for one in {key, key[: -len(path.suffix)]}:
+                by_name.setdefault(one, []).append(path)
     try:
         lines = names_file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{names_file}: not a text in UTF-8") from error
-    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    if twice := _repeated(names):
-        raise ValueError(f"{names_file}: {twice} is listed twice")
-    for name in names:
+    names = [line.strip().replace("\\", "/") for line in lines if line.strip() and not line.startswith("#")]
+    found: dict[Path, str] = {}
+    for line in names:
+        name, *more = [line] if line in by_name else re.split(r"[\s,;]+", line.lstrip("./"))
         if name not in by_name:
             raise FileNotFoundError(f"{names_file}: there is no image {name!r} in {folder}; {suffixes_below(folder)}")
         if len(by_name[name]) > 1:
-            found = ", ".join(path.name for path in by_name[name])
-            raise ValueError(f"{names_file}: {name} may be {found}: write the suffix too, or keep one of them")
-    return [by_name[name][0] for name in names]
+            several = ", ".join(path.name for path in by_name[name])
+            raise ValueError(f"{names_file}: {name} may be {several}: write the suffix too, or keep one of them")
+        path = by_name[name][0]
+        if path in found:
+            raise ValueError(f"{names_file}: {name} is listed twice")
+        others = [one for one in more if is_image(Path(one)) and not Path(one).stem.startswith(path.stem)]
+        if others:
+            raise ValueError(f"{names_file}: {name} has the mask {others[0]}: masks are found by the names of images")
+        found[path] = name
+    return [*found]
 
 
 def _tenth(images: list[Path], folder: Path, split: str) -> list[Path]:

@@ -3,8 +3,9 @@
 What mmcv's loader and transforms give for the same file and size is the same to the bit; a test compares them.
 """
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from segm.errors import one_line
+from segm.data.stored import (
+    DECODE_ERRORS,
+    PNG,
+    Stored,
+    is_deep_png,
+    is_tiff,
+    read_header,
+    read_stored,
+    require_file,
+    sound_png,
+    unreadable,
+)
 from segm.sizes import Size, pair
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-# The decoders' ways to say that a file is damaged; cv2 also gives None.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, cv2.error, Image.DecompressionBombError)
+BITS = (8, 10, 12, 14, 16, 32)  # that cameras and satellites measure with
+Range = tuple[float, float]
 
 
 class Normalization(NamedTuple):
@@ -35,19 +47,34 @@ NORMALIZATION = {
 }
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The photographs below a folder, in sorted order; names that begin with a dot are the system's own."""
-    return sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
+def find_images(folder: Path, more: Sequence[str] = ()) -> list[Path]:
+    """The pictures below a folder, in sorted order; `more`: suffixes that count, too."""
+    return [path for path in files_below(folder) if is_image(path, more)]
 
 
-def is_image(path: Path) -> bool:
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder and the folders that are linked there, in sorted order, but for those whose names begin
+    with a dot, which are the system's own."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def is_image(path: Path, more: Sequence[str] = ()) -> bool:
     """Return whether a name is that of a picture, suffixes in either case."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in (*SUFFIXES, *more) and not path.name.startswith(".")
 
 
 def suffixes_below(folder: Path) -> str:
     """In words, which pictures are looked for and what lies below a folder instead."""
-    return f"pictures are {', '.join(SUFFIXES)}; found: {count_suffixes(folder.rglob('*')) or 'no file'}"
+    return f"pictures are {', '.join(SUFFIXES)}; found: {count_suffixes(files_below(folder)) or 'no file'}"
 
 
 def count_suffixes(paths: Iterable[Path]) -> str:
@@ -56,35 +83,104 @@ def count_suffixes(paths: Iterable[Path]) -> str:
     return ", ".join(f"{suffix} ({count})" for suffix, count in found.most_common(5))
 
 
-def read_image(path: str | Path, check: bool = True) -> np.ndarray:
+def read_image(path: str | Path, check: bool = True, value_range: Range | None = None) -> np.ndarray:
     """A photograph, uint8 RGB (H, W, 3), turned as its EXIF orientation says.
 
     Args:
         path: file.
         check: whether to look for a file that is cut off, which takes a quarter of the time of reading it.
+        value_range: lowest and highest value of pictures that are not stored in 8 bits; None: see `range_of`.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is damaged, cut off or no image.
+        ValueError: it is damaged, cut off or no image, or nobody knows what its values mean.
     """
     path = Path(path)
     require_file(path, "image")
+    data = path.read_bytes()
+    if is_tiff(data) or is_deep_png(data):
+        return as_bytes(path, read_stored(path, "image"), value_range)
     try:
-        data = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        if image is not None and check:
-            check_complete(data.tobytes())
+        data = sound_png(data)
+        if check:
+            check_complete(data)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except DECODE_ERRORS as error:
         raise ValueError(unreadable(path, "image", error)) from error
     if image is None:
-        raise ValueError(f"{path}: damaged or no image (OpenCV cannot decode it)")
+        raise ValueError(unreadable(path, "image", "OpenCV cannot decode it"))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def as_bytes(path: Path, stored: Stored, value_range: Range | None) -> np.ndarray:
+    """A picture of any type as `read_image` gives it: (H, W) or (H, W, C) -> uint8 RGB (H, W, 3), upright.
+
+    Raises:
+        ValueError: it has bands that are no colors, or values whose range nobody knows.
+    """
+    values = stored.values if stored.palette is None else stored.palette[stored.values]
+    if values.ndim == 3 and values.shape[2] > 3 and not stored.is_color and stored.palette is None:
+        raise ValueError(f"{path}: it holds {values.shape[2]} bands, none of which is called red: store three, in RGB")
+    if values.ndim == 3:
+        values = values[..., : 3 if values.shape[2] >= 3 else 1]
+    if values.dtype != np.uint8:
+        low, high = value_range or range_of(path, values)
+        # A value outside of the range, such as one that says "no data", is the nearest one inside.
+        scaled = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / (high - low))
+        values = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    values = np.broadcast_to(values.reshape(*values.shape[:2], -1), (*values.shape[:2], 3))
+    return np.ascontiguousarray(_upright(values, stored.orientation))
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C), as stored -> (H, W, C) or (W, H, C), as its EXIF orientation says that it is seen."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return image[::-1] if orientation in (3, 4, 7, 8) else image
+
+
+def range_of(path: Path, values: np.ndarray) -> Range:
+    """Lowest and highest value that pictures of a type hold, judged by one of them: 0 and 1, or all of so many bits.
+
+    Raises:
+        ValueError: nothing can be said, since values are negative, or fractions above 1.
+    """
+    if values.dtype == bool:
+        return 0, 1
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    tops = (1.0, 255.0) if values.dtype.kind == "f" else tuple(float(2**bits - 1) for bits in BITS)
+    top = next((top for top in tops if high <= top), None)
+    if low < 0 or top is None:
+        raise ValueError(
+            f"{path}: it holds {values.dtype} from {low:g} to {high:g}: give the range of the values of all images, "
+            "as in --value-range 0 3000"
+        )
+    return 0, top
+
+
+def common_range(paths: Iterable[Path]) -> Range | None:
+    """The largest of the ranges of several pictures, see `range_of`; None: all are stored in 8 bits, or none is read.
+
+    Raises:
+        ValueError: nothing can be said of one of them.
+    """
+    found: list[Range] = []
+    for path in paths:
+        try:
+            is_deep = read_header(path, "image").is_deep
+        except (FileNotFoundError, ValueError):  # whoever needs it reads it, and says why it cannot
+            continue
+        if is_deep:
+            found.append(range_of(path, read_stored(path, "image").values))
+    return max(found, key=lambda one: one[1], default=None)
 
 
 def check_complete(data: bytes) -> None:
     """Refuse a picture that is cut off, which OpenCV fills up with gray in silence.
 
-    Pillow reads all of it: the checksums of a PNG, an eighth of the resolution of a JPEG, any other format as a whole.
+    Pillow reads an eighth of the resolution of a JPEG, any other format as a whole; see `sound_png` for PNG.
 
     Args:
         data: the file's bytes.
@@ -92,10 +188,9 @@ def check_complete(data: bytes) -> None:
     Raises:
         OSError, SyntaxError: Pillow's, for a picture that is cut off or damaged.
     """
+    if data.startswith(PNG):
+        return
     with Image.open(BytesIO(data)) as opened:
-        if opened.format == "PNG":
-            opened.verify()
-            return
         opened.draft("L", (1, 1))
         opened.load()
 
@@ -135,17 +230,3 @@ def normalize(image: np.ndarray, normalization: str) -> torch.Tensor:
 def resized_view(image: np.ndarray, size: Size, normalization: str) -> torch.Tensor:
     """The input of measuring commands: uint8 RGB (H, W, 3) -> float32 (1, 3, height, width), normalized."""
     return normalize(resize_to(image, size), normalization).unsqueeze(0)
-
-
-def require_file(path: Path, kind: str) -> None:
-    """Raises a FileNotFoundError unless there is such a file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the {kind} is missing")
-
-
-def unreadable(path: Path, kind: str, error: Exception) -> str:
-    """In a line, why a decoder does not take a picture."""
-    if isinstance(error, Image.DecompressionBombError):
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"{path}: the {kind} has more pixels than are read, {limit:,} at most: cut it into smaller ones"
-    return f"{path}: damaged or no {kind} ({one_line(error)})"

@@ -1,21 +1,21 @@
 """The inspection of a data set before a training: are all files there, do sizes fit, what do the masks hold?"""
 
+import filecmp
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from segm.data.dataset import IGNORE_LABEL, THREADS, SegmentationDataset, spread
+from segm.data.dataset import THREADS, SegmentationDataset, ignore_label, spread
 from segm.data.files import FileDataset
-from segm.data.images import DECODE_ERRORS, unreadable
+from segm.data.stored import Header, read_header
 
-ORIENTATION = 0x0112  # of EXIF: 1 upright, 5 to 8 turned by a right angle
+MOST_COMPARED = 100  # files of one size
 LARGE_SHARE = 0.5  # of ignored pixels
 
 
@@ -107,7 +107,7 @@ def inspect_dataset(
     bad: list[str] | None = [] if skip_bad else None
     if not skip_bad:
         _require(dataset, [image for image, _ in paths], "images")
-        _require(dataset, [mask for _, mask in paths if mask is not None], "masks")
+        _require(dataset, [mask for _, mask in paths if mask is not None], "masks", dataset.what_masks_are_there)
     chosen = [paths[index] for index in spread(n_headers, len(paths))]
     heads = _threads(_header, chosen, "headers", progress and n_headers is None, bad)
     if not heads:
@@ -129,60 +129,87 @@ def inspect_dataset(
     counted = spread(n_masks, len(paths))
     counts = _count(dataset, counted, progress, None if bad is None else [])
     pixels = dict(zip(dataset.classes, counts[: dataset.n_cls].tolist(), strict=True))
-    found = Inventory(dataset.split, len(paths), sizes, len(counted), pixels, int(counts[IGNORE_LABEL]))
+    found = Inventory(dataset.split, len(paths), sizes, len(counted), pixels, int(counts[-1]))
     return replace(found, warnings=(*warnings, *_warnings_of_labels(found)))
 
 
-def _require(dataset: FileDataset, paths: Sequence[Path], kind: str) -> None:
-    """Raise a FileNotFoundError if files are missing; names the first."""
+def copies(train: SegmentationDataset, val: SegmentationDataset, n_images: int | None = None) -> str:
+    """A warning about images of a split that are in the training, too; "" where there are none.
+
+    Files of one size are compared, byte by byte.
+
+    Args:
+        train, val: two splits.
+        n_images: look at so many images of `val`, spread over it; None: at all.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+    """
+    if not (isinstance(train, FileDataset) and isinstance(val, FileDataset)):
+        return ""
+    asked = [val.paths(index)[0] for index in spread(n_images, len(val))]
+    known = [train.paths(index)[0] for index in range(len(train))]
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes, own_sizes = (list(pool.map(_size, paths, chunksize=256)) for paths in (known, asked))
+    of_size: dict[int, list[Path]] = {}
+    for path, size in zip(known, sizes, strict=True):
+        of_size.setdefault(size, []).append(path)
+    pairs = [
+        (path, other)
+        for path, size in zip(asked, own_sizes, strict=True)
+        for other in of_size.get(size, [])[:MOST_COMPARED]
+        if filecmp.cmp(path, other, shallow=False)
+    ]
+    number = len({path for path, _ in pairs})
+    if not pairs:
+        return ""
+    return (
+        f"{number} of {len(asked)} images of {val.split} are in {train.split}, too, such as {pairs[0][0]} = "
+        f"{pairs[0][1]}: scores say nothing about images that were trained on"
+    )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _require(dataset: FileDataset, paths: Sequence[Path], kind: str, there_is: str = "") -> None:
+    """Raise a FileNotFoundError if files are missing; names the first, and what lies there."""
     with ThreadPoolExecutor(THREADS) as pool:
         there = list(pool.map(Path.is_file, paths, chunksize=256))
     missing = [path for path, is_there in zip(paths, there, strict=True) if not is_there]
     if missing:
         many = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{dataset.name} {dataset.split}: {kind} are missing: {missing[0]}{many}")
+        there_is = there_is and f"; {there_is}"
+        raise FileNotFoundError(f"{dataset.name} {dataset.split}: {kind} are missing: {missing[0]}{many}{there_is}")
 
 
-class _Head(NamedTuple):
-    width: int
-    height: int
-    orientation: int
-
-
-def _header(pair: tuple[Path, Path | None]) -> _Head:
-    """Size of an image; a mask of another size is refused."""
+def _header(pair: tuple[Path, Path | None]) -> Header:
+    """Of an image, turned as it is seen; a mask of another size is refused."""
     image, mask = pair
-    (width, height), orientation = _read_header(image)
-    size = (height, width) if orientation >= 5 else (width, height)
+    head = read_header(image, "image")
+    if head.orientation >= 5:
+        head = head._replace(width=head.height, height=head.width)
     if mask is not None:
-        own, _ = _read_header(mask)
-        if own != size:
-            turned = f" (its EXIF orientation {orientation} turns the image, not the mask)" if orientation != 1 else ""
+        own = read_header(mask, "label map")
+        if own[:2] != head[:2]:
+            turned = head.orientation != 1
+            why = f" (its EXIF orientation {head.orientation} turns the image, not the mask)" if turned else ""
             raise ValueError(
-                f"{mask}: the label map is {own[0]}x{own[1]} pixels, its image {size[0]}x{size[1]}{turned}"
+                f"{mask}: the label map is {own.width}x{own.height} pixels, its image {head.width}x{head.height}{why}"
             )
-    return _Head(*size, orientation)
-
-
-def _read_header(path: Path) -> tuple[tuple[int, int], int]:
-    """(width, height) as stored, and the EXIF orientation."""
-    try:
-        with Image.open(path) as opened:
-            return opened.size, int(opened.getexif().get(ORIENTATION, 1))
-    except FileNotFoundError:
-        raise
-    except DECODE_ERRORS as error:
-        raise ValueError(unreadable(path, "image", error)) from error
+    return head
 
 
 def _count(dataset: FileDataset, indices: Sequence[int], progress: bool, bad: list[str] | None) -> np.ndarray:
-    """(256,), int64: pixels of every label value."""
+    """int64: pixels of every label, up to that of ignored ones."""
+    nothing = np.zeros(ignore_label(dataset.n_cls) + 1, np.int64)
 
     def one(index: int) -> np.ndarray:
         label = dataset.label(index)
-        return np.bincount(label.ravel(), minlength=256) if label is not None else np.zeros(256, np.int64)
+        return np.bincount(label.ravel(), minlength=len(nothing)) if label is not None else nothing
 
-    return np.sum([np.zeros(256, np.int64), *_threads(one, indices, f"{dataset.split} masks", progress, bad)], axis=0)
+    return np.sum([nothing, *_threads(one, indices, f"{dataset.split} masks", progress, bad)], axis=0)
 
 
 def _threads(
@@ -204,9 +231,14 @@ def _threads(
         return [result for result in bar if result is not None]
 
 
-def _warnings_of_files(dataset: FileDataset, heads: Sequence[_Head]) -> Iterable[str]:
-    if dataset.made:
-        yield f"the split was made by the program: {dataset.made}"
+def _warnings_of_files(dataset: FileDataset, heads: Sequence[Header]) -> Iterable[str]:
+    yield from dataset.notes
+    if dataset.value_range is not None and any(head.is_deep for head in heads):
+        low, high = dataset.value_range
+        yield f"images are not stored in 8 bits: values of {low:g} to {high:g} become 0 to 255 (--value-range)"
+    spare_bands = [head for head in heads if head.n_bands > 3]
+    if spare_bands:
+        yield f"{len(spare_bands)} of {len(heads)} images have more than three bands: red, green and blue are taken"
     turned = [head.orientation for head in heads if head.orientation != 1]
     if turned:
         common = Counter(turned).most_common(1)[0][0]

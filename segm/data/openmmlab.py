@@ -24,12 +24,12 @@ try:
         import mmseg.datasets as mmseg_datasets
         from mmcv.transforms import Normalize, Pad, RandomResize
         from mmseg.datasets import BaseSegDataset
-        from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion, RandomCrop
+        from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop
         from mmseg.datasets.transforms.transforms import RandomFlip, Resize
 except ModuleNotFoundError as error:
     raise ValueError(f"labelled data sets are read by mmsegmentation, which is not installed: {TRAINING}") from error
 
-__all__ = ["BaseSegDataset", "LoadAnnotations", "Resize", "TrainTransform", "mmseg_datasets"]
+__all__ = ["BaseSegDataset", "Resize", "TrainTransform", "mmseg_datasets"]
 
 
 class TrainTransform:
@@ -44,20 +44,26 @@ class TrainTransform:
         crop_size: of the result, pixels.
         normalization: name.
         ratios: of the random resize, lowest and highest.
+        ignored: label of ignored pixels, and of those that are padded.
     """
 
     def __init__(
-        self, scale: tuple[int, int], crop_size: Size, normalization: str, ratios: tuple[float, float] = (0.5, 2.0)
+        self,
+        scale: tuple[int, int],
+        crop_size: Size,
+        normalization: str,
+        ratios: tuple[float, float] = (0.5, 2.0),
+        ignored: int = IGNORE_LABEL,
     ) -> None:
         height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
         self.steps = (
             RandomResize(scale, ratio_range=ratios, resize_type=Resize, keep_ratio=True),
-            RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=IGNORE_LABEL),
+            RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=ignored),
             RandomFlip(prob=0.5),
             PhotoMetricDistortion(),
             Normalize(mean, std, to_rgb=True),
-            Pad(size=(width, height), pad_val={"img": 0, "seg": IGNORE_LABEL}),
+            Pad(size=(width, height), pad_val={"img": 0, "seg": ignored}),
         )
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:

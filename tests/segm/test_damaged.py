@@ -185,12 +185,12 @@ def test_damaged_class_lists(count, tmp_path):
         for content in damaged_texts(text, count, 4):
             (tmp_path / "classes.yml").write_bytes(content)
             try:
-                metainfo, _ = read_classes(tmp_path / "classes.yml")
+                found = read_classes(tmp_path / "classes.yml")
             except ValueError as error:
                 assert str(tmp_path / "classes.yml") in str(error)
                 assert "\n" not in str(error) and len(str(error)) < LONGEST
             else:
-                assert all(isinstance(name, str) and name for name in metainfo["classes"])
+                assert all(isinstance(name, str) and name for name in found.metainfo["classes"])
 
 
 def test_nested_aliases_cost_nothing(run, tmp_path):
