@@ -51,11 +51,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
-    """Named tensors, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged or no safetensors file.
-    """
+    """Named tensors, on the CPU; a ValueError if the file is damaged or no safetensors file."""
     try:
         return load_file(file)
     except SafetensorError as error:

@@ -5,14 +5,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -113,12 +114,16 @@ def main(
     models = {name: OnnxModel(file) for name, file in files.items()}
     views = Views(samples, run.windows.size, run.normalization, max_images, batch_size=batch_size or 1)
     rows = compare(run, models, views, output)
+    in_float32 = 4 * sum(tensor.numel() for tensor in run.model.parameters())
     for row in rows:
-        row["size"] = files[row["name"]].stat().st_size / 2**20 if row["name"] in files else _mib(run)
+        row["size"] = (files[row["name"]].stat().st_size if row["name"] in files else in_float32) / 2**20
     columns = dict(COLUMNS)
     if not isinstance(images, Path) and output != "labels":
         columns["mIoU"] = "{mean_iou:.2f}"
-        _score(run, models, rows, images, max_images)
+        runs = {f"{PYTORCH}, pure": run.unpatched(), f"{PYTORCH}, {run.method}": run}
+        runs |= {name: replace(run, model=model) for name, model in models.items()}
+        for row in tqdm(rows, desc="scores", unit="model", leave=False):
+            row["mean_iou"] = runs[row["name"]].evaluate(dataset=images, n_images=max_images)["mean_iou"]
     click.echo(f"{out}: ONNX, opset {opset}, images {batch_size or 'B'} × 3 × {' × '.join(map(str, run.windows.size))}")
     click.echo(markdown(columns, rows))
     agreement = next(row["agreement"] for row in rows if row["name"] in files)
@@ -162,29 +167,10 @@ def differences(
     return max(largest, default=None), 100 * sum(same) / len(same)
 
 
-def _score(
-    run: Run,
-    models: Mapping[str, OnnxModel],
-    rows: list[dict[str, Any]],
-    images: str | None,
-    max_images: int | None,
-) -> None:
-    """Add mIoU on a data set to the rows."""
-    runs = {f"{PYTORCH}, pure": run.unpatched(), f"{PYTORCH}, {run.method}": run}
-    runs |= {name: replace(run, model=model) for name, model in models.items()}
-    for row in tqdm(rows, desc="scores", unit="model", leave=False):
-        row["mean_iou"] = runs[row["name"]].evaluate(dataset=images, n_images=max_images)["mean_iou"]
-
-
 def _calibration(run: Run, images: str | Path | None) -> list[Tensor]:
     """Images that the ranges of activations are taken from: of the training split, or photographs."""
     samples = run.views(images, split="train").samples
     return list(Views(samples, run.windows.size, run.normalization, N_CALIBRATION))
-
-
-def _mib(run: Run) -> float:
-    """Size of the weights in float32."""
-    return sum(tensor.numel() for tensor in run.model.parameters()) * 4 / 2**20
 
 
 # ------------------------------------------------------------------------------------------- the graph
@@ -228,11 +214,7 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
 
 
 def convert(
-    model: Segmenter,
-    size: tuple[int, int],
-    output: str = "scores",
-    batch_size: int | None = None,
-    opset: int = OPSET,
+    model: Segmenter, size: tuple[int, int], output: str = "scores", batch_size: int | None = None, opset: int = OPSET
 ) -> torch.onnx.ONNXProgram:
     """A model as ONNX's graph: "images" (B, 3, height, width), normalized, to "output".
 
@@ -248,11 +230,11 @@ def convert(
         raise ValueError(MISSING)
     may_trace = getattr(model, "tracing", nullcontext)()  # its shapes may depend on the image
     # In inference mode operations arrive in one piece; and a choice between kernels would ask for a length.
-    contexts: list[Any] = [torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), may_trace]
-    contexts += [redirect_stdout(StringIO()), redirect_stderr(StringIO())]  # PyTorch's exporter may print a whole graph
+    computing = torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), may_trace
+    quiet = redirect_stdout(StringIO()), redirect_stderr(StringIO())  # PyTorch's exporter may print a whole graph
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types and versions inside of the exporters
-        for context in contexts:
+        for context in (*computing, *quiet):
             stack.enter_context(context)
         logging.disable(logging.CRITICAL)  # and log it
         try:
@@ -325,7 +307,7 @@ def quantize(file: Path, out: Path, calibration: Iterable[Tensor] | None = None)
     Raises:
         OSError: it cannot be written.
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with TemporaryDirectory() as folder, atomic(out) as part:
@@ -335,8 +317,10 @@ def quantize(file: Path, out: Path, calibration: Iterable[Tensor] | None = None)
         if calibration is None:
             quantize_dynamic(prepared, part, weight_type=QuantType.QInt8, **own)
             return
+        batches = ({"images": images.numpy()} for images in calibration)
+        reader: Any = SimpleNamespace(get_next=partial(next, batches, None))
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(prepared, part, _Reader(calibration), quant_format=QuantFormat.QDQ, **types, **own)
+        quantize_static(prepared, part, reader, **types, **own)
 
 
 def _linear_layers(file: Path) -> list[str]:
@@ -346,18 +330,6 @@ def _linear_layers(file: Path) -> list[str]:
     graph = onnx.load(file, load_external_data=False).graph
     weights = {one.name for one in graph.initializer}
     return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
-
-
-class _Reader:
-    """Images as ONNX Runtime's calibration reads them."""
-
-    def __init__(self, images: Iterable[Tensor]) -> None:
-        self.images = iter(images)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch, or None at the end."""
-        batch = next(self.images, None)
-        return None if batch is None else {"images": batch.numpy()}
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ class CachedFeatures(Dataset):
 
         Args:
             model: a Segmenter on `device`; its encoder is put into evaluation mode.
-            device: where to compute.
             autocast: context of the forward pass.
             interruption: asks for an end; whole parts are kept.
             workers: processes that read images.
@@ -125,22 +124,13 @@ class CachedFeatures(Dataset):
         self, parts: list[Part], model: Segmenter, device: torch.device, autocast: Autocast, workers: int
     ) -> Iterator[int]:
         """Compute and write parts; yields the number of images of every batch that is done."""
-        images = [(version, self._images((version, n))) for version, n in parts]
-        batches = [
-            [[(version, index) for index in indices[at : at + BATCH]] for at in range(0, len(indices), BATCH)]
-            for version, indices in images
-        ]
-        loader = iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=[batch for of_part in batches for batch in of_part],
-                num_workers=workers,
-                worker_init_fn=parallel.start_worker,
-            )
-        )
-        for part, of_part in zip(parts, batches, strict=True):
+        items = {part: [(part[0], index) for index in self._images(part)] for part in parts}
+        batches = [own[at : at + BATCH] for own in items.values() for at in range(0, len(own), BATCH)]
+        start = parallel.start_worker
+        loader = iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=start))
+        for part, own in items.items():
             tokens, labels = [], []
-            for batch in islice(loader, len(of_part)):
+            for batch in islice(loader, -(-len(own) // BATCH)):
                 with autocast():
                     tokens.append(model.encode(batch["image"].to(device)).half().cpu())
                 labels.append(batch["label"].to(torch.uint8))
@@ -166,7 +156,7 @@ class CachedFeatures(Dataset):
 
 
 def _conditions(model: Segmenter, device: torch.device, autocast: Autocast) -> tuple[Any, ...]:
-    """Everything besides the images that features depend on: the encoder's build, its weights, and the precision."""
+    """All but the images that features depend on: the encoder's build, its weights, and the precision."""
     weights = hashlib.sha256()
     for name, values in model.encoder.state_dict().items():
         weights.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
@@ -182,12 +172,7 @@ def _conditions(model: Segmenter, device: torch.device, autocast: Autocast) -> t
 
 
 class DecoderOnly(nn.Module):
-    """The part of a Segmenter after its encoder.
-
-    Args:
-        model: the Segmenter, whose parameters it shares.
-        size: (height, width) of the images, pixels.
-    """
+    """The part of a Segmenter after its encoder; it shares the parameters. size: (height, width) of the images."""
 
     def __init__(self, model: Segmenter, size: tuple[int, int]) -> None:
         super().__init__()

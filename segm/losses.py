@@ -36,13 +36,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor, n_labelled: Tensor | None 
 
 
 def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
-    """The sum over the stages: which classes are in an image, and where (SegViT, section 3.3).
+    """The sum over the stages of `SegViT`: which classes are in an image, and where (SegViT, section 3.3).
 
-    Query c belongs to class c, so nothing is matched. Pixels without a label are left out.
-
-    Args:
-        stages: from `SegViT`.
-        labels: (B, H, W), int64, 255 is ignored.
+    Query c belongs to class c, so nothing is matched. labels: (B, H, W), int64; pixels of 255 are left out.
     """
     n_cls = stages[0].masks.shape[1]
     labeled = labels != IGNORE_LABEL
@@ -72,13 +68,9 @@ def _mask_loss(logits: Tensor, masks: Tensor, where: Tensor) -> Tensor:
 
 
 def eomt_loss(predictions: Sequence[Prediction], labels: Tensor) -> Tensor:
-    """The loss of transformers' EoMT, summed over the predictions after every block that has queries.
+    """The loss of transformers' EoMT, summed over the predictions of `Segmenter.training_outputs`.
 
-    Each prediction is matched by itself, with one mask per class of an image.
-
-    Args:
-        predictions: from `Segmenter.training_outputs`.
-        labels: (B, H, W), int64; pixels of 255 are in no mask.
+    Each is matched by itself, with one mask per class of an image. labels: (B, H, W), int64; pixels of 255 are in none.
 
     Raises:
         ValueError: transformers is not installed.

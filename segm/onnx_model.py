@@ -111,7 +111,7 @@ class OnnxModel(nn.Module):
         """images: (B, 3, H, W), normalized -> logits as coarse as the graph gives them, (B, C, h, w).
 
         Raises:
-            ValueError: images of another size, or a graph that gives labels alone.
+            ValueError: as `run`, or a graph that gives labels alone.
         """
         if self.record.output == "labels":
             raise ValueError("the exported model gives label maps, whose windows cannot be averaged: --output scores")

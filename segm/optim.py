@@ -1,8 +1,7 @@
 """Optimizers and learning-rate schedules, all of them timm's."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -24,7 +23,6 @@ def create_optimizer(
     """Optimizer over the parameters that want a gradient; biases and norms are not decayed.
 
     Args:
-        model: the unwrapped model.
         name: "sgd" (momentum 0.9, not Nesterov) or "adamw".
         scale: from a parameter's name and itself to what its learning rate is multiplied by.
 
@@ -105,21 +103,12 @@ def create_scheduler(
         "warmup_prefix": True,
         "t_in_epochs": per_epoch,
     }
-    with _without_notice():
+    logger = logging.getLogger("timm.scheduler")  # it says of a training of one update that its schedule has no effect
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
         if name == "cosine":
             return CosineLRScheduler(optimizer, **settings)
         return PolyLRScheduler(optimizer, power=POWER, **settings)
-
-
-@contextmanager
-def _without_notice() -> Iterator[None]:
-    """timm says of a training of one update that its schedule has no effect; nobody expects one."""
-    loggers = [logging.getLogger(f"timm.scheduler.{name}") for name in ("cosine_lr", "poly_lr")]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+        logger.setLevel(level)

@@ -66,12 +66,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_picture(file: Path, picture: np.ndarray) -> None:
-    """Write a picture, (H, W, 3) uint8 RGB, or a label map, (H, W) uint8, in one step; folders are made.
+    """Write a picture, (H, W, 3) uint8 RGB, or a label map, (H, W) uint8, in one step; raises as `atomic`.
 
     A link that lies in the way is replaced, not followed.
-
-    Raises:
-        OSError: it cannot be written there.
     """
     # cv2.imwrite ends the program at a name that is no UTF-8.
     _, encoded = cv2.imencode(file.suffix, picture[..., ::-1] if picture.ndim == 3 else picture)
@@ -83,11 +80,7 @@ MAX_BYTES, MAX_VALUES = 1 << 20, 50_000
 
 
 def read_yaml(file: Path, loader: type = yaml.SafeLoader) -> Any:
-    """The content of a YAML file, UTF-8, with or without byte-order mark.
-
-    Args:
-        file: it has to exist.
-        loader: a safe loader of PyYAML.
+    """The content of a YAML file, UTF-8, with or without byte-order mark; `loader`: a safe one of PyYAML.
 
     Raises:
         ValueError: it is no YAML, or holds tags that the loader does not know; it is bigger than `MAX_BYTES`, or

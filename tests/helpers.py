@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import patch
+from segm.eval.sliding import sliding_logits
 
 READING = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "is_nonzero")
@@ -155,6 +156,11 @@ def end_process(*_, **__):
 def with_parts(encoder, method):
     """An encoder with the learned parts that a method cannot do without."""
     return encoder if patch.find(method).enabled_by else patch.add_modules(encoder, method)
+
+
+def view_logits(model, image, flipped, windows, size):
+    """Logits of one view of an image, all at once, at the image's original size: (C, height, width)."""
+    return sliding_logits(model, image, flipped, windows, size).part(slice(None), slice(None)).permute(2, 0, 1)
 
 
 def right_or_refused(action, expected, match=".", **tolerance):

@@ -51,14 +51,14 @@ def count_operations(model: nn.Module, images: Tensor) -> Operations:
         `Operations` per image, upsampling included. A ViT without a decoder is all encoder.
     """
     counter = _OperationCounter()
-    with torch.inference_mode(), ExitStack() as hooks:
-        decoder = getattr(model, "decoder", None)
-        for module in (decoder, getattr(decoder, "neck", None)):
-            if isinstance(module, nn.Module):
-                for handle in counter.watch(module):
-                    hooks.callback(handle.remove)
-        with counter:
-            model(images)
+    decoder = getattr(model, "decoder", None)
+    parts = [part for part in (decoder, getattr(decoder, "neck", None)) if isinstance(part, nn.Module)]
+    with torch.inference_mode(), ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.register_forward_pre_hook(lambda *_: counter.enter("decoder")))
+            stack.enter_context(part.register_forward_hook(lambda *_: counter.enter("rest")))
+        stack.enter_context(counter)
+        model(images)
     found = {part: count / len(images) / 1e9 for part, count in counter.operations.items()}
     uncounted = dict(sorted(counter.uncounted.items()))
     return Operations(sum(found.values()), found.get("encoder", 0.0), found.get("decoder", 0.0), uncounted)
@@ -73,17 +73,11 @@ class _OperationCounter(TorchDispatchMode):
         self.uncounted: Counter[str] = Counter()
         self.part = "encoder"
 
-    def watch(self, decoder: nn.Module) -> list[Any]:
-        """Handles of the hooks that tell when the decoder, or a part of it, runs."""
+    def enter(self, part: str) -> None:
+        """From now on "decoder" runs, or the "rest"."""
+        self.part = part
 
-        def enter(part: str) -> Callable[..., None]:
-            return lambda *_: setattr(self, "part", part)
-
-        return [decoder.register_forward_pre_hook(enter("decoder")), decoder.register_forward_hook(enter("rest"))]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, operator = kwargs or {}, func.overloadpacket
         if operator not in FORMULAS:
             with self:
@@ -108,38 +102,19 @@ def _per_number(position: int, factor: int = 1) -> Callable[..., int]:
     return lambda *args, **_: factor * args[position].numel()
 
 
-def _per_result(factor: int) -> Callable[..., int]:
-    """So many operations per number of the result."""
-    return lambda *_, out_val, **__: factor * out_val.numel()
-
-
-def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return x.numel() * weight.shape[0]
-
-
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop(queries, keys, values, out_val=queries) // 2
-
-
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{operator: _library(formula) for operator, formula in flop_registry.items()},
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten.native_layer_norm: _per_number(0, 5),
-    aten.native_group_norm: _per_number(0, 5),
-    aten.native_batch_norm: _per_number(0, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu: _library(sdpa_flop),
+    **dict.fromkeys((aten.native_layer_norm, aten.native_group_norm), _per_number(0, 5)),
+    **dict.fromkeys((aten.native_batch_norm, aten.cudnn_batch_norm), _per_number(0, 2)),
     aten._native_batch_norm_legit_no_training: _per_number(0, 2),
-    aten.cudnn_batch_norm: _per_number(0, 2),
-    aten._adaptive_avg_pool2d: _per_number(0),
-    aten.upsample_bilinear2d: _per_result(4),
-    aten.upsample_nearest2d: _per_result(1),
-    aten.linalg_vecdot: _per_number(0),
-    aten.index_add: _per_number(3),
-    aten.index_add_: _per_number(3),
-    aten.scatter_add: _per_number(3),
-    aten.scatter_add_: _per_number(3),
+    **dict.fromkeys((aten._adaptive_avg_pool2d, aten.linalg_vecdot), _per_number(0)),
+    **dict.fromkeys((aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_), _per_number(3)),
+    aten.upsample_bilinear2d: lambda *_, out_val, **__: 4 * out_val.numel(),
+    aten.upsample_nearest2d: lambda *_, out_val, **__: out_val.numel(),
 }
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: x.numel() * weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -207,10 +182,8 @@ def compare(
     calls |= {(name, "scores"): on_batch(model.network, name) for name, model in models.items()}
     n_batches = min(len(batches[name]) for name in models)
     trials = interleaved_trials(calls, [[index] for index in range(n_batches)], device, warm=True, progress=True)
-    costs = {
-        name: Cost.of(model, batches[name])
-        for name, model in tqdm(models.items(), desc="operations", unit="run", leave=False)
-    }
+    bar = tqdm(models.items(), desc="operations", unit="run", leave=False)
+    costs = {name: Cost.of(model, batches[name]) for name, model in bar}
     rows = {}
     for name, reference in references.items():
         own, pure, size = costs[name], costs[reference], len(batches[name][0])

@@ -34,7 +34,6 @@ class Items(Dataset):
     """Samples as `Item`s.
 
     Args:
-        samples: an evaluation split of `segm.data`.
         view: from an image, (H, W, 3) uint8 RGB, and a scale to what the model sees, (3, h, w).
         ratios: scales relative to the size of the evaluation.
     """
@@ -50,11 +49,9 @@ class Items(Dataset):
 
 
 def read_ahead(items: Dataset, indices: Sequence[int], workers: int, device: torch.device | str) -> DataLoader:
-    """Items one by one, in this order, read by other processes while the model computes.
+    """Items at the indices one by one, in this order, read by other processes while the model computes.
 
     Args:
-        items: data set whose items are read.
-        indices: which of them.
         workers: processes that read; 0: this one does.
         device: of the model; for CUDA the tensors lie in pinned memory.
     """
@@ -71,12 +68,7 @@ def read_ahead(items: Dataset, indices: Sequence[int], workers: int, device: tor
 
 
 def both_ways(views: Sequence[Tensor], flip: bool, device: torch.device | str) -> list[tuple[Tensor, bool]]:
-    """The views of an image that are evaluated together, on a device: (tensor (3, h, w), whether it is mirrored).
-
-    Args:
-        views: (3, h, w) each.
-        flip: also take the mirror image of each.
-    """
+    """Views of an image, (3, h, w), on a device, each with whether it is mirrored; flip: also their mirror images."""
     own = [(view.to(device, non_blocking=True), False) for view in views]
     return own + [(view.flip(-1), True) for view, _ in own] if flip else own
 
@@ -102,13 +94,12 @@ def evaluate(
     Args:
         model: images -> logits, in evaluation mode.
         dataset: an evaluation split of `segm.data`.
-        windows: `segm.eval.sliding.Windows`.
         ratios: scales relative to the size of the evaluation.
         flip: also the mirror image at every scale.
         n_images: only so many images, spread over the data set.
         workers: processes that read and resize images; 0: this one does.
-        progress: show a bar.
         on_image: called with (sample, label map (H, W) int64 on the device) after every image of this process.
+        progress: show a bar.
 
     Returns:
         (C, C), int64, on the CPU; rows are true classes.

@@ -124,9 +124,7 @@ class ViewLogits:
             return torch.bmm(beside.to(device).expand(len(mixed), -1, -1), mixed)
 
 
-def sliding_logits(
-    model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int] | None = None
-) -> ViewLogits:
+def sliding_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> ViewLogits:
     """Logits of one view of an image from windows, averaged where they overlap.
 
     Every window goes through the network once, however large the original image is. A model with `grid_logits` and
@@ -136,10 +134,8 @@ def sliding_logits(
         model: images (B, 3, h, w) -> logits (B, C, h, w).
         image: (3, H, W), normalized, and mirrored if `flipped`; the logits are mirrored back. An image that does not
             cover a window is scaled up first.
-        windows: `Windows`.
-        size: original (height, width); None: that of the image.
+        size: original (height, width).
     """
-    height, width = size or image.shape[-2:]
     image = upscale_to_window(image.unsqueeze(0), windows.size)
     scaled_h, scaled_w = image.shape[-2:]
     win_h, win_w = windows.size
@@ -154,20 +150,10 @@ def sliding_logits(
     logits = torch.cat(found)
     gh, gw = logits.shape[-2:]
     covered_h, covered_w = whole_patches(windows.size, patch_size)
-    rows = Side(tops, win_h, gh, covered_h, scaled_h, height)
-    columns = Side(lefts, win_w, gw, covered_w, scaled_w, width, flipped)
+    rows = Side(tops, win_h, gh, covered_h, scaled_h, size[0])
+    columns = Side(lefts, win_w, gw, covered_w, scaled_w, size[1], flipped)
     by_place = logits.unflatten(0, (len(tops), len(lefts))).permute(0, 3, 1, 4, 2)  # (R, gh, S, gw, C)
     return ViewLogits(by_place.flatten(2, 3).flatten(0, 1), rows, columns)
-
-
-def view_logits(model: Model, image: Tensor, flipped: bool, windows: Windows, size: tuple[int, int]) -> Tensor:
-    """Logits of one view of an image, all at once, at the image's original size: (C, height, width).
-
-    Args:
-        model, image, flipped, windows, size: see `sliding_logits`.
-    """
-    whole = slice(None)
-    return sliding_logits(model, image, flipped, windows, size).part(whole, whole).permute(2, 0, 1)
 
 
 def predict_labels(
@@ -179,8 +165,7 @@ def predict_labels(
 
     Args:
         model: images (B, 3, h, w) -> logits (B, C, h, w).
-        views: list of (image (3, H, W), normalized, and whether it is mirrored).
-        windows: `Windows`.
+        views: image (3, H, W), normalized, and whether it is mirrored.
         size: original (height, width).
 
     Returns:

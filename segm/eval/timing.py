@@ -56,8 +56,8 @@ def interleaved_trials(
 
     Args:
         calls: name -> function of a batch (B, 3, H, W).
-        batches: sequence of batches; each is read once and passed to every function `repeats` times.
-        device: torch.device, waited for before and after every call.
+        batches: each is read once and passed to every function `repeats` times.
+        device: waited for before and after every call.
         repeats: timed calls of each function per batch.
         warmup: untimed calls of each function, with the first batch.
         warm: an untimed call before every timed one, as in a stream of images through one model: weights and memory
@@ -69,10 +69,9 @@ def interleaved_trials(
     """
     names, rates = list(calls), {name: list[Tensor]() for name in calls}
     for index, batch in enumerate(tqdm(batches, desc="timing", unit="batch", leave=False, disable=not progress)):
-        if index == 0:
-            for call in calls.values():
-                for _ in range(warmup):
-                    call(batch)
+        for call in calls.values():
+            for _ in range(warmup if index == 0 else 0):
+                call(batch)
         seconds = {name: list[float]() for name in calls}
         for trial in range(repeats):
             for name in names[trial % len(names) :] + names[: trial % len(names)]:
@@ -95,12 +94,7 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def warm_up_shapes(calls: Mapping[str, Call], batches: Sequence[Tensor]) -> None:
-    """Let compiled models see every number of tokens before they are timed.
-
-    Args:
-        calls: name -> function of a batch (B, 3, H, W).
-        batches: those that will be timed.
-    """
+    """Let compiled models see every number of tokens of the batches, (B, 3, H, W) each, before they are timed."""
     for batch in tqdm(batches, desc="compiling", unit="batch", leave=False):
         for call in calls.values():
             for _ in range(COMPILING_PASSES):

@@ -4,7 +4,7 @@ Attention runs fused and never forms its weights. Here they are formed from the 
 that the ordinary path stays as it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,44 +16,30 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def recorded_attention(attn: nn.Module) -> Iterator[list[Tensor]]:
-    """Add the weights of forward passes through `attn` to the list that it yields, while open.
-
-    Args:
-        attn: an attention module of timm, with any projection and rotation of queries and keys.
+    """Add the weights of forward passes through an attention module of timm to the list that it yields, while open.
 
     Yields:
         (B, heads, L, L), after the softmax, for every time that attention runs: once per pass, but once per image where
         images of different lengths are concatenated, or never where a kernel of its own takes them.
     """
-    record: list[Tensor] = []
-    mode = _Recorder(record)
-    handles = [
+    mode = _Recorder()
+    with (
         attn.register_forward_pre_hook(lambda module, inputs: mode.__enter__() and None),
         attn.register_forward_hook(lambda module, inputs, output: mode.__exit__(None, None, None), always_call=True),
         # where attention forms its weights itself, they go through the dropout
-        attn.attn_drop.register_forward_pre_hook(lambda module, inputs: record.append(inputs[0].detach())),
-    ]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
+        attn.attn_drop.register_forward_pre_hook(lambda module, inputs: mode.record.append(inputs[0].detach())),
+    ):
+        yield mode.record
 
 
 class _Recorder(TorchFunctionMode):
     """Forms the weights of fused attention in addition to its result."""
 
-    def __init__(self, record: list[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.record = record
+        self.record: list[Tensor] = []
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask")

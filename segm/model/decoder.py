@@ -1,7 +1,7 @@
 """Decoders: those that give every token its logits and know nothing of the patch grid, and those that read maps."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,25 +32,18 @@ class MaskTransformer(nn.Module):
     class feature (Segmenter, section 3.2).
 
     Args:
-        dim: width of the encoder and of the decoder.
+        dim: width of the encoder and of the decoder; one attention head per 64.
         n_cls: number of classes.
         n_layers: number of transformer blocks.
-        n_heads: attention heads per block.
         dropout: dropout in attention and MLP.
         drop_path_rate: stochastic depth, rising linearly over the blocks.
     """
 
     def __init__(
-        self,
-        dim: int,
-        n_cls: int,
-        n_layers: int = 2,
-        n_heads: int | None = None,
-        dropout: float = 0.1,
-        drop_path_rate: float = 0.0,
+        self, dim: int, n_cls: int, n_layers: int = 2, dropout: float = 0.1, drop_path_rate: float = 0.0
     ) -> None:
         super().__init__()
-        n_heads = n_heads or max(1, dim // 64)
+        n_heads = max(1, dim // 64)
         if dim % n_heads:
             raise ValueError(f"decoder of width {dim}: {n_heads} heads do not divide it, choose a multiple of 64")
         self.n_cls = n_cls
@@ -58,18 +51,10 @@ class MaskTransformer(nn.Module):
         self.proj_dec = nn.Linear(dim, dim)
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
-        drop_paths = torch.linspace(0, drop_path_rate, n_layers, device="cpu").tolist()
+        drop = {"proj_drop": dropout, "attn_drop": dropout}
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                num_heads=n_heads,
-                qkv_bias=True,
-                proj_drop=dropout,
-                attn_drop=dropout,
-                drop_path=drop_path,
-                norm_layer=nn.LayerNorm,
-            )
-            for drop_path in drop_paths
+            Block(dim, n_heads, qkv_bias=True, drop_path=drop_path, norm_layer=nn.LayerNorm, **drop)
+            for drop_path in torch.linspace(0, drop_path_rate, n_layers, device="cpu").tolist()
         )
         self.decoder_norm = nn.LayerNorm(dim)
         self.mask_norm = nn.LayerNorm(n_cls)
@@ -95,22 +80,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class GridDecoder(Protocol):
-    """A decoder that reads blocks of the encoder as maps on the patch grid, as a Segmenter sees it.
-
-    Attributes:
-        reads: 0-based indices of the blocks whose outputs it is given, before the encoder's last norm.
-        scale: rows and columns of its logits per patch.
-        neck: from the maps of these blocks to the input of the decoder and of its auxiliary heads.
-    """
-
-    reads: Sequence[int]
-    scale: int
-    neck: nn.Module
-
-    def __call__(self, maps: Sequence[Tensor]) -> Tensor: ...
-
-
 class LinearBN(nn.Module):
     """BatchNorm and a 1×1 convolution on the last blocks, concatenated: the probe of DINOv2 and DINOv3 (Oquab et al.,
     2023, section 7.4).
@@ -120,6 +89,12 @@ class LinearBN(nn.Module):
         n_cls: number of classes.
         depth: blocks of the encoder.
         n_blocks: number of blocks that it reads, the last ones.
+
+    Attributes:
+        reads: 0-based indices of the blocks whose outputs it is given, before the encoder's last norm. Every decoder
+            that reads maps on the patch grid has it, `scale` and `neck`.
+        scale: rows and columns of its logits per patch.
+        neck: from the maps of these blocks to the input of the decoder and of its auxiliary heads.
     """
 
     scale = 1

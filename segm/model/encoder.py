@@ -31,12 +31,9 @@ def resize_position_embedding(
     """Resize a learned position embedding bilinearly (without antialiasing), as the released models do.
 
     Args:
-        embedding: (1, prefix + gh·gw, D).
+        embedding: (1, prefix + gh·gw, D) -> (1, prefix + new_gh·new_gw, D).
         grid, new_grid: patches per side (gh, gw), before and after.
         prefix: number of embeddings in front, of prefix tokens, which stay as they are.
-
-    Returns:
-        (1, prefix + new_gh·new_gw, D).
     """
     if tuple(grid) == tuple(new_grid):
         return embedding
@@ -98,7 +95,12 @@ def create_encoder(net_kwargs: Mapping[str, Any]) -> VisionTransformer | Eva:
     encoder = _create(backbone, **_overrides(net_kwargs))
     if net_kwargs.get("distilled") and not isinstance(encoder, DistilledEncoder):
         raise ValueError(f"backbone {backbone} has no distillation token: set distilled to false")
-    _freeze_unused(encoder)
+    # DistributedDataParallel waits for every parameter that wants a gradient, and features use no classifier or
+    # pooling. The 1000-class head itself stays, since released checkpoints have it.
+    for name in ("head", "head_dist", "fc_norm", "attn_pool"):
+        module = getattr(encoder, name, None)
+        if module is not None:
+            module.requires_grad_(False)
     return encoder
 
 
@@ -134,15 +136,6 @@ def _create(backbone: str, **overrides: Any) -> VisionTransformer | Eva:
     return model
 
 
-def _freeze_unused(encoder: nn.Module) -> None:
-    """Freeze classifier and pooling, which the features do not use: DistributedDataParallel waits for every
-    parameter that wants a gradient. The 1000-class head itself stays, since released checkpoints have it."""
-    for name in ("head", "head_dist", "fc_norm", "attn_pool"):
-        module = getattr(encoder, name, None)
-        if module is not None:
-            module.requires_grad_(False)
-
-
 class QueryEncoder:
     """An encoder of timm's whose last blocks also see learned queries; mixed into its class by `add_queries`.
 
@@ -170,12 +163,10 @@ class QueryEncoder:
         return self.norm(x)
 
 
-class EncoderWithQueries(QueryEncoder, Encoder):
-    """`Encoder` with queries."""
+class EncoderWithQueries(QueryEncoder, Encoder): ...
 
 
-class DistilledEncoderWithQueries(QueryEncoder, DistilledEncoder):
-    """`DistilledEncoder` with queries."""
+class DistilledEncoderWithQueries(QueryEncoder, DistilledEncoder): ...
 
 
 def add_queries(encoder: nn.Module, n_queries: int, n_query_blocks: int) -> None:

@@ -50,15 +50,13 @@ def create_segmenter(
         load_pretrained(encoder, net_kwargs["backbone"], pretrained)
     if net_kwargs["decoder"].get("name") == "eomt":
         add_queries(encoder, net_kwargs["decoder"].get("n_queries", 100), net_kwargs["decoder"].get("n_blocks", 3))
-    reduction = net_kwargs.get("reduction")
+    reduction, n_cls = net_kwargs.get("reduction"), net_kwargs["n_cls"]
     if reduction:
         if parts is None:
             raise ValueError(f"the model has learned parts of {reduction.get('name')}: load it with segm.run.Run")
         parts(encoder, reduction)
-    n_cls = net_kwargs["n_cls"]
-    decoder, aux_heads = create_decoder(
-        encoder.embed_dim, n_cls, net_kwargs["decoder"], len(encoder.blocks), min(encoder.patch_embed.patch_size)
-    )
+    depth, patch_side = len(encoder.blocks), min(encoder.patch_embed.patch_size)
+    decoder, aux_heads = create_decoder(encoder.embed_dim, n_cls, net_kwargs["decoder"], depth, patch_side)
     model = Segmenter(encoder, decoder, n_cls, aux_heads)
     if model.on_grid:
         encoder.norm.requires_grad_(False)  # blocks are read before it
@@ -83,7 +81,8 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
     config = RunConfig.read(path)
     weights = load_checkpoint(path)["model"]
     try:
-        _check_shapes(config.net_kwargs, weights, parts)
+        with torch.device("meta"):  # other weights are named before the network takes the memory that a file asks for
+            create_segmenter(config.net_kwargs, parts=parts).load_state_dict(weights, assign=True)
         model = create_segmenter(config.net_kwargs, parts=parts)
     except ValueError as error:
         raise ValueError(f"{variant_file(path)}: {error}") from error
@@ -91,12 +90,6 @@ def load_model(path: str | Path, parts: Parts | None = None) -> tuple[Segmenter,
         raise ValueError(f"{path} does not fit the net_kwargs of its variant.yml: {one_line(error)}") from error
     model.load_state_dict(weights)
     return model.eval(), config
-
-
-def _check_shapes(net_kwargs: dict[str, Any], weights: dict[str, Any], parts: Parts | None) -> None:
-    """Raise a RuntimeError for other weights than the network's, before it takes the memory that a file asks for."""
-    with torch.device("meta"):
-        create_segmenter(net_kwargs, parts=parts).load_state_dict(weights, assign=True)
 
 
 def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) -> None:
@@ -124,11 +117,10 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
     if sides and weights[kernel].shape[:2] == own[kernel].shape[:2]:
         weights[kernel] = resample_patch_embed(weights[kernel], [*encoder.patch_embed.patch_size])
     if name in weights and name in own and weights[name].shape != own[name].shape:
-        grid = recorded_grid(path, sides)
-        if grid is not None and grid[0] * grid[1] + position_prefix(encoder) == weights[name].shape[1]:
-            weights[name] = resize_position_embedding(
-                weights[name].float(), grid, encoder.patch_embed.grid_size, position_prefix(encoder)
-            )
+        grid, prefix = recorded_grid(path, sides), position_prefix(encoder)
+        if grid is not None and grid[0] * grid[1] + prefix == weights[name].shape[1]:
+            new_grid = encoder.patch_embed.grid_size
+            weights[name] = resize_position_embedding(weights[name].float(), grid, new_grid, prefix)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -22,18 +22,15 @@ class OneDNNLinear(nn.Linear):
         """(..., D) -> (..., D')"""
         if not _onednn_applies(x, self.weight):
             return super().forward(x)
-        # What `torch.compile` makes of linear layers. PyTorch has no public name for it: a convolution of single pixels
-        # goes to oneDNN too, but sorts the weights anew in every pass, which costs a merged ViT-S 8 %.
+        # As `torch.compile` does it. PyTorch has no public name for it: a convolution of single pixels goes to oneDNN
+        # too, but sorts the weights anew in every pass, which costs a merged ViT-S 8 %.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def use_onednn_linear(model: Model) -> Model:
-    """Turn the linear layers of a model into `OneDNNLinear`, in place, where that is faster on this processor.
+    """The model, whose linear layers become `OneDNNLinear`, in place, where that is faster on this processor.
 
-    Parameters and the names of the state dict stay. Subclasses of `nn.Linear` stay as they are.
-
-    Returns:
-        The model.
+    Parameters, the names of the state dict and subclasses of `nn.Linear` stay.
     """
     if mkl_lacks_avx512():
         for module in model.modules():
@@ -43,11 +40,7 @@ def use_onednn_linear(model: Model) -> Model:
 
 
 def restore_linear(model: Model) -> Model:
-    """Undo `use_onednn_linear`, in place, for code that looks for `nn.Linear`, such as dynamic quantization.
-
-    Returns:
-        The model.
-    """
+    """The model without `use_onednn_linear`, in place, for code that looks for `nn.Linear`: dynamic quantization."""
     for module in model.modules():
         if type(module) is OneDNNLinear:
             module.__class__ = nn.Linear

@@ -52,13 +52,8 @@ def best_classes(found: Prediction, size: Sequence[int]) -> Tensor:
 
 
 class AttentionToMask(nn.Module):
-    """A post-norm layer: queries attend to each other, then to a map (SegViT, section 3.2).
-
-    Args:
-        dim: width of queries and map.
-        n_heads: attention heads.
-        dropout: in attention and between the layers.
-    """
+    """A post-norm layer of width `dim`: queries attend to each other, then to a map (SegViT, section 3.2); dropout is
+    in attention and between the layers."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -173,9 +168,8 @@ class EoMT(nn.Module):
         self.n_queries, self.scale = n_queries, patch_side
         self.blocks = nn.ModuleList()  # those of the encoder serve
         self.head = nn.Linear(dim, n_cls + 1)
-        self.mask_head = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
-        )
+        layers = nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
+        self.mask_head = nn.Sequential(*layers)
         n_steps = max(1, round(math.log2(patch_side / 4)))  # to a quarter of the image
         self.upscale = nn.Sequential(*(ScaleBlock(dim) for _ in range(n_steps)))
         self.register_buffer("mask_probs", torch.ones(n_query_blocks))

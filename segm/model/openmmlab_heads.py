@@ -3,7 +3,8 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,8 +25,8 @@ AUXILIARY = (10, 15, 20)  # of 24 blocks, counted from 1 (SETR, section 4.1)
 
 
 def on_grid(head: nn.Module, reads: Sequence[int], scale: int, neck: nn.Module | None = None) -> nn.Module:
-    """A head of mmsegmentation as a `segm.model.decoder.GridDecoder`."""
-    head.neck = nn.Identity() if neck is None else neck
+    """A head of mmsegmentation as a decoder that reads maps, as `segm.model.decoder.LinearBN` does."""
+    head.neck = neck or nn.Identity()
     head.blocks = nn.ModuleList()  # no attention: nothing to patch, nothing to show
     head.reads, head.scale = [*reads], scale
     return initialized(head)
@@ -58,20 +59,11 @@ def _quarters(depth: int) -> list[int]:
     return [-(-depth * part // 4) - 1 for part in (1, 2, 3, 4)]
 
 
-def _setr(dim: int, n_cls: int, depth: int, n_convs: int, up_scale: int, kernel: int) -> tuple[nn.Module, list]:
+def setr(dim: int, n_cls: int, depth: int, n_convs: int, up_scale: int, kernel: int) -> tuple[nn.Module, list]:
+    """SETR (Zheng et al., 2021, section 3.3): convolutions, each with an upsampling, and a last one."""
     reads = [*(-(-depth * block // 24) - 1 for block in AUXILIARY), depth - 1]
     main = on_grid(_up(dim, n_cls, len(AUXILIARY), n_convs, up_scale, kernel), reads, up_scale**n_convs)
     return main, [initialized(_up(dim, n_cls, index, 1, 4, kernel)) for index in range(len(AUXILIARY))]
-
-
-def setr_naive(dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module]]:
-    """SETR-Naive (Zheng et al., 2021, section 3.3): a 1×1 convolution, ×4, and a second one."""
-    return _setr(dim, n_cls, depth, n_convs=1, up_scale=4, kernel=1)
-
-
-def setr_pup(dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module]]:
-    """SETR-PUP: four 3×3 convolutions, each with ×2."""
-    return _setr(dim, n_cls, depth, n_convs=4, up_scale=2, kernel=3)
 
 
 def setr_mla(dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -91,17 +83,15 @@ def upernet(dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module
 
 
 def build(name: str, dim: int, n_cls: int, depth: int) -> tuple[nn.Module, list[nn.Module]]:
-    """A decoder and its auxiliary heads.
-
-    Args:
-        name: of `BUILDERS`.
-        dim: width of the encoder.
-        n_cls: number of classes.
-        depth: blocks of the encoder.
-    """
+    """A decoder of `BUILDERS` and its auxiliary heads; dim, depth: width and blocks of the encoder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of mmsegmentation's losses, which nothing here uses
         return BUILDERS[name](dim, n_cls, depth)
 
 
-BUILDERS = {"setr_naive": setr_naive, "setr_pup": setr_pup, "setr_mla": setr_mla, "upernet": upernet}
+BUILDERS: dict[str, Callable[[int, int, int], tuple[nn.Module, list[nn.Module]]]] = {
+    "setr_naive": partial(setr, n_convs=1, up_scale=4, kernel=1),
+    "setr_pup": partial(setr, n_convs=4, up_scale=2, kernel=3),
+    "setr_mla": setr_mla,
+    "upernet": upernet,
+}

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_names
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from segm.checkpoint import load_tensors
+from segm.checkpoint import load_safetensors, load_tensors
 from segm.config import recorded_grid
 from segm.errors import one_line
 from segm.model.encoder import ALIASES, position_prefix, resize_position_embedding
@@ -49,11 +48,8 @@ RENAMES = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks for FSDP
     (r"\.(?:layernorm_before|layer_norm1)\.", ".norm1."),
     (r"\.(?:layernorm_after|layer_norm2)\.", ".norm2."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.(?:attention\.attention|attn)\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
     (r"\.(?:attention|self_attn)\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attn\.query\.", ".attn.q."),
-    (r"\.attn\.key\.", ".attn.k."),
-    (r"\.attn\.value\.", ".attn.v."),
     (r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
@@ -80,13 +76,14 @@ def load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: boo
     name = ALIASES.get(backbone, backbone)
     try:
         with torch.device("meta"):
-            heads = {timm.create_model(name).blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
+            blank = timm.create_model(name)
+        heads = {blank.blocks[0].attn.num_heads, encoder.blocks[0].attn.num_heads}
         if len(heads) > 1:  # no weight says how many there are
             raise RuntimeError(f"heads: {heads}")
         if source is not True and Path(source).suffix != ".npz":
             load_encoder(encoder, Path(source), backbone)
             return
-        donor = _pretrained_donor(name, source)
+        donor = _fetched(name) if source is True else _read_npz(name, Path(source), blank)
         weights = donor.state_dict()
         if "pos_embed" in weights and encoder.pos_embed is not None:
             weights["pos_embed"] = resize_position_embedding(
@@ -100,48 +97,36 @@ def load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: boo
         ) from error
 
 
-def _pretrained_donor(name: str, source: bool | str | Path) -> VisionTransformer | Eva:
-    """timm's own model of that name, with its weights, or those of AugReg's .npz, and the grid that they have."""
-    if source is True:
-        try:
-            return timm.create_model(name, pretrained=True)
-        except Exception as error:  # the hub client raises many unrelated types when it cannot connect
-            raise ConnectionError(
-                f"cannot fetch timm's weights for {name} ({one_line(error)}): "
-                "use --pretrained FILE for weights on disk, or --no-pretrained"
-            ) from error
-    path = Path(source)
+def _fetched(name: str) -> VisionTransformer | Eva:
+    """timm's own model of that name, with its weights."""
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub client raises many unrelated types when it cannot connect
+        raise ConnectionError(
+            f"cannot fetch timm's weights for {name} ({one_line(error)}): "
+            "use --pretrained FILE for weights on disk, or --no-pretrained"
+        ) from error
+
+
+def _read_npz(name: str, path: Path, blank: VisionTransformer | Eva) -> VisionTransformer | Eva:
+    """timm's own model of that name, with AugReg's weights and their grid, to which timm would not resize them."""
     if not path.is_file():
         raise FileNotFoundError(f"pretrained weights {path} not found")
     overlay = {"file": str(path), "custom_load": True}
+    size = blank.patch_embed.img_size
     try:
-        with torch.device("meta"):
-            blank = timm.create_model(name)
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=_image_size_of(path, blank)
-        )
+        with np.load(path) as weights:
+            for key in weights:
+                if key.endswith("posembed_input/pos_embedding"):
+                    side = math.isqrt(weights[key].shape[1] - position_prefix(blank))
+                    size = tuple(side * pixels for pixels in blank.patch_embed.patch_size)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
     except Exception as error:  # a damaged file raises whatever its reader raises
         raise ValueError(f"cannot read {path} as weights of {name}: {one_line(error)}") from error
 
 
-def _image_size_of(path: Path, model: VisionTransformer | Eva) -> tuple[int, ...]:
-    """Image side that the weights in an .npz were trained at: timm would resize their position embedding otherwise."""
-    with np.load(path) as weights:
-        key = next((key for key in weights if key.endswith("posembed_input/pos_embedding")), None)
-        embedding = None if key is None else weights[key]
-    if embedding is None:
-        return model.patch_embed.img_size
-    side = math.isqrt(embedding.shape[1] - position_prefix(model))
-    return tuple(side * pixels for pixels in model.patch_embed.patch_size)
-
-
 def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
-    """Copy the encoder weights in a file into an encoder, under any of the known names.
-
-    Args:
-        encoder: from `segm.model.encoder`.
-        file: .pth or .safetensors.
-        backbone: its name, for messages.
+    """Copy the weights in a .pth or .safetensors into an encoder, under any of the known names; backbone: its name.
 
     Raises:
         ValueError: a damaged file, one without a plain ViT in it, or one that does not fit.
@@ -151,16 +136,15 @@ def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
     own = encoder.state_dict()
     try:
         weights = in_names_of(encoder, weights, file)
-        _check_depth(weights, len(encoder.blocks))
+        n_blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        if n_blocks > len(encoder.blocks):
+            raise ValueError(f"it has {n_blocks} blocks")
         _refuse_lost_biases(weights, own)
+        head = own.get("head.weight")
+        if head is not None and weights.get("head.weight", head).shape != head.shape:
+            own = {name: value for name, value in own.items() if not name.startswith("head.")}
         others = [name for name in weights if name not in own]
-        if (
-            "head.weight" in weights
-            and "head.weight" in own
-            and weights["head.weight"].shape != own["head.weight"].shape
-        ):
-            others += [name for name in ("head.weight", "head.bias") if name in weights]
-        weights = {name: value for name, value in weights.items() if name not in others}
+        weights = {name: value for name, value in weights.items() if name in own}
         heads = {name for name in own if name.split(".")[0] in ("head", "head_dist", "fc_norm", "attn_pool")}
         missing = sorted(own.keys() - weights.keys() - heads)
         if missing:
@@ -187,14 +171,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"pretrained weights {file} not found")
     _check_sum(file)
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or no .safetensors file ({one_line(error)})") from error
-    else:
-        tensors = dict(_flat(load_tensors(file)))
+    tensors = load_safetensors(file) if file.suffix == ".safetensors" else dict(_flat(load_tensors(file)))
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"{file} is damaged: {summary(broken)} holds numbers that are not finite")
@@ -229,31 +206,20 @@ def find_encoder(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, T
     Raises:
         ValueError: there is no plain ViT.
     """
-    found = [
-        (name[: -len(end)], end)
-        for name in tensors
-        for end in PATCH_EMBEDDINGS
-        if name == end or name.endswith("." + end)
-    ]
+    found = [name.removesuffix(end) for name in tensors for end in PATCH_EMBEDDINGS if f".{name}".endswith(f".{end}")]
     if not found:
         raise ValueError(
             f"{file} holds no plain ViT that is known here: it has no {' or '.join(PATCH_EMBEDDINGS[:2])}, "
             f"but {summary(list(tensors)) or 'no tensors'}"
         )
 
-    def rank(prefix: str) -> tuple[bool, int]:
-        return not any(word in prefix for word in AVERAGED), len(prefix)
-
-    prefix = min((prefix for prefix, _ in found), key=rank)
+    prefix = min(found, key=lambda prefix: (not any(word in prefix for word in AVERAGED), len(prefix)))
     weights = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     return weights, [name for name in tensors if not name.startswith(prefix)]
 
 
-def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor], file: Path | None = None) -> dict[str, Tensor]:
-    """Weights under the encoder's names, position embedding and fused parts included; others keep theirs.
-
-    Args:
-        file: where they come from: a run knows the grid of its position embedding.
+def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Weights in a file under the encoder's names, position embedding and fused parts included; others keep theirs.
 
     Raises:
         ValueError: a position embedding of a grid that is not known, and not square.
@@ -261,21 +227,19 @@ def in_names_of(encoder: nn.Module, weights: Mapping[str, Tensor], file: Path | 
     own = encoder.state_dict()
     renamed = {timm_name(name): value.float() for name, value in weights.items()}
     renamed = _joined(renamed, ("q", "k", "v"), "attn", "qkv")
+    swaps = {".mlp.gate_proj.": ".mlp.fc1_g.", ".mlp.up_proj.": ".mlp.fc1_x."}
     if not any(".mlp.fc1_g." in name for name in own):
         renamed = _joined(renamed, ("gate_proj", "up_proj"), "mlp", "fc1")
-    else:
-        swaps = {".mlp.gate_proj.": ".mlp.fc1_g.", ".mlp.up_proj.": ".mlp.fc1_x."}
-        for old, new in swaps.items():
-            renamed = {name.replace(old, new): value for name, value in renamed.items()}
-    renamed = {name.replace(".mlp.up_proj.", ".mlp.fc1."): value for name, value in renamed.items()}
+        swaps = {".mlp.up_proj.": ".mlp.fc1."}
+    for old, new in swaps.items():
+        renamed = {name.replace(old, new): value for name, value in renamed.items()}
     for token in ("cls_token", "dist_token", "reg_token"):
         if token in renamed and token in own and renamed[token].numel() == own[token].numel():
             renamed[token] = renamed[token].view_as(own[token])
         elif token in renamed and not renamed[token].numel():
             del renamed[token]
-    if "pos_embed" in renamed and getattr(encoder, "pos_embed", None) is not None:
-        sides = renamed["patch_embed.proj.weight"].shape[2:]
-        _fit_position(renamed, encoder, None if file is None else recorded_grid(file, sides))
+    if "pos_embed" in renamed and encoder.pos_embed is not None:  # a run knows the grid that it has
+        _fit_position(renamed, encoder, recorded_grid(file, renamed["patch_embed.proj.weight"].shape[2:]))
     if isinstance(encoder, Eva):
         renamed = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name): value for name, value in renamed.items()}
         renamed = eva_names(renamed, encoder)
@@ -307,10 +271,7 @@ def _joined(weights: Mapping[str, Tensor], parts: tuple[str, ...], module: str, 
 
 
 def _fit_position(weights: dict[str, Tensor], encoder: nn.Module, recorded: tuple[int, int] | None) -> None:
-    """Bring `pos_embed` to the encoder's grid, and to the prefix tokens that have one.
-
-    The grid that it has is the one that its run recorded, else the encoder's, else a square one.
-    """
+    """Bring `pos_embed` to the encoder's grid, from that which its run recorded, else the encoder's, else a square."""
     embedding = weights["pos_embed"]
     embedding = embedding.unsqueeze(0) if embedding.ndim == 2 else embedding
     prefix, grid = position_prefix(encoder), encoder.patch_embed.grid_size
@@ -329,12 +290,6 @@ def _fit_position(weights: dict[str, Tensor], encoder: nn.Module, recorded: tupl
     if in_front != prefix:
         raise ValueError(f"its position embedding counts {in_front} prefix tokens, that of the encoder {prefix}")
     weights["pos_embed"] = resize_position_embedding(embedding, old_grid, grid, prefix)
-
-
-def _check_depth(weights: Mapping[str, Tensor], depth: int) -> None:
-    found = {int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)}
-    if len(found) > depth:
-        raise ValueError(f"it has {len(found)} blocks")
 
 
 def _refuse_lost_biases(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

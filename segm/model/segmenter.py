@@ -46,7 +46,7 @@ class Segmenter(nn.Module):
 
     @property
     def on_grid(self) -> bool:
-        """Return whether the decoder reads maps (`segm.model.decoder.GridDecoder`), not tokens."""
+        """Return whether the decoder reads maps (as `segm.model.decoder.LinearBN`), not tokens."""
         return hasattr(self.decoder, "reads")
 
     @property
@@ -81,23 +81,21 @@ class Segmenter(nn.Module):
             images: (B, 3, H, W), normalized.
 
         Returns:
-            (B, n_cls, ceil(H / ph), ceil(W / pw)); times `scale` in both directions. From masks
-            they are scores, 0 to the number of queries, and no logits: windows are averaged as they are.
+            (B, n_cls, ceil(H / ph), ceil(W / pw)); times `scale` in both directions. From masks they are scores, 0 to
+            the number of queries, and no logits: windows are averaged as they are.
         """
         found = self.network(images)
-        if not self.predicts_masks:
-            return found
-        return class_scores(found, self._scaled(images.shape[-2:]))
+        return class_scores(found, self._scaled(images.shape[-2:])) if self.predicts_masks else found
 
     def network(self, images: Tensor) -> Any:
         """Output of encoder and decoder: `grid_logits`, or the `Prediction` of queries, which has fewer pixels."""
+        grid = self.grid(images.shape[-2:])
         if self.on_grid:
             found = self.decoder(self.decoder.neck(self.maps(images)))
             return found[-1] if self.predicts_masks else found
         if self.has_queries:
-            found = self.encoder.forward_features(self._pad(images))
-            return self.decoder(*self.split_queries(found, self.grid(images.shape[-2:])))
-        return self.to_grid(self.decoder(self.encode(images)), self.grid(images.shape[-2:]))
+            return self.decoder(*self.split_queries(self.encoder.forward_features(self._pad(images)), grid))
+        return self.to_grid(self.decoder(self.encode(images)), grid)
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalized, any size -> patch tokens (B, M, D), M = gh·gw unless they are merged."""
@@ -121,15 +119,7 @@ class Segmenter(nn.Module):
         return gh * self.scale, gw * self.scale
 
     def to_grid(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Put tokens on the patch grid.
-
-        Args:
-            logits: (B, gh·gw, C), in row-major order.
-            grid: (gh, gw).
-
-        Returns:
-            (B, C, gh, gw), classes innermost in memory.
-        """
+        """logits: (B, gh·gw, C), in row-major order -> (B, C, gh, gw), classes innermost in memory."""
         return logits.unflatten(1, grid).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -142,11 +132,8 @@ class Segmenter(nn.Module):
         return len(self.aux_heads) > 0 or self.predicts_masks
 
     def training_outputs(self, images: Tensor) -> list[Any]:
-        """Outputs that a training step takes.
-
-        First the logits of `forward`, or the predictions that the decoder's own loss takes; then the logits of the
-        auxiliary heads, (B, n_cls, H, W) each.
-        """
+        """The logits of `forward`, or the predictions that the decoder's own loss takes; then the logits of the
+        auxiliary heads, (B, n_cls, H, W) each."""
         size = images.shape[-2:]
         if not self.has_training_outputs:
             return [self(images)]
@@ -163,9 +150,9 @@ class Segmenter(nn.Module):
         return x[:, :n_queries], self.to_grid(x[:, n_queries + self.encoder.num_prefix_tokens :], grid)
 
     def masked_predictions(self, images: Tensor) -> list[Prediction]:
-        """Predictions of the queries before every block that they are in, and after the last one.
+        """Predictions of the queries before every block that they are in, whose attention they mask, and at the end.
 
-        Each masks their attention in the block that follows. Where tokens merge, they predict once, at the end.
+        Where tokens merge, they predict at the end alone.
         """
         grid, found = self.grid(images.shape[-2:]), []
 
@@ -178,15 +165,7 @@ class Segmenter(nn.Module):
         return [*found, self.decoder(*self.split_queries(x, grid))]
 
     def decode(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Logits of images from the output of their encoder.
-
-        Args:
-            tokens: (B, M, D), from `encode`.
-            size: (height, width) of the images, pixels.
-
-        Returns:
-            (B, n_cls, height, width).
-        """
+        """tokens: (B, M, D), from `encode`; size: (height, width) of the images -> logits (B, n_cls, height, width)."""
         return self._to_pixels(self.to_grid(self.decoder(tokens), self.grid(size)), size)
 
     def _to_pixels(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -243,13 +222,9 @@ class Segmenter(nn.Module):
 
 
 def compile_blocks(blocks: Iterable[Any], backend: str = "inductor") -> None:
-    """Compile attention and MLP of transformer blocks, in place, once for all token counts.
+    """Compile attention and MLP of timm's `Block`s, patched or not, in place, once for all token counts.
 
     What lies between them, where a patched block merges, stays as it is; so do parameters and state-dict keys.
-
-    Args:
-        blocks: timm's `Block`s, patched or not.
-        backend: of `torch.compile`.
     """
     for block in blocks:
         for part in (block.attn, block.mlp):

@@ -64,7 +64,7 @@ def label_map(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def _label_map_by_cells(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Interpolate only where the label can change, and only the classes that can win.
+    """Interpolate where the label can change, and the classes that can win.
 
     The centres of four neighboring patches are the corners of a cell of ph × pw pixels, whose logits are means of
     the logits at the corners. A class that is the highest at all four is the highest in the whole cell, and a class
@@ -88,10 +88,7 @@ def _label_map_by_cells(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def _cell_corners(n_images: int, gh: int, gw: int) -> Tensor:
-    """Patches at the corners of every cell: (B, gh+1, gw+1, 4), indices into the flattened grids of all images.
-
-    In the order top left, top right, bottom left, bottom right; at the edge, patches stand in for missing ones.
-    """
+    """Indices of the patches at the corners of every cell, row by row: (B, gh+1, gw+1, 4); the edge is repeated."""
     index = torch.arange(n_images * gh * gw).view(n_images, 1, gh, gw).double()
     index = F.pad(index, (1, 1, 1, 1), mode="replicate").squeeze(1).long()
     return torch.stack([index[:, :-1, :-1], index[:, :-1, 1:], index[:, 1:, :-1], index[:, 1:, 1:]], dim=-1)
@@ -99,23 +96,12 @@ def _cell_corners(n_images: int, gh: int, gw: int) -> Tensor:
 
 def _corner_weights(patch_size: tuple[int, int]) -> Tensor:
     """(ph·pw, 4): bilinear weights of the four corners at every pixel of a cell."""
-    axes = []
-    for side in patch_size:
-        far = (torch.arange(side) + (0.5 if side % 2 == 0 else 0.0)) / side
-        axes.append(torch.stack([1 - far, far], dim=1))
-    return torch.einsum("yi,xj->yxij", *axes).reshape(-1, 4)
+    far = [(torch.arange(side) + (0.5 if side % 2 == 0 else 0.0)) / side for side in patch_size]
+    return torch.einsum("yi,xj->yxij", *(torch.stack([1 - part, part], dim=1) for part in far)).reshape(-1, 4)
 
 
 def _cell_labels(corners: Tensor, weights: Tensor) -> Tensor:
-    """Winning class at every pixel of some cells.
-
-    Args:
-        corners: (K, 4, C), logits at the corners.
-        weights: (P, 4), of the corners at every pixel.
-
-    Returns:
-        (K, P), int64.
-    """
+    """(K, P), winning class at every pixel of cells: corners (K, 4, C), their logits; weights (P, 4) at every pixel."""
     labels = torch.empty(len(corners), len(weights), dtype=torch.long)
     few = torch.zeros(len(corners), dtype=torch.bool)
     if corners.shape[2] > CANDIDATES + 1:
@@ -151,11 +137,7 @@ def _label_map_in_bands(logits: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def _bilinear_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the points of a resized side between those of the old one, without aligned corners.
-
-    Returns:
-        (new,) each: the point before, the one after (both int64), and the weight of the latter.
-    """
+    """For every point of a resized side the old points before and after it, int64, and the weight of the latter."""
     place = ((torch.arange(new, device=device) + 0.5) * (old / new) - 0.5).clamp(min=0)
     before = place.long().clamp(max=old - 1)
     return before, (before + 1).clamp(max=old - 1), place - before

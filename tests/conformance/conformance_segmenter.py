@@ -10,7 +10,7 @@ from torch import Tensor
 
 import patch
 from segm.config import RunConfig
-from segm.eval.sliding import Windows, view_logits
+from segm.eval.sliding import Windows, sliding_logits
 from segm.model.factory import load_model
 from segm.model.segmenter import Segmenter
 
@@ -67,8 +67,9 @@ def _attention(v: Vectors, model: Segmenter, name: str, layer: int, part: str) -
 
 def _sliding(v: Vectors, model: Segmenter, name: str, flipped: bool, config: RunConfig) -> None:
     windows = Windows.of(config.inference.window_size, config.inference.window_stride)
-    found = view_logits(model, v["xslide"][0].float(), flipped, windows, _original_size(v, model, name))
-    same("probabilities", _sampled(found.softmax(0), v[name]), v[name], MODEL)
+    found = sliding_logits(model, v["xslide"][0].float(), flipped, windows, _original_size(v, model, name))
+    logits = found.part(slice(None), slice(None)).permute(2, 0, 1)
+    same("probabilities", _sampled(logits.softmax(0), v[name]), v[name], MODEL)
 
 
 def _original_size(v: Vectors, model: Segmenter, name: str) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 import g2tm
 import patch
-from segm.eval.sliding import Windows, view_logits
+from segm.eval.sliding import Windows
+from tests.helpers import view_logits
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = sorted(DATA.glob("*.safetensors"))

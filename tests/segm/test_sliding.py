@@ -13,10 +13,11 @@ import patch
 from segm.data import Sample, create_dataset, normalize
 from segm.data.images import resize_keep_ratio
 from segm.eval.evaluate import MULTISCALE, Items, both_ways, evaluate, read_ahead
-from segm.eval.sliding import Windows, _parts, predict_labels, upscale_to_window, view_logits, window_starts
+from segm.eval.sliding import Windows, _parts, predict_labels, upscale_to_window, window_starts
 from segm.merging import build_model
 from segm.model.upsample import upsample
 from segm.parallel import default_workers
+from tests.helpers import view_logits
 
 
 def by_pixel(images):
