@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from segm import parallel
-from segm.data import SegmentationDataset, fingerprint
+from segm.data import IGNORE_LABEL, SegmentationDataset, fingerprint
 from segm.interruption import Interruption, SignalError
 from segm.model.segmenter import Segmenter
 from segm.storage import atomic
@@ -126,14 +126,14 @@ class CachedFeatures(Dataset):
         """Compute and write parts; yields the number of images of every batch that is done."""
         items = {part: [(part[0], index) for index in self._images(part)] for part in parts}
         batches = [own[at : at + BATCH] for own in items.values() for at in range(0, len(own), BATCH)]
-        start = parallel.start_worker
+        start, label_kind = parallel.start_worker, torch.uint8 if self.dataset.n_cls <= IGNORE_LABEL else torch.int32
         loader = iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=start))
         for part, own in items.items():
             tokens, labels = [], []
             for batch in islice(loader, -(-len(own) // BATCH)):
                 with autocast():
                     tokens.append(model.encode(batch["image"].to(device)).half().cpu())
-                labels.append(batch["label"].to(torch.uint8))
+                labels.append(batch["label"].to(label_kind))
                 yield len(labels[-1])
             with atomic(self._file(part), shared=True) as file:
                 save_file({"tokens": torch.cat(tokens), "labels": torch.cat(labels)}, file)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from segm.cli import checkpoint_argument, device_option, im_size_option, workers_option
 from segm.data import Sample
+from segm.data.dataset import label_type
 from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
 from segm.eval.evaluate import Item, read_ahead
 from segm.merging import MergingCommand
@@ -49,7 +50,7 @@ def main(
 ) -> None:
     """Segment every photograph in a folder with CHECKPOINT, a file, a run directory or an exported .onnx.
 
-    Writes NAME.png (8-bit class indices) and NAME_blend.jpg for every photograph NAME.
+    Writes NAME.png (class indices, 8 bits; 16 for more than 255 classes) and NAME_blend.jpg for every photograph NAME.
     """
     if source.resolve() == target.resolve():
         raise click.UsageError(
@@ -64,7 +65,7 @@ def main(
             damaged.append(item)
             continue
         photograph, (view,) = item
-        labels = run.predict_preprocessed(view, photograph.image.shape[:2]).astype(np.uint8)
+        labels = run.predict_preprocessed(view, photograph.image.shape[:2]).astype(label_type(run.n_cls))
         write_picture(target / f"{photograph.name}.png", labels)
         picture = blend(photograph.image, colorize(labels, run.palette), opacity)
         write_picture(target / f"{photograph.name}_blend.jpg", picture)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from segm import parallel
-from segm.data.dataset import IGNORE_LABEL
+from segm.data.dataset import ignore_label
 from segm.model.masks import EoMT, Prediction, SegViT
 from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
@@ -26,22 +26,23 @@ def segmentation_loss(logits: Tensor, labels: Tensor, n_labelled: Tensor | None 
 
     Args:
         logits: (B, C, H, W).
-        labels: (B, H, W), int64, 255 is ignored.
+        labels: (B, H, W), int64; what is no class is ignored.
         n_labelled: (), the labelled pixels of all processes; None: they are counted.
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="sum")
+    ignored = ignore_label(logits.shape[1])
+    total = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
     if n_labelled is None:
-        n_labelled = parallel.all_reduce_sum((labels != IGNORE_LABEL).sum())
+        n_labelled = parallel.all_reduce_sum((labels != ignored).sum())
     return total * parallel.world_size() / n_labelled.clamp(min=1)
 
 
 def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
     """The sum over the stages of `SegViT`: which classes are in an image, and where (SegViT, section 3.3).
 
-    Query c belongs to class c, so nothing is matched. labels: (B, H, W), int64; pixels of 255 are left out.
+    Query c belongs to class c, so nothing is matched. labels: (B, H, W), int64; pixels of no class are left out.
     """
     n_cls = stages[0].masks.shape[1]
-    labeled = labels != IGNORE_LABEL
+    labeled = labels < n_cls
     one_hot = F.one_hot(labels.where(labeled, n_cls), n_cls + 1)[..., :-1].permute(0, 3, 1, 2)
     present = one_hot.flatten(2).any(-1)
     image, query = present.nonzero(as_tuple=True)
@@ -70,13 +71,14 @@ def _mask_loss(logits: Tensor, masks: Tensor, where: Tensor) -> Tensor:
 def eomt_loss(predictions: Sequence[Prediction], labels: Tensor) -> Tensor:
     """The loss of transformers' EoMT, summed over the predictions of `Segmenter.training_outputs`.
 
-    Each is matched by itself, with one mask per class of an image. labels: (B, H, W), int64; pixels of 255 are in none.
+    Each is matched by itself, with one mask per class of an image. labels: (B, H, W), int64; no mask has pixels of no
+    class.
 
     Raises:
         ValueError: transformers is not installed.
     """
     n_cls = predictions[0].classes.shape[-1] - 1
-    classes = [found[found != IGNORE_LABEL] for found in (image.unique() for image in labels)]
+    classes = [found[found < n_cls] for found in (image.unique() for image in labels)]
     masks = [(image == found[:, None, None]).float() for image, found in zip(labels, classes, strict=True)]
     if not any(map(len, classes)):  # nothing to match
         return sum((0.0 * (one.classes.sum() + one.masks.sum()) for one in predictions), labels.new_zeros(()).float())
@@ -133,7 +135,7 @@ class Objective(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalized, or the features that `outputs` takes.
-            labels: (B, H, W), int64, 255 is ignored.
+            labels: (B, H, W), int64; what is no class is ignored.
             n_labelled: gives (), the labelled pixels of all processes.
 
         Returns:

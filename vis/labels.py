@@ -23,9 +23,9 @@ def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     Returns:
         (H, W, 3), uint8.
     """
-    colors = np.tile(np.array(IGNORED, dtype=np.uint8), (256, 1))
+    colors = np.tile(np.array(IGNORED, dtype=np.uint8), (len(palette) + 1, 1))
     colors[: len(palette)] = palette
-    return colors[np.asarray(labels).astype(np.uint8)]
+    return colors[np.minimum(labels, len(palette))]
 
 
 def blend(image: np.ndarray, colors: np.ndarray, opacity: float = 0.5) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segm.data.images import find_images, get_normalization, normalize, read_image, resize_keep_ratio
+from segm.data.images import Normalization, find_images, get_normalization, normalize, read_image, resize_keep_ratio
 from segm.errors import one_line
 from segm.sizes import Size, pair
 
@@ -67,7 +67,7 @@ class SegmentationDataset(Dataset):
         image_size: pixels of the shorter side, or the (height, width) of `shapes`.
         crop_size: of the training, pixels.
         resize_factor: the longer side is at most so many times the shorter one.
-        normalization: name.
+        normalization: name, or mean and standard deviation.
         seed: of the augmentation.
         ratios: of the random resize in training, lowest and highest.
 
@@ -94,7 +94,7 @@ class SegmentationDataset(Dataset):
         image_size: int | tuple[int, int],
         crop_size: Size,
         resize_factor: int,
-        normalization: str,
+        normalization: str | Normalization,
         seed: int,
         ratios: tuple[float, float] = (0.5, 2.0),
     ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from segm.config import DATASETS, load_config
 from segm.data.dataset import SegmentationDataset
+from segm.data.images import Normalization
 from segm.sizes import Size
 
 
@@ -32,7 +33,7 @@ def create_dataset(
     *,
     image_size: int | tuple[int, int] | None = None,
     crop_size: Size | None = None,
-    normalization: str = "vit",
+    normalization: str | Normalization = "vit",
     root: str | Path | None = None,
     seed: int = 0,
     length: int | None = None,
@@ -48,7 +49,7 @@ def create_dataset(
         image_size: pixels of the shorter side; for `shapes` also (height, width) of its scenes. None: the data set's.
         crop_size: one number or (height, width) of the training crop, pixels. None: the data set's; that of `shapes`
             is the shorter side of its scenes.
-        normalization: name.
+        normalization: name, or mean and standard deviation.
         root: the data set's folder or the one that holds it; None: $DATASET.
         seed: of the augmentation, and of the scenes of `shapes`.
         length: number of scenes (`shapes`).

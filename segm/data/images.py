@@ -1,4 +1,4 @@
-"""Photographs as arrays: reading, resizing and normalizing them. Needs OpenCV and Pillow alone, not mmseg.
+"""Photographs as arrays: reading, resizing and normalizing them. Needs no mmseg.
 
 What mmcv's loader and transforms give for the same file and size is the same to the bit; a test compares them.
 """
@@ -43,7 +43,9 @@ class Normalization(NamedTuple):
 
 NORMALIZATION = {
     "vit": Normalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    "deit": Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "deit": Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),  # ImageNet's
+    "clip": Normalization(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)),
+    "unit": Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
 
 
@@ -210,14 +212,22 @@ def resize_to(image: np.ndarray, size: Size) -> np.ndarray:
     return cv2.resize(image, pair(size)[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def get_normalization(name: str) -> Normalization:
-    """Raises ValueError, with the allowed names, for an unknown one."""
+def get_normalization(name: str | Normalization) -> Normalization:
+    """The numbers of a name; numbers stay as they are. Raises a ValueError for a name that is unknown."""
+    if isinstance(name, Normalization):
+        return name
     if name not in NORMALIZATION:
         raise ValueError(f"unknown normalization {name!r}; allowed: {', '.join(NORMALIZATION)}")
     return NORMALIZATION[name]
 
 
-def normalize(image: np.ndarray, normalization: str) -> torch.Tensor:
+def name_of_normalization(mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """The name of these numbers; None: they have none."""
+    named = NORMALIZATION.items()
+    return next((name for name, known in named if np.allclose([*known], [[*mean], [*std]], atol=1e-3)), None)
+
+
+def normalize(image: np.ndarray, normalization: str | Normalization) -> torch.Tensor:
     """image: uint8 RGB (H, W, 3) -> float32 (3, H, W), contiguous."""
     mean, std = get_normalization(normalization)
     # numpy, not torch: torch's threads make this several times slower where other processes share the cores.
@@ -227,6 +237,6 @@ def normalize(image: np.ndarray, normalization: str) -> torch.Tensor:
     return torch.from_numpy(pixels)
 
 
-def resized_view(image: np.ndarray, size: Size, normalization: str) -> torch.Tensor:
+def resized_view(image: np.ndarray, size: Size, normalization: str | Normalization) -> torch.Tensor:
     """The input of measuring commands: uint8 RGB (H, W, 3) -> float32 (1, 3, height, width), normalized."""
     return normalize(resize_to(image, size), normalization).unsqueeze(0)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from segm.data.dataset import IGNORE_LABEL
-from segm.data.images import get_normalization
+from segm.data.images import Normalization, get_normalization
 from segm.errors import TRAINING
 from segm.sizes import Size, pair
 
@@ -42,7 +42,7 @@ class TrainTransform:
     Args:
         scale: (long, short) side at ratio 1, pixels.
         crop_size: of the result, pixels.
-        normalization: name.
+        normalization: name, or mean and standard deviation.
         ratios: of the random resize, lowest and highest.
         ignored: label of ignored pixels, and of those that are padded.
     """
@@ -51,7 +51,7 @@ class TrainTransform:
         self,
         scale: tuple[int, int],
         crop_size: Size,
-        normalization: str,
+        normalization: str | Normalization,
         ratios: tuple[float, float] = (0.5, 2.0),
         ignored: int = IGNORE_LABEL,
     ) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from segm import parallel
-from segm.data.dataset import IGNORE_LABEL
 
 RATIO = 0.02  # width of a boundary, of the image's diagonal (section 3)
 
@@ -29,7 +28,7 @@ class BoundaryCount:
         Args:
             prediction, label: (H, W), integers.
         """
-        known = label != IGNORE_LABEL
+        known = label < self.counts.shape[1]
         width = max(1, round(RATIO * math.hypot(*label.shape)))
         for index in np.union1d(np.unique(prediction), np.unique(label[known])).tolist():
             if index < self.counts.shape[1]:

@@ -111,7 +111,7 @@ def evaluate(
     for sample, views in tqdm(loader, desc="evaluation", unit="image", leave=False, disable=not progress):
         labels = predict_labels(model, both_ways(views, flip, device), windows, sample.image.shape[:2])
         if sample.label is not None:
-            truth = torch.from_numpy(sample.label).to(device)
+            truth = torch.from_numpy(sample.label.astype(np.int32)).to(device)
             confusion += confusion_matrix(labels, truth, dataset.n_cls)
         if on_image is not None:
             on_image(sample, labels)

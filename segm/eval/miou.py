@@ -23,6 +23,7 @@ from segm.cli import (
     workers_option,
 )
 from segm.data import Sample, SegmentationDataset
+from segm.data.dataset import label_type
 from segm.errors import one_line
 from segm.eval.sliding import Windows
 from segm.merging import MergingCommand
@@ -185,7 +186,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
     """Callback of `Run.evaluate` that writes the label map and the blend of an image."""
 
     def write(sample: Sample, labels: Tensor) -> None:
-        picture = labels.cpu().numpy().astype("uint8")
+        picture = labels.cpu().numpy().astype(label_type(len(palette)))
         write_picture(folder / f"{sample.name}.png", picture)
         if blended:
             write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.image, colorize(picture, palette)))

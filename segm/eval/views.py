@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from segm.data import Sample, spread
-from segm.data.images import resized_view
+from segm.data.images import Normalization, resized_view
 from segm.sizes import Size, pair
 
 
@@ -24,7 +24,7 @@ class Views(Sequence[Tensor]):
     Args:
         samples: the images.
         size: of the images, pixels.
-        normalization: name.
+        normalization: name, or mean and standard deviation.
         n_images: number of images, spread over all of them; None: all.
         batch_size: images per batch; an incomplete last batch is left out, unless it is the only one.
         duplicate: fill every batch with copies of one image, so that adaptive methods keep its own token count.
@@ -35,7 +35,7 @@ class Views(Sequence[Tensor]):
         self,
         samples: Samples,
         size: Size,
-        normalization: str,
+        normalization: str | Normalization,
         n_images: int | None = None,
         *,
         batch_size: int = 1,
