@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import patch
 from segm import parallel
-from segm.cli import POSITIVE, Command, Numbers, checkpoint_argument, dataset_argument, device_option
+from segm.cli import Command, Numbers, checkpoint_argument, dataset_argument, device_option, max_images_option
 from segm.config import RunConfig
 from segm.data import create_dataset, spread
 from segm.eval.evaluate import as_is
@@ -41,18 +41,9 @@ class Similarity:
 @dataset_argument
 @click.option("--selected-layers", cls=Numbers, type=int, help="Layers to measure, counted from 1.  [default: all]")
 @device_option
-@click.option(
-    "--max-images",
-    type=POSITIVE,
-    metavar="N",
-    help="Number of training images, spread over the data set.  [default: all]",
-)
+@max_images_option
 def main(
-    checkpoint: Path,
-    dataset_name: str,
-    selected_layers: tuple[int, ...],
-    device: torch.device,
-    max_images: int | None,
+    checkpoint: Path, dataset_name: str, selected_layers: tuple[int, ...], device: torch.device, max_images: int | None
 ) -> None:
     """Print mean, standard deviation and their sum, the threshold, of the similarities of the tokens of CHECKPOINT.
 
@@ -82,7 +73,6 @@ def automatic_thresholds(
         checkpoint: file or run directory.
         dataset_name: None: that of the run.
         layers: 1-based, ascending; None: all.
-        device: where to compute.
         max_images: number of images, spread over all, since files are often sorted by scene; None: all.
         size: to which the images are resized, pixels; None: the crop of the run.
 
@@ -115,7 +105,6 @@ def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.devic
     Args:
         config: of the training, whose method has a threshold.
         unpatched: checkpoint or run that the similarities are those of.
-        device: where to compute.
         say: called with a line about the threshold.
 
     Raises:
@@ -129,9 +118,8 @@ def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.devic
     layer, size = options["layers"][0], config.data.crop_size
     found = automatic_thresholds(unpatched, config.data.dataset, [layer], device, size=size)
     threshold = round(found[layer].threshold, 4)
-    merged = Run.load(unpatched, device=device, patch_type=PURE).with_settings(
-        method, options | {"threshold": threshold}
-    )
+    pure = Run.load(unpatched, device=device, patch_type=PURE)
+    merged = pure.with_settings(method, options | {"threshold": threshold})
     views = [*merged.views(config.data.dataset, N_VIEWS)]
     left = mean_tokens(merged.model, views) / math.prod(merged.model.grid(views[0].shape[-2:]))
     say(f"threshold {threshold}, from layer {layer} of {unpatched}: {left:.0%} of the tokens are left")

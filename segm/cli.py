@@ -18,8 +18,9 @@ from segm.sizes import short
 from segm.storage import read_yaml
 
 LONGEST = 2000  # characters of an error: lists of classes have their place
-POSITIVE = click.IntRange(min=1)
-RATE = click.FloatRange(min=0)
+POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
+ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
 WORDS = "segm.words"  # in `Context.meta`: the words of the command line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,8 +89,8 @@ def value_of(ctx: click.Context, given: Mapping[Flag, Any]) -> Any:
     Raises:
         click.UsageError: several flags.
     """
-    sources = {flag: ctx.get_parameter_source(flag.name) for flag in given}
-    chosen = [flag for flag in given if sources[flag] is ParameterSource.COMMANDLINE] or [*given]
+    typed = [flag for flag in given if ctx.get_parameter_source(flag.name) is ParameterSource.COMMANDLINE]
+    chosen = typed or [*given]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(flag.text for flag in chosen)}: choose one of them")
     (flag,) = chosen
@@ -120,7 +121,7 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, groups: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | {"context_settings": {"show_default": True}})
         self.groups = groups or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -160,12 +161,6 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
-class WrongUsage(click.ClickException):
-    """A command line that is not understood; click's own error prints the usage in front of it."""
-
-    exit_code = 2
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Errors of files, values and usage end in one line of bounded length, without the usage that click prints."""
@@ -176,8 +171,8 @@ def _one_line_errors() -> Iterator[None]:
         message = one_line(error.format_message(), LONGEST) if click_error else _message(error)
         if parallel.report_failure(f"Error: {message}"):
             raise SystemExit(1) from error
-        kind = WrongUsage if isinstance(error, click.UsageError) else click.ClickException
-        raise kind(message) from error
+        kind = click.UsageError if isinstance(error, click.UsageError) else click.ClickException
+        raise kind(message) from error  # without its context, from which click prints the usage
     except RuntimeError as error:
         if parallel.is_peer_failure(error) and parallel.report_failure("Error: another process ended", follows=True):
             raise SystemExit(1) from error
@@ -200,18 +195,13 @@ def repeat_option(args: Iterable[str], names: Mapping[str, Callable[[str], bool]
         names: option -> whether a word is one of its values.
     """
     repeated: list[str] = []
-    current, waiting = None, False
-    for arg in [*_split_equals(args, names), None]:
-        if current and arg is not None and names[current](arg):
-            repeated += [current, arg]
-            waiting = False
-            continue
-        if waiting and current:
-            repeated.append(current)  # without a value: click says what is missing
-        current = arg if arg in names else None
-        waiting = current is not None
-        if arg is not None and not waiting:
-            repeated.append(arg)
+    current = None
+    for arg in _split_equals(args, names):
+        if current is None or not names[current](arg):
+            current = arg if arg in names else None
+        elif repeated[-1] != current:
+            repeated.append(current)
+        repeated.append(arg)
     return repeated
 
 
@@ -317,11 +307,9 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kind, about = entry.metadata["kind"], entry.metadata
         if about["help"]:
             flag = about.get("flag", "--" + name.replace("_", "-"))
-            sides = kind.many == "sides"
-            more = {} if sides or kind.many == 1 else {"nargs": kind.many}
             text = f"{about['help']}  [default: {_default_text(about)}]"
-            option = click.option(flag, type=kind.type, default=None, help=text, cls=Sides if sides else None, **more)
-            command = option(command)
+            how: dict[str, Any] = {"cls": Sides} if kind.many == "sides" else {"nargs": kind.many}
+            command = click.option(flag, type=kind.type, default=None, help=text, **how)(command)
     return command
 
 
@@ -379,11 +367,9 @@ def markdown(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> s
 def show_scores(scores: Mapping[str, Any]) -> None:
     """Print the scores of all classes together, percent, and over how many classes the mean is one."""
     n_classes, n_scored = len(scores["per_class_iou"]), scores["n_scored"]
-    fewer = (
-        f" (over {n_scored} of {n_classes} classes: the others are not in these images)" if n_scored < n_classes else ""
-    )
+    fewer = f" (over {n_scored} of {n_classes} classes: the others are not in these images)" * (n_scored < n_classes)
     for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
-        click.echo(f"{key}: {scores[key]:.2f}" + (fewer if key == "mean_iou" else ""))
+        click.echo(f"{key}: {scores[key]:.2f}" + fewer * (key == "mean_iou"))
 
 
 def default_device() -> str:
@@ -402,7 +388,11 @@ im_size_option = click.option(
 )
 amp_option = click.option("--amp/--no-amp", default=None, help="Compute in mixed precision.  [default: as in training]")
 device_option = click.option(
-    "--device", type=Device(), default=default_device, help="Device of torch.  [default: cuda if available, else cpu]"
+    "--device",
+    type=Device(),
+    default=default_device,
+    show_default=False,
+    help="Device of torch.  [default: cuda if available, else cpu]",
 )
 max_images_option = click.option(
     "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"
@@ -410,16 +400,11 @@ max_images_option = click.option(
 workers_option = click.option(
     "--num-workers",
     "workers",
-    type=click.IntRange(min=0),
+    type=COUNT,
     default=parallel.default_workers,
     show_default=f"the cores of the machine, at most {parallel.MOST_WORKERS}",
     help="Processes that read and resize images; 0: none but the program itself.",
 )
 batch_size_option = click.option(
-    "--batch-size",
-    type=POSITIVE,
-    metavar="N",
-    default=1,
-    show_default=True,
-    help="Number of images per forward pass.",
+    "--batch-size", type=POSITIVE, metavar="N", default=1, help="Number of images per forward pass."
 )

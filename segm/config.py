@@ -150,7 +150,7 @@ def setting(kind: Kind, keys: str, help: str = "", default: Any = None, **more: 
             `frozen_on_resume`: whether a resumed run has to keep it: its weights or the optimizer belong to it;
             `flag`: other than its name.
     """
-    paths = [key.replace(".", "_kwargs.", 1).split(".") for key in keys.split()]
+    paths = [key.replace(".", "_kwargs.", 1).rpartition(".")[::2] for key in keys.split()]  # (section, key)
     return field(default=None, metadata={"kind": kind, "help": help, "keys": paths, "default": default, **more})
 
 
@@ -359,7 +359,7 @@ class RunConfig:
         left = {section: dict(_section(variant, section)) for section in SECTIONS}
         values = {}
         for name, (_, entry) in SETTINGS.items():
-            places = [left[section].pop(key, None) for section, key in map(_split_key, entry.metadata["keys"])]
+            places = [left[section].pop(key, None) for section, key in entry.metadata["keys"]]
             value = next((one for one in places if one is not None), None)
             if value is not None:
                 values[name] = _checked(entry, value)
@@ -374,9 +374,8 @@ class RunConfig:
         flat: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         flat["net_kwargs.decoder"] |= self.net.decoder_kwargs
         flat["dataset_kwargs"] |= self.merging.recorded
-        for name, (part, entry) in SETTINGS.items():
-            value = getattr(getattr(self, part), name)
-            for section, key in map(_split_key, entry.metadata["keys"]) if value is not None else ():
+        for name, value in self.values.items():
+            for section, key in SETTINGS[name][1].metadata["keys"] if value is not None else ():
                 flat[section][key] = [*value] if isinstance(value, tuple) else value
         for section, content in flat.items():
             place = variant
@@ -422,11 +421,10 @@ def variant_file(path: str | Path) -> Path:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    candidates = [folder / name for name in (VARIANT, "variant.yaml")]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
-    return file
+    for name in (VARIANT, "variant.yaml"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
 
 
 def recorded_grid(path: str | Path, patch_sides: Sequence[int]) -> tuple[int, int] | None:
@@ -452,11 +450,6 @@ def recorded_grid(path: str | Path, patch_sides: Sequence[int]) -> tuple[int, in
     return height // patch_sides[0], width // patch_sides[1]
 
 
-def _split_key(path: list[str]) -> tuple[str, str]:
-    """["net_kwargs", "decoder", "name"] -> ("net_kwargs.decoder", "name")"""
-    return ".".join(path[:-1]), path[-1]
-
-
 def _section(variant: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     """A section of a `variant.yml`, {} where it is not there; raises a ValueError where it is no mapping."""
     values: Any = variant
@@ -471,7 +464,7 @@ def _section(variant: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 
 def _checked(entry: Field, value: Any) -> Any:
     """A value of a file as a setting takes it: pairs are tuples."""
-    kind, (section, key) = entry.metadata["kind"], _split_key(entry.metadata["keys"][0])
+    kind, (section, key) = entry.metadata["kind"], entry.metadata["keys"][0]
     if not kind.fits(value):
         where = f"{key} in {section}" if section else key
         raise ValueError(f"{where} is {brief(value)}, it should be {kind.words}")

@@ -6,39 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tqdm import tqdm
 
-from segm.cli import (
-    batch_size_option,
-    checkpoint_argument,
-    device_option,
-    im_size_option,
-    images_argument,
-    max_images_option,
-)
+from segm import cli
 from segm.eval.cost import count_operations
 from segm.merging import MergingCommand
 from segm.run import Run
 
 
 @click.command(cls=MergingCommand)
-@checkpoint_argument
-@images_argument
-@batch_size_option
+@cli.checkpoint_argument
+@cli.images_argument
+@cli.batch_size_option
 @click.option("--enc-dec", is_flag=True, help="Also print the parts of the encoder, the decoder and the rest.")
-@im_size_option
-@device_option
-@max_images_option
+@cli.im_size_option
+@cli.device_option
+@cli.max_images_option
 def main(
-    checkpoint: Path,
-    images: str | Path,
-    batch_size: int,
-    enc_dec: bool,
-    im_size: int | None,
-    device: torch.device,
-    max_images: int | None,
-    merging: dict[str, Any],
+    checkpoint: Path, images: str | Path, batch_size: int, enc_dec: bool, max_images: int | None, **how: Any
 ) -> None:
     """Print the GFLOPs per image of CHECKPOINT on DATASET: mean and standard deviation over the images.
 
@@ -46,7 +31,7 @@ def main(
     upsampling, fused attention and the products and sums of merging are included. Operators without a count
     (element-wise work, sorting, indexing) are listed.
     """
-    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
+    run = Run.load(checkpoint, **how)
     views = run.views(images, max_images, batch_size=batch_size)
     found = [count_operations(run.model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
     click.echo(f"{len(views) * views.batch_size} images of {views.size[0]} x {views.size[1]} pixels")

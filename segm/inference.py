@@ -28,25 +28,12 @@ from vis import blend, colorize
     "-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Folder of the photographs."
 )
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
-@click.option(
-    "--opacity",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="Weight of the labels in the blends, 0 to 1.",
-)
+@click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, help="Weight of the labels in the blends, 0 to 1.")
 @im_size_option
 @device_option
 @workers_option
 def main(
-    checkpoint: Path,
-    source: Path,
-    target: Path,
-    opacity: float,
-    im_size: int | None,
-    device: torch.device,
-    workers: int,
-    merging: dict[str, Any],
+    checkpoint: Path, source: Path, target: Path, opacity: float, device: torch.device, workers: int, **how: Any
 ) -> None:
     """Segment every photograph in a folder with CHECKPOINT, a file, a run directory or an exported .onnx.
 
@@ -57,7 +44,7 @@ def main(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
     photographs = _find_photographs(source)
-    run = open_run(checkpoint, device=device, merging=merging, im_size=im_size)
+    run = open_run(checkpoint, device=device, **how)
     damaged: list[str] = []
     loader = read_ahead(Photographs(photographs, run.preprocessing), range(len(photographs)), workers, device)
     for item in tqdm(loader, desc="inference", unit="image", leave=False):

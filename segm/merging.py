@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from click.core import ParameterSource
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def _flags(table: Mapping[str, Option]) -> list[Flag]:
 class MergingCommand(Command):
     """A command with --patch-type and the flags of all methods that are registered when it runs.
 
-    Its function gets them as one argument `merging`: name of the option -> value, only those given, "patch_type"
-    among them. Where another method than that of the recipe (`ctx.default_map`) is given, the recipe says nothing about
+    Its function gets them as `merging`: name of the option -> value, only those given, "patch_type" among them. Where
+    another method than that of the recipe (`ctx.default_map`) is given, the recipe says nothing about
     merging. --help shows the options of the method on the command line or in the recipe, else one line per method.
     """
 
@@ -164,7 +165,14 @@ def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         if own:
             raise ValueError(f"{_typed(own)}: nothing merges without --patch-type {{{','.join(patch.METHODS)}}}")
         return PURE, {}
-    _check_own(method, own)
+    table = patch.find(method).options
+    unknown = [name for name in own if name not in table]
+    if unknown:
+        raise ValueError(f"{_typed(unknown)}: {method} takes {_typed(table)}")
+    for name, value in own.items():
+        kind = table[name].kind
+        if isinstance(kind, Number) and value in kind.read:
+            raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
     kept = read_variant(saved)[1] if method == saved_method else {}
     for name, value in (learned_parts(method, own) or {}).items():
         if kept.get(name, value) != value:
@@ -174,20 +182,9 @@ def choose(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     return method, kept | own
 
 
-def _check_own(method: str, own: Mapping[str, Any]) -> None:
-    table = patch.find(method).options
-    unknown = [name for name in own if name not in table]
-    if unknown:
-        raise ValueError(f"{_typed(unknown)}: {method} takes {_typed(table)}")
-    for name, value in own.items():
-        kind = table[name].kind
-        if isinstance(kind, Number) and value in kind.read:
-            raise ValueError(f"{_typed([name])} {value}: give it to train.py, with --from and an unpatched checkpoint")
-
-
 def _typed(options: Iterable[str]) -> str:
     """Options as a user types them."""
-    flags = [*_flags(_options())]
+    flags = _flags(_options())
     return ", ".join(text for name in options for text in [f.text for f in flags if f.option == name] or [name])
 
 
@@ -235,12 +232,6 @@ def to_variant(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def without(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`dataset_kwargs` of a `variant.yml` without those of merging."""
-    known = {key for name, entry in _options().items() for key in _keys(name, entry)}
-    return {key: value for key, value in saved.items() if key not in known | {"patch_type"}}
-
-
 def _keys(name: str, entry: Option) -> tuple[str, ...]:
     """Keys in `variant.yml`: one, or a first for one value and a second for several."""
     return entry.key if isinstance(entry.key, tuple) else (entry.key or name,)
@@ -283,10 +274,7 @@ def of_model(model: nn.Module) -> dict[str, Any]:
 
 
 def learned_parts(method: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`net_kwargs["reduction"]` of a model that learns with a method: its name and the options that shape its parts.
-
-    None if the method has no learned parts.
-    """
+    """`net_kwargs["reduction"]` of a model that learns with a method: see `_shape`; None: it has no learned parts."""
     return _shape(method, options) if method != PURE and patch.find(method).uses_learned(options) else None
 
 
@@ -298,10 +286,7 @@ def _shape(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -> Segmenter:
-    """A Segmenter with the learned parts of the method that `net_kwargs["reduction"]` names, if any.
-
-    Args:
-        net_kwargs, pretrained: see `create_segmenter`.
+    """As `create_segmenter`, with the learned parts of the method that `net_kwargs["reduction"]` names, if any.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `create_segmenter`, and for an unknown method.
@@ -324,8 +309,7 @@ def first_model(config: RunConfig, weights: bool | str | Path, finetune: str | P
         return build_model(config.net_kwargs, weights)
     source = RunConfig.read(finetune)
     model = build_model(config.with_values(reduction=source.net.reduction).net_kwargs)
-    names = [one["name"] for one in config.data.classes]
-    copy_weights(model, finetune, same_classes=source.class_names in (None, tuple(names)))
+    copy_weights(model, finetune, same_classes=source.class_names in (None, config.class_names))
     if not source.net.reduction and config.net.reduction is not None:
         add_parts(model.encoder, config.net.reduction)
     return model
@@ -350,6 +334,12 @@ def add_parts(encoder: nn.Module, reduction: Mapping[str, Any]) -> nn.Module:
 def method_of(model: nn.Module) -> str:
     """Name of the method in force, "pure" for none."""
     return patch.method(model) if patch.is_patched(model) else PURE
+
+
+def assignment_of(reduction: patch.Reduction) -> np.ndarray | None:
+    """Token of every patch of the first image, (N,), int64; None for a method whose tokens are no groups of patches."""
+    assignment = getattr(reduction, "assignment", None)
+    return None if assignment is None else assignment[0].cpu().numpy()
 
 
 @torch.inference_mode()

@@ -23,11 +23,7 @@ GRACE = 60  # seconds between a signal and the end of a worker, enough for the s
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did; yields the device of this process.
-
-    Args:
-        device: torch.device that the user asked for.
-    """
+    """Join the processes that `torchrun` started, if it did; from the device asked for to that of this process."""
     if "LOCAL_RANK" not in os.environ:
         yield device
         return
@@ -122,19 +118,14 @@ def is_peer_failure(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def on_parent_exit(act: Callable[[], Any], every: float = 1.0) -> None:
-    """Call a function, from a thread of its own, once the process that started this one is gone.
-
-    Args:
-        act: the function.
-        every: seconds between two looks.
-    """
+def on_parent_exit(act: Callable[[], Any]) -> None:
+    """Call a function, from a thread of its own, once the process that started this one is gone."""
     around, parent = multiprocessing.parent_process(), os.getppid()
 
     def wait() -> None:
         # A fork knows it by its parent's number; a process that a server forked, by the server's client.
         while os.getppid() == parent and (around is None or around.is_alive()):
-            time.sleep(every)
+            time.sleep(1)
         act()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -149,9 +140,8 @@ def default_workers() -> int:
 def start_worker(_: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: the worker computes on one core, and lives as long as it is needed.
 
-    PyTorch gives workers one thread by itself; OpenCV would start one per core in each of them. Signals that reach all
-    processes at once (Ctrl-C, SLURM, `torchrun`) are the training's to act on, which still wants its batches. When the
-    training was killed, the worker would wait for ever.
+    OpenCV would start one thread per core. Signals that reach all processes at once (Ctrl-C, SLURM, `torchrun`) are the
+    training's to act on, which still wants its batches. When the training was killed, the worker would wait for ever.
     """
 
     def end_later(*_: Any) -> None:
@@ -174,12 +164,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
     """As `all_reduce_sum`, while something else is computed; the function that is returned waits for the sum."""
-    if not dist.is_initialized():
-        return lambda: tensor
-    work = dist.all_reduce(tensor, async_op=True)
+    work = dist.all_reduce(tensor, async_op=True) if dist.is_initialized() else None
 
     def end() -> Tensor:
-        work.wait()
+        if work is not None:
+            work.wait()
         return tensor
 
     return end

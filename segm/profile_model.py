@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import patch
-from segm.cli import batch_size_option, checkpoint_argument, device_option, images_argument
+from segm.cli import FILE, POSITIVE, batch_size_option, checkpoint_argument, device_option, images_argument
 from segm.eval.timing import device_name
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
@@ -22,44 +22,31 @@ FORWARD, MERGE = "forward pass", "merging and its undoing"
 @checkpoint_argument
 @images_argument
 @batch_size_option
-@click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="Number of images, spread over the data set.",
-)
-@click.option("--rows", type=click.IntRange(min=1), default=20, show_default=True, help="Number of operators to list.")
+@click.option("--max-images", type=POSITIVE, default=10, help="Number of images, spread over the data set.")
+@click.option("--rows", type=POSITIVE, default=20, help="Number of operators to list.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Chrome trace to write, for ui.perfetto.dev.  [default: trace_<method>.json next to CHECKPOINT]",
 )
 @device_option
 def main(
-    checkpoint: Path,
-    images: str | Path,
-    batch_size: int,
-    max_images: int,
-    rows: int,
-    out: Path | None,
-    device: torch.device,
-    merging: dict[str, Any],
+    checkpoint: Path, images: str | Path, batch_size: int, max_images: int, rows: int, out: Path | None, **how: Any
 ) -> None:
     """Print the operators of CHECKPOINT by time and the share of merging, and write a Chrome trace.
 
     One forward pass of the model over images of DATASET at the crop size, after one that is not profiled.
     """
-    run = Run.load(checkpoint, device=device, merging=merging)
+    run = Run.load(checkpoint, **how)
     trace = out or run.folder / f"trace_{run.method}.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
     views = [*run.views(images, max_images, batch_size=batch_size)]
-    profiler = run_profile(run.model, views, device)
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    click.echo(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=45))
-    times = device_times(profiler, device)
+    profiler = run_profile(run.model, views, run.device)
+    operators, side = profiler.key_averages(), "device" if run.device.type == "cuda" else "cpu"
+    click.echo(operators.table(sort_by=f"self_{side}_time_total", row_limit=rows, max_name_column_width=45))
+    times = {event.key: getattr(event, f"{side}_time_total") for event in operators}  # microseconds
     total, merges = times[FORWARD], times.get(MERGE, 0)
-    click.echo(f"{device_name(device)}: {total / len(views) / 1000:.2f} ms per pass of {len(views[0])} images")
+    click.echo(f"{device_name(run.device)}: {total / len(views) / 1000:.2f} ms per pass of {len(views[0])} images")
     click.echo(f"{MERGE}: {merges / len(views) / 1000:.2f} ms, {100 * merges / total:.1f} % of it")
     profiler.export_chrome_trace(str(trace))
     click.echo(f"written to {trace}")
@@ -80,12 +67,6 @@ def run_profile(model: Segmenter, views: list[Tensor], device: torch.device) -> 
             with record_function(FORWARD):
                 model(images)
     return profiler
-
-
-def device_times(profiler: profile, device: torch.device) -> dict[str, float]:
-    """Name of the range or operator -> microseconds, on the device that computes."""
-    attribute = "device_time_total" if device.type == "cuda" else "cpu_time_total"
-    return {event.key: getattr(event, attribute) for event in profiler.key_averages()}
 
 
 if __name__ == "__main__":

@@ -17,30 +17,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import POSITIVE, Command, device_option, markdown
+from segm.cli import COUNT, FILE, POSITIVE, WORDS, Command, device_option, markdown
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.cost import compare
 from segm.eval.timing import environment
-from segm.merging import parse
+from segm.merging import assignment_of, parse
 from segm.run import Run
 from segm.runlog import read_log
 from segm.storage import write_text
 from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
-IM_SIZE = click.Option(["--im-size"], type=click.IntRange(min=1))
+IM_SIZE = click.Option(["--im-size"], type=POSITIVE)
 
 
-class RecordedCommand(Command):
-    """Keeps its arguments as they were given."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["report.command"] = shlex.join(["python", "segm/report.py", *args])
-        return super().parse_args(ctx, args)
-
-
-@click.command(cls=RecordedCommand)
+@click.command(cls=Command)
 @click.argument("texts", metavar="RUN [RUN ...]", nargs=-1, required=True)
 @click.option(
     "--dataset",
@@ -48,40 +40,16 @@ class RecordedCommand(Command):
     type=click.Choice(DATASETS),
     help="Data set of the images.  [default: that of the first run]",
 )
-@click.option(
-    "--cost-images",
-    type=click.IntRange(min=1),
-    default=20,
-    show_default=True,
-    help="Number of images for speed, operations and tokens.",
-)
-@click.option(
-    "--pictures",
-    "n_pictures",
-    type=click.IntRange(min=0),
-    default=4,
-    show_default=True,
-    help="Number of images with label maps.",
-)
-@click.option(
-    "--explore",
-    "n_explored",
-    type=click.IntRange(min=0),
-    default=4,
-    show_default=True,
-    help="Number of images in the explorer.",
-)
+@click.option("--cost-images", type=POSITIVE, default=20, help="Number of images for speed, operations and tokens.")
+@click.option("--pictures", "n_pictures", type=COUNT, default=4, help="Number of images with label maps.")
+@click.option("--explore", "n_explored", type=COUNT, default=4, help="Number of images in the explorer.")
 @click.option(
     "--layer",
     type=int,
     help="Layer of the explorer, counted from 1.  [default: where graph or the first run merges, else 2]",
 )
 @click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default="report.html",
-    show_default=True,
-    help="File of the page; all numbers go into a .json next to it.",
+    "--out", type=FILE, default="report.html", help="File of the page; all numbers go into a .json next to it."
 )
 @device_option
 @click.option(
@@ -116,7 +84,7 @@ def main(
     rows = measure(runs, dataset.name, cost_images, max_images)
     n_images = {"mean_iou": min(max_images or len(dataset), len(dataset)), "cost": len(rows[0]["counts"])}
     record = {"dataset": dataset.name, "n_images": n_images, **environment(device)}
-    record |= {"command": ctx.meta["report.command"]}
+    record |= {"command": shlex.join(["python", "segm/report.py", *ctx.meta[WORDS]])}
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
     data = read_inventories(runs)
@@ -147,17 +115,16 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
     name, equals, rest = (part.strip() for part in text.partition("="))
     if not equals:
         raise click.UsageError(f"no such file {text}: give a checkpoint, a run directory or NAME=PATH [options]")
+    if not name:
+        raise click.UsageError(f"{text}: give it a name, NAME=PATH")
     try:
         path, *options = shlex.split(rest)
     except ValueError as error:  # nothing after NAME=, or quotes that do not close
         raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
-        given = parse(options, IM_SIZE)
+        return name, Path(path), parse(options, IM_SIZE)
     except ValueError as error:
         raise click.UsageError(f"{text}: {error}") from error
-    if not name:
-        raise click.UsageError(f"{text}: give it a name, NAME=PATH")
-    return name, Path(path), given
 
 
 def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.device) -> list[Run]:
@@ -187,11 +154,7 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
 
 
 def measure(runs: Sequence[Run], dataset_name: str, cost_images: int, max_images: int | None) -> list[dict[str, Any]]:
-    """Scores and costs, one dict per run.
-
-    Args:
-        cost_images: number of images for tokens, operations and speed.
-        max_images: number of images for the mIoU, spread over the data set; None: all.
+    """Scores and costs of the runs: costs from so many images, scores from at most so many (None: all).
 
     Returns:
         List of dicts: `name`, `path`, `method`, `settings`; scores in percent (`segmentation_scores`); and the
@@ -280,12 +243,7 @@ def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
 def picture_blocks(
     runs: Sequence[Run], dataset: SegmentationDataset, n_images: int
 ) -> tuple[list[tuple[str, list[tuple[page.Picture, page.Picture]]]], list[str], np.ndarray]:
-    """Input and truth, and for every run its tokens and its prediction.
-
-    Returns:
-        (name and pairs of an upper and a lower picture of every image; names and palette (C, 3) of the classes that
-        occur).
-    """
+    """Input and truth, and for every run its tokens and its prediction: `pictures` of `vis.page.comparison_page`."""
     blocks: list[tuple[str, list[tuple[page.Picture, page.Picture]]]] = []
     seen: set[int] = set()
     for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
@@ -311,11 +269,8 @@ def token_picture(run: Run, image: np.ndarray) -> page.Picture:
     grid = run.model.grid(run.crop_size)
     n_all = math.prod(grid)
     reduction = patch.reduction(run.model) if patch.is_patched(run.model) else None
+    assignment = np.arange(n_all) if reduction is None else assignment_of(reduction)
     count = n_all if reduction is None else reduction.counts.item()
-    assignment: np.ndarray | None = np.arange(n_all)
-    if reduction is not None:  # a method whose tokens are no groups of patches has no assignment
-        found = getattr(reduction, "assignment", None)
-        assignment = None if found is None else found[0].cpu().numpy()
     caption = f"{run.name}: {count} of {n_all} tokens"
     return page.token_picture(photo, assignment, grid, run.model.patch_size, caption)
 

@@ -139,11 +139,8 @@ class Run:
 
     def same_network(self, other: "Run") -> bool:
         """Return whether both are the same network, merging aside, and are fed the same images."""
-
-        def kind(run: Run) -> tuple[Any, ...]:
-            return replace(run.config.net, reduction=None), run.crop_size, run.normalization
-
-        return kind(self) == kind(other)
+        nets = [replace(run.config.net, reduction=None) for run in (self, other)]
+        return nets[0] == nets[1] and (self.crop_size, self.normalization) == (other.crop_size, other.normalization)
 
     @property
     def folder(self) -> Path:
@@ -153,7 +150,7 @@ class Run:
     @property
     def method(self) -> str:
         """Name of the method in force, "pure" for none."""
-        return patch.method(self.model) if patch.is_patched(self.model) else merges.PURE
+        return merges.method_of(self.model)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -177,10 +174,10 @@ class Run:
 
     @cached_property
     def _class_info(self) -> tuple[tuple[str, ...], np.ndarray]:
-        names, classes = self.config.class_names, self.config.data.classes
+        names = self.config.class_names
         if names is None:
             return class_info(self.dataset)  # imports mmseg for data sets other than shapes
-        return names, np.array([one["color"] for one in classes], dtype=np.uint8)
+        return names, np.array([one["color"] for one in self.config.data.classes], dtype=np.uint8)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -285,15 +282,7 @@ class Run:
 
     @torch.inference_mode()
     def predict_preprocessed(self, image: Tensor, size: tuple[int, int]) -> np.ndarray:
-        """Label map of a photograph that `preprocessing` was applied to.
-
-        Args:
-            image: (3, h, w).
-            size: (height, width) of the photograph, pixels.
-
-        Returns:
-            (height, width), int64.
-        """
+        """Label map, int64 (height, width), of a photograph of this size that `preprocessing` made (3, h, w) of."""
         views = both_ways([image], False, self.device)
         with self.precision.autocast():
             return predict_labels(self.model, views, self.windows, size).cpu().numpy()
@@ -302,7 +291,6 @@ class Run:
         """A split to score the run on, and its windows.
 
         Args:
-            split: of the data set.
             name: a data set; None: that of the training. Another one is read at its own image size.
 
         Raises:
@@ -327,7 +315,6 @@ class Run:
 
         Args:
             source: a data set; a folder of photographs (a `Path`); None: the data set of the training.
-            split: of the data set.
             n_images, options: see `Views`.
         """
         samples: Samples = (

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ CURVES = {
     "val_mean_accuracy": "val/mean_accuracy",
     "val_mean_iou": "val/mean_iou",
 }
-
-
 MAX = 1e15  # no curve goes further
 LOCK, PATIENCE = ".lock", 5.0  # seconds; the workers of a training that was killed hold the lock a moment longer
 logger = logging.getLogger(__name__)
@@ -40,24 +38,16 @@ def run_lock(log_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: another one does.
     """
-    if not parallel.is_main():
+    with ExitStack() as stack:
+        if parallel.is_main():
+            log_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                with suppress(NotImplementedError):  # a file system without locks
+                    stack.enter_context(FileLock(log_dir / LOCK, timeout=PATIENCE))
+            except Timeout:
+                text = f"{log_dir}: another training writes to it; wait for its end, or choose another --log-dir"
+                raise ValueError(text) from None
         yield
-        return
-    log_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(log_dir / LOCK)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise ValueError(
-            f"{log_dir}: another training writes to it; wait for its end, or choose another --log-dir"
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -88,15 +78,6 @@ def is_entry(entry: Any) -> bool:
     return all(value is None or (type(value) in (int, float) and -MAX < value < MAX) for value in values)
 
 
-def _summary_writer() -> Any:
-    """TensorBoard's writer, which reading a log does not need."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ValueError(f"a training writes curves for TensorBoard, which is not installed: {TRAINING}") from error
-    return SummaryWriter
-
-
 class RunLog:
     """Writes the settings of a run at once and an entry per epoch.
 
@@ -107,14 +88,17 @@ class RunLog:
     """
 
     def __init__(self, log_dir: str | Path, config: RunConfig, start_epoch: int = 0) -> None:
-        writer = _summary_writer()
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # reading a log does not need it
+        except ModuleNotFoundError as error:
+            raise ValueError(f"a training writes curves for TensorBoard, which is not installed: {TRAINING}") from error
         self.file = Path(log_dir) / "log.txt"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         config.write(log_dir)
         if self.file.exists():
             kept = [entry for entry in read_log(self.file) if entry["epoch"] < start_epoch]
             write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.events = writer(log_dir, purge_step=start_epoch)
+        self.events: Any = SummaryWriter(log_dir, purge_step=start_epoch)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append a JSON object to `log.txt` and its values to the TensorBoard curves."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import checkpoint_argument, device_option
+from segm.cli import POSITIVE, checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
 from segm.data.images import resize_to
-from segm.merging import MergingCommand
+from segm.merging import MergingCommand, assignment_of
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.sizes import pair
@@ -26,10 +26,7 @@ LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose 
 
 
 class Query(NamedTuple):
-    """A token that attends.
-
-    name: that of its files; row: in the attention weights; patch: its index, None for other tokens.
-    """
+    """A token that attends: name of its files, row in the attention weights, index of its patch (None: no patch)."""
 
     name: str
     row: int
@@ -49,9 +46,7 @@ class Query(NamedTuple):
 )
 @click.option("--x-patch", type=int, help="Column of the patch, counted from 0.  [default: the middle]")
 @click.option("--y-patch", type=int, help="Row of the patch, counted from 0.  [default: the middle]")
-@click.option(
-    "--enc/--dec", default=True, show_default=True, help="Draw the attention of the encoder, or of the decoder."
-)
+@click.option("--enc/--dec", default=True, help="Draw the attention of the encoder, or of the decoder.")
 @click.option("--layer-id", type=int, help="Layer, counted from 0, unlike --selected-layer.  [default: the last]")
 @click.option(
     "--class",
@@ -61,7 +56,7 @@ class Query(NamedTuple):
 )
 @click.option(
     "--image-size",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     help="Side of the square that the photograph is resized to, pixels.  [default: the crop of the training]",
 )
 @click.option(
@@ -84,8 +79,7 @@ def main(
     classes: tuple[str, ...],
     image_size: int | None,
     ground_truth: Path | None,
-    device: torch.device,
-    merging: dict[str, Any],
+    **how: Any,
 ) -> None:
     """Draw attention, merged tokens and labels of CHECKPOINT on the photograph IMAGE, in OUT/<name of IMAGE>.
 
@@ -93,7 +87,7 @@ def main(
     the data set of the training. Small pictures are enlarged by a whole factor.
     """
     check_query(cls, x_patch, y_patch, enc, classes)
-    run = Run.load(checkpoint, device=device, merging=merging)
+    run = Run.load(checkpoint, **how)
     model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.files import read_sample  # imports mmseg
 
@@ -165,8 +159,7 @@ def last_assignment(steps: Sequence[tuple[int, patch.Reduction]], grid: tuple[in
     """(N,), of the last of [(layer, composed reduction), ...]; every patch is a token of its own if there is none."""
     if not steps:
         return np.arange(grid[0] * grid[1])
-    assignment = getattr(steps[-1][1], "assignment", None)
-    return None if assignment is None else assignment[0].cpu().numpy()
+    return assignment_of(steps[-1][1])
 
 
 def check_query(cls: bool | None, x_patch: int | None, y_patch: int | None, enc: bool, classes: Sequence[str]) -> None:
@@ -193,11 +186,7 @@ def chosen_layer(model: Segmenter, part: str, layer_id: int | None) -> int:
 def chosen_place(
     model: Segmenter, enc: bool, grid: tuple[int, int], cls: bool | None, x_patch: int | None, y_patch: int | None
 ) -> tuple[int, int] | None:
-    """(column, row) of the patch that attends; None: CLS or classes do.
-
-    Raises:
-        ValueError: a patch outside the grid, or an encoder without CLS.
-    """
+    """(column, row) of the patch that attends; None: CLS or classes do. ValueError: outside the grid, or no CLS."""
     has_cls = not enc or model.encoder.cls_token is not None
     if cls and not has_cls:
         raise ValueError("--cls: the encoder of this model has no CLS token, give --patch")

@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 import patch
-from segm.cli import (
-    DTYPES,
-    batch_size_option,
-    checkpoint_argument,
-    device_option,
-    im_size_option,
-    images_argument,
-    markdown,
-    max_images_option,
-)
+from segm import cli
 from segm.eval.timing import environment, interleaved_rates, warm_up_shapes
 from segm.merging import PURE, MergingCommand, apply, compile_network, mean_tokens, parse
 from segm.run import Run
@@ -41,39 +32,28 @@ COLUMNS = {
 
 
 @click.command(cls=MergingCommand)
-@checkpoint_argument
-@images_argument
-@batch_size_option
+@cli.checkpoint_argument
+@cli.images_argument
+@cli.batch_size_option
 @click.option("--duplicate", is_flag=True, help="Fill a batch with copies of one image, which keeps its token count.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Precision of model and images."
-)
+@click.option("--dtype", type=click.Choice(cli.DTYPES), default="float32", help="Precision of model and images.")
 @click.option(
     "--output",
     type=click.Choice(OUTPUTS),
     default="logits",
-    show_default=True,
     help="Output that is timed: logits per pixel (the published protocol), scores per patch, or the label map.",
 )
-@click.option(
-    "--warmup", type=click.IntRange(min=0), default=50, show_default=True, help="Number of untimed passes at first."
-)
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Number of timed passes per batch."
-)
+@click.option("--warmup", type=cli.COUNT, default=50, help="Number of untimed passes at first.")
+@click.option("--repeats", type=cli.POSITIVE, default=3, help="Number of timed passes per batch.")
 @click.option(
     "--compare",
     help='Methods to time, interleaved, as in "pure,graph --threshold 0.9".  [default: that of the run alone]',
 )
 @click.option("--compile", "compiled", is_flag=True, help="Compile every method, before anything is timed.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="JSON file for rows, device and versions.  [default: none]",
-)
-@im_size_option
-@device_option
-@max_images_option
+@click.option("--out", type=cli.FILE, help="JSON file for rows, device and versions.  [default: none]")
+@cli.im_size_option
+@cli.device_option
+@cli.max_images_option
 def main(
     checkpoint: Path,
     images: str | Path,
@@ -100,7 +80,7 @@ def main(
     """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    run, precision = Run.load(checkpoint, device=device, patch_type=PURE, im_size=im_size), DTYPES[dtype]
+    run, precision = Run.load(checkpoint, device=device, patch_type=PURE, im_size=im_size), cli.DTYPES[dtype]
     methods = read_methods(compare, merging, run)
     model = run.model.to(precision)
     models = {name: apply(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
@@ -111,14 +91,15 @@ def main(
             setattr(patched, "network", compile_network(patched))  # noqa: B010 - a method to mypy
         warm_up_shapes(calls, views)
     rates = interleaved_rates(calls, views, device, repeats=repeats, warmup=warmup, progress=True)
-    tokens = {name: mean_tokens(patched, views) for name, patched in models.items()}
-    rows = [speed_row(name, rates[name], rates[next(iter(rates))], tokens[name]) for name in models]
+    reference = next(iter(rates.values()))
+    rows = [speed_row(name, rates[name], reference, mean_tokens(patched, views)) for name, patched in models.items()]
     conditions = environment(device) | {"dtype": dtype, "batch_size": views.batch_size, "duplicate": duplicate}
     height, width = views.size
     conditions |= {"compiled": compiled, "height": height, "width": width}
     conditions |= {"output": output, "batches": len(views), "repeats": repeats, "warmup": warmup}
-    click.echo(describe(conditions))
-    click.echo(markdown(COLUMNS, rows))
+    what = f"{len(views)} x {views.batch_size} images of {height} x {width}, {output}" + ", compiled" * compiled
+    click.echo(f"{conditions['device']}, {dtype}, torch {conditions['torch']}; {what}")
+    click.echo(cli.markdown(COLUMNS, rows))
     if out is not None:
         write_text(out, json.dumps(conditions | {"dataset": str(images), "rows": rows}, indent=2))
 
@@ -165,14 +146,6 @@ def speed_row(name: str, rates: Tensor, reference: Tensor, tokens: float) -> dic
     low, median, high = (rates.quantile(q).item() for q in (0.25, 0.5, 0.75))
     ratio = (rates / reference).quantile(0.5).item()
     return {"method": name, "images_per_second": median, "q25": low, "q75": high, "ratio": ratio, "tokens": tokens}
-
-
-def describe(conditions: dict[str, Any]) -> str:
-    """The conditions of the measurement in one line."""
-    c = conditions
-    images = f"{c['batches']} x {c['batch_size']} images of {c['height']} x {c['width']}"
-    compiled = ", compiled" if c["compiled"] else ""
-    return f"{c['device']}, {c['dtype']}, torch {c['torch']}; {images}, {c['output']}{compiled}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import checkpoint_argument, device_option, im_size_option, images_argument, max_images_option
+from segm import cli
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.run import Run
@@ -25,53 +25,49 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 
 
 @click.command(cls=MergingCommand)
-@checkpoint_argument
-@images_argument
-@click.option("--layer-id", type=click.IntRange(min=0), help="Encoder layer, counted from 0.  [default: all]")
+@cli.checkpoint_argument
+@cli.images_argument
+@click.option("--layer-id", type=cli.COUNT, help="Encoder layer, counted from 0.  [default: all]")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=cli.FOLDER,
     help="Folder for tokens.json and tokens.png.  [default: token_stats_<method> next to CHECKPOINT]",
 )
-@im_size_option
-@device_option
-@max_images_option
+@cli.im_size_option
+@cli.device_option
+@cli.max_images_option
 def main(
-    checkpoint: Path,
-    images: str | Path,
-    layer_id: int | None,
-    out: Path | None,
-    im_size: int | None,
-    device: torch.device,
-    max_images: int | None,
-    merging: dict[str, Any],
+    checkpoint: Path, images: str | Path, layer_id: int | None, out: Path | None, max_images: int | None, **how: Any
 ) -> None:
     """Print how many patch tokens CHECKPOINT keeps on DATASET after every layer that merges, and how large they are.
 
     Over the validation images at the crop size: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
     """
-    run = Run.load(checkpoint, device=device, merging=merging, im_size=im_size)
+    run = Run.load(checkpoint, **how)
     if not patch.is_patched(run.model):
         raise click.UsageError("nothing merges in this model: name a method with --patch-type")
-    check_layer(run, layer_id)
+    ids = [layer - 1 for layer in run.options["layers"]]
+    if layer_id is not None and layer_id not in ids:
+        raise ValueError(f"--layer-id {layer_id}: tokens merge in {', '.join(map(str, ids))} (counted from 0)")
     views = run.views(images, max_images)
     statistics = collect(run.model, tqdm(views, desc="tokens", unit="image", leave=False))
     layers = {layer: found for layer, found in statistics.items() if layer_id in (None, layer - 1)}
     folder = out or run.folder / f"token_stats_{run.method}"
-    rows = [summary(layer, **found) for layer, found in layers.items()]
+    rows = [
+        {
+            "layer": layer,
+            "n_patches": one["n_patches"],
+            "tokens": _spread(one["counts"]),
+            "sizes": _spread(one["sizes"]),
+        }
+        for layer, one in layers.items()
+    ]
     click.echo(format_rows(rows))
     content = {"method": run.method, "settings": run.options, "n_images": len(views), "layers": rows}
     write_text(folder / "tokens.json", json.dumps(content, indent=2))
     write_picture(folder / "tokens.png", token_histograms(layers))
     click.echo(f"written to {folder}")
-
-
-def check_layer(run: Run, layer_id: int | None) -> None:
-    """Raise a ValueError unless the model merges in that layer (0-based); None is all layers."""
-    ids = [layer - 1 for layer in run.options["layers"]]
-    if layer_id is not None and layer_id not in ids:
-        raise ValueError(f"--layer-id {layer_id}: tokens merge in {', '.join(map(str, ids))} (counted from 0)")
 
 
 @torch.inference_mode()
@@ -93,22 +89,12 @@ def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, An
             counts[layer].append(step.counts.cpu().numpy())
             kept = step.sizes.flatten() if step.padding is None else step.sizes[~step.padding]
             sizes[layer].append(kept[kept != 1].cpu().numpy())
-    return {
-        layer: {
-            "n_patches": n_patches,
-            "counts": np.concatenate(counts[layer]),
-            "sizes": np.concatenate(sizes[layer]),
-        }
-        for layer in sorted(counts)
-    }
-
-
-def summary(layer: int, n_patches: int, counts: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
-    """One layer's numbers for a table: mean and quantiles of counts and sizes; sizes None where nothing merged."""
-    return {"layer": layer, "n_patches": n_patches, "tokens": _spread(counts), "sizes": _spread(sizes)}
+    joined = ((layer, np.concatenate(counts[layer]), np.concatenate(sizes[layer])) for layer in sorted(counts))
+    return {layer: {"n_patches": n_patches, "counts": count, "sizes": size} for layer, count, size in joined}
 
 
 def _spread(values: np.ndarray) -> dict[str, float] | None:
+    """Mean and quantiles; None where nothing merged."""
     if not len(values):
         return None
     return {"mean": float(np.mean(values))} | {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}

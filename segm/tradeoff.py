@@ -42,8 +42,7 @@ class Setting:
     @property
     def record(self) -> Row:
         """As a row of results keeps it."""
-        sizes = {"im_size": self.im_size, "patch_size": self.patch_size}
-        return {"method": self.method, "options": dict(self.options), **sizes}
+        return {**vars(self), "options": dict(self.options)}
 
     def apply_to(self, run: Run) -> Run:
         """The run used in this way; it shares its weights."""
@@ -59,8 +58,7 @@ class Tradeoff:
         dataset_name: data set.
         file: JSON that keeps what was measured.
         conditions: settings that the rows depend on; the file keeps them.
-        cost_images: images for tokens, operations and speed.
-        max_images: images for the scores; None: all.
+        cost_images, max_images: images for tokens, operations and speed; for the scores (None: all).
         boundary: score the boundary IoU as well.
     """
 
@@ -85,12 +83,9 @@ class Tradeoff:
         wanted = {setting.key: setting for setting in settings}
         known = self._read()
         dataset, _ = self.run.open(name=self.dataset_name)
+        how = {"dataset": dataset, "n_images": self.max_images, "boundary": self.boundary, "progress": True}
         for key in tqdm([key for key in wanted if key not in known], desc="settings", leave=False):
-            setting = wanted[key]
-            scores = setting.apply_to(self.run).evaluate(
-                dataset=dataset, n_images=self.max_images, boundary=self.boundary, progress=True
-            )
-            known[key] = setting.record | scores
+            known[key] = wanted[key].record | wanted[key].apply_to(self.run).evaluate(**how)
             self._write(known)
         if any("images_per_second" not in known[key] for key in wanted):
             for key, cost in self._costs(wanted).items():  # all together, or they would not compare
@@ -130,7 +125,7 @@ class Tradeoff:
         write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
 
 
-def best_at(rows: Sequence[Row], images_per_second: float, score: str = "mean_iou") -> Row | None:
-    """The row with the highest score of those that are fast enough; the fastest of several; None: none is."""
+def best_at(rows: Sequence[Row], images_per_second: float) -> Row | None:
+    """The row with the highest mIoU of those that are fast enough; the fastest of several; None: none is."""
     fast = [row for row in rows if row["images_per_second"] >= images_per_second]
-    return max(fast, key=lambda row: (row[score], row["images_per_second"]), default=None)
+    return max(fast, key=lambda row: (row["mean_iou"], row["images_per_second"]), default=None)

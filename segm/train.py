@@ -9,7 +9,7 @@ import torch
 from segm import parallel
 from segm.auto_threshold import threshold_for
 from segm.checkpoint import LAST
-from segm.cli import SETTING_GROUPS, device_option, print_once, read_recipe, settings_options
+from segm.cli import FOLDER, SETTING_GROUPS, device_option, print_once, read_recipe, settings_options
 from segm.config import CURRICULUM, RunConfig
 from segm.interruption import SignalError
 from segm.merging import MergingCommand, is_given
@@ -17,6 +17,7 @@ from segm.resolve import resolve
 from segm.trainer import Trainer
 
 AUTO = "auto"
+EXISTING = click.Path(exists=True, path_type=Path)
 
 
 @click.command(cls=MergingCommand, groups=SETTING_GROUPS)
@@ -27,9 +28,7 @@ AUTO = "auto"
     callback=read_recipe,
     help="YAML file with options, or the name of a recipe; options given here override it.  [default: none]",
 )
-@click.option(
-    "--log-dir", type=click.Path(file_okay=False, path_type=Path), required=True, help="Run directory to write to."
-)
+@click.option("--log-dir", type=FOLDER, required=True, help="Run directory to write to.")
 @settings_options
 @click.option(
     "--pretrained",
@@ -38,30 +37,22 @@ AUTO = "auto"
 )
 @click.option("--no-pretrained", is_flag=True, help="Start from random weights in place of timm's.")
 @click.option(
-    "--resume/--no-resume",
-    default=False,
-    show_default=True,
-    help="Continue the run in --log-dir, or start it where there is none yet.",
+    "--resume/--no-resume", default=False, help="Continue the run in --log-dir, or start it where there is none yet."
 )
 @click.option(
     "--save-every",
     type=click.FloatRange(min=0),
     metavar="MINUTES",
     default=15,
-    show_default=True,
     help="Minutes between checkpoints inside an epoch; 0 saves after epochs only.",
 )
-@click.option(
-    "--finetune",
-    type=click.Path(exists=True, path_type=Path),
-    help="Checkpoint or run whose weights are the first.  [default: none]",
-)
+@click.option("--finetune", type=EXISTING, help="Checkpoint or run whose weights are the first.  [default: none]")
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that cannot be read, and count them, instead of ending."
 )
 @click.option(
     "--feature-folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder for --cache-features, which other trainings share.  [default: the run directory, until the end]",
 )
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
@@ -69,7 +60,7 @@ AUTO = "auto"
 @click.option(
     "--from",
     "unpatched",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING,
     help="Unpatched checkpoint or run whose similarities give --threshold auto, their mean + std.  [default: none]",
 )
 @click.pass_context

@@ -80,7 +80,6 @@ class Trainer:
     Attributes:
         step: updates that are done.
         best: highest mIoU so far, percent; -1: none.
-        model, train_set, val_set, optimizer, scheduler: what they are called.
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: data or weights that are missing, damaged or do not fit.
@@ -145,8 +144,7 @@ class Trainer:
     # --- What is built
 
     def _with_data(self, config: RunConfig) -> RunConfig:
-        """The configuration with what the data say: their classes, so that pictures need no files and another order is
-        noticed, and what an inspection finds."""
+        """The configuration with the classes of the data and what an inspection finds; pictures then need no files."""
         if config.schedule.batch_size % parallel.world_size():
             size, n_processes = config.schedule.batch_size, parallel.world_size()
             raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
@@ -278,7 +276,8 @@ class Trainer:
             self._load_optimizer(checkpoint["optimizer"])
             if self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(checkpoint["loss_scaler"])
-            if updates and (checkpoint["updates_per_epoch"], len(losses)) != self._shares:
+            shares = self.steps_per_epoch, parallel.world_size()  # by which the images of an epoch are shared out
+            if updates and (checkpoint["updates_per_epoch"], len(losses)) != shares:
                 logger.warning("epoch %d begins anew: %d updates of it had other batches", epoch + 1, updates)
                 updates = 0
             self.step, self.best, self._is_open = epoch * self.steps_per_epoch + updates, best, updates > 0
@@ -288,11 +287,6 @@ class Trainer:
             raise ValueError(
                 f"cannot resume {self.log_dir} ({one_line(error)}): start a new run from it with --finetune"
             ) from error
-
-    @property
-    def _shares(self) -> tuple[int, int]:
-        """By what the images of an epoch are shared out: updates and processes."""
-        return self.steps_per_epoch, parallel.world_size()
 
     def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
         """Load what an optimizer keeps of its parameters; its settings are those of the run."""
@@ -507,10 +501,9 @@ class Trainer:
 
     def _stop_if_asked(self, *_: Any) -> None:
         """End the training if a signal asks for it during an evaluation, before which it was saved."""
-        status, file = self._interruption.status, self.log_dir / LAST
-        if status:
-            message = f"ended by a signal during the evaluation: {file} holds all, go on with --resume"
-            raise SignalError(message, status)
+        if self._interruption.status:
+            message = f"ended by a signal during the evaluation: {self.log_dir / LAST} holds all, go on with --resume"
+            raise SignalError(message, self._interruption.status)
 
     def _save_if_asked(self) -> None:
         """Save if it is time, and end the training if a signal asks for it; all processes call it."""
@@ -536,8 +529,7 @@ class Trainer:
         return True
 
     def _save_epoch(self, entry: Mapping[str, Any]) -> None:
-        """Write the checkpoints after an epoch and its record, in the main process: the best, the record, the last, so
-        that what the last one holds need not be done again."""
+        """Write the best checkpoint, the record, the last: in this order, what the last one holds is not done again."""
         # Scores at a threshold that merges less than the final one do not compete.
         competes = self.curriculum is None or entry["threshold"] == self.curriculum.target
         score = entry.get("val_mean_iou", -1.0) if competes else -1.0
@@ -551,8 +543,7 @@ class Trainer:
 
 
 def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split; the validation images never depend on the seed of the training, nor do the
-    augmented versions whose features are cached: trainings with other seeds share them."""
+    """Training and validation split; the seed changes neither validation images nor versions with cached features."""
     data, schedule = config.data, config.schedule
     sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.net.normalization}
     training = {"crop_size": data.crop_size, "ratios": data.scale_range}

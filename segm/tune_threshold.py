@@ -10,7 +10,7 @@ import torch
 
 import patch
 from segm.checkpoint import checkpoint_file
-from segm.cli import POSITIVE, Numbers, checkpoint_argument, dataset_argument, device_option
+from segm.cli import ABOVE_ZERO, FOLDER, POSITIVE, Numbers, checkpoint_argument, dataset_argument, device_option
 from segm.eval.timing import device_name
 from segm.merging import PURE, MergingCommand
 from segm.run import Run
@@ -24,31 +24,25 @@ COST = 10  # images for tokens and speed
 @click.command(cls=MergingCommand)
 @checkpoint_argument
 @dataset_argument
-@click.option("--highest", type=float, default=1.0, show_default=True, help="First threshold, a cosine similarity.")
-@click.option("--lowest", type=float, default=0.7, show_default=True, help="Last threshold, a cosine similarity.")
-@click.option(
-    "--step",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.02,
-    show_default=True,
-    help="Distance of two thresholds.",
-)
+@click.option("--highest", type=float, default=1.0, help="First threshold, a cosine similarity.")
+@click.option("--lowest", type=float, default=0.7, help="Last threshold, a cosine similarity.")
+@click.option("--step", type=ABOVE_ZERO, default=0.02, help="Distance of two thresholds.")
 @click.option(
     "--im-size",
     "sizes",
     cls=Numbers,
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     help="Shorter sides of the images, pixels; every threshold is tried at each.  [default: the run's]",
 )
 @click.option(
     "--images-per-second",
     "speed",
-    type=click.FloatRange(min=0, min_open=True),
+    type=ABOVE_ZERO,
     help="Speed, images/s, at which the best size and threshold are also named.  [default: none]",
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder for results.json and curves.png; its results are not measured again.  [default: next to CHECKPOINT]",
 )
 @device_option
@@ -126,26 +120,20 @@ def report(rows: Sequence[Row], folder: Path, per_size: int) -> None:
         size = f"{row['im_size']:>7} " if several else ""
         mark = "  on the hull" if index in best else ""
         numbers = f"{row['mean_iou']:6.2f} {row['tokens']:8.1f} {row['images_per_second']:9.1f}"
-        click.echo(f"{size}{_threshold_of(row):>9} {numbers}{mark}")
+        threshold = PURE if row["method"] == PURE else f"{row['options']['threshold']:.3f}"
+        click.echo(f"{size}{threshold:>9} {numbers}{mark}")
     for first in range(0, len(rows), per_size):
         own = rows[first : first + per_size]
         at = f" at {own[0]['im_size']} pixels" if several else ""
-        lowest = lowest_without_loss(own)
-        if lowest is None:
-            click.echo(f"no threshold keeps the mIoU of the unpatched model{at}")
-        else:
-            click.echo(f"lowest threshold without loss{at}: {lowest}")
+        lowest, none = lowest_without_loss(own), f"no threshold keeps the mIoU of the unpatched model{at}"
+        click.echo(none if lowest is None else f"lowest threshold without loss{at}: {lowest}")
     if several:
-        labels = [("pure" if row["method"] == PURE else f"{row['method']}, {row['im_size']} pixels") for row in rows]
+        labels = [(PURE if row["method"] == PURE else f"{row['method']}, {row['im_size']} pixels") for row in rows]
         picture = tradeoff_plot(rows, labels)
     else:
         curve = [row | {"threshold": row["options"]["threshold"]} for row in rows[1:]]
         picture = threshold_curves(rows[0], curve, lowest_without_loss(rows))
     write_picture(folder / "curves.png", picture)
-
-
-def _threshold_of(row: Row) -> str:
-    return PURE if row["method"] == PURE else f"{row['options']['threshold']:.3f}"
 
 
 def lowest_without_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:

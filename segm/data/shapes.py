@@ -5,13 +5,14 @@ the rims of signs reds. What tells them apart is texture, shape and place.
 """
 
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import cv2
 import numpy as np
 
 from segm.data.dataset import Sample, SegmentationDataset
+from segm.sizes import pair
 
 LENGTHS = {"train": 2000, "val": 50}
 
@@ -65,13 +66,10 @@ class ShapesDataset(SegmentationDataset):
         return f"{self.split}_{index:05d}"
 
     def load(self, index: int) -> Sample:
-        size = self.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
         # The split's number keeps the scenes of train and val apart.
         stream = list(LENGTHS).index(self.split)
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, stream, index)))
-        image, label = draw_scene(rng, height, width)
-        return Sample(self.name_of(index), image, label)
+        return Sample(self.name_of(index), *draw_scene(rng, *pair(self.image_size)))
 
 
 class Canvas:
@@ -196,8 +194,8 @@ def draw_road(canvas: Canvas, horizon: float) -> None:
         top = horizon + depth * canvas.uniform(0.3, 0.55)
         low = top + depth * canvas.uniform(0.2, 0.35)
         canvas.box(0, top, canvas.width, low, color, ROAD)
-        dashes = [((x, (top + low) / 2), (x + 0.07, (top + low) / 2)) for x in np.arange(0, 1, 0.16)]
-        lines = [((a * canvas.width, y), (b * canvas.width, y)) for (a, y), (b, _) in dashes]
+        y = (top + low) / 2
+        lines = [[(x * canvas.width, y), ((x + 0.07) * canvas.width, y)] for x in np.arange(0, 1, 0.16)]
     else:
         far, near = canvas.width * canvas.rng.uniform(0.25, 0.75, 2)
         narrow, wide = canvas.width * canvas.uniform(0.01, 0.04), canvas.width * canvas.uniform(0.25, 0.45)
@@ -205,27 +203,17 @@ def draw_road(canvas: Canvas, horizon: float) -> None:
         edges += [(near + wide, canvas.height), (near - wide, canvas.height)]
         canvas.polygon(edges, color, ROAD)
         steps = [(t * t, t * t + 0.06) for t in np.linspace(0.2, 1, 6)]
-        lines = [
-            ((far + (near - far) * t0, horizon + depth * t0), (far + (near - far) * t1, horizon + depth * t1))
-            for t0, t1 in steps
-        ]
+        lines = [[(far + (near - far) * t, horizon + depth * t) for t in step] for step in steps]
     thickness = max(round(canvas.unit * 0.012), 1)
-    for start, end in lines:
-        ends = [(round(x), round(y)) for x, y in (start, end)]
-        cv2.line(canvas.image, *ends, (225, 225, 215), thickness)
+    for line in lines:
+        cv2.line(canvas.image, *((round(x), round(y)) for x, y in line), (225, 225, 215), thickness)
 
 
 def draw_objects(canvas: Canvas, horizon: float) -> None:
     """Objects stand on the ground, the far ones first and smaller."""
     rng = canvas.rng
-    counts = {
-        draw_building: rng.integers(0, 3),
-        draw_tree: rng.integers(0, 3),
-        draw_car: rng.integers(0, 3),
-        draw_person: rng.integers(0, 3),
-        draw_sign: rng.integers(0, 3),
-        draw_ball: rng.integers(0, 2),
-    }
+    below = {draw_building: 3, draw_tree: 3, draw_car: 3, draw_person: 3, draw_sign: 3, draw_ball: 2}
+    counts = {draw: rng.integers(0, high) for draw, high in below.items()}
     # Buildings keep to the back, else they hide everything.
     reach = {draw_building: 0.2, draw_tree: 0.6}
     depth = canvas.height - horizon
@@ -244,21 +232,16 @@ def draw_building(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     if canvas.rng.random() < 0.5:
         roof = [(x0, top), (x1, top), (x, top - 0.3 * width)]
         canvas.polygon(roof, shade(color, 0.7), BUILDING)
-    draw_windows(canvas, (x0, top, x1, foot), scale)
-
-
-def draw_windows(canvas: Canvas, wall: tuple[float, float, float, float], scale: float) -> None:
-    x0, top, x1, foot = wall
+    # The windows.
     pitch = scale * canvas.uniform(0.09, 0.13)
     pane = canvas.pick(((60, 70, 90), (235, 220, 150), (130, 160, 185)))
     columns, rows = max(int((x1 - x0) / pitch), 1), max(int((foot - top) / pitch), 1)
     xs = x0 + (np.arange(columns) + 0.25) * (x1 - x0) / columns
     ys = top + (np.arange(rows) + 0.25) * (foot - top) / rows
     w, h = 0.5 * (x1 - x0) / columns, 0.55 * (foot - top) / rows
-    for y in ys:
-        for left in xs:
-            corners = (round(left), round(y)), (round(left + w), round(y + h))
-            cv2.rectangle(canvas.image, *corners, pane, cv2.FILLED)
+    for y, left in product(ys, xs):
+        corners = (round(left), round(y)), (round(left + w), round(y + h))
+        cv2.rectangle(canvas.image, *corners, pane, cv2.FILLED)
 
 
 def draw_tree(canvas: Canvas, x: float, foot: float, scale: float) -> None:
@@ -268,8 +251,7 @@ def draw_tree(canvas: Canvas, x: float, foot: float, scale: float) -> None:
     if canvas.rng.random() < 0.4:
         for low, half in ((0.25, 0.3), (0.5, 0.22)):
             base = foot - low * height
-            tip = base - 0.5 * height
-            points = [(x - half * height, base), (x + half * height, base), (x, tip)]
+            points = [(x - half * height, base), (x + half * height, base), (x, base - 0.5 * height)]
             canvas.polygon(points, color, TREE)
         return
     for _ in range(5):
