@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from segm.errors import what_it_is
 from segm.storage import atomic, part_of
 
 CHUNK = 1 << 20
@@ -122,6 +123,10 @@ class Source:
         return self.folder / "downloads" / archive.name
 
     def _verify(self, path: Path, archive: Archive, advice: str) -> None:
+        if archive.name.endswith((".zip", ".tar", ".tar.gz", ".tgz")) and not (
+            zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+        ):
+            raise click.ClickException(f"{path} is neither a zip nor a tar archive ({what_it_is(path)}); {advice}")
         if not (self.check and archive.sha1):
             return
         found = sha1_of(path)

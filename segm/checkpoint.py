@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segm.errors import one_line
+from segm.errors import one_line, what_it_is
 from segm.storage import atomic
 
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -55,7 +55,8 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({one_line(error)})") from error
+        reason = f"{one_line(error)}; {what_it_is(file)}"
+        raise ValueError(f"{file} is damaged or no safetensors file ({reason})") from error
 
 
 def load_tensors(file: Path) -> Any:
@@ -74,13 +75,13 @@ def load_tensors(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         objects = _unsafe_objects(file)
         if not objects:
-            raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
+            raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({what_it_is(file)})") from error
         raise ValueError(
             f"{file} holds objects that are not loaded for safety ({', '.join(objects)}): save its tensors alone, "
             "where you trust it, with torch.load(..., weights_only=False) and torch.save"
         ) from error
     except Exception as error:  # a damaged file fails in zip, pickle or torch, each with errors of its own
-        reason = one_line(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+        reason = one_line(error) if isinstance(error, zipfile.BadZipFile) else what_it_is(file)
         raise ValueError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from error
 
 

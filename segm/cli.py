@@ -1,5 +1,7 @@
 """Click plumbing of all commands: one-line errors, help with headings, lists of values, common options, tables."""
 
+import io
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ import torch
 from click.core import ParameterSource
 
 from segm import parallel
-from segm.config import SETTINGS, config_dir
+from segm.config import SCALES, SETTINGS, config_dir
 from segm.data import DATASETS
 from segm.errors import brief, one_line
 from segm.sizes import short
@@ -21,6 +23,7 @@ LONGEST = 2000  # characters of an error: lists of classes have their place
 POSITIVE, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
+MEMORY = "no {} left: give a smaller --batch-size, --crop-size, --im-size or --num-workers"
 WORDS = "segm.words"  # in `Context.meta`: the words of the command line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,7 +107,7 @@ class Sides(Numbers):
     """A size in pixels: one number, or height and width; (height, width) unless it is a square."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"type": POSITIVE, "metavar": "SIDE|HEIGHT WIDTH"})
+        super().__init__(*args, **{"metavar": "SIDE|HEIGHT WIDTH"} | kwargs | {"type": POSITIVE})
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         sides = super().type_cast_value(ctx, [value] if isinstance(value, int | str) else value)
@@ -157,6 +160,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         # Pillow warns of large pictures; those above twice its limit are refused.
         warnings.filterwarnings("ignore", message="Image size")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # class names may have letters that the terminal does not know
+                stream.reconfigure(errors="backslashreplace")
         with _one_line_errors():
             return super().invoke(ctx)
 
@@ -173,7 +179,14 @@ def _one_line_errors() -> Iterator[None]:
             raise SystemExit(1) from error
         kind = click.UsageError if isinstance(error, click.UsageError) else click.ClickException
         raise kind(message) from error  # without its context, from which click prints the usage
+    except MemoryError as error:
+        raise click.ClickException(MEMORY.format("memory")) from error
     except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+            raise click.ClickException(MEMORY.format("memory")) from error
+        if "shared memory" in text or "DataLoader worker" in text:
+            raise click.ClickException(f"{MEMORY.format('/dev/shm')}; {one_line(text)}") from error
         if parallel.is_peer_failure(error) and parallel.report_failure("Error: another process ended", follows=True):
             raise SystemExit(1) from error
         raise
@@ -199,10 +212,16 @@ def repeat_option(args: Iterable[str], names: Mapping[str, Callable[[str], bool]
     for arg in _split_equals(args, names):
         if current is None or not names[current](arg):
             current = arg if arg in names else None
+            repeated = _without(repeated, arg) if current else repeated  # the last occurrence counts, as of any option
         elif repeated[-1] != current:
             repeated.append(current)
         repeated.append(arg)
     return repeated
+
+
+def _without(words: list[str], name: str) -> list[str]:
+    """The words without an option and its values."""
+    return [word for before, word in zip(["", *words], words, strict=False) if name not in (before, word)]
 
 
 def _split_equals(args: Iterable[str], names: Collection[str]) -> Iterator[str]:
@@ -321,6 +340,13 @@ def _default_text(about: Mapping[str, Any]) -> str:
     return about.get("default_text") or about.get("default_from") or own
 
 
+def _check_whole(kind: click.ParamType, value: Any) -> None:
+    """Raise a ValueError for fractions and switches where whole numbers are asked: click would round them."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(kind, click.types.IntParamType) and any(isinstance(one, float | bool) for one in values):
+        raise ValueError("give a whole number")
+
+
 def read_recipe(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Callback of --config: the entries of a recipe become the defaults of the options."""
     if value is None:
@@ -340,6 +366,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: str | None) -
         raise click.BadParameter(f"{file}: {one_line(unknown)}; its keys are the options of this command", ctx, param)
     for name, value in recipe.items():
         try:
+            _check_whole(known[name].type, value)
             known[name].type_cast_value(ctx, value)
         except Exception as error:  # click's types expect texts, and fail on other values with errors of all kinds
             raise click.BadParameter(f"{file}: {name} is {brief(value)}: {one_line(error)}", ctx, param) from error
@@ -386,13 +413,22 @@ im_size_option = click.option(
     metavar="PIXELS",
     help="Shorter side of the images; windows scale with it.  [default: the run's]",
 )
-amp_option = click.option("--amp/--no-amp", default=None, help="Compute in mixed precision.  [default: as in training]")
+scale_option = click.option(
+    "--scale",
+    type=click.Choice(SCALES),
+    default=SCALES[0],
+    help="Images are as large as in training, or as they are.",
+)
+window_option = click.option(
+    "--window-size", cls=Sides, metavar="SIDE(S)", help="Sliding window, pixels.  [default: the run's]"
+)
+amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
 device_option = click.option(
     "--device",
     type=Device(),
     default=default_device,
     show_default=False,
-    help="Device of torch.  [default: cuda if available, else cpu]",
+    help="Where to compute.  [default: cuda, else cpu]",
 )
 max_images_option = click.option(
     "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"
@@ -402,8 +438,8 @@ workers_option = click.option(
     "workers",
     type=COUNT,
     default=parallel.default_workers,
-    show_default=f"the cores of the machine, at most {parallel.MOST_WORKERS}",
-    help="Processes that read and resize images; 0: none but the program itself.",
+    show_default=f"cores, at most {parallel.MOST_WORKERS}",
+    help="Processes that read images.",
 )
 batch_size_option = click.option(
     "--batch-size", type=POSITIVE, metavar="N", default=1, help="Number of images per forward pass."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -12,6 +12,9 @@ import segm
 from segm.errors import brief
 from segm.sizes import pair
 from segm.storage import read_yaml, write_text
+
+if TYPE_CHECKING:
+    from segm.data.images import Normalization
 
 VARIANT = "variant.yml"
 
@@ -106,23 +109,26 @@ def _has_split(found: Any) -> bool:
     )
 
 
-def _pair_of(kind: Kind, words: str, many: int | str, alone: bool) -> Kind:
-    """Two values of a kind; alone: or a single one."""
+def _several(kind: Kind, words: str, count: int, alone: bool = False) -> Kind:
+    """So many values of a kind; alone: or a single one, which is a side of a square."""
 
     def fits(value: Any) -> bool:
-        values = value if isinstance(value, list | tuple) or not alone else [value, value]
-        return isinstance(values, list | tuple) and len(values) == 2 and all(map(kind.fits, values))
+        values = value if isinstance(value, list | tuple) or not alone else [value] * count
+        return isinstance(values, list | tuple) and len(values) == count and all(map(kind.fits, values))
 
-    return Kind(words, fits, kind.type, many)
+    return Kind(words, fits, kind.type, "sides" if alone else count)
 
 
 SIZE, COUNT = _whole(1, 1 << 16), _whole(0, 1 << 31)  # pixels, channels, images; anything counted from 0
-LAYERS, CLASSES = _whole(1, 512), _whole(1, 255)
+LAYERS, CLASSES = _whole(1, 512), _whole(1, 65535)
 SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), click.BOOL)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
-SIDES = _pair_of(SIZE, "a whole number from 1, or two of them", "sides", alone=True)
-RANGE = _pair_of(_number(0, above=True), "two numbers above 0", 2, alone=False)
+FACTOR = _number(0, above=True)
+SIDES = _several(SIZE, "a whole number from 1, or two of them", 2, alone=True)
+RANGE = _several(FACTOR, "two numbers above 0", 2)
+VALUES = _several(_number(-1e15), "two numbers, the lowest and the highest", 2)
+MEAN, STD = _several(SHARE, "three numbers from 0 to 1", 3), _several(FACTOR, "three numbers above 0", 3)
 CLASS_LIST = Kind("a list of {name, color: [r, g, b]}", _has_classes)
 INVENTORY = Kind("what a training records of its data", _has_inventory)
 
@@ -132,6 +138,7 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULERS = ("polynomial", "polynomial_epoch", "cosine")
 MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the polynomial schedules
 METHOD = "method"  # what may be trained alone
+SCALES = ("training", "original")  # of images: resized as in training, or as they are
 BACKBONE, DATA = "the backbone's", "the data set's"
 CURRICULUM = ("start_thresh", "curric_warmup", "curric_period")
 
@@ -172,8 +179,12 @@ class Net:
     n_layers: int = setting(LAYERS, "net.n_layers", "Blocks of the encoder.", default_from=BACKBONE,
         frozen_on_resume=True)
     distilled: bool = setting(FLAG, "net.distilled", default_from=BACKBONE)
-    normalization: str = setting(_name("vit", "deit"), "net.normalization dataset.normalization",
-        "Mean and std that pixels are normalized by.", default_from=BACKBONE)
+    normalization: str = setting(_name("vit", "deit", "clip", "unit"), "net.normalization dataset.normalization",
+        "Mean and std that pixels are normalized by: of AugReg, ImageNet, CLIP, or 0 and 1.", default_from=BACKBONE)
+    mean: tuple[float, float, float] | None = setting(MEAN, "net.mean",
+        "Mean of red, green and blue, pixels from 0 to 1, in place of that of --normalization.", default_from=BACKBONE)
+    std: tuple[float, float, float] | None = setting(STD, "net.std",
+        "Standard deviation of red, green and blue, likewise.", default_from=BACKBONE)
     dropout: float = setting(SHARE, "net.dropout", "Dropout in the encoder, share of the values.", 0.0)
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder, share of the residuals.",
         0.1, default_text="0.1; 0 with a frozen encoder")
@@ -200,6 +211,9 @@ class Data:
         frozen_on_resume=True)
     scale_range: tuple[float, float] = setting(RANGE, "dataset.scale_range",
         "Training images are resized by a random factor in this range.", (0.5, 2.0), default_text="0.5 2.0")
+    value_range: tuple[float, float] | None = setting(VALUES, "dataset.value_range",
+        "Lowest and highest value of images that are not stored in 8 bits.", frozen_on_resume=True,
+        default_text="judged by a few of the training images")
     num_workers: int | None = setting(COUNT, "dataset.num_workers",
         "Processes that read images, per training process.", default_text="cores / processes, at most 8")
     classes: Sequence[Mapping[str, Any]] | None = setting(CLASS_LIST, "dataset.classes")
@@ -216,9 +230,9 @@ class Optim:
         default_from=DATA)
     weight_decay: float = setting(RATE, "optimizer.weight_decay",
         "Weight decay, of all but biases, norms and embeddings.", 0.0, frozen_on_resume=True)
-    encoder_lr_mult: float = setting(RATE, "optimizer.encoder_lr_mult",
+    encoder_lr_mult: float = setting(FACTOR, "optimizer.encoder_lr_mult",
         "Learning rate of the encoder, × learning rate.", 1.0, frozen_on_resume=True)
-    layer_decay: float = setting(SHARE, "optimizer.layer_decay",
+    layer_decay: float = setting(_number(0, 1, above=True), "optimizer.layer_decay",
         "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
     clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
         "Gradients are scaled down to this norm.", default_text="none")
@@ -236,7 +250,8 @@ class Schedule:
 
     scheduler: str = setting(_name(*SCHEDULERS), "optimizer.sched",
         "How the learning rate falls: per iteration, polynomial_epoch per epoch.", "polynomial")
-    minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Learning rate at the end of the schedule.", 1e-5)
+    minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Learning rate at the end of the schedule.", 1e-5,
+        default_text="1e-05, or the learning rate where that is lower")
     warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs in which the learning rate rises linearly.",
         0)
     start_factor: float = setting(RATE, "optimizer.start_factor",
@@ -317,9 +332,20 @@ class RunConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of a training crop."""
-        height, width = (side // self.net.patch_size for side in pair(self.data.crop_size))
+        """Patches of a training crop, those at the right and lower border padded."""
+        height, width = (-(-side // self.net.patch_size) for side in pair(self.data.crop_size))
         return height, width
+
+    @property
+    def normalization(self) -> "str | Normalization | None":
+        """Mean and standard deviation of pixels, by name or as numbers; None: the run does not say."""
+        from segm.data.images import Normalization, get_normalization  # whose package reads the data sets' names here
+
+        name, mean, std = self.net.normalization, self.net.mean, self.net.std
+        if mean is None and std is None:
+            return name
+        known = get_normalization(name or "vit")
+        return Normalization(mean or known.mean, std or known.std)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

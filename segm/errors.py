@@ -21,11 +21,11 @@ def brief(value: Any) -> str:
 def what_it_is(path: Path) -> str:
     """In words, what lies at a path in place of the file that was expected."""
     with path.open("rb") as file:
-        start = file.read(200).lstrip()
-    if not start:
+        start = file.read(200)
+    if not start.strip():
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: fetch the file with git lfs pull"
-    if start[:1] == b"<" and any(tag in start.lower() for tag in (b"<html", b"<!doctype", b"<head")):
+    if start.lstrip()[:1] == b"<" and any(tag in start.lower() for tag in (b"<html", b"<!doctype", b"<head")):
         return "it is a web page, saved in place of the file: download the file itself"
     return f"it begins with {start[:8]!r}"

@@ -1,6 +1,7 @@
 """Segment photographs that have no labels."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from segm.cli import checkpoint_argument, device_option, im_size_option, workers_option
-from segm.data import Sample
+from segm.cli import checkpoint_argument, device_option, im_size_option, scale_option, window_option, workers_option
+from segm.data import Photographs
 from segm.data.dataset import label_type
-from segm.data.images import SUFFIXES, count_suffixes, is_image, read_image
+from segm.data.images import SUFFIXES, count_suffixes, files_below
 from segm.eval.evaluate import Item, read_ahead
 from segm.merging import MergingCommand
 from segm.onnx_model import open_run
@@ -30,6 +31,8 @@ from vis import blend, colorize
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 @click.option("--opacity", type=click.FloatRange(0, 1), default=0.5, help="Weight of the labels in the blends, 0 to 1.")
 @im_size_option
+@scale_option
+@window_option
 @device_option
 @workers_option
 def main(
@@ -43,10 +46,13 @@ def main(
         raise click.UsageError(
             f"-i and -o are both {source}: results would overwrite photographs, choose another folder"
         )
-    photographs = _find_photographs(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder: give one with photographs")
     run = open_run(checkpoint, device=device, **how)
+    photographs = Photographs(source, run.config.data.value_range)
+    _check_names(photographs)
     damaged: list[str] = []
-    loader = read_ahead(Photographs(photographs, run.preprocessing), range(len(photographs)), workers, device)
+    loader = read_ahead(Items(photographs, run.preprocessing), range(len(photographs)), workers, device)
     for item in tqdm(loader, desc="inference", unit="image", leave=False):
         if isinstance(item, str):
             damaged.append(item)
@@ -57,39 +63,33 @@ def main(
         picture = blend(photograph.image, colorize(labels, run.palette), opacity)
         write_picture(target / f"{photograph.name}_blend.jpg", picture)
     click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
-    others = count_suffixes(file for file in source.iterdir() if not is_image(file) and not file.name.startswith("."))
-    if others:
+    if others := count_suffixes({*files_below(source)} - {*photographs.files}):
         click.echo(f"not read: {others}; photographs are {', '.join(SUFFIXES)}")
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(photographs)} photographs left out: {'; '.join(damaged[:5])}")
 
 
-class Photographs(Dataset):
+class Items(Dataset):
     """Photographs as `Item`s of one view; in place of one that is damaged, the message that says so."""
 
-    def __init__(self, files: Sequence[Path], preprocess: Callable[[np.ndarray], Tensor]) -> None:
-        self.files, self.preprocess = files, preprocess
+    def __init__(self, photographs: Photographs, preprocess: Callable[[np.ndarray], Tensor]) -> None:
+        self.photographs, self.preprocess = photographs, preprocess
 
     def __getitem__(self, index: int) -> Item | str:
         try:
-            image = read_image(self.files[index])
+            photograph = self.photographs[index]
         except ValueError as error:
             return str(error)
-        return Item(Sample(self.files[index].stem, image, None), [self.preprocess(image)])
+        return Item(photograph, [self.preprocess(photograph.image)])
 
 
-def _find_photographs(folder: Path) -> list[Path]:
-    """Photographs of a folder by name; their names without suffix must differ, since the results bear them."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give one with photographs")
-    files = sorted(file for file in folder.iterdir() if is_image(file))
-    if not files:
-        raise ValueError(f"no photograph in {folder}: expected files ending in {', '.join(SUFFIXES)}")
-    stems = [file.stem for file in files]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{folder} holds several photographs named {twice}: rename them, the results would collide")
-    return files
+def _check_names(photographs: Photographs) -> None:
+    """Raise a ValueError unless the names without suffix differ, since the results bear them."""
+    names = Counter(photographs.name_of(index) for index in range(len(photographs)))
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        folder = photographs.folder
+        raise ValueError(f"{folder} holds several photographs named {name}: rename them, the results would collide")
 
 
 if __name__ == "__main__":

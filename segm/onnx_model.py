@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segm.config import RunConfig
+from segm.config import SCALES, RunConfig
 from segm.errors import one_line
 from segm.merging import read_variant
 from segm.model.upsample import to_pixels
 from segm.precision import Precision
 from segm.run import Run
+from segm.sizes import Size
 
 SUFFIX = ".onnx"
 KEY = "segm"  # of the metadata
@@ -162,21 +163,30 @@ def open_session(file: Path, device: torch.device) -> Any:
 
 
 def open_run(
-    path: Path, *, device: torch.device, merging: Mapping[str, Any], im_size: int | None = None, amp: bool | None = None
+    path: Path,
+    *,
+    device: torch.device,
+    merging: Mapping[str, Any],
+    im_size: int | None = None,
+    amp: bool | None = None,
+    scale: str = SCALES[0],
+    window_size: Size | None = None,
 ) -> Run:
     """A run to predict with: a checkpoint, a run directory, or an exported file.
 
     Args:
-        path, device, merging, im_size, amp: see `Run.load`; of an exported file only the device can be chosen.
+        path, device, merging, im_size, amp, scale, window_size: see `Run.load`; of an exported file the device and the
+            scale alone can be chosen.
 
     Raises:
         FileNotFoundError, ValueError: as `Run.load` and `OnnxModel`.
     """
     if path.suffix != SUFFIX:
-        return Run.load(path, device=device, merging=merging, im_size=im_size, amp=amp)
-    if merging or im_size or amp:
-        raise ValueError(f"{path} is exported, its merging, image size and precision are fixed: leave the options out")
+        size: dict[str, Any] = {"im_size": im_size, "scale": scale, "window_size": window_size}
+        return Run.load(path, device=device, merging=merging, amp=amp, **size)
+    if merging or im_size or amp or window_size:
+        raise ValueError(f"{path} is exported, its merging, sizes and precision are fixed: leave the options out")
     model: Any = OnnxModel(path, device)
     record = model.record
     config, precision = RunConfig.from_variant(record.variant), Precision.choose(device, False)
-    return ExportedRun(record.name, path, model, config, device, precision, record.im_size)
+    return ExportedRun(record.name, path, model, config, device, precision, record.im_size, scale)

@@ -1,8 +1,10 @@
 """Several processes: those of `torchrun` (nccl on GPUs, gloo on CPUs), and the workers that read images."""
 
 import json
+import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MAIN_RANK_HEAD_START = 10  # seconds that other processes leave to the main one to fail first
+logger = logging.getLogger(__name__)
+SHARED_MEMORY = "/dev/shm"
 MOST_WORKERS = 8  # per process
 GRACE = 60  # seconds between a signal and the end of a worker, enough for the step and the checkpoint
 
@@ -135,6 +139,26 @@ def default_workers() -> int:
     """Workers that read images: the cores of this machine, shared by the processes of `torchrun`; at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def fitting_workers(workers: int, n_bytes: int) -> int:
+    """So many of the workers as the shared memory takes, through which they hand over their batches.
+
+    Args:
+        workers: number of them that is asked for.
+        n_bytes: size of a batch; each worker prepares two, while a third is read.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # no Linux
+        return workers
+    fitting = min(workers, free // (3 * n_bytes))
+    if fitting < workers:
+        logger.warning(
+            "%s has %.0f MiB left: %d processes read images, not %d; in a container, --shm-size enlarges it",
+            *(SHARED_MEMORY, free / 2**20, fitting, workers),
+        )
+    return fitting
 
 
 def start_worker(_: int) -> None:

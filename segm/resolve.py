@@ -11,6 +11,7 @@ import patch
 from segm import merging
 from segm.config import BACKBONE, CURRICULUM, DATA, SCHEDULERS, SETTINGS, Merging, Net, RunConfig, load_config
 from segm.data.factory import dataset_defaults
+from segm.data.images import name_of_normalization
 from segm.merging import PURE
 from segm.model.encoder import ALIASES
 from segm.sizes import pair, short, smaller
@@ -95,13 +96,16 @@ def backbone_settings(name: str) -> dict[str, Any]:
     model: Any = timm.create_model(name, pretrained=False, device="meta")
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise ValueError(f"backbone {name} is a {type(model).__name__}, not a plain ViT")
-    half = all(abs(value - 0.5) < 1e-6 for value in model.pretrained_cfg["mean"])
+    mean, std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+    normalization = name_of_normalization(mean, std)
     return {
         "patch_size": model.patch_embed.patch_size[0],
         "d_model": model.embed_dim,
         "n_heads": model.blocks[0].attn.num_heads,
         "n_layers": len(model.blocks),
-        "normalization": "vit" if half else "deit",
+        "normalization": normalization or "vit",
+        "mean": None if normalization else mean,
+        "std": None if normalization else std,
         "distilled": hasattr(model, "dist_token"),
     }
 
@@ -147,18 +151,24 @@ def _complete(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
             chosen = {key: value for key, value in chosen.items() if key not in _of(owner) or key in given}
     if "d_model" in given and "n_heads" not in given:  # heads of 64 channels, as in every ViT
         chosen["n_heads"] = max(1, given["d_model"] // 64)
+    if "normalization" in given:
+        chosen |= {name: given.get(name) for name in ("mean", "std")}
     if "crop_size" in given:  # a window of the training's size, unless one is given
         data = data | {"window_size": given["crop_size"]}
         chosen = {k: v for k, v in chosen.items() if k not in ("window_size", "window_stride") or k in given}
     defaults = {name: entry.metadata["default"] for name, (_, entry) in SETTINGS.items()}
-    defaults |= {name: backbone[name] for name in _of(BACKBONE)} | {name: data[name] for name in _of(DATA)}
+    defaults |= {name: backbone.get(name) for name in _of(BACKBONE)} | {name: data[name] for name in _of(DATA)}
     settings = {**defaults, **chosen}
     freezes, frozen = ((one.get("freeze_encoder") or one.get("train_only")) for one in (given, saved))
     if freezes and not frozen and "drop_path" not in given:
         settings["drop_path"] = 0.0  # a frozen encoder learns nothing from its noise
     if "window_stride" not in given:
         settings["window_stride"] = short(smaller(settings["window_stride"], settings["window_size"]))
-    settings |= {"image_size": pair(settings["crop_size"]), "eval_size": settings["im_size"]}
+    patch_side = settings["patch_size"]  # the embedding of positions has those of the padded crop
+    image_size = tuple(-(-side // patch_side) * patch_side for side in pair(settings["crop_size"]))
+    settings |= {"image_size": image_size, "eval_size": settings["im_size"]}
+    if "minlearning_rate" not in chosen:
+        settings["minlearning_rate"] = min(settings["minlearning_rate"], settings["learning_rate"])
     _check_together(settings)
     return settings
 
@@ -173,6 +183,19 @@ def _check_together(settings: Mapping[str, Any]) -> None:
     low, high = settings["scale_range"]
     if low > high:
         raise ValueError(f"--scale-range {low:g} {high:g}: give the lower factor first")
+    rate, lowest = settings["learning_rate"], settings["minlearning_rate"]
+    if rate < lowest:
+        raise ValueError(f"--learning-rate {rate:g} is below --minlearning-rate {lowest:g}, at which it ends")
+    side, largest = min(pair(settings["crop_size"])), settings["im_size"] * high
+    if side < settings["patch_size"]:
+        raise ValueError(f"--crop-size {side}: a patch alone has {settings['patch_size']} pixels (--patch-size)")
+    if side > largest:
+        raise ValueError(
+            f"--crop-size {side}: images of {settings['im_size']} pixels (--im-size), {high:g} times enlarged at most "
+            f"(--scale-range), never fill it: give a crop of at most {largest:g} pixels, or larger images"
+        )
+    if settings["value_range"] is not None and settings["value_range"][0] >= settings["value_range"][1]:
+        raise ValueError("--value-range: give the lower value first")
     if settings["scheduler"] not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {settings['scheduler']!r}: choose one of {', '.join(SCHEDULERS)}")
     warmup, epochs = settings["warmup_epochs"], settings["epochs"]

@@ -19,10 +19,10 @@ import patch
 from segm import merging as merges
 from segm import sharing
 from segm.checkpoint import checkpoint_file
-from segm.config import RunConfig, variant_file
+from segm.config import SCALES, RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.dataset import Photographs
-from segm.data.images import read_image, resize_keep_ratio, resized_view
+from segm.data.images import Normalization, read_image, resize_keep_ratio, resized_view
 from segm.eval.boundary import BoundaryCount
 from segm.eval.evaluate import MULTISCALE, both_ways, evaluate
 from segm.eval.sliding import Windows, predict_labels
@@ -34,6 +34,7 @@ from segm.precision import Precision
 from segm.sizes import Size, pair, scaled, smaller
 
 Photo = np.ndarray | str | Path
+ORIGINAL = SCALES[1]
 RESIZE_FACTOR = 4  # longer side of a photograph, at most so many times the shorter, in data sets of others
 
 
@@ -50,6 +51,8 @@ class Run:
         precision: with which it predicts.
         im_size: shorter side that images are resized to, pixels; crops and windows are scaled with it. None: as in
             training. Scores stay at the size of the labels.
+        scale: of `SCALES`: images as large as in training, or as they are.
+        window_size: of the sliding windows, pixels; None: the training's.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Run:
     device: torch.device
     precision: Precision
     im_size: int | None = None
+    scale: str = SCALES[0]
+    window_size: Size | None = None
 
     @classmethod
     def load(
@@ -70,6 +75,8 @@ class Run:
         merging: Mapping[str, Any] | None = None,
         amp: bool | None = None,
         im_size: int | None = None,
+        scale: str = SCALES[0],
+        window_size: Size | None = None,
         **options: Any,
     ) -> "Run":
         """Load a trained model. What is not given is as it was in training.
@@ -81,6 +88,8 @@ class Run:
             merging: `patch_type` and options of the method, from a command (`segm.merging`).
             amp: whether to predict in mixed precision.
             im_size: shorter side that images are resized to, pixels, in place of the training's.
+            scale: "original" for images that are not resized.
+            window_size: of the sliding windows, pixels, in place of the training's.
             options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
 
         Raises:
@@ -93,7 +102,9 @@ class Run:
         merges.apply(model, *merges.choose({**(merging or {}), **options}, config.merging.entries))
         precision = Precision.choose(device, bool(config.optim.amp) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name
-        return cls(name, Path(path), model.to(device), config, device, precision, im_size)
+        check_scale(scale, im_size)
+        run = cls(name, Path(path), model.to(device), config, device, precision, im_size, scale, window_size)
+        return run._with_checked_budget()
 
     def save_pretrained(self, folder: str | Path, scores: Mapping[str, Any] | None = None) -> None:
         """Write the run into a folder that `Run.load` and the commands take, and a hub: weights in safetensors,
@@ -131,7 +142,14 @@ class Run:
             model = model.eval().to(self.device)
         if patch.is_patched(model):
             patch.remove(model)
-        return replace(self, model=merges.apply(model, method, options), im_size=im_size or self.im_size)
+        run = replace(self, model=merges.apply(model, method, options), im_size=im_size or self.im_size)
+        return run._with_checked_budget()
+
+    def _with_checked_budget(self) -> "Run":
+        """The run itself; raises a ValueError for tokens that images of its size do not have."""
+        if self.method != merges.PURE:
+            patch.check(self.method, len(self.model.encoder.blocks), self.model.grid(self.crop_size), **self.options)
+        return self
 
     def resolve_merging(self, merging: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """(method, options) that `merging` means for this run: what is given, then what it was trained with."""
@@ -190,9 +208,9 @@ class Run:
         return self._class_info[1]
 
     @property
-    def normalization(self) -> str:
-        """Name of the normalization."""
-        return self._recorded("normalization", self.config.net.normalization, "net_kwargs")
+    def normalization(self) -> str | Normalization:
+        """The normalization: a name, or numbers."""
+        return self._recorded("normalization", self.config.normalization, "net_kwargs")
 
     @property
     def image_size(self) -> int:
@@ -216,7 +234,7 @@ class Run:
 
     def choose_windows(self, size: Size | None = None, stride: Size | None = None, batch_size: int = 4) -> Windows:
         """Sliding windows; pixels that are None come from the run, or else from the data set's defaults."""
-        size = pair(size or scaled(self._pixels_of("window_size"), self.ratio))
+        size = pair(size or self.window_size or scaled(self._pixels_of("window_size"), self.ratio))
         stride = stride or smaller(scaled(self._pixels_of("window_stride"), self.ratio), size)
         return Windows(size, pair(stride), batch_size)
 
@@ -242,7 +260,7 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: no such file, or no image.
         """
-        return self.preprocessing(_pixels(photo)).unsqueeze(0).to(self.device)
+        return self.preprocessing(self._pixels(photo)).unsqueeze(0).to(self.device)
 
     @property
     def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
@@ -250,13 +268,18 @@ class Run:
 
         It holds no model: workers can take it along.
         """
+        if self.scale == ORIGINAL:
+            return partial(normalize, normalization=self.normalization)
         factor = dataset_defaults(self.dataset)["resize_factor"] if self.dataset in DATASETS else RESIZE_FACTOR
         (short, _) = scaled(self.image_size, self.ratio)
         return partial(_preprocessed, long=factor * short, short=short, normalization=self.normalization)
 
+    def _pixels(self, photo: Photo) -> np.ndarray:
+        return _pixels(photo, self.config.data.value_range)
+
     def preprocess_resized(self, photo: Photo, size: Size | None = None) -> Tensor:
         """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
-        return resized_view(_pixels(photo), size or self.crop_size, self.normalization).to(self.device)
+        return resized_view(self._pixels(photo), size or self.crop_size, self.normalization).to(self.device)
 
     @overload
     def predict(self, photo: Photo) -> np.ndarray: ...
@@ -277,7 +300,7 @@ class Run:
         """
         if isinstance(photo, list | tuple):
             return [self.predict(one) for one in photo]
-        image = _pixels(photo)
+        image = self._pixels(photo)
         return self.predict_preprocessed(self.preprocessing(image), image.shape[:2])
 
     @torch.inference_mode()
@@ -306,7 +329,10 @@ class Run:
 
     def _open(self, name: str, split: str) -> SegmentationDataset:
         size = self.image_size if name == self.dataset else None
-        return create_dataset(name, split, image_size=size, normalization=self.normalization)
+        values = self.config.data.value_range if name == self.dataset else None
+        dataset = create_dataset(name, split, image_size=size, normalization=self.normalization, value_range=values)
+        dataset.original = self.scale == ORIGINAL
+        return dataset
 
     def views(
         self, source: str | Path | None = None, n_images: int | None = None, *, split: str = "val", **options: Any
@@ -318,7 +344,9 @@ class Run:
             n_images, options: see `Views`.
         """
         samples: Samples = (
-            Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, split)
+            Photographs(source, self.config.data.value_range)
+            if isinstance(source, Path)
+            else self._open(source or self.dataset, split)
         )
         return Views(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
 
@@ -374,6 +402,14 @@ class Run:
         return segmentation_scores(confusion) | (count.scores(self.device) if boundary else {})
 
 
+def check_scale(scale: str, im_size: int | None) -> None:
+    """Raise a ValueError for a scale that is unknown, or another size together with the original one."""
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}: choose one of {', '.join(SCALES)}")
+    if scale == ORIGINAL and im_size is not None:
+        raise ValueError("images keep their size with --scale original: leave out --im-size")
+
+
 def require_classes(recorded: tuple[str, ...] | None, dataset: SegmentationDataset, run: str) -> None:
     """Raise a ValueError unless a data set has the classes that a run has learned, in the same order."""
     if recorded is not None and tuple(dataset.classes) != recorded:
@@ -383,16 +419,17 @@ def require_classes(recorded: tuple[str, ...] | None, dataset: SegmentationDatas
         )
 
 
-def _preprocessed(image: np.ndarray, long: int, short: int, normalization: str) -> Tensor:
+def _preprocessed(image: np.ndarray, long: int, short: int, normalization: str | Normalization) -> Tensor:
     """(H, W, 3), uint8, RGB -> (3, h, w), float32: resized to fit within (long, short) pixels, and normalized."""
     return normalize(resize_keep_ratio(image, long, short), normalization)
 
 
-def _pixels(photo: Photo) -> np.ndarray:
+def _pixels(photo: Photo, value_range: tuple[float, float] | None = None) -> np.ndarray:
     """A photograph as (H, W, 3), uint8, RGB."""
     if isinstance(photo, str | Path):
-        return read_image(photo)
-    if not (isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3):
+        return read_image(photo, value_range=value_range)
+    fits = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+    if not (fits and photo.size):
         what = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
         raise ValueError(f"a photograph is an array (H, W, 3), uint8, RGB, or a file, not {what}")
     return photo

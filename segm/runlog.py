@@ -1,10 +1,11 @@
 """The record of a training: `variant.yml`, `log.txt`, TensorBoard events; and the lock of its folder."""
 
+import errno
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ CURVES = {
     "val_mean_accuracy": "val/mean_accuracy",
     "val_mean_iou": "val/mean_iou",
 }
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # NFS, SMB, FUSE
 MAX = 1e15  # no curve goes further
 LOCK, PATIENCE = ".lock", 5.0  # seconds; the workers of a training that was killed hold the lock a moment longer
 logger = logging.getLogger(__name__)
@@ -42,11 +44,14 @@ def run_lock(log_dir: Path) -> Iterator[None]:
         if parallel.is_main():
             log_dir.mkdir(parents=True, exist_ok=True)
             try:
-                with suppress(NotImplementedError):  # a file system without locks
-                    stack.enter_context(FileLock(log_dir / LOCK, timeout=PATIENCE))
+                stack.enter_context(FileLock(log_dir / LOCK, timeout=PATIENCE))
             except Timeout:
                 text = f"{log_dir}: another training writes to it; wait for its end, or choose another --log-dir"
                 raise ValueError(text) from None
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+                    raise
+                logger.warning("%s: its file system has no locks: start no other training there", log_dir)
         yield
 
 

@@ -16,13 +16,14 @@ from segm.parallel import is_main, process_group
 @cli.checkpoint_argument
 @cli.amp_option
 @cli.im_size_option
+@cli.scale_option
+@cli.window_option
 @cli.device_option
 @cli.max_images_option
 @cli.workers_option
 def main(checkpoint: Path, device: torch.device, max_images: int | None, workers: int, **how: Any) -> None:
     """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file, a run directory or an .onnx.
-
-    Data set, window and precision are those of the training.
+    What is not given is as in the training.
     """
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, **how)

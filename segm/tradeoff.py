@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from segm.data import SegmentationDataset, fingerprint
 from segm.eval.cost import compare
 from segm.merging import PURE
 from segm.run import Run
@@ -82,8 +84,7 @@ class Tradeoff:
         """
         wanted = {setting.key: setting for setting in settings}
         known = self._read()
-        dataset, _ = self.run.open(name=self.dataset_name)
-        how = {"dataset": dataset, "n_images": self.max_images, "boundary": self.boundary, "progress": True}
+        how = {"dataset": self._dataset, "n_images": self.max_images, "boundary": self.boundary, "progress": True}
         for key in tqdm([key for key in wanted if key not in known], desc="settings", leave=False):
             known[key] = wanted[key].record | wanted[key].apply_to(self.run).evaluate(**how)
             self._write(known)
@@ -92,6 +93,14 @@ class Tradeoff:
                 known[key] |= cost
             self._write(known)
         return [known[key] for key in wanted]
+
+    @cached_property
+    def _dataset(self) -> SegmentationDataset:
+        return self.run.open(name=self.dataset_name)[0]
+
+    @cached_property
+    def _settings(self) -> Row:
+        return {**self.conditions, "images": fingerprint(self._dataset, dates=False)}
 
     def _costs(self, settings: Mapping[str, Setting]) -> dict[str, Row]:
         """key -> costs of a setting, against the unpatched model at the same image size."""
@@ -114,14 +123,14 @@ class Tradeoff:
             known = {Setting(*(row[name] for name in Setting().record)).key: row for row in saved["rows"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} holds no measurements: remove it, or choose another --out") from error
-        if saved.get("settings") != json.loads(json.dumps(self.conditions, default=list)):
+        if saved.get("settings") != json.loads(json.dumps(self._settings, default=list)):
             raise ValueError(
                 f"{self.file} was measured with another checkpoint or other settings: choose another --out"
             )
         return known
 
     def _write(self, known: Mapping[str, Row]) -> None:
-        content = {"settings": self.conditions, "rows": [*known.values()]}
+        content = {"settings": self._settings, "rows": [*known.values()]}
         write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
 
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import patch
 from segm import merging, parallel
 from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from segm.config import RunConfig
-from segm.data import SegmentationDataset, create_dataset
+from segm.data import SegmentationDataset, create_dataset, fingerprint
 from segm.data.dataset import IGNORE_LABEL, mix_seeds
 from segm.data.loader import create_loader
 from segm.errors import brief, one_line
@@ -38,6 +38,7 @@ from segm.run import require_classes
 from segm.runlog import RunLog, run_lock
 
 logger = logging.getLogger(__name__)
+BYTES_PER_PIXEL = 3 * 4 + 8  # of an image in float32 and its labels in int64
 READ_EVERY = 10  # steps between readings of the loss: each one waits for the device
 N_MASKS, N_HEADERS = 200, 5000  # that are inspected in every split before a training: a few seconds
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
@@ -118,7 +119,9 @@ class Trainer:
         parallel.synchronize_batch_norm(self.model, self.device).to(self.device)
         self.precision = Precision.choose(self.device, bool(config.optim.amp))
         given = config.data.num_workers
-        self.workers = parallel.default_workers() if given is None else given
+        n_pixels = math.prod(self.train_set.crop_size) * config.schedule.batch_size // parallel.world_size()
+        asked = parallel.default_workers() if given is None else given
+        self.workers = parallel.fitting_workers(asked, n_pixels * BYTES_PER_PIXEL)
         self.features = self._cached_features(feature_folder)
         self._keeps_features = feature_folder is not None
         self.loader = self._create_loader()
@@ -153,7 +156,8 @@ class Trainer:
         named = zip(self.train_set.classes, self.train_set.palette.tolist(), strict=True)
         classes = [{"id": index, "name": name, "color": color} for index, (name, color) in enumerate(named)]
         inventory = self._inspect() or config.data.inventory
-        return config.with_values(n_cls=self.train_set.n_cls, classes=classes, inventory=inventory)
+        found = {"n_cls": self.train_set.n_cls, "value_range": self.train_set.value_range}
+        return config.with_values(classes=classes, inventory=inventory, **found)
 
     def _inspect(self) -> dict[str, Any]:
         """Inspect the files in the main process; split -> what it holds."""
@@ -257,6 +261,8 @@ class Trainer:
             "losses": losses,
             "best_mean_iou": self.best,
             "n_cls": self.model.n_cls,
+            "epochs": self.config.schedule.epochs,
+            "images": self._images,
         }
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
@@ -283,10 +289,27 @@ class Trainer:
             self.step, self.best, self._is_open = epoch * self.steps_per_epoch + updates, best, updates > 0
             if updates:
                 self.losses.copy_(losses[parallel.rank()])
+            self._say_changes(checkpoint)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"cannot resume {self.log_dir} ({one_line(error)}): start a new run from it with --finetune"
             ) from error
+
+    def _say_changes(self, checkpoint: Mapping[str, Any]) -> None:
+        """Say where the run goes on under other conditions than those that it began with."""
+        if checkpoint.get("images", self._images) != self._images:
+            self.say(f"warning: the training images of {self.train_set.name} are others than those of the run so far")
+        before, epochs = checkpoint.get("epochs"), self.config.schedule.epochs
+        if before not in (None, epochs):
+            self.say(
+                f"warning: the schedule is one of {epochs} epochs now, not of {before}, and the learning rate jumps to "
+                "it: --finetune begins a new schedule from these weights"
+            )
+
+    @cached_property
+    def _images(self) -> str:
+        """Fingerprint of the training images that other machines find, too."""
+        return fingerprint(self.train_set, dates=False)
 
     def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
         """Load what an optimizer keeps of its parameters; its settings are those of the run."""
@@ -545,11 +568,11 @@ class Trainer:
 def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split; the seed changes neither validation images nor versions with cached features."""
     data, schedule = config.data, config.schedule
-    sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.net.normalization}
+    sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.normalization}
     training = {"crop_size": data.crop_size, "ratios": data.scale_range}
     seed = 0 if schedule.cache_features else schedule.seed
-    train_set = create_dataset(data.dataset, "train", seed=seed, **training, **sizes)
-    val_set = create_dataset(data.dataset, "val", **sizes)
+    train_set = create_dataset(data.dataset, "train", seed=seed, value_range=data.value_range, **training, **sizes)
+    val_set = create_dataset(data.dataset, "val", value_range=train_set.value_range, **sizes)
     train_set.skip_bad = val_set.skip_bad = skip_bad
     return train_set, val_set
 

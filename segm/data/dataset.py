@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segm.data.images import Normalization, find_images, get_normalization, normalize, read_image, resize_keep_ratio
+from segm.data.images import (
+    Normalization,
+    common_range,
+    find_images,
+    get_normalization,
+    normalize,
+    read_image,
+    resize_keep_ratio,
+    suffixes_below,
+)
 from segm.errors import one_line
 from segm.sizes import Size, pair
 
@@ -24,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IGNORE_LABEL = 255  # of up to 255 classes
 WIDE_IGNORE_LABEL = 65535  # of more
+N_LOOKED_AT = 8  # files that tell how a data set stores its pictures
 THREADS = 8  # of those that wait for files
 
 
@@ -72,6 +82,7 @@ class SegmentationDataset(Dataset):
         ratios: of the random resize in training, lowest and highest.
 
     Attributes:
+        original: whether images keep their size in evaluation.
         skip_bad: whether an image that cannot be read is left out with a warning; it is refused otherwise.
         colors: (r, g, b) -> label, of masks that are RGB pictures.
         numbers: value in masks -> label; None: they are the same.
@@ -99,7 +110,7 @@ class SegmentationDataset(Dataset):
         ratios: tuple[float, float] = (0.5, 2.0),
     ) -> None:
         get_normalization(normalization)
-        self.skip_bad = False
+        self.skip_bad = self.original = False
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
@@ -178,9 +189,9 @@ class SegmentationDataset(Dataset):
         """The input of the model for a uint8 RGB image (H, W, 3): float32 (3, h, w).
 
         The image is resized, sides in proportion, to fit within the data set's (long, short) scale times `ratio`,
-        then normalized.
+        then normalized; with `original` its own size takes the place of that scale.
         """
-        long, short = self._scale
+        short, long = sorted(image.shape[:2]) if self.original else self._scale[::-1]
         resized = resize_keep_ratio(image, int(long * ratio), int(short * ratio))
         return normalize(resized, self.normalization)
 
@@ -208,23 +219,32 @@ class SegmentationDataset(Dataset):
 class Photographs:
     """A folder of photographs as a data set without classes and labels; `photographs[index]` is a `Sample`.
 
+    Args:
+        folder: with subfolders, which become part of the names.
+        value_range: lowest and highest value of those that are not stored in 8 bits; None: judged by a few of them.
+
     Raises:
         FileNotFoundError: there is no such folder, or no photograph in it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, value_range: tuple[float, float] | None = None) -> None:
         self.folder = Path(folder)
         self.name = str(folder)
-        self._files = find_images(self.folder)
-        if not self._files:
-            raise FileNotFoundError(f"no photograph below {folder}: give a data set or a folder of JPEG or PNG files")
+        self.files = find_images(self.folder)
+        if not self.files:
+            raise FileNotFoundError(f"no photograph below {folder}; {suffixes_below(self.folder)}")
+        looked_at = [self.files[index] for index in spread(N_LOOKED_AT, len(self.files))]
+        self.value_range = value_range or common_range(looked_at)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
+
+    def name_of(self, index: int) -> str:
+        """The path of a photograph below the folder, without suffix; "/" between folders."""
+        return self.files[index].relative_to(self.folder).with_suffix("").as_posix()
 
     def __getitem__(self, index: int) -> Sample:
-        file = self._files[index]
-        return Sample(file.relative_to(self.folder).with_suffix("").as_posix(), read_image(file), None)
+        return Sample(self.name_of(index), read_image(self.files[index], value_range=self.value_range), None)
 
 
 def spread(number: int | None, total: int) -> list[int]:
@@ -241,12 +261,13 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def fingerprint(dataset: SegmentationDataset, *conditions: Any) -> str:
+def fingerprint(dataset: SegmentationDataset, *conditions: Any, dates: bool = True) -> str:
     """A hash of all that the items of a data set depend on.
 
     Args:
         dataset: its settings and classes count, and the names, sizes and dates of its files.
         conditions: everything else that a result depends on: texts, numbers, and tuples of them.
+        dates: whether the dates of files count, which a copy of them does not keep.
 
     Returns:
         16 hexadecimal digits.
@@ -258,8 +279,13 @@ def fingerprint(dataset: SegmentationDataset, *conditions: Any) -> str:
     digest = hashlib.sha256(repr((settings, conditions)).encode())
     with ThreadPoolExecutor(THREADS) as pool:
         for found in pool.map(dataset.sources, range(len(dataset))):
-            digest.update(repr(found).encode())
+            digest.update(repr(found if dates else _without_dates(found)).encode())
     return digest.hexdigest()[:16]
+
+
+def _without_dates(source: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The name of a sample, and the sizes of its files alone."""
+    return source[:1] + tuple(size for size, _ in source[1:])
 
 
 # ------------------------------------------------------------------------------------------- random numbers

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from segm.data.dataset import IGNORE_LABEL, Sample, SegmentationDataset, spread
+from segm.data.dataset import IGNORE_LABEL, N_LOOKED_AT, Sample, SegmentationDataset, spread
 from segm.data.images import Range, common_range, read_image
 from segm.data.masks import MaskReader
 from segm.data.openmmlab import BaseSegDataset
 from segm.data.public import LAYOUTS, mmseg_class
-
-N_LOOKED_AT = 8  # files that tell how a data set stores its pictures
 
 
 class FileDataset(SegmentationDataset):

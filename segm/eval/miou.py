@@ -19,9 +19,12 @@ from segm.cli import (
     device_option,
     im_size_option,
     max_images_option,
+    scale_option,
     show_scores,
+    window_option,
     workers_option,
 )
+from segm.config import SCALES
 from segm.data import Sample, SegmentationDataset
 from segm.data.dataset import label_type
 from segm.errors import one_line
@@ -47,7 +50,7 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
     help="Multi-scale sums the probabilities of 6 scales, 0.5 to 1.75, and of their mirror images.",
 )
 @click.option("--split", default="val", show_default=True, help="Split of the data set to score on.")
-@click.option("--window-size", cls=Sides, help="Size of the sliding window, pixels.  [default: the run's]")
+@window_option
 @click.option("--window-stride", cls=Sides, help="Distance between windows, pixels.  [default: the run's]")
 @click.option(
     "--window-batch-size",
@@ -76,6 +79,7 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 )
 @amp_option
 @im_size_option
+@scale_option
 @device_option
 @max_images_option
 @workers_option
@@ -93,6 +97,7 @@ def main(
     frac_dataset: float,
     amp: bool | None,
     im_size: int | None,
+    scale: str,
     device: torch.device,
     max_images: int | None,
     workers: int,
@@ -106,7 +111,7 @@ def main(
     the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
-        run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size)
+        run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size, scale=scale)
         dataset, _ = run.open(split, dataset_name)
         suffix = "ss" if singlescale else "ms"
         if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are
@@ -129,9 +134,9 @@ def main(
         if is_main():
             for key in filter(scores.__contains__, PER_CLASS):
                 scores[key] = dict(zip(dataset.classes, scores[key], strict=True))
-            _show(scores)
             conditions = {"multiscale": not singlescale, "n_images": n_images} | conditions_of(run, dataset, windows)
             record(file, conditions, scores)
+            _show(scores)
             click.echo(f"written to {file}")
 
 
@@ -147,6 +152,7 @@ def conditions_of(run: Run, dataset: SegmentationDataset, windows: Windows) -> d
         "window_stride": list(windows.stride),
         "window_batch_size": windows.batch_size,
         "precision": str(dtype).removeprefix("torch."),
+        **({} if run.scale == SCALES[0] else {"scale": run.scale}),
         **run.merging,
     }
 

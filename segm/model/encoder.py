@@ -131,6 +131,9 @@ def _create(backbone: str, **overrides: Any) -> VisionTransformer | Eva:
     if type(model) not in _ENCODERS:
         kind = type(model).__name__
         raise ValueError(f"{backbone} is a {kind}, not a plain ViT: choose a VisionTransformer or Eva of timm")
+    kinds = {type(block).__name__ for block in model.blocks} - {"Block", "EvaBlock"}
+    if kinds:
+        raise ValueError(f"{backbone} has blocks of another kind ({', '.join(kinds)}), choose a plain ViT of timm")
     # timm's registry has no place for another class; the subclasses only override one method.
     model.__class__ = _ENCODERS[type(model)]
     return model

@@ -37,7 +37,7 @@ def toy():
         "count": Option(3, "Tokens per group.", flag="--toy-count", key="toy_count"),
         "quick": Option(False, "Whether it hurries."),
         "kinds": Option("a", "Kinds.", type=Choice(("a", "b", "c")), many=True),
-        "scale": Option((1.0, 2.0), "Scales.", type=float, many=2, none=(0.0, 0.0)),
+        "zoom": Option((1.0, 2.0), "Zooms.", type=float, many=2, none=(0.0, 0.0)),
         "level": Option(0.5, "Level.", type=Number(0, 1, words=("high",)), flag=("--level", "--levels"), many=True),
         "mode": Option("on", "Mode.", type=Choice(("on", "off")), flag={"--on": "on", "--off": "off"}),
     }
@@ -198,7 +198,7 @@ def test_wrong_options_are_refused_in_one_line(refused):
 def help_of(command, *words):
     """Lines of --help, as wide as a terminal of 80 columns."""
     result = CliRunner().invoke(command, [*words, "--help"], terminal_width=80)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     return result.output.splitlines()
 
 
@@ -230,7 +230,7 @@ def test_help_shows_the_options_of_the_chosen_method_with_its_defaults(toy):
             "--toy-count INTEGER Tokens per group. [default: 3]",
             "--quick true|false Whether it hurries. [default: false]",
             "--kinds a|b|c... Kinds. [default: a]",
-            "--scale NUMBER... Scales. [default: 1.0 2.0]",
+            "--zoom NUMBER... Zooms. [default: 1.0 2.0]",
             "--level, --levels NUMBER|high... Level. [default: 0.5]",
             "--on, --off Mode. [default: --on]",
         ],
@@ -284,9 +284,9 @@ def test_options_without_a_type_are_refused_when_the_method_is_registered():
 
 def test_a_recipe_gives_defaults(toy):
     command = MergingCommand("any", callback=lambda merging: None)
-    other = {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "toy_count": 4, "scale": [1, 0.5]}
+    other = {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "toy_count": 4, "zoom": [1, 0.5]}
     merging = command.make_context("any", [], default_map=other).params["merging"]
-    assert merging == {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "count": 4, "scale": (1.0, 0.5)}
+    assert merging == {"patch_type": "toy", "quick": True, "kinds": ["a", "b"], "count": 4, "zoom": (1.0, 0.5)}
     recipe = {"patch_type": "graph", "selected_layers": [1], "threshold": 0.9, "prop_attn": True, "iprop_attn": False}
     for words, expected in (
         ("", {"patch_type": "graph", "layers": 1, "threshold": 0.9, "attention": "proportional"}),

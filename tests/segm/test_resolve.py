@@ -1,10 +1,14 @@
 """The settings of a training: where each comes from, and where it is written."""
 
+import click
+import numpy as np
 import pytest
+import timm
 
 from segm import merging, train
 from segm.config import BACKBONE, DATA, DATASETS, DECODERS, SETTINGS, RunConfig
 from segm.data.factory import dataset_defaults
+from segm.data.images import Normalization, get_normalization, name_of_normalization
 from segm.merging import parse
 from segm.model.decoder import create_decoder
 from segm.resolve import backbone_settings, curriculum, resolve
@@ -19,6 +23,7 @@ EVERY = {
     "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
     "start_factor": 0.5, "batch_size": 4, "epochs": 30, "eval_freq": 2, "num_workers": 0, "seed": 3,
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
+    "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 0.5), "value_range": (-5.0, 4095.0),
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
     "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "clip_grad": 1.5, "scale_range": (0.75, 1.5),
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
@@ -138,7 +143,7 @@ def test_a_crop_may_be_higher_or_wider(tmp_path):
 
 def test_a_resumed_run_keeps_what_its_weights_belong_to():
     base = make(EVERY | {"start_thresh": None, "curric_warmup": None, "curric_period": None})
-    for name, value in (("n_layers", 3), ("optimizer", "sgd"), ("batch_size", 2), ("crop_size", 64)):
+    for name, value in (("n_layers", 3), ("optimizer", "sgd"), ("batch_size", 2), ("crop_size", 48)):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: .*--finetune"):
             resolve({name: value}, base, resume=True)
         resolve({name: value}, base)
@@ -222,3 +227,60 @@ def test_missing_and_unknown_names_are_refused():
     ):
         with pytest.raises(ValueError, match=hint):
             resolve(given)
+
+
+def test_pixels_are_normalized_as_the_weights_were_trained():
+    known = {"eva02_small_patch14_224": "clip", "vit_base_patch16_clip_224": "clip", "vit_small_patch14_dinov2": "deit"}
+    known |= {"vit_tiny_patch16_224": "vit", "vit_tiny_patch16_384": "vit"}
+    for name, expected in known.items():
+        assert make({"backbone": name}).normalization == expected, name
+    config = make({"mean": (0.1, 0.2, 0.3)})
+    assert config.normalization == Normalization((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    again = RunConfig.from_variant(config.to_variant()).for_finetuning()
+    assert resolve({}, again).normalization == config.normalization
+    assert resolve({"normalization": "deit"}, again).normalization == "deit"
+
+
+def test_every_vit_of_timm_has_its_own_numbers():
+    """Of the default weights of every name; what has no name is written out."""
+    for name in timm.list_models("vit_*") + timm.list_models("eva*") + timm.list_models("deit*"):
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg is not None:
+            named = name_of_normalization(cfg.mean, cfg.std)
+            expected = Normalization(tuple(cfg.mean), tuple(cfg.std))
+            assert np.allclose(get_normalization(named or expected), expected, atol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"learning_rate": 1e-6, "minlearning_rate": 1e-5}, "--minlearning-rate"),
+        ({"crop_size": 2048, "im_size": 512}, "--crop-size 2048"),
+        ({"value_range": (9.0, 1.0)}, "--value-range"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(given, hint):
+    with pytest.raises(ValueError, match=hint):
+        make(given)
+
+
+def test_a_rate_below_the_usual_end_stays_where_it_is():
+    schedule = make({"learning_rate": 1e-6}).schedule
+    assert schedule.minlearning_rate == 1e-6 and make({}).schedule.minlearning_rate == 1e-5
+
+
+def test_factors_of_nothing_are_refused():
+    for flag in ("--encoder-lr-mult", "--layer-decay"):
+        with pytest.raises(click.ClickException, match=flag):
+            train.main.make_context("train", ["--log-dir", "unused", flag, "0"])
+    with pytest.raises(ValueError, match=r"encoder_lr_mult .* is 0"):
+        RunConfig.from_variant({"net_kwargs": {}, "optimizer_kwargs": {"encoder_lr_mult": 0}})
+
+
+def test_the_last_of_two_sizes_counts_and_fractions_are_no_whole_numbers(tmp_path):
+    words = ["--log-dir", "unused", "--crop-size", "64", "32", "--epochs", "3", "--crop-size", "48"]
+    assert train.main.make_context("train", words).params["crop_size"] == 48
+    for text in ("epochs: 64.5", "crop_size: [64, 48.5]", "epochs: true"):
+        (tmp_path / "recipe.yml").write_text(text)
+        with pytest.raises(click.ClickException, match="whole number"):
+            train.main.make_context("train", ["--log-dir", "unused", "--config", str(tmp_path / "recipe.yml")])
