@@ -6,6 +6,7 @@ are used directly, not by name, so nothing has to be registered and no global sc
 
 import contextlib
 import io
+import math
 import warnings
 from typing import Any
 
@@ -57,6 +58,7 @@ class TrainTransform:
     ) -> None:
         height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
+        self._scale, self._lowest, self._ignored = scale, ratios[0], ignored
         self.steps = (
             RandomResize(scale, ratio_range=ratios, resize_type=Resize, keep_ratio=True),
             RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=ignored),
@@ -68,6 +70,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> dict[str, torch.Tensor]:
         """image: uint8 RGB (H, W, 3), label: uint8 (H, W) -> image float32 (3, h, w), label int64 (h, w)."""
+        image, label = self._not_too_thin(image, label)
         # The transforms expect OpenCV's BGR, as mmcv's loader gives it; Normalize turns it back to RGB.
         results: dict[str, Any] = {
             "img": cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
@@ -81,3 +84,17 @@ class TrainTransform:
             "image": torch.from_numpy(np.ascontiguousarray(results["img"].transpose(2, 0, 1))),
             "label": torch.from_numpy(results["gt_seg_map"].astype(np.int64)),
         }
+
+    def _not_too_thin(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels, padded where the smallest resize would leave a side without pixels, as at the end."""
+        (long, short), (low, high) = self._scale, sorted(image.shape[:2])
+        smallest = min(long / high, short / low) * self._lowest
+        missing = math.ceil(0.5 / smallest) - low
+        if missing <= 0:
+            return image, label
+        below, beside = (missing, 0) if image.shape[0] == low else (0, missing)
+        image, label = (
+            cv2.copyMakeBorder(picture, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=value)
+            for picture, value in ((image, (0, 0, 0)), (label, self._ignored))
+        )
+        return image, label
