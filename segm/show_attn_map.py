@@ -91,7 +91,8 @@ def main(
     model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.files import read_sample  # imports mmseg
 
-    sample = read_sample(image, ground_truth, cmap if cmap in LISTS else run.dataset, names, palette)
+    listed = cmap if cmap in LISTS else run.dataset
+    sample = read_sample(image, ground_truth, listed, names, palette, run.config.data.value_range)
     size = pair(image_size or run.crop_size)
     photo, view = resize_to(sample.image, size), run.preprocess_resized(sample.image, size)
     grid = model.grid(size)

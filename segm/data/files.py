@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segm.data.dataset import IGNORE_LABEL, N_LOOKED_AT, Sample, SegmentationDataset, spread
+from segm.data.dataset import IGNORE_LABEL, N_LOOKED_AT, Sample, SegmentationDataset, ignore_label, spread
 from segm.data.images import Range, common_range, read_image
 from segm.data.masks import MaskReader
 from segm.data.openmmlab import BaseSegDataset
@@ -114,7 +114,7 @@ class FileDataset(SegmentationDataset):
 
 def _numbers(files: BaseSegDataset, n_cls: int) -> tuple[dict[int, int] | None, frozenset[int]]:
     """The numbers of classes in the masks, value -> label, and of what is ignored; None: 0, 1, 2, ..."""
-    ignored = getattr(files, "ignored", frozenset({IGNORE_LABEL}))
+    ignored = getattr(files, "ignored", frozenset({ignore_label(n_cls)}))
     if files.reduce_zero_label:
         return {label + 1: label for label in range(n_cls)}, ignored | {0}
     if files.label_map:  # 255: not among the classes
@@ -123,7 +123,14 @@ def _numbers(files: BaseSegDataset, n_cls: int) -> tuple[dict[int, int] | None, 
     return getattr(files, "numbers", None), ignored
 
 
-def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[str], palette: np.ndarray) -> Sample:
+def read_sample(
+    image: Path,
+    label: Path | None,
+    dataset: str,
+    names: Sequence[str],
+    palette: np.ndarray,
+    value_range: Range | None = None,
+) -> Sample:
     """A photograph with its label map, read as the data set reads its own: ADE20K's 0 is ignored, the rest shifts.
 
     Args:
@@ -131,7 +138,8 @@ def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[s
         label: file, or None: where the data set keeps it, if it is there.
         dataset: name of a data set.
         names: of its classes, for the user's own files.
-        palette: likewise, uint8 RGB (C, 3).
+        palette: likewise, uint8 RGB (C, 3); masks may show these colors.
+        value_range: see `FileDataset`.
 
     Returns:
         A `Sample`, its label None if there is none.
@@ -144,13 +152,14 @@ def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[s
         files = mmseg_class(dataset)(**common, **LAYOUTS[dataset].options)
     else:
         files = BaseSegDataset(**common, metainfo={"classes": names, "palette": palette})
+        files.colors = {tuple(color): number for number, color in enumerate(palette.tolist())}
     label = label or find_label(image, dataset, files)
     info = {"img_path": str(image), "label_map": files.label_map, "reduce_zero_label": files.reduce_zero_label}
     info |= {"seg_fields": []} | ({} if label is None else {"seg_map_path": str(label)})
     files.load_data_list = lambda: [info]  # instead of everything that lies beside the photograph
     files.full_init()
     settings = {"image_size": 1, "crop_size": 1, "resize_factor": 1, "normalization": "vit", "seed": 0}
-    return FileDataset(files, dataset, "val", **settings).load(0)
+    return FileDataset(files, dataset, "val", value_range, **settings).load(0)
 
 
 def find_label(image: Path, dataset: str, files: BaseSegDataset) -> Path | None:

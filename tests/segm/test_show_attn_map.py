@@ -344,3 +344,9 @@ def test_options_that_agree():
 def test_the_help_says_how_layers_are_counted():
     text = " ".join(CliRunner().invoke(show_attn_map.main, ["--help"]).output.split())
     assert "counted from 0" in text and "--class" in text and "--patch-type" in text
+
+    def test_masks_that_show_the_colors_of_the_classes(self, tmp_path):
+        palette = np.array([[200, 40, 40], [40, 40, 200]], np.uint8)
+        image = self.write(tmp_path / "images/a.png", np.zeros((2, 2, 3), np.uint8))
+        self.write(tmp_path / "annotations/a.png", palette[np.eye(2, dtype=int)][..., ::-1])
+        assert (read_sample(image, None, "folder", ("a", "b"), palette).label == np.eye(2)).all()
