@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.attention import AttentionMask, QKRecorder
-from patch.hooks import exposes_output
+from patch.hooks import exposes_input, exposes_output
 from patch.layout import Around, Rows
 from patch.look import Look
 from patch.track import Merging, Track
@@ -270,10 +270,13 @@ class PatchedBlock(Patched):
 
 class OpenBlock(PatchedBlock):
     """A block whose last one gives every patch its token back, so that what follows sees all of them; so does one
-    whose output a hook looks at."""
+    whose output a hook looks at, be it as the input of the next."""
 
     def is_read(self, track: Track, is_last: bool) -> bool:
-        return is_last or super().is_read(track, is_last) or exposes_output(self)
+        if is_last or super().is_read(track, is_last):
+            return True
+        index = self._patch.index
+        return exposes_output(self, index) or exposes_input(track.blocks[index + 1])
 
 
 class OpenFamily(Family):
