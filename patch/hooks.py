@@ -47,4 +47,4 @@ def _is_capturing(hook: Any) -> bool:
 
 def _captured() -> dict[str, Any]:
     """What the model of transformers that runs is asked for beside its output."""
-    return CAPTURING in sys.modules and sys.modules[CAPTURING]._active_collector.get() or {}
+    return sys.modules[CAPTURING]._active_collector.get() or {} if CAPTURING in sys.modules else {}

@@ -153,6 +153,11 @@ class Merging:
 
     def _check_trace(self) -> None:
         """Raise a ValueError where a trace would hold the merges of one image for all."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "the exporter that traces has no words for merges: torch.onnx.export(model, ..., "
+                "**patch.onnx_options())"
+            )
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if traced and not self.thread.may_trace and not self.method.is_static(self.options):
             raise ValueError(

@@ -17,6 +17,7 @@ from patch.layout import Around, Rows
 from patch.look import Look
 from patch.track import Merging, Track
 
+INSTEAD = "give the model to torch.export or torch.compile, or call patch.remove first"
 RECORD = "_patch"  # the one attribute that a patch gives a module
 COMPILATION = "_compilation"  # and `patch.compile`
 
@@ -49,6 +50,10 @@ class Patched(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, _classes(type(self)), self.__dict__
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by `torch.jit.script`."""
+        raise ValueError(f"torch.jit.script has no words for merges: {INSTEAD}")
 
 
 @cache
@@ -303,6 +308,14 @@ class PatchedEmbedding(Patched):
         track = self._patch.merging.current
         if track is not None and track.grid is None:
             track.start_encoder((int(grid[0]), int(grid[1])))
+
+
+def check_traced(x: Any) -> None:
+    """Raise a ValueError for the input of a trace by `torch.fx`, which knows no shapes."""
+    if isinstance(x, torch.fx.Proxy):
+        raise ValueError(
+            f"torch.fx cannot trace a patched model: {INSTEAD}; to read features, use hooks or forward_intermediates"
+        )
 
 
 def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:
