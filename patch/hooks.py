@@ -46,5 +46,5 @@ def _is_capturing(hook: Any) -> bool:
 
 
 def _captured() -> dict[str, Any]:
-    """What the model of transformers that runs is asked for beside its output."""
+    """Outputs that the running model of transformers is asked for."""
     return sys.modules[CAPTURING]._active_collector.get() or {} if CAPTURING in sys.modules else {}

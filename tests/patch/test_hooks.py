@@ -255,13 +255,20 @@ def test_hooks_of_transformers_cost_only_what_is_asked_for(monkeypatch):
     assert shapes[0] == (3, 2, 17, 17) and shapes[1] == (3, 2, *[1 + patch.reduction(eager).width] * 2)
 
 
+@pytest.mark.parametrize("name", LINEAR)
 @torch.inference_mode()
-@pytest.mark.parametrize("name", EXPOSED)
-def test_before_a_block_a_hook_sees_what_one_sees_behind_the_block_before(name):
+def test_hooks_see_what_the_page_on_hooks_says(name):
+    """All patches around a block of transformers and mmsegmentation, tokens around one of timm and inside of any."""
     family, images = FAMILIES[name], different_images(2)
     for register in ("register_forward_pre_hook", "register_forward_hook"):
-        model, seen = family.patched("tome", r=3), []
-        getattr(list(family.blocks(model))[-1], register)(lambda block, given, *_, seen=seen: seen.append(given[0]))
+        model, around, inside = family.patched("tome", r=3), [], []
+        block = list(family.blocks(model))[1]
+        getattr(block, register)(lambda block, *seen, around=around: around.extend(seen))
+        for norm in block.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.register_forward_hook(lambda norm, given, x, inside=inside: inside.append(tuple(x.shape)))
         family.run(model, images)
-        n_tokens = 16 - 3 * 2 if name in ("vit", "eva") else 16
-        assert [tuple(x.shape) for x in seen] == [(2, family.n_prefix + n_tokens, 32)]
+        shapes = [tuple((x[0] if isinstance(x, tuple) else x).shape) for x in around]
+        shown = (13, 10) if name in ("vit", "eva", "segmenter") else (16, 16)
+        assert shapes == [(2, family.n_prefix + n, 32) for n in shown[: len(around)]]
+        assert inside == [(2, family.n_prefix + n, 32) for n in (13, 10)]
