@@ -1,4 +1,4 @@
-"""What `torch.onnx.export` has to be told of merged models."""
+"""Options of `torch.onnx.export` for merged models."""
 
 from typing import Any
 
@@ -19,9 +19,14 @@ def onnx_options(opset: int = OPSET) -> dict[str, Any]:
     Args:
         opset: version of ONNX's operators, from 18; before 23 attention is written as products and a softmax.
     """
-    own: dict[Any, Any] = {torch.ops.aten.sort.stable: _stable_sort}
+    aten: Any = torch.ops.aten
+    own: dict[Any, Any] = {
+        aten.sort.stable: _stable_sort,
+        aten.scatter_add.default: _scatter_add,
+        aten.scatter_reduce.two: _scatter_reduce,
+    }
     if opset >= HAS_ATTENTION:
-        own[torch.ops.aten.scaled_dot_product_attention.default] = _attention
+        own[aten.scaled_dot_product_attention.default] = _attention
     return {"dynamo": True, "opset_version": opset, "custom_translation_table": own, "verbose": False}
 
 
@@ -47,6 +52,29 @@ def _attention(
         one = op.Constant(value_ints=[1])
         attn_mask = op.Expand(attn_mask, op.Concat(one, one, _length(op, query, 2), one, axis=0))
     return op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)[0]
+
+
+def _scatter_add(x: Any, dim: int, index: Any, src: Any) -> Any:
+    return _scatter(x, dim, index, src, "add")
+
+
+def _scatter_reduce(x: Any, dim: int, index: Any, src: Any, reduce: str, include_self: bool = True) -> Any:
+    assert include_self
+    return _scatter(x, dim, index, src, {"sum": "add", "amin": "min", "amax": "max"}[reduce])
+
+
+def _scatter(x: Any, dim: int, index: Any, src: Any, reduction: str) -> Any:
+    """ScatterElements into as many places as there are indices: TensorRT refuses fewer."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    sizes = x.shape[dim], index.shape[dim]
+    more = sizes[1] - sizes[0] if all(isinstance(size, int) for size in sizes) else 0
+    if more <= 0:
+        return op.ScatterElements(x, index, src, axis=dim, reduction=reduction)
+    axis, (first, end, room) = op.Constant(value_ints=[dim]), (op.Constant(value_ints=[n]) for n in (0, sizes[0], more))
+    wide = op.Pad(x, op.Concat(first, room, axis=0), None, axis)
+    return op.Slice(op.ScatterElements(wide, index, src, axis=dim, reduction=reduction), first, end, axis)
 
 
 def _length(op: Any, x: Any, axis: int) -> Any:

@@ -11,6 +11,8 @@ import patch
 from tests.families import FAMILIES, hugging, vit
 from tests.helpers import by_speed, different_images
 
+BUDGETS = {"graph": {"layers": [1], "tokens": 9}, "algm": {"layers": [1, 2], "tokens": 9}}
+
 
 @pytest.mark.parametrize("name", by_speed(["ViT", "Dinov2", "DINOv3ViT", "SiglipVision"], slow=["Dinov2"]))
 def test_torch_export_takes_models_of_transformers(name):
@@ -20,6 +22,15 @@ def test_torch_export_takes_models_of_transformers(name):
     with torch.no_grad():
         program = torch.export.export(model, (images,), strict=False).module()
         torch.testing.assert_close(program(images / 2).last_hidden_state, family.run(model, images / 2))
+
+
+@pytest.mark.parametrize("name", by_speed(["graph", "algm"]))
+def test_no_scatter_has_more_indices_than_places(name, tmp_path):
+    images, model = different_images(2), patch.apply(vit(), name, **BUDGETS[name])
+    with torch.no_grad():
+        own = model(images / 2)
+    torch.testing.assert_close(exported(model, images, tmp_path)(images / 2), own, atol=1e-4, rtol=1e-4)
+    check_scatters(tmp_path / "model.onnx")
 
 
 def exported(model, images, tmp_path, opset=23):
@@ -46,6 +57,20 @@ def test_onnx_takes_merged_models(case, tmp_path):
         own = model(images / 2)
     own = own if isinstance(own, torch.Tensor) else own.last_hidden_state
     torch.testing.assert_close(run(images / 2), own, atol=1e-4, rtol=1e-4)
+    check_scatters(tmp_path / "model.onnx")
+
+
+def check_scatters(file):
+    """TensorRT's parser refuses more indices than places."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(file)).graph
+    shapes = {one.name: [axis.dim_value for axis in one.type.tensor_type.shape.dim] for one in graph.value_info}
+    shapes |= {one.name: list(one.dims) for one in graph.initializer}
+    scatters = [node for node in graph.node if node.op_type == "ScatterElements"]
+    assert scatters
+    for node in scatters:
+        places, indices = (shapes[name] for name in node.input[:2])
+        assert all(a >= b for a, b in zip(places, indices, strict=True)), (node.name, places, indices)
 
 
 @pytest.mark.nightly
@@ -55,6 +80,11 @@ def test_a_half_file_compares_in_float32(tmp_path):
         own = model(images)
     found = exported(model.half(), images.half(), tmp_path)(images.half())
     assert found.dtype == torch.float16
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
+    kinds = {one.name: one.type.tensor_type.elem_type for one in graph.value_info}
+    sorted_by = [kinds[node.input[0]] for node in graph.node if node.op_type == "TopK"]
+    assert onnx.TensorProto.FLOAT in sorted_by and onnx.TensorProto.FLOAT16 not in sorted_by
     torch.testing.assert_close(found.float(), own, atol=0.05, rtol=0.05)
 
 
