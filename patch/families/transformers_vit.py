@@ -246,8 +246,10 @@ class TransformersViT(OpenFamily):
         return whole[0] // patch[0], whole[1] // patch[1]
 
     def embedding(self, model: Any) -> tuple[nn.Module, type[PatchedEmbedding], Any]:
-        kind = PatchedShuffle if hasattr(model.embeddings, "random_masking") else PatchedEmbeddings
-        if hasattr(model.embeddings, "resize_positional_embeddings"):
+        kind: type[PatchedEmbedding] = PatchedEmbeddings
+        if hasattr(model.embeddings, "random_masking"):
+            kind = PatchedShuffle
+        elif hasattr(model.embeddings, "resize_positional_embeddings"):
             kind = PatchedShapes
         return model.embeddings, kind, _pair(model.config.patch_size)
 
