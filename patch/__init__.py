@@ -10,6 +10,7 @@ from g2tm import Reduction, mean_and_std
 from patch.attention import SoftMasking
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
+from patch.exporting import onnx_options
 from patch.learned import add_modules, clamp_parts, has_modules, has_unused_parts, learned_parameters
 from patch.method import METHODS, Choice, LossInput, Method, ModelShape, Number, Option, Step, find, register
 from patch.observe import edges, merge_ranges, reductions, similarities
@@ -57,6 +58,7 @@ __all__ = [
     "mean_and_std",
     "merge_ranges",
     "method",
+    "onnx_options",
     "options",
     "reduction",
     "reductions",

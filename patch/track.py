@@ -153,6 +153,11 @@ class Merging:
 
     def _check_trace(self) -> None:
         """Raise a ValueError where a trace would hold the merges of one image for all."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "the exporter that traces has no words for merges: torch.onnx.export(model, ..., "
+                "**patch.onnx_options())"
+            )
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if traced and not self.thread.may_trace and not self.method.is_static(self.options):
             raise ValueError(
@@ -169,7 +174,8 @@ class Track:
         grid: (gh, gw), patches of the images; None until the encoder begins.
         is_alone: whether the encoder runs by itself, without a model around it.
         outputs_read: indices of the encoder's blocks whose outputs the model reads: these have all patches.
-        n_blocks: blocks of the encoder, as they are now.
+        blocks: those of the encoder, as they are now, and patched ones behind it.
+        n_blocks: how many of them are the encoder's.
         n_expected: how many of them run in this pass, the first ones.
         bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
             shapes repeat; None: they are not.
@@ -190,7 +196,7 @@ class Track:
         self.reduction: Reduction | None = None
         self.steps: dict[int, Reduction] = {}
         self.soft_steps: dict[int, Reduction] = {}
-        self._blocks = [*blocks, *more_blocks]
+        self.blocks = [*blocks, *more_blocks]
         self._training = bool(encoder.training)
         self._soft = self._training and merging.method.trains_softly(self.options)
         self.tokens = self._tokens(None)
@@ -224,8 +230,8 @@ class Track:
 
     @cached
     def _is_watched(self) -> bool:
-        wrapped = any("_patch" not in vars(block) for block in self._blocks)  # what is around a block looks, too
-        return wrapped or are_watched(self._blocks)
+        wrapped = any("_patch" not in vars(block) for block in self.blocks)  # what is around a block looks, too
+        return wrapped or are_watched(self.blocks)
 
     def merge_at(self, place: str, x: Tensor, block: Any, look: Look | None = None) -> Tensor:
         """One reduction step, if the method has one at this place of the block.

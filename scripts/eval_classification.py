@@ -5,7 +5,7 @@ python scripts/eval_classification.py deit_small_patch16_224 imagenet/val --patc
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 import timm
 import torch
 from timm.data import ImageDataset, ImageNetInfo, create_transform, resolve_data_config
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import patch
 from g2tm.validation import check_r
+from patch.families.timm_vit import grid_of
 from patch.methods.common import scheduled_r
 from segm.cli import POSITIVE, device_option, markdown
 from segm.data import spread
@@ -96,7 +98,8 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[st
     """Percent of the images whose label is the first, or among the first five, and mean number of patch tokens."""
     hits, tokens, n_images = torch.zeros(2), 0, 0
     for images, labels in tqdm(loader, "accuracy", unit="batch", leave=False):
-        best = model(images.to(device)).topk(5, dim=1).indices.cpu() == labels[:, None]
+        scores = model(images.to(device))
+        best = scores.topk(min(5, scores.shape[1]), dim=1).indices.cpu() == labels[:, None]
         hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
         tokens += sum(patch.reduction(model).lengths) if patch.is_patched(model) else 0
         n_images += len(images)
@@ -112,8 +115,8 @@ def draw(model: nn.Module, dataset: Any, count: int, folder: Path, device: torch
         image = dataset[number][0]
         with torch.inference_mode():
             model(image[None].to(device))
-        found, side = patch.reduction(model), model.patch_embed.patch_size
-        grid = (image.shape[1] // side[0], image.shape[2] // side[1])
+        found, grid = patch.reduction(model), grid_of(model, image.shape[-2:])
+        side = image.shape[1] // grid[0], image.shape[2] // grid[1]  # of a hybrid: not that of its patch embedding
         if not hasattr(found, "assignment"):
             raise ValueError(f"{patch.method(model)} mixes all tokens: there are no groups to draw")
         pixels = ((image * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
@@ -192,25 +195,35 @@ def main(
 
 
 def create(name: str, checkpoint: str | None, random: bool) -> Any:
-    """A model of timm with its weights.
+    """A model of timm with its weights, for as many classes as these have.
+
+    Args:
+        name: timm's, or of a hub: "hf-hub:USER/MODEL".
+        checkpoint: file of weights; None: timm's own.
+        random: without weights.
 
     Raises:
         ValueError: an unknown name or unfitting weights.
         ConnectionError: timm's weights cannot be fetched.
     """
-    if not timm.is_model(name):
+    if ":" not in name and not timm.is_model(name):
         raise ValueError(f"{name}: unknown model, give a plain ViT of timm")
-    if checkpoint is None and random:
-        return timm.create_model(name)
-    if checkpoint is not None:
-        try:
-            return timm.create_model(name, checkpoint_path=checkpoint)
-        except Exception as error:  # of many kinds: a damaged file, another model's names or shapes
-            raise ValueError(f"{checkpoint}: no weights of {name} ({one_line(error)})") from error
     try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:
-        raise ConnectionError(f"cannot fetch timm's weights of {name}: give --checkpoint or --no-pretrained") from error
+        if checkpoint is None:
+            return timm.create_model(name, pretrained=not random)
+        classes = classes_of(load_state_dict(checkpoint))
+        return timm.create_model(name, checkpoint_path=checkpoint, **classes)
+    except Exception as error:  # of many kinds: a damaged file, another model's names or shapes, no network
+        if checkpoint is not None:
+            raise ValueError(f"{checkpoint}: no weights of {name} ({one_line(error)})") from error
+        what, instead = ("settings", "a name of timm") if random else ("weights", "--checkpoint or --no-pretrained")
+        raise ConnectionError(f"cannot fetch the {what} of {name}: give {instead}") from error
+
+
+def classes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of classes of weights, as `create_model` takes it; nothing where they have no head."""
+    head = weights.get("head.weight")
+    return {} if head is None else {"num_classes": len(head)}
 
 
 def measure(models: dict[str, nn.Module], loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import patch
+from patch.exporting import OPSET
 from segm.checkpoint import checkpoint_file
 from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
 from segm.errors import one_line
@@ -30,13 +32,11 @@ from segm.onnx_model import KEY, MISSING, OnnxModel, Record
 from segm.run import Run
 from segm.storage import atomic
 
-HAS_ATTENTION = OPSET = 23  # the first version of ONNX's operators with one for attention
 OUTPUTS: dict[str, Callable[[Segmenter, Tensor], Tensor]] = {
     "scores": lambda model, images: model.grid_logits(images),
     "logits": lambda model, images: model(images),
     "labels": lambda model, images: model(images).argmax(1),
 }
-BOOL, INT32 = 9, 6  # ONNX's numbers of types
 CPU = torch.device("cpu")
 AGREEMENT = 99.9  # percent of the pixels: less is no rounding any more
 N_COMPARED, N_TIMED, N_CALIBRATION = 16, 4, 32  # images
@@ -252,44 +252,10 @@ def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None, ops
     images = torch.zeros(batch_size or 2, 3, *size)  # of one image alone, the number would count as fixed
     shapes = None if batch_size else {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
-    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"], "opset_version": opset}
-    own: dict[Any, Any] = {torch.ops.aten.sort.stable: _stable_sort}
-    if opset >= HAS_ATTENTION:
-        own[torch.ops.aten.scaled_dot_product_attention.default] = _attention
-    options |= {"custom_translation_table": own, "verbose": False}
-    found = torch.onnx.export(program, dynamo=True, **options)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
+    found = torch.onnx.export(program, **names, **patch.onnx_options(opset))
     assert found is not None  # it is without a file to write
     return found
-
-
-def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """`torch.sort(stable=True)`, which PyTorch's exporter lacks: TopK of all numbers, of equal ones the first."""
-    from onnxscript import opset18
-
-    op: Any = opset18  # its types know no variables
-    every = _length(op, x, dim % len(x.shape))
-    is_bool = x.dtype == BOOL
-    values, indices = op.TopK(op.Cast(x, to=INT32) if is_bool else x, every, axis=dim, largest=int(descending))
-    return op.Cast(values, to=BOOL) if is_bool else values, indices
-
-
-def _attention(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, *, is_causal: bool = False, scale: float | None = None
-) -> Any:
-    """Attention with a mask of one row for all queries, which ONNX Runtime does not repeat by itself."""
-    from onnxscript import opset23
-
-    op: Any = opset23
-    if attn_mask is not None:
-        one = op.Constant(value_ints=[1])
-        attn_mask = op.Expand(attn_mask, op.Concat(one, one, _length(op, query, 2), one, axis=0))
-    return op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)[0]
-
-
-def _length(op: Any, x: Any, axis: int) -> Any:
-    """The size of an axis as ONNX's (1,): a constant where it is known, which compilers want."""
-    size = x.shape[axis]
-    return op.Constant(value_ints=[size]) if isinstance(size, int) else op.Shape(x, start=axis, end=axis + 1)
 
 
 # ---------------------------------------------------------------------------------------------- int8

@@ -136,6 +136,8 @@ def test_python_of_the_contributing_guide():
 def test_python_of_the_site():
     names = run_python("docs/concepts")
     assert names["reduction"].assignment.shape == (1, 196)
+    with torch.inference_mode(False):
+        assert run_python("docs/hooks")["maps"].shape == (2, 192, 14, 14)
 
 
 def test_cells_of_the_notebook_that_trains_nothing():

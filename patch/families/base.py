@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from patch.attention import AttentionMask, QKRecorder
-from patch.hooks import exposes_output
+from patch.hooks import exposes_input, exposes_output
 from patch.layout import Around, Rows
 from patch.look import Look
 from patch.track import Merging, Track
 
+INSTEAD = "give the model to torch.export or torch.compile, or call patch.remove first"
 RECORD = "_patch"  # the one attribute that a patch gives a module
 COMPILATION = "_compilation"  # and `patch.compile`
 
@@ -49,6 +50,10 @@ class Patched(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, _classes(type(self)), self.__dict__
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by `torch.jit.script`."""
+        raise ValueError(f"torch.jit.script has no words for merges: {INSTEAD}")
 
 
 @cache
@@ -270,10 +275,13 @@ class PatchedBlock(Patched):
 
 class OpenBlock(PatchedBlock):
     """A block whose last one gives every patch its token back, so that what follows sees all of them; so does one
-    whose output a hook looks at."""
+    whose output a hook looks at, be it as the input of the next."""
 
     def is_read(self, track: Track, is_last: bool) -> bool:
-        return is_last or super().is_read(track, is_last) or exposes_output(self)
+        if is_last or super().is_read(track, is_last):
+            return True
+        index = self._patch.index
+        return exposes_output(self, index) or exposes_input(track.blocks[index + 1])
 
 
 class OpenFamily(Family):
@@ -300,6 +308,14 @@ class PatchedEmbedding(Patched):
         track = self._patch.merging.current
         if track is not None and track.grid is None:
             track.start_encoder((int(grid[0]), int(grid[1])))
+
+
+def check_traced(x: Any) -> None:
+    """Raise a ValueError for the input of a trace by `torch.fx`, which knows no shapes."""
+    if isinstance(x, torch.fx.Proxy):
+        raise ValueError(
+            f"torch.fx cannot trace a patched model: {INSTEAD}; to read features, use hooks or forward_intermediates"
+        )
 
 
 def check_plain(attn_mask: Tensor | None, is_causal: bool) -> None:

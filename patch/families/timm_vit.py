@@ -14,6 +14,7 @@ from patch.families.base import (
     PatchedModel,
     check_forward,
     check_plain,
+    check_traced,
     modules_of,
     note_outside,
     own_class,
@@ -61,6 +62,7 @@ class PatchedTimmEncoder(PatchedModel):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **arguments: Any
     ) -> Tensor:
         """images (B, 3, H, W) -> (B, P + N, D)"""
+        check_traced(x)
         check_plain(attn_mask, is_causal)
         check_checkpointing(self)
         own: Any = super()
@@ -79,6 +81,7 @@ class PatchedTimmEncoder(PatchedModel):
         **arguments: Any,
     ) -> Any:
         """timm's own, of blocks whose outputs have all patches: each the features of the token that carries it."""
+        check_traced(x)
         check_plain(attn_mask, is_causal)
         check_checkpointing(self)
         own: Any = super()

@@ -1,6 +1,8 @@
-"""The plain ViTs of the library transformers: ViT, DeiT, DINOv2 (also with registers), DINOv3, SigLIP's vision tower;
-models that hold one of them; and EoMT, whose queries join the tokens of the last blocks."""
+"""The plain ViTs of the library transformers: ViT, DeiT, MAE, DINOv2 (also with registers), DINOv3, the vision towers
+of CLIP, SigLIP and SigLIP 2; models that hold one of them; and EoMT, whose queries join the tokens of the last blocks.
+"""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from patch.layout import Rows
 LIBRARY = "transformers.models."
 STACKS = ("layers", "encoder.layer", "encoder.layers", "model.layer")  # where a ViT keeps its blocks
 ATTENTIONS = ("sdpa", "eager")
+CLS = ("cls_token", "class_embedding")
 UNMASKED = "fill model.attn_mask_probs with zeros, as after training"
 
 
@@ -41,14 +44,22 @@ class Names(NamedTuple):
 
 SCALED = Names("attention", "norm1", "norm2", "layer_scale1", "layer_scale2", "drop_path")
 PLAIN = Names("attention", "layernorm_before", "layernorm_after", drop="dropout")
+TOWER = Names("self_attn", "layer_norm1", "layer_norm2")
 BLOCKS = {
     "ViTLayer": PLAIN,
     "DeiTLayer": PLAIN,
+    "ViTMAELayer": PLAIN,
+    "ViTMSNLayer": PLAIN,
+    "IJepaLayer": PLAIN,
     "Dinov2Layer": SCALED,
     "Dinov2WithRegistersLayer": SCALED,
     "DINOv3ViTLayer": SCALED,
     "EomtLayer": SCALED,
-    "SiglipEncoderLayer": Names("self_attn", "layer_norm1", "layer_norm2"),
+    "EomtDinov3Layer": SCALED,
+    "SiglipEncoderLayer": TOWER,
+    "Siglip2EncoderLayer": TOWER,
+    "CLIPEncoderLayer": TOWER,
+    "MetaClip2EncoderLayer": TOWER,
 }
 
 
@@ -143,6 +154,36 @@ class PatchedEmbeddings(PatchedEmbedding):
         return super().forward(pixel_values, *args, **kwargs)
 
 
+class PatchedShuffle(PatchedEmbeddings):
+    """MAE's embeddings, which shuffle the patches by noise."""
+
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """(B, 3, H, W) -> ((B, P + N, D), mask, the way back); in a pass patches stay in their order."""
+        if self._patch.merging.current is not None:
+            if noise is None:
+                sides = zip(pixel_values.shape[-2:], self._patch.more, strict=True)
+                n_patches = math.prod(side // p for side, p in sides)
+                noise = torch.arange(n_patches, device=pixel_values.device).float().repeat(len(pixel_values), 1)
+            elif bool((noise.diff(dim=1) < 0).any()):
+                raise ValueError("a patched MAE keeps its patches in their order: pass no noise, or ascending numbers")
+        return super().forward(pixel_values, noise, *args, **kwargs)
+
+
+class PatchedShapes(PatchedEmbedding):
+    """SigLIP 2's embeddings, which get patches of images of several shapes."""
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """(B, N, 3·p·p), (B, 2) -> (B, N, D)"""
+        if self._patch.merging.current is not None:
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+                raise ValueError("the grid of a patched SigLIP 2 is read in every pass: run it eagerly")
+            shapes = spatial_shapes.unique(dim=0).tolist()
+            if len(shapes) > 1:
+                raise ValueError(f"a patched SigLIP 2 takes images of one shape at a time, these have {len(shapes)}")
+            self.tell_grid(*shapes or [(0, 0)])
+        return super().forward(pixel_values, spatial_shapes)
+
+
 class PatchedTransformer(PatchedModel):
     """A ViT of transformers: its call starts and ends a pass."""
 
@@ -161,7 +202,7 @@ class PatchedTransformer(PatchedModel):
 class TransformersViT(OpenFamily):
     """The plain ViTs of transformers."""
 
-    name = "transformers' ViT, DeiT, DINOv2, DINOv3, SigLIP and EoMT"
+    name = "transformers' ViT, DeiT, MAE, DINOv2, DINOv3, CLIP, SigLIP and EoMT"
     block_mixin = PatchedLayer
     model_mixin = PatchedTransformer
 
@@ -175,6 +216,8 @@ class TransformersViT(OpenFamily):
             check_parts(block)
         if bool(getattr(model, "attn_mask_probs", torch.zeros(1)).any()):
             raise ValueError(f"cannot merge while EoMT masks its attention: {UNMASKED}")
+        if getattr(model.config, "mask_ratio", 0):
+            raise ValueError("cannot patch a MAE that drops patches: set model.config.mask_ratio = 0")
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return list(stack_of(model) or ())
@@ -182,7 +225,7 @@ class TransformersViT(OpenFamily):
     def n_prefix(self, model: Any) -> int:
         embeddings = model.embeddings
         registers = getattr(embeddings, "register_tokens", None)
-        ones = sum(getattr(embeddings, name, None) is not None for name in ("cls_token", "distillation_token"))
+        ones = sum(getattr(embeddings, name, None) is not None for name in (*CLS, "distillation_token"))
         return ones + (0 if registers is None else registers.shape[1])
 
     def n_queries(self, model: Any) -> tuple[int, int]:
@@ -192,15 +235,23 @@ class TransformersViT(OpenFamily):
 
     def has_cls(self, model: Any) -> bool:
         # Behind EoMT's queries the CLS token is not the first one.
-        return getattr(model.embeddings, "cls_token", None) is not None and not self.n_queries(model)[0]
+        first = any(getattr(model.embeddings, name, None) is not None for name in CLS)
+        return first and not self.n_queries(model)[0]
 
     def grid(self, model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
         config = model.config
+        if size is None and not hasattr(config, "image_size"):  # of SigLIP 2
+            return (math.isqrt(config.num_patches),) * 2
         whole, patch = (_pair(value) for value in (size or config.image_size, config.patch_size))
         return whole[0] // patch[0], whole[1] // patch[1]
 
     def embedding(self, model: Any) -> tuple[nn.Module, type[PatchedEmbedding], Any]:
-        return model.embeddings, PatchedEmbeddings, _pair(model.config.patch_size)
+        kind: type[PatchedEmbedding] = PatchedEmbeddings
+        if hasattr(model.embeddings, "random_masking"):
+            kind = PatchedShuffle
+        elif hasattr(model.embeddings, "resize_positional_embeddings"):
+            kind = PatchedShapes
+        return model.embeddings, kind, _pair(model.config.patch_size)
 
 
 def names_of(block: nn.Module) -> Names:
@@ -246,8 +297,8 @@ def check_attention(config: Any) -> None:
 def stack_of(model: Any) -> nn.ModuleList | None:
     """The blocks of a ViT of transformers; None: the model is none, though it may hold one."""
     embeddings = getattr(model, "embeddings", None)
-    if not isinstance(embeddings, nn.Module) or not any(isinstance(m, nn.Conv2d) for m in embeddings.modules()):
-        return None  # a tower of text has no patches
+    if not isinstance(embeddings, nn.Module) or getattr(model, "main_input_name", None) != "pixel_values":
+        return None  # a tower of text
     for path in STACKS:
         found: Any = model
         for name in path.split("."):

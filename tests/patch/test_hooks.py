@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import patch
-from tests.families import EXPOSED, FAMILIES, states
+from g2tm import Grouping
+from patch import track
+from tests.families import EXPOSED, FAMILIES, hugging, states
 from tests.helpers import METHOD_OPTIONS, different_images
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}  # outputs of EoMT are about 30
@@ -225,3 +227,48 @@ def test_what_a_hook_sees_of_a_block_gets_a_gradient(name):
 
 def test_every_method_has_its_turn():
     assert {name for family in FAMILIES.values() for name in family.methods} == METHOD_OPTIONS.keys()
+
+
+@torch.inference_mode()
+def test_hooks_of_transformers_cost_only_what_is_asked_for(monkeypatch):
+    """They stay installed; images stay concatenated, and only the chosen states get all patches back."""
+    model, images = FAMILIES["Dinov2"].patched("graph", layers=[1], threshold=0.3), different_images(3)
+    plain = model(images).last_hidden_state
+    every = model(images, output_hidden_states=True).hidden_states
+    packed, unmerged = [], []
+    pack, unmerge = track.Packed.__init__, Grouping.unmerge
+    monkeypatch.setattr(track.Packed, "__init__", lambda *given: (packed.append(1), pack(*given))[1])
+    monkeypatch.setattr(Grouping, "unmerge", lambda *given, **more: (unmerged.append(1), unmerge(*given, **more))[1])
+    counts = []
+    for asked in (None, [1], [-2], True):
+        found = model(images, output_hidden_states=asked)
+        torch.testing.assert_close(found.last_hidden_state, plain, atol=1e-5, rtol=1e-4)
+        counts.append((bool(packed), len(unmerged)))
+        if isinstance(asked, list):
+            chosen = [state for state in found.hidden_states if state is not None]
+            torch.testing.assert_close(chosen, [every[asked[0]]], atol=1e-5, rtol=1e-4)
+        packed.clear()
+        unmerged.clear()
+    assert counts == [(True, 1), (True, 3), (True, 3), (True, 5)]  # and once more where a shown state goes on
+    eager = FAMILIES["Dinov2"].patched("graph", model=hugging(attention="eager"), layers=[1], threshold=0.3)
+    shapes = [tuple(a.shape) for a in eager(images, output_attentions=True).attentions]
+    assert shapes[0] == (3, 2, 17, 17) and shapes[1] == (3, 2, *[1 + patch.reduction(eager).width] * 2)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@torch.inference_mode()
+def test_hooks_see_what_the_page_on_hooks_says(name):
+    """All patches around a block of transformers and mmsegmentation, tokens around one of timm and inside of any."""
+    family, images = FAMILIES[name], different_images(2)
+    for register in ("register_forward_pre_hook", "register_forward_hook"):
+        model, around, inside = family.patched("tome", r=3), [], []
+        block = list(family.blocks(model))[1]
+        getattr(block, register)(lambda block, *seen, around=around: around.extend(seen))
+        for norm in block.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.register_forward_hook(lambda norm, given, x, inside=inside: inside.append(tuple(x.shape)))
+        family.run(model, images)
+        shapes = [tuple((x[0] if isinstance(x, tuple) else x).shape) for x in around]
+        shown = (13, 10) if name in ("vit", "eva", "segmenter") else (16, 16)
+        assert shapes == [(2, family.n_prefix + n, 32) for n in shown[: len(around)]]
+        assert inside == [(2, family.n_prefix + n, 32) for n in (13, 10)]

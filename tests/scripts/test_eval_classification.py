@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import timm
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "scripts/eval_classification.py"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -24,7 +26,7 @@ def script(monkeypatch):
         timm,
         "create_model",
         lambda name, **more: real(
-            name, num_classes=6, pretrained_cfg_overlay={"input_size": (3, 32, 32)}, **TINY | more
+            name, pretrained_cfg_overlay={"input_size": (3, 32, 32)}, **TINY | {"num_classes": 6} | more
         ),
     )
     return module
@@ -57,6 +59,33 @@ def test_a_folder_is_scored_with_and_without_merging(script, photographs, tmp_pa
 def test_noise_is_scored_by_what_the_plain_model_says(script, call):
     table = call(script, *COMMON, "--synthetic", "5", "--patch-type", "graph", "--threshold", "1")
     assert "| pure | 100.00 | 100.00 |" in table and "| graph | 100.00 | 100.00 |" in table  # nothing merges
+
+
+def test_own_classes_are_as_many_as_the_weights_have(script, photographs, tmp_path, call):
+    for folder in "2345":
+        shutil.rmtree(photographs / folder)
+    torch.save(timm.create_model(COMMON[0], num_classes=2).state_dict(), tmp_path / "two.pth")
+    given = [COMMON[0], *COMMON[2:], photographs, "--checkpoint", tmp_path / "two.pth", "--patch-type", "tome"]
+    assert "| tome |" in call(script, *given)
+
+
+def test_the_pictures_of_a_hybrid_have_its_grid(script, tmp_path, call, monkeypatch):
+    """Its patch embedding counts pixels of the feature map that a convolution makes."""
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, patch_size=4, num_classes=6)
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: hybrid)
+    monkeypatch.setitem(hybrid.pretrained_cfg, "input_size", (3, 64, 64))
+    call(script, *COMMON, "--synthetic", "1", "--patch-type", "graph", "--pictures", tmp_path / "pictures")
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert cv2.imread(str(picture)).shape == (64, 64, 3)
+
+
+def test_a_name_of_a_hub_is_one(script, refused, monkeypatch):
+    def no_network(name, **more):
+        raise OSError(f"no way to {name}")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    said = refused(script, "hf-hub:someone/model", "--synthetic", "1")
+    assert "cannot fetch the weights of hf-hub:someone/model" in said
 
 
 def test_what_it_cannot_do_is_refused(script, photographs, tmp_path, refused):
