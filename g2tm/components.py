@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from g2tm.selection import images_in, inverse, numpy_helps, ranks
@@ -174,10 +175,8 @@ def propagated_components(right: Tensor, down: Tensor, rounds: int | None = None
     n_images, gh, gw = images_in(right), right.shape[1], down.shape[2]
     labels = torch.arange(n_images * gh * gw, device=right.device)
     index = labels.view(n_images, gh, gw)
-    neighbors = index.repeat(2, 1, 1, 1)  # every patch's right and lower one; itself where there is no edge
-    neighbors[0, :, :, :-1] += right
-    neighbors[1, :, :-1] += gw * down
-    neighbors = neighbors.flatten(1)
+    # Every patch's right and lower one; itself where there is no edge.
+    neighbors = torch.stack([index + F.pad(right, (0, 1)), index + gw * F.pad(down, (0, 0, 0, 1))]).flatten(1)
     for _ in range(propagation_rounds(gh * gw) if rounds is None else rounds):
         theirs = labels[neighbors]
         low, high = torch.minimum(labels, theirs), torch.maximum(labels, theirs)

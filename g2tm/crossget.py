@@ -54,7 +54,7 @@ def crossget(
     sources = falling(priority)[:, :r]
     is_source = torch.zeros_like(priority, dtype=torch.bool).scatter_(1, sources, 1)
     _, targets = most_similar(rows(unit, sources), unit, is_source | protected)
-    target, weights = own_positions(metric).scatter_(1, sources, targets), None
+    target, weights = own_positions(metric).scatter(1, sources, targets), None
     if importance is not None:
         sizes = or_ones(sizes, priority)
         weights = sizes * _factor(importance, sources, targets)

@@ -46,7 +46,7 @@ def diffrate(
         pruned.scatter_(1, order[:, kept:], 1)
     sizes = sizes.masked_fill(pruned, 0.0)
     sizes = sizes.scatter(1, sources, similarity.to(sizes.dtype) * sizes.gather(1, sources))
-    target = own_positions(x).scatter_(1, sources, order.gather(1, targets))
+    target = own_positions(x).scatter(1, sources, order.gather(1, targets))
     target = torch.where(pruned, order[:, :1], target)  # until they are tied
     step = Grouping.of_targets(target, order[:, :merged], _floored(sizes, target), (~pruned).float())
     if kept == n_tokens:

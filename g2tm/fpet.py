@@ -22,7 +22,7 @@ def fpet(metric: Tensor, grid: tuple[int, int], *, sizes: Tensor | None = None) 
         return Grouping.identity(metric, sizes)
     unit = unit_vectors(metric)
     _, partner = most_similar(unit[:, sources], unit[:, stay])
-    target = own_positions(metric).index_copy_(1, sources, stay[partner])
+    target = own_positions(metric).index_copy(1, sources, stay[partner])
     return Grouping.of_targets(target, stay.expand(images_in(metric), -1), sizes)
 
 

@@ -50,7 +50,7 @@ def mctf(
     attraction, partner = attractions(a, b, factor_a, factor_b, tau[0])
     leaving = falling(attraction)[:, :first_r]
     left = torch.zeros_like(attraction, dtype=torch.bool).scatter_(1, leaving, 1)
-    target = own_positions(x).scatter_(1, even[leaving], odd[partner.gather(1, leaving)])
+    target = own_positions(x).scatter(1, even[leaving], odd[partner.gather(1, leaving)])
     stay_b = odd.expand(n_images, -1)
     if bidirectional:
         attraction, partner = attractions(b, a, factor_b, factor_a.masked_fill(left, LOWEST), tau[0])

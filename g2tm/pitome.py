@@ -67,7 +67,7 @@ def pitome(
         by_similarity = falling(similarity)
         merging, stay = by_similarity[:, :r], even.gather(1, by_similarity[:, r:])
         sources, partner = even.gather(1, merging), partner.gather(1, merging)
-    target = own_positions(metric).scatter_(1, sources, others.gather(1, partner))
+    target = own_positions(metric).scatter(1, sources, others.gather(1, partner))
     return Grouping.of_targets(target, torch.cat([stay, others], 1), sizes)
 
 

@@ -126,6 +126,16 @@ def or_ones(numbers: Tensor | None, like: Tensor) -> Tensor:
 
 def numpy_helps(x: Tensor) -> bool:
     """Return whether NumPy is faster: on the CPU, unless something intercepts PyTorch's operators, which does not see
-    NumPy's: torch.compile, which has loops of its own, a trace, or a counter of operations."""
+    NumPy's: torch.compile, which has loops of its own, a trace, `torch.func`, or a counter of operations."""
     intercepted = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    return x.device.type == "cpu" and not intercepted
+    return x.device.type == "cpu" and not intercepted and not torch._C._are_functorch_transforms_active()
+
+
+def is_vmapped(x: Tensor) -> bool:
+    """Return whether `torch.func.vmap` hides a dimension of x, so that its values cannot be read."""
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False

@@ -123,7 +123,7 @@ class CompiledEncoder(Patched):
         if own.parts is None:
             own.parts = [part._replace(run=own.compiled(part.run)) for part in encoder_parts(self)]
         with merging.encoder_pass(self, self.blocks, grid_of(self, images.shape[-2:]), own.bucket) as track:
-            track.n_expected = 0  # no block runs as a whole
+            track.n_ran = len(self.blocks)  # though none runs as a whole
             x, ropes, look = images, None, None
             for part in own.parts:
                 layout = Rows(track.tokens, self.blocks[0]._patch.n_around)

@@ -28,6 +28,7 @@ class Tokens:
         attention: mode, see `g2tm.attention_bias`.
         soft_mask: (B, M), of a training form with masks, 1 for the tokens that count; None before its first step.
         soft_masking: how that mask enters attention; None: there is none.
+        width: M, how many there are in a row.
     """
 
     reduction: Reduction | None
@@ -35,6 +36,7 @@ class Tokens:
     attention: str
     soft_mask: Tensor | None = None
     soft_masking: SoftMasking | None = None
+    width: int = 0
 
     @cached
     def padding(self) -> Tensor | None:
@@ -64,6 +66,11 @@ class Rows:
     def __init__(self, tokens: Tokens, n_around: Around) -> None:
         self.tokens, self.n_around = tokens, n_around
         self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """L"""
+        return self.tokens.width + sum(self.n_around)
 
     @cached
     def bias(self) -> Tensor | None:
@@ -148,6 +155,11 @@ class Packed(Rows):
         in_rows.scatter_(0, torch.where(kept.flatten(), self._places, total), position)
         self._in_rows = in_rows[:total]  # (T,), places in the padded rows
         self.starts = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+
+    @property
+    def length(self) -> int:
+        """T"""
+        return sum(self.lengths)
 
     @cached
     def packed_bias(self) -> Tensor | None:

@@ -162,8 +162,10 @@ class Rate(nn.Module):
         PyTorch counts, so not one through `.data`, which `eval()` sees. Compiled code takes what was read
         last: there, by `eval()`, or when weights were loaded."""
         logits = self.selected_probability
-        if not torch.compiler.is_compiling() and (logits.is_inference() or self._read[0] != _state(logits)):
-            self._read_kept()
+        if not torch.compiler.is_compiling():
+            state = _state(logits)
+            if state is None or state != self._read[0]:
+                self._read_kept()
         return self._read[1]
 
     def _read_kept(self) -> None:
@@ -184,7 +186,8 @@ class Rate(nn.Module):
 
 def _state(x: Tensor) -> tuple[int, int] | None:
     """Changes with the values of a tensor; None: nobody counts its changes."""
-    return None if x.is_inference() else (x._version, x.data_ptr())
+    uncounted = x.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return None if uncounted else (x._version, x.data_ptr())
 
 
 def add_rates(encoder: Any, blocks: Sequence[Any], granularity: int = 4) -> dict[str, Any]:

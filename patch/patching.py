@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
         raise ValueError("a part of the model is patched or compiled already: call patch.remove, patch, then compile")
     family.check(encoder)
     check_kind("block", parts.more_blocks, Block)
-    check_forward(modules_of(parts.more_blocks))
+    check_forward([parts.model, *modules_of(parts.more_blocks)])
     blocks = family.blocks(encoder)
     if len({*blocks, *parts.more_blocks}) < len(blocks) + len(parts.more_blocks):
         raise ValueError("cannot patch a model that runs one block twice: a block merges at one place")
@@ -71,16 +72,15 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
     if entry.needs_cls and not family.has_cls(encoder):
         raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
     places = _slots(entry.place, completed["layers"])
-    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places))
+    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), family.grid)
     joining = family.n_queries(encoder)[1] - 1
     for index, block in enumerate(blocks):
         n_around = family.tokens_before(encoder, index), 0
         mix_in(
             block, family.block_mixin, _patch=Record(merging, index, n_around, places.get(index, {}), index == joining)
         )
-    for block in parts.more_blocks:
-        last = block is parts.more_blocks[-1]
-        mix_in(block, PatchedTimmBlock, _patch=Record(merging, n_around=(0, parts.model.n_cls), leaves_rows=last))
+    for index, block in enumerate(parts.more_blocks, len(blocks)):
+        mix_in(block, PatchedTimmBlock, _patch=Record(merging, index, n_around=(0, parts.model.n_cls)))
     family.attach(encoder, merging)
     if parts.model is not encoder:
         mix_in(parts.model, PatchedSegmenter, _patch=Record(merging))
@@ -172,7 +172,8 @@ def loss(model: nn.Module, labels: Tensor | None = None) -> Tensor | float:
         labels: (B, H, W), of the images.
 
     Raises:
-        ValueError: the model is not patched, or there is no training pass in this thread, or its output is gone.
+        ValueError: the model is not patched, or there is no training pass in this thread, or its output is gone, or it
+            recorded no gradients where they are asked for.
     """
     merging = merging_of(model)
     own = merging.method.loss
@@ -188,7 +189,13 @@ def loss(model: nn.Module, labels: Tensor | None = None) -> Tensor | float:
     assert grid is not None
     height, width = encoder.patch_embed.patch_size
     known = (encoder.blocks, encoder.embed_dim, grid, merging.n_prefix)
-    return own(LossInput(track.soft_steps, *known, track.options, labels, (int(height), int(width))))
+    added = own(LossInput(track.soft_steps, *known, track.options, labels, (int(height), int(width))))
+    if torch.is_grad_enabled() and not (track.has_grad or added.requires_grad):
+        raise ValueError(
+            "the training pass recorded no gradients for patch.loss: take away torch.no_grad, or call patch.loss under "
+            "it too; a checkpoint around the model takes use_reentrant=False"
+        )
+    return added
 
 
 def method_of(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from g2tm import Grouping, Reduction
-from g2tm.selection import cached, images_in
+from g2tm.selection import cached, images_in, is_vmapped, statically_true
 from patch.attention import can_pack
 from patch.hooks import are_watched
 from patch.layout import Packed, Rows, Tokens
@@ -68,6 +68,7 @@ class Merging:
         shape: what new options are checked against.
         n_prefix: number of prefix tokens of the encoder.
         merging_blocks: indices of the blocks in which tokens merge, counted from 0.
+        grid_of: the grid that a ViT is made for, as it is now: (gh, gw).
         range_name: what a profiler sees merges as; None: nothing.
     """
 
@@ -76,6 +77,7 @@ class Merging:
     shape: ModelShape
     n_prefix: int
     merging_blocks: tuple[int, ...]
+    grid_of: Callable[[Any], tuple[int, int]]
     range_name: str | None = None
     thread: _Thread = field(default_factory=_Thread)
 
@@ -102,14 +104,15 @@ class Merging:
             ValueError: a trace of a method whose merges depend on the image; or blocks that did not run as patched.
         """
         self._check_trace()
-        self._check_stack(blocks)
-        track = Track(self, encoder, blocks, more_blocks)
+        due = self._due(blocks, more_blocks)
+        track = Track(self, encoder, blocks, more_blocks, due)
         self.thread.passes.append(track)
         try:
             yield track
+            track.n_expected += len(more_blocks)
             track.check_blocks()
             self.thread.ended[:] = [track.ended()]
-            if track.soft_steps:
+            if track.is_soft:
                 self.thread.trained[:] = self.thread.ended
         finally:
             self.thread.passes.pop()
@@ -144,12 +147,24 @@ class Merging:
         finally:
             self.thread.may_trace = False
 
-    def _check_stack(self, blocks: Sequence[Any]) -> None:
-        """Raise a ValueError for a block that was not there, or elsewhere, when the model was patched."""
-        for index, block in enumerate(blocks):
+    def _due(self, blocks: Sequence[Any], more_blocks: Sequence[Any]) -> list[int]:
+        """Indices of the blocks in the order in which they run.
+
+        Raises:
+            ValueError: a block that was not there, or elsewhere, when the model was patched.
+        """
+        depth = self.shape.depth
+        due = [*range(len(blocks)), *range(depth, depth + len(more_blocks))]
+        for index, block in zip(due, [*blocks, *more_blocks], strict=True):
             own = next((vars(part)["_patch"] for part in block.modules() if "_patch" in vars(part)), None)
-            if own is None or own.index != index:
-                raise ValueError(f"block {index + 1} is not the one that was patched at this place: {AGAIN}")
+            if own is None or own.index != index or own.merging is not self:
+                raise ValueError(f"{self.block_name(index)} is not the one that was patched at this place: {AGAIN}")
+        return due
+
+    def block_name(self, index: int) -> str:
+        """A block in messages."""
+        depth = self.shape.depth
+        return f"block {index + 1} of the ViT" if index < depth else f"block {index + 1 - depth} of the decoder"
 
     def _check_trace(self) -> None:
         """Raise a ValueError where a trace would hold the merges of one image for all."""
@@ -176,7 +191,8 @@ class Track:
         outputs_read: indices of the encoder's blocks whose outputs the model reads: these have all patches.
         blocks: those of the encoder, as they are now, and patched ones behind it.
         n_blocks: how many of them are the encoder's.
-        n_expected: how many of them run in this pass, the first ones.
+        n_expected: how many blocks have to run in this pass, the first ones.
+        n_ran: how many blocks ran.
         bucket: merged tokens are padded to a multiple of this number, but not beyond what they were before, so that
             shapes repeat; None: they are not.
         reduction: from all patches to the current tokens; None while nothing was merged.
@@ -184,9 +200,13 @@ class Track:
         soft_steps: layer -> what the soft form of the method returned there, in training.
         tokens: the current patch tokens.
         is_undone: whether every patch has its token back.
+        is_soft: whether the training form of the method runs.
+        has_grad: whether gradients were recorded.
     """
 
-    def __init__(self, merging: Merging, encoder: Any, blocks: Sequence[Any], more_blocks: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, merging: Merging, encoder: Any, blocks: Sequence[Any], more_blocks: Sequence[Any], due: Sequence[int]
+    ) -> None:
         self.merging, self.encoder, self.options = merging, encoder, merging.options
         self.grid: tuple[int, int] | None = None
         self.is_alone = self.is_undone = False
@@ -196,13 +216,13 @@ class Track:
         self.reduction: Reduction | None = None
         self.steps: dict[int, Reduction] = {}
         self.soft_steps: dict[int, Reduction] = {}
-        self.blocks = [*blocks, *more_blocks]
-        self._training = bool(encoder.training)
-        self._soft = self._training and merging.method.trains_softly(self.options)
+        self.blocks, self._due = [*blocks, *more_blocks], due
+        self._training, self.has_grad = bool(encoder.training), torch.is_grad_enabled()
+        self.is_soft = self._training and merging.method.trains_softly(self.options)
         self.tokens = self._tokens(None)
         self._layout: Rows | None = None  # None: tokens in rows, as after a merge
         self._exposed: Tensor | None = None
-        self._ran: set[int] = set()
+        self.n_ran = 0
         self._kept: Callable[[], Track | None] | None = None
 
     def start_encoder(self, grid: tuple[int, int], bucket: int | None = None) -> None:
@@ -256,27 +276,36 @@ class Track:
     def merge(self, x: Tensor, block: Any, layer: int, look: Look | None) -> Tensor:
         """One reduction step; x: (B, P + N, D) -> (B, P + M, D)."""
         before = block._patch.n_around[0]
-        self._check_patches(x.shape[1] - before)
+        self._check_length(x, Rows(self.tokens, block._patch.n_around))
+        method = self.merging.method
+        if is_vmapped(x) and not method.is_static(self.options):
+            raise ValueError(
+                f"vmap needs equal shapes, and how many tokens {method.name} leaves depends on the image: give a "
+                "method or an option with a fixed number of tokens (tokens=...)"
+            )
         with self._range():
-            step, method = self._step(x[:, before:], block, layer, look), self.merging.method
-            chosen = method.training_form if self._soft else self.merging.thread.merge
+            step = self._step(x[:, before:], block, layer, look)
+            chosen = method.training_form if self.is_soft else self.merging.thread.merge
             merged = (chosen or method.merge)(step)
             if merged is None:
                 return x
-            if self._soft:
+            if self.is_soft:
                 self.soft_steps[layer] = merged
             merged = self._widened(merged, step.x.shape[1])
-            self._follow(merged, layer)
-            return torch.cat([x[:, :before], merged.merge(step.x)], dim=1)
+            tokens = merged.merge(step.x)
+            self._follow(merged, layer, tokens.shape[1])
+            return torch.cat([x[:, :before], tokens], dim=1)
 
-    def _check_patches(self, n_tokens: int) -> None:
-        """Raise a ValueError before the first merge if the tokens are not the patches of the grid."""
-        assert self.grid is not None
-        n_patches = self.grid[0] * self.grid[1]
-        if self.reduction is None and n_tokens != n_patches:
+    def _check_length(self, x: Tensor, layout: Rows) -> None:
+        """Raise a ValueError if tokens, as they lie, are not those that the pass knows of."""
+        if self.grid is None:
+            raise ValueError("tokens reached a patched block before the embedding of its ViT ran: call the ViT itself")
+        if self.reduction is not None and torch.compiler.is_compiling():  # would compile every number anew
+            return
+        if statically_true(x.shape[1] != layout.length):
             raise ValueError(
-                f"{n_tokens} tokens stand behind the prefix where the image has {self.grid[0]}×{self.grid[1]} patches: "
-                "a patched model takes no prompts and drops no patches"
+                f"an image of {self.grid[0]}×{self.grid[1]} patches has {x.shape[1]} tokens where {layout.length} are "
+                "left: a patched model takes no prompts, and no token may be dropped or added on the way"
             )
 
     def _step(self, x: Tensor, block: Any, layer: int, look: Look | None) -> Step:
@@ -284,13 +313,13 @@ class Track:
         return Step(
             x=x,
             grid=self.grid,
-            native_grid=self.merging.shape.grid,
+            native_grid=self.merging.grid_of(self.encoder),
             n_prefix=self.merging.n_prefix,
             sizes=None if self.reduction is None else self.reduction.sizes,
             padding=self.tokens.padding,
             soft_mask=self.tokens.soft_mask,
             layer=layer,
-            depth=self.merging.shape.depth,
+            depth=self.n_blocks,
             batch=self.options["batch"] or ("uniform" if self._training else "ragged"),
             options=self.options,
             block=block,
@@ -306,15 +335,16 @@ class Track:
         width = self.bucket * math.ceil(merged.width / self.bucket)
         return merged.widened(min(width, n_tokens))
 
-    def _follow(self, merged: Reduction, layer: int) -> None:
-        """From now on the tokens are those of one more step."""
+    def _follow(self, merged: Reduction, layer: int, width: int) -> None:
+        """From now on the tokens are those of one more step, which left so many in a row."""
         self.reduction = merged if self.reduction is None else self.reduction.then(merged)
         self.steps[layer] = self.reduction
-        self.tokens, self._layout = self._tokens(self.reduction, getattr(merged, "mask", None)), None
+        self.tokens, self._layout = self._tokens(self.reduction, width, getattr(merged, "mask", None)), None
 
-    def _tokens(self, reduction: Reduction | None, soft_mask: Tensor | None = None) -> Tokens:
-        masking = self.merging.method.soft_masking if self._soft else None
-        return Tokens(reduction, self.grid, self.options["attention"], soft_mask, masking)
+    def _tokens(self, reduction: Reduction | None, width: int | None = None, soft_mask: Tensor | None = None) -> Tokens:
+        width = math.prod(self.grid or ()) if width is None else width
+        masking = self.merging.method.soft_masking if self.is_soft else None
+        return Tokens(reduction, self.grid, self.options["attention"], soft_mask, masking, width)
 
     def _in_rows(self, x: Tensor) -> Tensor:
         layout, self._layout = self._layout, None
@@ -326,14 +356,31 @@ class Track:
 
         What a hook returned, or what changed the shown tokens in place, goes on so. Unchanged tokens give back exactly
         those that were shown.
+
+        Raises:
+            ValueError: it is another block's turn, or these are other tokens.
         """
-        self._ran.add(block._patch.index)
+        self._check_turn(block._patch.index)
         shown, self._exposed = self._exposed, None
+        n_around = block._patch.n_around
         if shown is None or self.reduction is None:
+            self._check_length(x, self._layout or Rows(self.tokens, n_around))
             return x
-        before = block._patch.n_around[0]
+        self._check_length(x, Rows(self._tokens(None), n_around))
+        before = n_around[0]
         change = x[:, before:] - self.reduction.unmerge(shown)
         return torch.cat([x[:, :before], shown + self.reduction.merge(change)], dim=1)
+
+    def _check_turn(self, index: int) -> None:
+        """Raise a ValueError if it is not this block's turn: each runs once in a pass, one after the other."""
+        due = self._due[self.n_ran] if self.n_ran < len(self._due) else None
+        if index != due:
+            name = self.merging.block_name
+            raise ValueError(
+                f"{name(index)} ran {'once more' if due is None else f'where it was the turn of {name(due)}'}: patched "
+                f"blocks run once each, in order; take away what skips or repeats one, or {AGAIN}"
+            )
+        self.n_ran += 1
 
     def leave(self, x: Tensor, block: Any) -> Tensor:
         """The output of a block: in rows where something other than a block comes next, with all patches where it is
@@ -341,7 +388,7 @@ class Track:
         own, before = block._patch, block._patch.n_around[0]
         is_last = own.index == self.n_blocks - 1
         is_read = block.is_read(self, is_last)
-        if is_last or is_read or own.leaves_rows:
+        if is_last or is_read or own.leaves_rows or self.n_ran == len(self._due):
             x = self._in_rows(x)
         if is_last and (is_read or self.merging.method.undo == "encoder"):
             return self.undo(x, before)
@@ -354,6 +401,7 @@ class Track:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), after `before` tokens that stay."""
         if self.reduction is None or self.is_undone:
             return x
+        self._check_length(x, Rows(self.tokens, (before, 0)))
         with self._range():
             unmerged = self.reduction.unmerge(x[:, before:], scores=True)
             return torch.cat([x[:, :before], unmerged], dim=1) if before else unmerged
@@ -385,10 +433,11 @@ class Track:
 
     def check_blocks(self) -> None:
         """Raise a ValueError if a block did not run as a patched one, or none is left in which tokens merge."""
-        missed = [index for index in range(self.n_expected) if index not in self._ran]
+        missed = self.n_ran < self.n_expected
         merging = [index for index in self.merging.merging_blocks if index < self.n_blocks]
         if missed or not merging:
-            which = f"block {missed[0] + 1} of the ViT was" if missed else "the blocks in which tokens merge were"
+            next_name = self.merging.block_name(self._due[self.n_ran]) if missed else ""
+            which = f"{next_name} was" if missed else "the blocks in which tokens merge were"
             raise ValueError(
                 f"{which} cut off, replaced, or run by a forward that {self.merging.method.name} did not patch: {AGAIN}"
             )

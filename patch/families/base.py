@@ -20,6 +20,8 @@ from patch.track import Merging, Track
 INSTEAD = "give the model to torch.export or torch.compile, or call patch.remove first"
 RECORD = "_patch"  # the one attribute that a patch gives a module
 COMPILATION = "_compilation"  # and `patch.compile`
+# Methods of which a patch takes the place, in one module or another.
+REPLACED = "forward", "forward_features", "forward_intermediates", "network", "to_grid"
 
 
 @dataclass(eq=False)
@@ -28,10 +30,10 @@ class Record:
 
     Attributes:
         merging: what the patch put into the model.
-        index: of a block of the encoder, counted from 0; -1 for others.
+        index: of a block, counted from 0, first those of the encoder, then those of a decoder; -1 for other modules.
         n_around: number of tokens before and after the patch tokens: in a block, of a ViT behind its last block.
         merges_at: place of a merge in a block -> the layer that the method calls it.
-        leaves_rows: whether every image has its row after a block: at the end of a stack, and where queries join.
+        leaves_rows: whether every image has its row after a block: where queries join.
         more: what its family adds.
     """
 
@@ -334,18 +336,29 @@ def modules_of(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def check_forward(modules: Iterable[nn.Module]) -> None:
-    """Raise a ValueError for a module with a `forward` of its instance, which may pass a patch by."""
+    """Raise a ValueError for a module with a `forward` of its instance, or another of `REPLACED`, which may pass a
+    patch by."""
     for module in modules:
-        if "forward" in vars(module):
+        name = next((name for name in REPLACED if name in vars(module)), None)
+        if name is not None:
             raise ValueError(
-                f"a {own_class(module).__name__} has a forward of its own instance (as accelerate's hooks set it), "
+                f"a {own_class(module).__name__} has a {name} of its own instance (as accelerate's hooks set it), "
                 "which a patch does not see: call patch.apply before it is set, or patch.remove after it is taken away"
             )
 
 
 def note_outside(block: PatchedBlock) -> None:
-    """Warn that a block runs without a pass around it."""
+    """Warn that a block runs without a pass around it.
+
+    Raises:
+        ValueError: it runs in a backward pass: a checkpoint repeats it, and what was merged is no longer known.
+    """
     if not torch.compiler.is_compiling():
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                f"a patched {own_class(block).__name__} ran again in a backward pass, where its merges are no longer "
+                "known: put no checkpoint around blocks, but around the whole model or around parts of a block"
+            )
         warnings.warn(
             f"a patched {own_class(block).__name__} ran by itself, nothing merges: call the model, which starts a pass",
             stacklevel=3,
