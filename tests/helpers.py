@@ -139,6 +139,15 @@ def by_speed(cases, quick=(), slow=()):
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks(case)) for case in cases]
 
 
+FEW = ("graph", "algm", "tome", "ltmp")  # by threshold, in two places, in every layer, and with pruning
+
+
+def few_and_all(names=tuple(METHOD_OPTIONS)):
+    """Parameters of a test that goes through methods: a few that stand for all, and all of them at night."""
+    few = [name for name in FEW if name in names]
+    return [pytest.param(few, id="few"), pytest.param([*names], id="all", marks=pytest.mark.nightly)]
+
+
 def run_here(words, **_):
     """In place of `subprocess.run`: Python with a command of ours, such as segm/train.py, called in this process."""
     _, file, *arguments = words

@@ -135,6 +135,8 @@ class SegmentationDataset(Dataset):
     def sources(self, index: int) -> tuple[Any, ...]:
         """The name of a sample, and size in bytes and date in ns of each of its files; nothing where it is drawn.
 
+        With `skip_bad`, None for a file that is missing.
+
         Raises:
             FileNotFoundError: one is missing.
         """
@@ -285,7 +287,7 @@ def fingerprint(dataset: SegmentationDataset, *conditions: Any, dates: bool = Tr
 
 def _without_dates(source: tuple[Any, ...]) -> tuple[Any, ...]:
     """The name of a sample, and the sizes of its files alone."""
-    return source[:1] + tuple(size for size, _ in source[1:])
+    return source[:1] + tuple(state and state[0] for state in source[1:])
 
 
 # ------------------------------------------------------------------------------------------- random numbers

@@ -56,8 +56,8 @@ class FileDataset(SegmentationDataset):
 
     def sources(self, index: int) -> tuple[Any, ...]:
         paths = [path for path in self.paths(index) if path is not None]
-        states = [path.stat() for path in paths]
-        return self._sample_name(paths[0]), *((state.st_size, state.st_mtime_ns) for state in states)
+        states = [None if self.skip_bad and not path.exists() else path.stat() for path in paths]
+        return self._sample_name(paths[0]), *(state and (state.st_size, state.st_mtime_ns) for state in states)
 
     def load(self, index: int) -> Sample:
         """The sample at `index`; its image is checked for its end when it is read for the first time.

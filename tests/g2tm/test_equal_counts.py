@@ -37,7 +37,7 @@ def budget(count):
     return {"threshold": None, "tokens": count}
 
 
-@pytest.mark.parametrize("backend", by_speed(["auto", "torch"], quick=["auto"], slow=["torch"]))
+@pytest.mark.parametrize("backend", by_speed(["auto", "torch"], slow=["torch"]))
 def test_graph(backend):
     for grid in GRIDS:
         for x in tokens(grid):

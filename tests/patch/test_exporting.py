@@ -93,7 +93,7 @@ def test_what_cannot_trace_says_what_can():
         torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False, opset_version=18)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @torch.inference_mode()
 def test_one_graph_under_hooks_of_transformers():
     model, images = patch.apply(hugging(), "tome", r=3), different_images(2)

@@ -7,7 +7,7 @@ import torch
 import patch
 from segm.model.factory import create_segmenter
 from tests.families import FAMILIES, NET
-from tests.helpers import METHOD_OPTIONS, STATIC_OPTIONS, different_images, with_parts
+from tests.helpers import METHOD_OPTIONS, STATIC_OPTIONS, by_speed, different_images, with_parts
 
 SEQUENCES = [
     ("tome", {"r": (2, 2, 2)}),
@@ -68,7 +68,13 @@ def test_0_is_a_number_and_not_left_out():
     assert patch.options(model)["layers"] == (0,)
 
 
-@pytest.mark.parametrize("name", ["vit", "eva", "Dinov2", "DINOv3ViT", "SiglipVision", "segmenter", "mask transformer"])
+@pytest.mark.parametrize(
+    "name",
+    by_speed(
+        ["vit", "eva", "Dinov2", "DINOv3ViT", "SiglipVision", "segmenter", "mask transformer"],
+        slow=["Dinov2", "mask transformer"],
+    ),
+)
 def test_on_the_meta_device_shapes_come_out(name):
     family, images = FAMILIES[name], torch.randn(3, 3, 32, 32, device="meta")
     for method, options in STATIC_OPTIONS.items():

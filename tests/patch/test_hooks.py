@@ -8,7 +8,7 @@ import patch
 from g2tm import Grouping
 from patch import track
 from tests.families import EXPOSED, FAMILIES, hugging, states
-from tests.helpers import METHOD_OPTIONS, different_images
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-5}  # outputs of EoMT are about 30
 QUICK = ("graph", "tome", "dct")  # packed, padded by nothing, no groups of patches
@@ -57,7 +57,7 @@ def check_hooks(name, method, hooks):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_speed(FAMILIES, slow=["vit", "Dinov2", "segmenter"]))
 def test_a_hook_that_changes_nothing_changes_nothing(name):
     """Before the merging block, on it, and after it; a hook on the last block sees what leaves the stack."""
     for method in QUICK:
@@ -66,7 +66,7 @@ def test_a_hook_that_changes_nothing_changes_nothing(name):
 
 @pytest.mark.nightly
 @torch.inference_mode()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_speed(FAMILIES, slow=["vit", "Dinov2", "segmenter"]))
 def test_a_hook_that_changes_nothing_changes_nothing_in_any_method(name):
     for method in FAMILIES[name].methods:
         check_hooks(name, method, [equal_new, in_place])

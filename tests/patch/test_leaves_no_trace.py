@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import patch
 from tests.families import FAMILIES
-from tests.helpers import METHOD_OPTIONS, different_images, right_or_refused
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, right_or_refused
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 OWN = ("merging", "neighbors", "places", "last", "index", "learned_parts", "patch_sides", "ends", "shown")
@@ -32,7 +32,7 @@ def kinds(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_speed(FAMILIES, slow=["vit", "Dinov2", "mask transformer"]))
 def test_remove_restores_everything(name):
     family, images = FAMILIES[name], different_images(3)
     for method in family.methods:

@@ -12,7 +12,7 @@ import torch
 
 import patch
 from segm.model.factory import create_segmenter
-from tests.helpers import METHOD_OPTIONS, by_speed, different_images, options_for, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, few_and_all, options_for, with_parts
 
 VITS = {"vit": "vit_tiny_patch16_224", "eva": "vit_small_patch16_dinov3"}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -92,9 +92,10 @@ def check_threads(model, n_calls, name):
         assert lengths == wanted_lengths, name
 
 
-def test_threads(models):
+@pytest.mark.parametrize("methods", few_and_all())
+def test_threads(models, methods):
     for name, create in models.items():
-        for method in METHOD_OPTIONS:
+        for method in methods:
             check_threads(patched(create(), method, attention="proportional"), 3, (name, method))
     check_threads(models["segmenter"](), 3, "unpatched")
 
@@ -121,11 +122,12 @@ def test_a_thread_sees_its_own_reduction(models):
     assert patch.reduction(model).lengths == lengths
 
 
+@pytest.mark.parametrize("methods", few_and_all())
 @torch.inference_mode()
-def test_copies_and_pickles_in_the_middle_of_life(models):
+def test_copies_and_pickles_in_the_middle_of_life(models, methods):
     images = different_images(2)
     for name, create in models.items():
-        for method in METHOD_OPTIONS:
+        for method in methods:
             model = patched(create(), method)
             expected, lengths = model(images), patch.reduction(model).lengths
             twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(copy.deepcopy(model))]
@@ -174,10 +176,11 @@ def replicate(module):
     return replica
 
 
-def test_replicas_in_threads(models):
+@pytest.mark.parametrize("methods", few_and_all())
+def test_replicas_in_threads(models, methods):
     batches = [different_images(2) * scale for scale in (0.3, 1.0, 3.0)]
     for name, create in models.items():
-        for method in METHOD_OPTIONS:
+        for method in methods:
             model = patched(create(), method)
             with torch.inference_mode():
                 expected = [model(images) for images in batches]
@@ -187,12 +190,13 @@ def test_replicas_in_threads(models):
             torch.testing.assert_close(found, expected, **TOLERANCE, msg=f"{name} {method}")
 
 
+@pytest.mark.parametrize("methods", few_and_all())
 @torch.inference_mode()
-def test_a_hook_that_calls_the_model(models):
+def test_a_hook_that_calls_the_model(models, methods):
     """On other images, inside of every part of a pass; and the bare encoder."""
     outer, inner = different_images(3), different_images(2) * 0.5
     for name, create in models.items():
-        for method in METHOD_OPTIONS:
+        for method in methods:
             model = patched(create(), method, attention="proportional")
             encoder = getattr(model, "encoder", model)
             expected, lengths = model(outer), patch.reduction(model).lengths
@@ -215,11 +219,12 @@ def test_a_hook_that_calls_the_model(models):
                 assert patch.reduction(model).lengths == lengths, (name, method)
 
 
+@pytest.mark.parametrize("methods", few_and_all())
 @torch.inference_mode()
-def test_a_pass_that_fails_leaves_no_trace(models):
+def test_a_pass_that_fails_leaves_no_trace(models, methods):
     images = different_images(3)
     for create in models.values():
-        for method in METHOD_OPTIONS:
+        for method in methods:
             model = patched(create(), method)
             blocks = getattr(model, "encoder", model).blocks
             expected, reduction = model(images), patch.reduction(model)

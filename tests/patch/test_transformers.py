@@ -12,7 +12,7 @@ from torch import nn
 import patch
 from patch.families import models_within
 from patch.families.transformers_vit import BLOCKS, stack_of
-from tests.helpers import METHOD_OPTIONS
+from tests.helpers import METHOD_OPTIONS, few_and_all
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,16 +122,17 @@ OPTIONS = {name: options for name, options in METHOD_OPTIONS.items() if name not
 }
 
 
+@pytest.mark.parametrize("methods", few_and_all(OPTIONS))
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_method_gives_what_timms_model_gives(kind):
+def test_every_method_gives_what_timms_model_gives(kind, methods):
     images = blocky(3)
     for attention in ("sdpa", "eager"):
         model = build(kind, attention)
         other = build_timm(kind, model)
         expected, plain = other.forward_features(images), model(images).last_hidden_state
         torch.testing.assert_close(plain, expected, atol=1e-4, rtol=1e-4)
-        for method, options in OPTIONS.items():
+        for method, options in ((name, OPTIONS[name]) for name in methods):
             if method == "diffrate" and kind == "SiglipVision":
                 continue
             for mode in ("none", "proportional"):
@@ -258,6 +259,7 @@ def test_apply_looks_at_the_parts_that_it_will_use():
             assert not patch.is_patched(model)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights of DINOv2 here")
 @torch.inference_mode()
 def test_real_weights_give_what_timm_gives():

@@ -61,6 +61,7 @@ def test_targets(benchmark):
         assert len(benchmark.missed_targets(row_of(**changed), device)) == missed, (changed, device)
 
 
+@pytest.mark.nightly
 def test_the_command_writes_rows_and_fails_where_a_target_is_missed(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "missed_targets", lambda row, device: [f"{row['method']} is too slow"])
     options = ["--models", "T", "--sides", "64", "--methods", "graph,tome", "--batches", "1", "--repeats", "1"]

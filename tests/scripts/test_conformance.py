@@ -40,6 +40,7 @@ def test_every_case_holds(file):
     assert {case.name: reason for case in cases if (reason := conformance.failure(case))} == {}
 
 
+@pytest.mark.nightly
 def test_every_output_that_is_wrong_is_found(tmp_path):
     """Every tensor that a case is held against, one at a time, by an amount that matters."""
     inputs = (".metric", ".x", ".size", ".attn", ".importance", ".cotangent", ".h")

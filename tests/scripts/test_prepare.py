@@ -556,6 +556,7 @@ def test_damaged_annotations_are_one_line_each(scripts, store):
                 assert "\n" not in str(error)
 
 
+@pytest.mark.nightly
 def test_an_annotation_that_ends_its_reader(scripts, store, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts["prepare_coco_stuff"], "loadmat", end_process)
     line = refused(scripts["prepare_coco_stuff"], tmp_path / "out", "--archive", coco_10k_zip(store))

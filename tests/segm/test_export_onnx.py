@@ -30,7 +30,7 @@ def maps_in(folder):
     return {file.name: cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in sorted(folder.glob("?.png"))}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_exported_run_predicts_and_scores_like_the_run(shapes_run, photographs, tmp_path, call, refused):
     merging = ["--patch-type", "graph", "--tokens", 0.5]
     out = call(export_onnx, shapes_run, *merging, *FEW)

@@ -14,7 +14,7 @@ from segm.model.decoder import LinearBN
 from segm.model.factory import create_segmenter
 from segm.model.masks import Prediction, SegViT, class_scores
 from segm.run import Run
-from tests.helpers import METHOD_OPTIONS, by_speed, different_images, with_parts
+from tests.helpers import METHOD_OPTIONS, by_speed, different_images, few_and_all, with_parts
 
 HEADS = {"last": {"name": "linear_bn"}, "three": {"name": "linear_bn", "n_blocks": 3}}
 HEADS |= {name: {"name": name} for name in ("setr_naive", "setr_pup", "setr_mla", "upernet", "segvit")}
@@ -143,14 +143,15 @@ def test_it_reads_blocks_before_the_last_norm(model):
         assert logits.shape == (2, 5, *size) and (labels == logits.argmax(1)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("methods", few_and_all())
 @torch.inference_mode()
-def test_every_method_gives_the_head_all_patches(model):
+def test_every_method_gives_the_head_all_patches(model, methods):
     images = different_images()
     plain = model(images)
     patch.apply(model, "graph", layers=[2], threshold=1.0)
     torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
     patch.remove(model)
-    for method, options in METHOD_OPTIONS.items():
+    for method, options in ((name, METHOD_OPTIONS[name]) for name in methods):
         with_parts(model.encoder, method)
         patch.apply(model, method, **options)
         together = model(images)

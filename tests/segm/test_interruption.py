@@ -100,7 +100,7 @@ def whole(forked, tmp_path_factory):
     return expected
 
 
-@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)], slow=[(0, 1), (2, 1)]))
+@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)], slow=[(2, 1)]))
 def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path, workers, kills):
     chance, folder = random.Random(kills), tmp_path / "run"
     for _ in range(kills):

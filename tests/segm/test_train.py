@@ -436,6 +436,7 @@ def together(forked, n_processes, command, *arguments, output):
     return out
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("everywhere", by_speed([True, False], slow=[False]))
 def test_a_process_that_fails_ends_the_others_with_one_message(folder_data, tmp_path, everywhere):
     """A cut image is met by one process, a missing one by all: the message stands at the end of torchrun's, once."""

@@ -240,6 +240,7 @@ def test_a_batch_norm_sees_the_images_of_all_processes(tmp_path):
         torch.testing.assert_close(one["state"], dict(alone.state_dict()))
 
 
+@pytest.mark.nightly
 def test_a_request_arrives_once_in_all_processes_after_the_next_update(tmp_path):
     """It is asked for twice, as a checkpoint that is due is until it is written."""
     torch.multiprocessing.spawn(exchange_requests, (tmp_path,), nprocs=2)
