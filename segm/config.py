@@ -222,6 +222,9 @@ class Optim:
         "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
     clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
         "Gradients are scaled down to this norm.", default_text="none")
+    ema: float = setting(_number(0, 0.999999), "optimizer.ema",
+        "Average weights, which are evaluated and saved: the old average's share in each update, such as 0.9999.", 0.0,
+        frozen_on_resume=True, default_text="0, no average")
     freeze_encoder: bool = setting(FLAG, "optimizer.freeze_encoder", "Train the decoder alone.", False,
         flag="--freeze-encoder/--no-freeze-encoder", frozen_on_resume=True)
     train_only: str | None = setting(_name(METHOD), "optimizer.train_only",
@@ -243,8 +246,12 @@ class Schedule:
         "Learning rate at the start of the warm-up, × learning rate.", 1.0)
     batch_size: int = setting(SIZE, "world_batch_size dataset.batch_size algorithm.batch_size",
         "Images per update, over all processes.", default_from=DATA, frozen_on_resume=True)
+    accumulate: int = setting(SIZE, "algorithm.accumulate",
+        "Parts of a batch that gradients are summed over before an update, which save memory.", 1)
     epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
     eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
+    patience: int | None = setting(SIZE, "algorithm.patience",
+        "Evaluations without a better mIoU that end the training.", default_text="it goes on for all epochs")
     seed: int = setting(COUNT, "seed", "Seed of weights, order and augmentation.", 0)
     cache_features: int = setting(COUNT, "algorithm.cache_features",
         "With --freeze-encoder, versions of each image whose features are computed once; 0 computes them always.", 0,

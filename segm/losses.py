@@ -130,13 +130,16 @@ class Objective(nn.Module):
         self.outputs = outputs or model.training_outputs
         self.decoder_loss = DECODER_LOSSES.get(type(model.decoder))
 
-    def forward(self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Loss of a batch.
+    def forward(
+        self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor], share: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of a batch, or of a part of it: those of all parts add up.
 
         Args:
             images: (B, 3, H, W), normalized, or the features that `outputs` takes.
             labels: (B, H, W), int64; what is no class is ignored.
-            n_labelled: gives (), the labelled pixels of all processes.
+            n_labelled: gives (), the labelled pixels of all processes and parts.
+            share: of the images of the batch that are in this part.
 
         Returns:
             The loss (), and what the merging method adds to it, detached; None: nothing.
@@ -145,10 +148,10 @@ class Objective(nn.Module):
         if self.decoder_loss is None:
             loss = segmentation_loss(first, labels, n_labelled())
         else:
-            loss = self.decoder_loss(first, labels)
+            loss = share * self.decoder_loss(first, labels)
         for logits in auxiliary:
             loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels, n_labelled())
-        own = 0.0 if self.method_loss is None else self.method_loss(labels)
+        own = 0.0 if self.method_loss is None else share * self.method_loss(labels)
         if not isinstance(own, Tensor):
             return loss, None
         return loss + own, own.detach()

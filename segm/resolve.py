@@ -175,6 +175,11 @@ def _check_together(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"--scale-range {low:g} {high:g}: give the lower factor first")
     if settings["scheduler"] not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {settings['scheduler']!r}: choose one of {', '.join(SCHEDULERS)}")
+    if settings["batch_size"] % settings["accumulate"]:
+        size, parts = settings["batch_size"], settings["accumulate"]
+        raise ValueError(f"--accumulate {parts}: give a number that divides the batch size {size}")
+    if settings["patience"] is not None and settings["decoder"] == "eomt":
+        raise ValueError("--patience: eomt is evaluated as it will be at its end alone, so its mIoU says little before")
     warmup, epochs = settings["warmup_epochs"], settings["epochs"]
     if not 0 <= warmup < epochs:
         raise ValueError(f"warm-up of {warmup} epochs: give fewer than the {epochs} epochs of the training")

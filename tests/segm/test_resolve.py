@@ -21,6 +21,7 @@ EVERY = {
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
     "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "clip_grad": 1.5, "scale_range": (0.75, 1.5),
+    "accumulate": 2, "ema": 0.999, "patience": 5,
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -219,6 +220,8 @@ def test_missing_and_unknown_names_are_refused():
         (BASE | {"learning_rat": 1}, "did you mean learning_rate"),
         (BASE | {"threshold": 0.9}, "patch-type"),
         (BASE | {"warmup_epochs": 20}, "fewer than the 20"),
+        (BASE | {"batch_size": 4, "accumulate": 3}, "divides the batch size 4"),
+        (BASE | {"decoder": "eomt", "patience": 3}, "--patience"),
     ):
         with pytest.raises(ValueError, match=hint):
             resolve(given)
