@@ -85,6 +85,11 @@ def _has_classes(value: Any) -> bool:
     )
 
 
+def _has_weights(value: Any) -> bool:
+    """Return whether these are weights of classes, or a word that says where they come from."""
+    return isinstance(value, str) or (isinstance(value, list) and all(map(RATE.fits, value)))
+
+
 def _has_inventory(value: Any) -> bool:
     """Return whether this is split -> what `segm.data.inventory` records of it."""
     return isinstance(value, dict) and all(isinstance(name, str) and _has_split(found) for name, found in value.items())
@@ -118,11 +123,13 @@ def _pair_of(kind: Kind, words: str, many: int | str, alone: bool) -> Kind:
 
 SIZE, COUNT = _whole(1, 1 << 16), _whole(0, 1 << 31)  # pixels, channels, images; anything counted from 0
 LAYERS, CLASSES = _whole(1, 512), _whole(1, 255)
+LOSSES = ("cross_entropy", "focal", "dice")
 SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), click.BOOL)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SIDES = _pair_of(SIZE, "a whole number from 1, or two of them", "sides", alone=True)
 RANGE = _pair_of(_number(0, above=True), "two numbers above 0", 2, alone=False)
+WEIGHTS = Kind("auto, a file, or a list of numbers", _has_weights, click.STRING)
 CLASS_LIST = Kind("a list of {name, color: [r, g, b]}", _has_classes)
 INVENTORY = Kind("what a training records of its data", _has_inventory)
 
@@ -200,6 +207,8 @@ class Data:
         frozen_on_resume=True)
     scale_range: tuple[float, float] = setting(RANGE, "dataset.scale_range",
         "Training images are resized by a random factor in this range.", (0.5, 2.0), default_text="0.5 2.0")
+    flip: bool = setting(FLAG, "dataset.flip",
+        "Mirror half of the training images; not for classes that know left from right.", True, flag="--flip/--no-flip")
     num_workers: int | None = setting(COUNT, "dataset.num_workers",
         "Processes that read images, per training process.", default_text="cores / processes, at most 8")
     classes: Sequence[Mapping[str, Any]] | None = setting(CLASS_LIST, "dataset.classes")
@@ -220,6 +229,12 @@ class Optim:
         "Learning rate of the encoder, × learning rate.", 1.0, frozen_on_resume=True)
     layer_decay: float = setting(SHARE, "optimizer.layer_decay",
         "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
+    loss: str = setting(_name(), "algorithm.loss",
+        f"Loss of all pixels: one or several of {', '.join(LOSSES)}, with commas between them, which add up.",
+        "cross_entropy")
+    class_weights: str | Sequence[float] | None = setting(WEIGHTS, "algorithm.class_weights",
+        "Weights of the classes in cross-entropy and focal loss: auto, from the counts of their pixels, or a YAML file "
+        "with a list or with name: number.", default_text="1 each")
     clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
         "Gradients are scaled down to this norm.", default_text="none")
     ema: float = setting(_number(0, 0.999999), "optimizer.ema",

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import patch
 from segm import merging, parallel
 from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from segm.config import RunConfig
+from segm.config import WEIGHTS, RunConfig
 from segm.data import SegmentationDataset, create_dataset
 from segm.data.dataset import ignore_label, mix_seeds
 from segm.data.loader import create_loader
@@ -29,7 +29,7 @@ from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, DecoderOnly
 from segm.interruption import Interruption, SignalError
-from segm.losses import Objective
+from segm.losses import Objective, balanced_weights
 from segm.merging import PURE
 from segm.metrics import segmentation_scores
 from segm.model.segmenter import Segmenter, compile_blocks
@@ -38,6 +38,7 @@ from segm.precision import Precision, fast_float32, peak_memory, sum_dtype
 from segm.resolve import curriculum
 from segm.run import require_classes
 from segm.runlog import RunLog, run_lock
+from segm.storage import read_yaml
 
 logger = logging.getLogger(__name__)
 READ_EVERY = 10  # steps between readings of the loss: each one waits for the device
@@ -160,7 +161,9 @@ class Trainer:
         named = zip(self.train_set.classes, self.train_set.palette.tolist(), strict=True)
         classes = [{"id": index, "name": name, "color": color} for index, (name, color) in enumerate(named)]
         inventory = self._inspect() or config.data.inventory
-        return config.with_values(n_cls=self.train_set.n_cls, classes=classes, inventory=inventory)
+        weights = parallel.from_main(class_weights(config.optim.class_weights, self.train_set.classes, inventory))
+        found = {"n_cls": self.train_set.n_cls, "classes": classes, "inventory": inventory, "class_weights": weights}
+        return config.with_values(**found)
 
     def _inspect(self) -> dict[str, Any]:
         """Inspect the files in the main process; split -> what it holds."""
@@ -381,7 +384,12 @@ class Trainer:
     def _objective(self) -> Objective:
         head = None if self.features is None else DecoderOnly(self.model, self.train_set.crop_size)
         method_loss = None if self.method == PURE else partial(patch.loss, self.model)
-        return Objective(self.model, head and (lambda tokens: [head(tokens)]), method_loss)
+        optim, weight = self.config.optim, None
+        if optim.class_weights is not None:
+            weight = torch.tensor(optim.class_weights, device=self.device)
+        return Objective(
+            self.model, head and (lambda tokens: [head(tokens)]), method_loss, optim.loss.split(","), weight
+        )
 
     def _share(self) -> None:
         """Let several processes train together."""
@@ -608,12 +616,39 @@ def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[Segmentati
     """Training and validation split; the seed changes neither validation images nor versions with cached features."""
     data, schedule = config.data, config.schedule
     sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.net.normalization}
-    training = {"crop_size": data.crop_size, "ratios": data.scale_range}
+    training = {"crop_size": data.crop_size, "ratios": data.scale_range, "flip": data.flip}
     seed = 0 if schedule.cache_features else schedule.seed
     train_set = create_dataset(data.dataset, "train", seed=seed, **training, **sizes)
     val_set = create_dataset(data.dataset, "val", **sizes)
     train_set.skip_bad = val_set.skip_bad = skip_bad
     return train_set, val_set
+
+
+def class_weights(
+    given: str | Sequence[float] | None, classes: Sequence[str], inventory: Mapping[str, Any] | None
+) -> list[float] | None:
+    """The weight of every class in the loss; None: all are 1.
+
+    Args:
+        given: "auto", by `balanced_weights`; a YAML file with a list or with name: number; or the weights.
+        classes: names.
+        inventory: counts of the pixels, as `variant.yml` holds them.
+
+    Raises:
+        ValueError: no pixels were counted, or not one number from 0 for each class.
+    """
+    if given is None or not parallel.is_main():
+        return None
+    if given == "auto":
+        pixels = (inventory or {}).get("train", {}).get("pixels", {})
+        return balanced_weights([pixels.get(name, 0) for name in classes])
+    found: Any = read_yaml(Path(given)) if isinstance(given, str) else given
+    if isinstance(found, Mapping) and found.keys() == {*classes}:
+        found = [found[name] for name in classes]
+    if not isinstance(found, list) or not WEIGHTS.fits(found) or len(found) != len(classes) or not any(found):
+        text = f"--class-weights {brief(given)}: give a number from 0 for each of the {len(classes)} classes"
+        raise ValueError(f"{text}, {', '.join(classes)}, in a list or as name: number")
+    return [float(value) for value in found]
 
 
 def summary(entry: Mapping[str, Any], epochs: int) -> str:

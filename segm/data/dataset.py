@@ -70,6 +70,7 @@ class SegmentationDataset(Dataset):
         normalization: name, or mean and standard deviation.
         seed: of the augmentation.
         ratios: of the random resize in training, lowest and highest.
+        flip: whether half of the training images are mirrored.
 
     Attributes:
         skip_bad: whether an image that cannot be read is left out with a warning; it is refused otherwise.
@@ -97,13 +98,14 @@ class SegmentationDataset(Dataset):
         normalization: str | Normalization,
         seed: int,
         ratios: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
     ) -> None:
         get_normalization(normalization)
         self.skip_bad = False
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
-        self.normalization, self.seed, self.ratios = normalization, seed, ratios
+        self.normalization, self.seed, self.ratios, self.flip = normalization, seed, ratios, flip
 
     @property
     def n_cls(self) -> int:
@@ -195,7 +197,7 @@ class SegmentationDataset(Dataset):
         from segm.data.openmmlab import TrainTransform
 
         ignored = ignore_label(self.n_cls)
-        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios, ignored)
+        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios, ignored, self.flip)
 
     def _checked(self, index: int) -> int:
         """`index` as a plain int, negative ones counted from the end."""
@@ -237,7 +239,7 @@ def spread(number: int | None, total: int) -> list[int]:
 
 SETTINGS = (
     "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
-    "colors", "numbers", "value_range",
+    "flip", "colors", "numbers", "value_range",
 )  # fmt: skip
 
 

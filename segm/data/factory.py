@@ -39,6 +39,7 @@ def create_dataset(
     length: int | None = None,
     classes: str | Path | None = None,
     ratios: tuple[float, float] = (0.5, 2.0),
+    flip: bool = True,
     value_range: tuple[float, float] | None = None,
 ) -> SegmentationDataset:
     """One split of a data set.
@@ -55,6 +56,7 @@ def create_dataset(
         length: number of scenes (`shapes`).
         classes: path of the class list (`folder`).
         ratios: of the random resize in training, lowest and highest.
+        flip: whether half of the training images are mirrored.
         value_range: lowest and highest value of images that are not stored in 8 bits; None: see
             `segm.data.images.common_range`.
 
@@ -79,6 +81,7 @@ def create_dataset(
         "normalization": normalization,
         "seed": seed,
         "ratios": ratios,
+        "flip": flip,
     }
     if name == "shapes":
         from segm.data.shapes import ShapesDataset

@@ -45,6 +45,7 @@ class TrainTransform:
         normalization: name, or mean and standard deviation.
         ratios: of the random resize, lowest and highest.
         ignored: label of ignored pixels, and of those that are padded.
+        flip: whether half of the images are mirrored.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class TrainTransform:
         normalization: str | Normalization,
         ratios: tuple[float, float] = (0.5, 2.0),
         ignored: int = IGNORE_LABEL,
+        flip: bool = True,
     ) -> None:
         height, width = pair(crop_size)
         mean, std = (255 * np.array(v) for v in get_normalization(normalization))
         self.steps = (
             RandomResize(scale, ratio_range=ratios, resize_type=Resize, keep_ratio=True),
             RandomCrop((height, width), cat_max_ratio=0.75, ignore_index=ignored),
-            RandomFlip(prob=0.5),
+            RandomFlip(prob=0.5 if flip else 0.0),
             PhotoMetricDistortion(),
             Normalize(mean, std, to_rgb=True),
             Pad(size=(width, height), pad_val={"img": 0, "seg": ignored}),

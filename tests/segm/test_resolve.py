@@ -21,7 +21,7 @@ EVERY = {
     "im_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 16, "normalization": "deit",
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
     "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "clip_grad": 1.5, "scale_range": (0.75, 1.5),
-    "accumulate": 2, "ema": 0.999, "patience": 5,
+    "accumulate": 2, "ema": 0.999, "patience": 5, "loss": "cross_entropy,dice", "class_weights": "auto",
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -43,10 +43,12 @@ def options_of(config):
 def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back(tmp_path):
     words = {name: map(str, value) if isinstance(value, tuple) else [str(value)] for name, value in EVERY.items()}
     flags = [text for name, values in words.items() for text in ("--" + name.replace("_", "-"), *values)]
-    given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
+    given = train.main.make_context(
+        "train", ["--log-dir", "unused", "--amp", "--freeze-encoder", "--no-flip", *flags]
+    ).params
     given = {name: given[name] for name in SETTINGS if name in given}
     assert given.pop("train_only") is None and given.pop("decoder_blocks") is None
-    assert given == EVERY | {"amp": True, "freeze_encoder": True}
+    assert given == EVERY | {"amp": True, "freeze_encoder": True, "flip": False}
     assert set(given) | NO_FLAG | {"train_only", "decoder_blocks"} == set(SETTINGS)
     config = trained(make(given, GRAPH))
     config.write(tmp_path)
@@ -222,6 +224,11 @@ def test_missing_and_unknown_names_are_refused():
         (BASE | {"warmup_epochs": 20}, "fewer than the 20"),
         (BASE | {"batch_size": 4, "accumulate": 3}, "divides the batch size 4"),
         (BASE | {"decoder": "eomt", "patience": 3}, "--patience"),
+        (BASE | {"loss": "cross_entropy,nosuch"}, "cross_entropy, focal, dice"),
+        (BASE | {"loss": "dice,dice"}, "each once"),
+        (BASE | {"loss": "dice", "class_weights": "auto"}, "Dice counts"),
+        (BASE | {"decoder": "segvit", "class_weights": "auto"}, "segvit has a loss of its own"),
+        (BASE | {"decoder": "eomt", "loss": "focal"}, "eomt has a loss of its own"),
     ):
         with pytest.raises(ValueError, match=hint):
             resolve(given)

@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import patch
 from segm.checkpoint import load_checkpoint
+from segm.config import RunConfig
 from segm.data.loader import EpochSampler
 from segm.data.shapes import ShapesDataset
 from segm.losses import segmentation_loss
@@ -136,7 +137,7 @@ def test_waiting_for_data_is_told(create, monkeypatch):
 def test_images_of_a_loss_that_is_not_finite_are_named(create, monkeypatch):
     losses = []
 
-    def loss(logits, labels, n_labelled):
+    def loss(logits, labels, n_labelled, share, **settings):
         losses.append(segmentation_loss(logits, labels, n_labelled))
         return losses[-1] * (math.nan if len(losses) == 2 else 1)
 
@@ -182,6 +183,38 @@ def test_gradients_are_clipped(create):
         one.train_step(next(one.batches()))
         one.moved = sum((p - q).square().sum() for p, q in zip(one.model.parameters(), before, strict=True)).sqrt()
     assert clipped.moved <= 0.05 * 1.1e-3 < trainer.moved
+
+
+def test_weights_of_classes_are_recorded(create, tmp_path):
+    """They change what is learned, and a resumed run has them, whether its command names them again or not."""
+    file, settings = tmp_path / "weights.yml", {"loss": "cross_entropy,dice"}
+    file.write_text(str({name: index for index, name in enumerate(create("other").train_set.classes)}))
+    whole = create("whole", class_weights=str(file), **settings).fit()
+    assert whole.config.optim.class_weights == [float(index) for index in range(11)]
+    with pytest.raises(StoppedError):
+        stopping(create("cut", class_weights=str(file), **settings), 3).fit()
+    for again in ({}, {"class_weights": str(file)}):
+        config = resolve(again, RunConfig.read(tmp_path / "cut"), resume=True)
+        resumed = Trainer(config, tmp_path / "cut", device="cpu", resume=True)
+        assert resumed.config == whole.config
+    assert equal_weights(whole, resumed.fit())
+    weighted, plain = create("weighted", class_weights=str(file), **settings), create("plain", **settings)
+    batch = uneven(plain)
+    assert not torch.equal(weighted.train_step(batch), plain.train_step(batch))
+    for text in ("[1, 2]", "{sky: 1}", "sky", str([-1] * 11), str([0] * 11)):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="each of the 11 classes, sky, "):
+            create("wrong", class_weights=str(file))
+    with pytest.raises(ValueError, match="no pixel was counted"):
+        create("wrong", class_weights="auto")
+
+
+def test_weights_of_classes_come_from_their_pixels(create, folder_data, monkeypatch):
+    monkeypatch.setenv("DATASET", str(folder_data))
+    trainer = create(dataset="folder", class_weights="auto")
+    pixels = [*trainer.config.data.inventory["train"]["pixels"].values()]
+    expected = [sorted(pixels)[1] / count for count in pixels]
+    assert trainer.config.optim.class_weights == pytest.approx(expected)
 
 
 def test_averaged_weights_are_evaluated_and_saved(create):
