@@ -263,7 +263,7 @@ class Trainer:
 
     @property
     def _has_stopped(self) -> bool:
-        """Whether it ended before its last epoch, since mIoU does not rise."""
+        """Return whether it ended before its last epoch, since mIoU does not rise."""
         patience = self.config.schedule.patience
         return patience is not None and self.n_worse >= patience and not self._is_open
 
