@@ -45,7 +45,7 @@ class Kind:
         words: what a value is, for a message.
         fits: whether a value of a file is one.
         type: how the command line reads one; None: it has no flag.
-        many: how many values the flag takes; "sides": one, or height and width.
+        many: how many values the flag takes; "sides": one, or height and width; "several": one or more.
     """
 
     words: str
@@ -90,6 +90,11 @@ def _has_weights(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(map(RATE.fits, value)))
 
 
+def _has_bands(value: Any) -> bool:
+    """Return whether these are numbers of bands."""
+    return isinstance(value, list | tuple) and bool(value) and all(map(SIZE.fits, value))
+
+
 def _has_inventory(value: Any) -> bool:
     """Return whether this is split -> what `segm.data.inventory` records of it."""
     return isinstance(value, dict) and all(isinstance(name, str) and _has_split(found) for name, found in value.items())
@@ -128,6 +133,7 @@ SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), click.BOOL)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SIDES = _pair_of(SIZE, "a whole number from 1, or two of them", "sides", alone=True)
+BANDS = Kind("a list of whole numbers from 1", _has_bands, click.IntRange(1, 1 << 16), "several")
 RANGE = _pair_of(_number(0, above=True), "two numbers above 0", 2, alone=False)
 WEIGHTS = Kind("auto, a file, or a list of numbers", _has_weights, click.STRING)
 CLASS_LIST = Kind("a list of {name, color: [r, g, b]}", _has_classes)
@@ -181,6 +187,9 @@ class Net:
     distilled: bool = setting(FLAG, "net.distilled", default_from=BACKBONE)
     normalization: str = setting(_name("vit", "deit"), "net.normalization dataset.normalization",
         "Mean and std that pixels are normalized by.", default_from=BACKBONE)
+    bands: tuple[int, ...] | None = setting(BANDS, "net.bands dataset.bands",
+        "Bands of the pictures of folder, counted from 1, that are the channels of the network.", frozen_on_resume=True,
+        default_text="red, green and blue")
     dropout: float = setting(SHARE, "net.dropout", "Dropout in the encoder, share of the values.", 0.0)
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder, share of the residuals.",
         0.1, default_text="0.1; 0 with a frozen encoder")

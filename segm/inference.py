@@ -46,7 +46,9 @@ def main(
     photographs = _find_photographs(source)
     run = open_run(checkpoint, device=device, **how)
     damaged: list[str] = []
-    loader = read_ahead(Photographs(photographs, run.preprocessing), range(len(photographs)), workers, device)
+    loader = read_ahead(
+        Photographs(photographs, run.preprocessing, run.bands), range(len(photographs)), workers, device
+    )
     for item in tqdm(loader, desc="inference", unit="image", leave=False):
         if isinstance(item, str):
             damaged.append(item)
@@ -54,7 +56,7 @@ def main(
         photograph, (view,) = item
         labels = run.predict_preprocessed(view, photograph.image.shape[:2]).astype(label_type(run.n_cls))
         write_picture(target / f"{photograph.name}.png", labels)
-        picture = blend(photograph.image, colorize(labels, run.palette), opacity)
+        picture = blend(photograph.photo, colorize(labels, run.palette), opacity)
         write_picture(target / f"{photograph.name}_blend.jpg", picture)
     click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
     others = count_suffixes(file for file in source.iterdir() if not is_image(file) and not file.name.startswith("."))
@@ -67,12 +69,14 @@ def main(
 class Photographs(Dataset):
     """Photographs as `Item`s of one view; in place of one that is damaged, the message that says so."""
 
-    def __init__(self, files: Sequence[Path], preprocess: Callable[[np.ndarray], Tensor]) -> None:
-        self.files, self.preprocess = files, preprocess
+    def __init__(
+        self, files: Sequence[Path], preprocess: Callable[[np.ndarray], Tensor], bands: Sequence[int] | None = None
+    ) -> None:
+        self.files, self.preprocess, self.bands = files, preprocess, bands
 
     def __getitem__(self, index: int) -> Item | str:
         try:
-            image = read_image(self.files[index])
+            image = read_image(self.files[index], bands=self.bands)
         except ValueError as error:
             return str(error)
         return Item(Sample(self.files[index].stem, image, None), [self.preprocess(image)])

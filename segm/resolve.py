@@ -173,6 +173,8 @@ def _check_together(settings: Mapping[str, Any]) -> None:
     low, high = settings["scale_range"]
     if low > high:
         raise ValueError(f"--scale-range {low:g} {high:g}: give the lower factor first")
+    if settings["bands"] is not None and settings["dataset"] != "folder":
+        raise ValueError(f"--bands is for one's own pictures, --dataset folder, not for {settings['dataset']}")
     if settings["scheduler"] not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {settings['scheduler']!r}: choose one of {', '.join(SCHEDULERS)}")
     if settings["batch_size"] % settings["accumulate"]:

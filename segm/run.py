@@ -5,7 +5,7 @@ labels = run.predict("photo.jpg")
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -195,6 +195,11 @@ class Run:
         return self._recorded("normalization", self.config.net.normalization, "net_kwargs")
 
     @property
+    def bands(self) -> tuple[int, ...] | None:
+        """Bands of its images, counted from 1; None: red, green and blue."""
+        return self.config.net.bands
+
+    @property
     def image_size(self) -> int:
         """Shorter side of the images at evaluation, pixels."""
         return self._recorded("image_size", self.config.inference.eval_size or self.config.data.im_size)
@@ -242,7 +247,7 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: no such file, or no image.
         """
-        return self.preprocessing(_pixels(photo)).unsqueeze(0).to(self.device)
+        return self.preprocessing(_pixels(photo, self.bands)).unsqueeze(0).to(self.device)
 
     @property
     def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
@@ -256,7 +261,7 @@ class Run:
 
     def preprocess_resized(self, photo: Photo, size: Size | None = None) -> Tensor:
         """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
-        return resized_view(_pixels(photo), size or self.crop_size, self.normalization).to(self.device)
+        return resized_view(_pixels(photo, self.bands), size or self.crop_size, self.normalization).to(self.device)
 
     @overload
     def predict(self, photo: Photo) -> np.ndarray: ...
@@ -277,7 +282,7 @@ class Run:
         """
         if isinstance(photo, list | tuple):
             return [self.predict(one) for one in photo]
-        image = _pixels(photo)
+        image = _pixels(photo, self.bands)
         return self.predict_preprocessed(self.preprocessing(image), image.shape[:2])
 
     @torch.inference_mode()
@@ -306,7 +311,7 @@ class Run:
 
     def _open(self, name: str, split: str) -> SegmentationDataset:
         size = self.image_size if name == self.dataset else None
-        return create_dataset(name, split, image_size=size, normalization=self.normalization)
+        return create_dataset(name, split, image_size=size, normalization=self.normalization, bands=self.bands)
 
     def views(
         self, source: str | Path | None = None, n_images: int | None = None, *, split: str = "val", **options: Any
@@ -318,7 +323,7 @@ class Run:
             n_images, options: see `Views`.
         """
         samples: Samples = (
-            Photographs(source) if isinstance(source, Path) else self._open(source or self.dataset, split)
+            Photographs(source, self.bands) if isinstance(source, Path) else self._open(source or self.dataset, split)
         )
         return Views(samples, self.crop_size, self.normalization, n_images, device=self.device, **options)
 
@@ -388,11 +393,12 @@ def _preprocessed(image: np.ndarray, long: int, short: int, normalization: str) 
     return normalize(resize_keep_ratio(image, long, short), normalization)
 
 
-def _pixels(photo: Photo) -> np.ndarray:
-    """A photograph as (H, W, 3), uint8, RGB."""
+def _pixels(photo: Photo, bands: Sequence[int] | None) -> np.ndarray:
+    """A photograph as (H, W, 3), uint8, RGB; or its bands, (H, W, C)."""
     if isinstance(photo, str | Path):
-        return read_image(photo)
-    if not (isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3):
+        return read_image(photo, bands=bands)
+    n, kind = (3, "RGB") if bands is None else (len(bands), f"bands {', '.join(map(str, bands))}")
+    if not (isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == n):
         what = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
-        raise ValueError(f"a photograph is an array (H, W, 3), uint8, RGB, or a file, not {what}")
+        raise ValueError(f"a photograph is an array (H, W, {n}), uint8, {kind}, or a file, not {what}")
     return photo

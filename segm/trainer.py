@@ -615,7 +615,8 @@ class Trainer:
 def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split; the seed changes neither validation images nor versions with cached features."""
     data, schedule = config.data, config.schedule
-    sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.net.normalization}
+    net = config.net
+    sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": net.normalization, "bands": net.bands}
     training = {"crop_size": data.crop_size, "ratios": data.scale_range, "flip": data.flip}
     seed = 0 if schedule.cache_features else schedule.seed
     train_set = create_dataset(data.dataset, "train", seed=seed, **training, **sizes)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segm.data.images import Normalization, find_images, get_normalization, normalize, read_image, resize_keep_ratio
+from segm.data.images import (
+    Normalization,
+    as_photo,
+    find_images,
+    get_normalization,
+    normalize,
+    read_image,
+    resize_keep_ratio,
+)
 from segm.errors import one_line
 from segm.sizes import Size, pair
 
@@ -43,7 +51,7 @@ class Sample:
 
     Attributes:
         name: path of the image below the folder of its split, without suffix; "/" between folders.
-        image: uint8 RGB (H, W, 3).
+        image: uint8 RGB (H, W, 3), or the bands (H, W, C) that a data set is asked for.
         label: uint8 (H, W), 255 = ignored, or uint16, 65535 = ignored, of more than 255 classes; None if the split
             has no labels.
     """
@@ -51,6 +59,11 @@ class Sample:
     name: str
     image: np.ndarray
     label: np.ndarray | None
+
+    @property
+    def photo(self) -> np.ndarray:
+        """The image to look at: uint8 RGB (H, W, 3)."""
+        return as_photo(self.image)
 
 
 class SegmentationDataset(Dataset):
@@ -71,6 +84,7 @@ class SegmentationDataset(Dataset):
         seed: of the augmentation.
         ratios: of the random resize in training, lowest and highest.
         flip: whether half of the training images are mirrored.
+        bands: of the images, counted from 1, that are read; None: red, green and blue.
 
     Attributes:
         skip_bad: whether an image that cannot be read is left out with a warning; it is refused otherwise.
@@ -99,6 +113,7 @@ class SegmentationDataset(Dataset):
         seed: int,
         ratios: tuple[float, float] = (0.5, 2.0),
         flip: bool = True,
+        bands: Sequence[int] | None = None,
     ) -> None:
         get_normalization(normalization)
         self.skip_bad = False
@@ -106,11 +121,17 @@ class SegmentationDataset(Dataset):
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
         self.normalization, self.seed, self.ratios, self.flip = normalization, seed, ratios, flip
+        self.bands = bands
 
     @property
     def n_cls(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def n_bands(self) -> int:
+        """Channels of the images."""
+        return 3 if self.bands is None else len(self.bands)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -157,7 +178,7 @@ class SegmentationDataset(Dataset):
                 raise
             logger.warning("skipped: %s", one_line(error))
             label = torch.full(self.crop_size, ignore_label(self.n_cls))
-            return {"image": torch.zeros(3, *self.crop_size), "label": label, "skipped": torch.tensor(True)}
+            return {"image": torch.zeros(self.n_bands, *self.crop_size), "label": label, "skipped": torch.tensor(True)}
 
     def eval_item(self, index: int) -> Sample:
         """The sample at an index; with `skip_bad` an empty one without labels in place of one that cannot be read."""
@@ -167,7 +188,7 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise
             logger.warning("left out of the scores: %s", one_line(error))
-            return Sample(self.name_of(index), np.zeros((*self.crop_size, 3), np.uint8), None)
+            return Sample(self.name_of(index), np.zeros((*self.crop_size, self.n_bands), np.uint8), None)
 
     def _augmented(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         sample = self.load(index)
@@ -197,7 +218,9 @@ class SegmentationDataset(Dataset):
         from segm.data.openmmlab import TrainTransform
 
         ignored = ignore_label(self.n_cls)
-        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios, ignored, self.flip)
+        return TrainTransform(
+            self._scale, self.crop_size, self.normalization, self.ratios, ignored, self.flip, self.n_bands
+        )
 
     def _checked(self, index: int) -> int:
         """`index` as a plain int, negative ones counted from the end."""
@@ -210,12 +233,16 @@ class SegmentationDataset(Dataset):
 class Photographs:
     """A folder of photographs as a data set without classes and labels; `photographs[index]` is a `Sample`.
 
+    Args:
+        folder: with photographs, at any depth.
+        bands: see `segm.data.images.read_image`.
+
     Raises:
         FileNotFoundError: there is no such folder, or no photograph in it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, bands: Sequence[int] | None = None) -> None:
+        self.folder, self.bands = Path(folder), bands
         self.name = str(folder)
         self._files = find_images(self.folder)
         if not self._files:
@@ -226,7 +253,9 @@ class Photographs:
 
     def __getitem__(self, index: int) -> Sample:
         file = self._files[index]
-        return Sample(file.relative_to(self.folder).with_suffix("").as_posix(), read_image(file), None)
+        return Sample(
+            file.relative_to(self.folder).with_suffix("").as_posix(), read_image(file, bands=self.bands), None
+        )
 
 
 def spread(number: int | None, total: int) -> list[int]:
@@ -239,7 +268,7 @@ def spread(number: int | None, total: int) -> list[int]:
 
 SETTINGS = (
     "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
-    "flip", "colors", "numbers", "value_range",
+    "flip", "bands", "colors", "numbers", "value_range",
 )  # fmt: skip
 
 

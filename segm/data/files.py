@@ -69,7 +69,7 @@ class FileDataset(SegmentationDataset):
             ValueError: a file is damaged, or the label map does not fit.
         """
         path = self.paths(index)[0]
-        image = read_image(path, index not in self._complete, self.value_range)
+        image = read_image(path, index not in self._complete, self.value_range, self.bands)
         self._complete.add(index)
         return Sample(self._sample_name(path), image, self.label(index, image.shape[:2]))
 
@@ -79,7 +79,7 @@ class FileDataset(SegmentationDataset):
         of a few; None: all are stored in 8 bits."""
         if self._given_range is not None:
             return self._given_range
-        return common_range([self.paths(index)[0] for index in spread(N_LOOKED_AT, len(self))])
+        return common_range([self.paths(index)[0] for index in spread(N_LOOKED_AT, len(self))], self.bands)
 
     @cached_property
     def _masks(self) -> MaskReader:
@@ -125,7 +125,14 @@ def _numbers(files: BaseSegDataset, n_cls: int) -> tuple[dict[int, int] | None, 
     return getattr(files, "numbers", None), ignored
 
 
-def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[str], palette: np.ndarray) -> Sample:
+def read_sample(
+    image: Path,
+    label: Path | None,
+    dataset: str,
+    names: Sequence[str],
+    palette: np.ndarray,
+    bands: Sequence[int] | None = None,
+) -> Sample:
     """A photograph with its label map, read as the data set reads its own: ADE20K's 0 is ignored, the rest shifts.
 
     Args:
@@ -134,6 +141,7 @@ def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[s
         dataset: name of a data set.
         names: of its classes, for the user's own files.
         palette: likewise, uint8 RGB (C, 3).
+        bands: of the photograph; None: red, green and blue.
 
     Returns:
         A `Sample`, its label None if there is none.
@@ -151,7 +159,14 @@ def read_sample(image: Path, label: Path | None, dataset: str, names: Sequence[s
     info |= {"seg_fields": []} | ({} if label is None else {"seg_map_path": str(label)})
     files.load_data_list = lambda: [info]  # instead of everything that lies beside the photograph
     files.full_init()
-    settings = {"image_size": 1, "crop_size": 1, "resize_factor": 1, "normalization": "vit", "seed": 0}
+    settings: dict[str, Any] = {
+        "bands": bands,
+        "image_size": 1,
+        "crop_size": 1,
+        "resize_factor": 1,
+        "normalization": "vit",
+        "seed": 0,
+    }
     return FileDataset(files, dataset, "val", **settings).load(0)
 
 

@@ -14,6 +14,7 @@ BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
 CLASSES = [{"id": index, "name": name, "color": [0, 0, 0]} for index, name in enumerate("ab")]
 NO_FLAG = {"distilled", "decoder_layers", "decoder_drop_path", "n_cls", "image_size", "reduction", "classes"}
 NO_FLAG |= {"inventory", "eval_size", "method"}
+ABSENT = {"train_only", "decoder_blocks", "bands"}  # from the command of the first test
 EVERY = {
     "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
     "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
@@ -47,9 +48,9 @@ def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back(tmp_path)
         "train", ["--log-dir", "unused", "--amp", "--freeze-encoder", "--no-flip", *flags]
     ).params
     given = {name: given[name] for name in SETTINGS if name in given}
-    assert given.pop("train_only") is None and given.pop("decoder_blocks") is None
+    assert all(given.pop(name) is None for name in ABSENT)
     assert given == EVERY | {"amp": True, "freeze_encoder": True, "flip": False}
-    assert set(given) | NO_FLAG | {"train_only", "decoder_blocks"} == set(SETTINGS)
+    assert set(given) | NO_FLAG | ABSENT == set(SETTINGS)
     config = trained(make(given, GRAPH))
     config.write(tmp_path)
     again = RunConfig.read(tmp_path)
@@ -226,6 +227,7 @@ def test_missing_and_unknown_names_are_refused():
         (BASE | {"decoder": "eomt", "patience": 3}, "--patience"),
         (BASE | {"loss": "cross_entropy,nosuch"}, "cross_entropy, focal, dice"),
         (BASE | {"loss": "dice,dice"}, "each once"),
+        (BASE | {"bands": (1,)}, "folder, not for shapes"),
         (BASE | {"loss": "dice", "class_weights": "auto"}, "Dice counts"),
         (BASE | {"decoder": "segvit", "class_weights": "auto"}, "segvit has a loss of its own"),
         (BASE | {"decoder": "eomt", "loss": "focal"}, "eomt has a loss of its own"),
