@@ -259,13 +259,13 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Return whether nothing is left to do."""
-        return self.epoch >= self.config.schedule.epochs or self._has_stopped
+        return self._has_stopped or self.epoch >= self.config.schedule.epochs
 
     @property
     def _has_stopped(self) -> bool:
         """Return whether it ended before its last epoch, since mIoU does not rise."""
-        patience = self.config.schedule.patience
-        return patience is not None and self.n_worse >= patience and not self._is_open
+        patience, epochs = self.config.schedule.patience, self.config.schedule.epochs
+        return patience is not None and self.n_worse >= patience and not self._is_open and self.epoch < epochs
 
     def state_dict(self, losses: Tensor | None = None) -> dict[str, Any]:
         """Content of a checkpoint, in the format of Segmenter, from which `load` goes on.
@@ -355,11 +355,10 @@ class Trainer:
             if self.resume:
                 self.load(load_checkpoint(self.log_dir))
             if self.is_finished:
-                epochs, why = self.config.schedule.epochs, f"has ended early, after {self.epoch} epochs"
-                done, more = (
-                    (why, "--patience") if self._has_stopped else (f"has finished its {epochs} epochs", "--epochs")
-                )
-                self.say(f"{self.log_dir} {done}: give more {more} to go on")
+                how, more = f"has finished its {self.config.schedule.epochs} epochs", "--epochs"
+                if self._has_stopped:
+                    how, more = f"has ended early, after {self.epoch} epochs", "--patience"
+                self.say(f"{self.log_dir} {how}: give more {more} to go on")
                 return self
             if self.features is not None:
                 self.features.fill(self.model, self.device, self.precision.autocast, self._interruption, self.workers)

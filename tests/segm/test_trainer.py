@@ -219,7 +219,15 @@ def test_weights_of_classes_come_from_their_pixels(create, folder_data, monkeypa
 
 def test_averaged_weights_are_evaluated_and_saved(create):
     """They are the mean over updates, by hand; a training that is cut goes on with both kinds of weights."""
-    settings = {"ema": 0.5, "eval_freq": 1, "epochs": 3, "patch_type": "graph", "layers": [1], "threshold": 0.5}
+    settings = {
+        "ema": 0.5,
+        "accumulate": 2,
+        "eval_freq": 1,
+        "epochs": 3,
+        "patch_type": "graph",
+        "layers": [1],
+        "threshold": 0.5,
+    }
     settings |= {"start_thresh": 0.51, "curric_warmup": 1, "curric_period": 1}
     whole, expected = create("whole", **settings), None
     real, scored = whole.train_step, []
@@ -266,7 +274,9 @@ def test_a_training_without_progress_ends(create):
     assert "ended early, after 4 epochs: give more --patience" in said[-1]
     more = scoring(create(resume=True, **settings | {"patience": 3}), [4.5, 1.0, 4.6, 1.0, 1.0]).fit()
     assert (more.epoch, more.best) == (9, 4.6)
-    assert create(resume=True, epochs=9, eval_freq=1).fit().n_worse == 2
+    again = create(resume=True, **settings)
+    again.say = said.append
+    assert again.fit().n_worse == 2 and "has finished its 9 epochs" in said[-1]
 
 
 def updated(trainer, batch):
