@@ -86,7 +86,8 @@ def automatic_thresholds(
     encoder = run.model.encoder
     layers = layers or list(range(1, len(encoder.blocks) + 1))
     with patch.similarities(encoder, layers) as moments:
-        dataset = create_dataset(dataset_name or run.dataset, "train", normalization=run.normalization)
+        name = dataset_name or run.dataset
+        dataset = create_dataset(name, "train", normalization=run.normalization, bands=run.bands)
         mine = spread(max_images, len(dataset))[parallel.rank() :: parallel.world_size()]
         loader = DataLoader(dataset, batch_size=None, sampler=mine, collate_fn=as_is)
         for sample in tqdm(loader, desc="similarities", unit="image", leave=False, disable=not parallel.is_main()):

@@ -116,6 +116,13 @@ class Sides(Numbers):
         return short(sides[0] if len(sides) == 1 else sides) if sides else None
 
 
+class Several(Numbers):
+    """An option that takes one or more numbers; a tuple, or None where it is not given."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        return super().type_cast_value(ctx, [value] if isinstance(value, int | str) else value) or None
+
+
 class Command(click.Command):
     """A command whose wrong input ends in one line and a status other than 0, and whose help has headings.
 
@@ -327,7 +334,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if about["help"]:
             flag = about.get("flag", "--" + name.replace("_", "-"))
             text = f"{about['help']}  [default: {_default_text(about)}]"
-            how: dict[str, Any] = {"cls": Sides} if kind.many == "sides" else {"nargs": kind.many}
+            kinds = {"sides": Sides, "several": Several}
+            how: dict[str, Any] = {"cls": kinds[kind.many]} if kind.many in kinds else {"nargs": kind.many}
             command = click.option(flag, type=kind.type, default=None, help=text, **how)(command)
     return command
 

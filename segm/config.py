@@ -48,7 +48,7 @@ class Kind:
         words: what a value is, for a message.
         fits: whether a value of a file is one.
         type: how the command line reads one; None: it has no flag.
-        many: how many values the flag takes; "sides": one, or height and width.
+        many: how many values the flag takes; "sides": one, or height and width; "several": one or more.
     """
 
     words: str
@@ -88,6 +88,16 @@ def _has_classes(value: Any) -> bool:
     )
 
 
+def _has_weights(value: Any) -> bool:
+    """Return whether these are weights of classes, or a word that says where they come from."""
+    return isinstance(value, str) or (isinstance(value, list) and all(map(RATE.fits, value)))
+
+
+def _has_bands(value: Any) -> bool:
+    """Return whether these are numbers of bands."""
+    return isinstance(value, list | tuple) and bool(value) and all(map(SIZE.fits, value))
+
+
 def _has_inventory(value: Any) -> bool:
     """Return whether this is split -> what `segm.data.inventory` records of it."""
     return isinstance(value, dict) and all(isinstance(name, str) and _has_split(found) for name, found in value.items())
@@ -121,14 +131,17 @@ def _several(kind: Kind, words: str, count: int, alone: bool = False) -> Kind:
 
 SIZE, COUNT = _whole(1, 1 << 16), _whole(0, 1 << 31)  # pixels, channels, images; anything counted from 0
 LAYERS, CLASSES = _whole(1, 512), _whole(1, 65535)
+LOSSES = ("cross_entropy", "focal", "dice")
 SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), click.BOOL)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 FACTOR = _number(0, above=True)
 SIDES = _several(SIZE, "a whole number from 1, or two of them", 2, alone=True)
+BANDS = Kind("a list of whole numbers from 1", _has_bands, click.IntRange(1, 1 << 16), "several")
 RANGE = _several(FACTOR, "two numbers above 0", 2)
 VALUES = _several(_number(-1e15), "two numbers, the lowest and the highest", 2)
 MEAN, STD = _several(SHARE, "three numbers from 0 to 1", 3), _several(FACTOR, "three numbers above 0", 3)
+WEIGHTS = Kind("auto, a file, or a list of numbers", _has_weights, click.STRING)
 CLASS_LIST = Kind("a list of {name, color: [r, g, b]}", _has_classes)
 INVENTORY = Kind("what a training records of its data", _has_inventory)
 
@@ -185,6 +198,9 @@ class Net:
         "Mean of red, green and blue, pixels from 0 to 1, in place of that of --normalization.", default_from=BACKBONE)
     std: tuple[float, float, float] | None = setting(STD, "net.std",
         "Standard deviation of red, green and blue, likewise.", default_from=BACKBONE)
+    bands: tuple[int, ...] | None = setting(BANDS, "net.bands dataset.bands",
+        "Bands of the pictures of folder, counted from 1, that are the channels of the network.", frozen_on_resume=True,
+        default_text="red, green and blue")
     dropout: float = setting(SHARE, "net.dropout", "Dropout in the encoder, share of the values.", 0.0)
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder, share of the residuals.",
         0.1, default_text="0.1; 0 with a frozen encoder")
@@ -214,6 +230,8 @@ class Data:
     value_range: tuple[float, float] | None = setting(VALUES, "dataset.value_range",
         "Lowest and highest value of images that are not stored in 8 bits.", frozen_on_resume=True,
         default_text="judged by a few of the training images")
+    flip: bool = setting(FLAG, "dataset.flip",
+        "Mirror half of the training images; not for classes that know left from right.", True, flag="--flip/--no-flip")
     num_workers: int | None = setting(COUNT, "dataset.num_workers",
         "Processes that read images, per training process.", default_text="cores / processes, at most 8")
     classes: Sequence[Mapping[str, Any]] | None = setting(CLASS_LIST, "dataset.classes")
@@ -234,8 +252,17 @@ class Optim:
         "Learning rate of the encoder, × learning rate.", 1.0, frozen_on_resume=True)
     layer_decay: float = setting(_number(0, 1, above=True), "optimizer.layer_decay",
         "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
+    loss: str = setting(_name(), "algorithm.loss",
+        f"Loss of all pixels: one or several of {', '.join(LOSSES)}, with commas between them, which add up.",
+        "cross_entropy")
+    class_weights: str | Sequence[float] | None = setting(WEIGHTS, "algorithm.class_weights",
+        "Weights of the classes in cross-entropy and focal loss: auto, from the counts of their pixels, or a YAML file "
+        "with a list or with name: number.", default_text="1 each")
     clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
         "Gradients are scaled down to this norm.", default_text="none")
+    ema: float = setting(_number(0, 0.999999), "optimizer.ema",
+        "Average weights, which are evaluated and saved: the old average's share in each update, such as 0.9999.", 0.0,
+        frozen_on_resume=True, default_text="0, no average")
     freeze_encoder: bool = setting(FLAG, "optimizer.freeze_encoder", "Train the decoder alone.", False,
         flag="--freeze-encoder/--no-freeze-encoder", frozen_on_resume=True)
     train_only: str | None = setting(_name(METHOD), "optimizer.train_only",
@@ -258,8 +285,12 @@ class Schedule:
         "Learning rate at the start of the warm-up, × learning rate.", 1.0)
     batch_size: int = setting(SIZE, "world_batch_size dataset.batch_size algorithm.batch_size",
         "Images per update, over all processes.", default_from=DATA, frozen_on_resume=True)
+    accumulate: int = setting(SIZE, "algorithm.accumulate",
+        "Parts of a batch that gradients are summed over before an update, which save memory.", 1)
     epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
     eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
+    patience: int | None = setting(SIZE, "algorithm.patience",
+        "Evaluations without a better mIoU that end the training.", default_text="it goes on for all epochs")
     seed: int = setting(COUNT, "seed", "Seed of weights, order and augmentation.", 0)
     cache_features: int = setting(COUNT, "algorithm.cache_features",
         "With --freeze-encoder, versions of each image whose features are computed once; 0 computes them always.", 0,

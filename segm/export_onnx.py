@@ -124,7 +124,8 @@ def main(
         runs |= {name: replace(run, model=model) for name, model in models.items()}
         for row in tqdm(rows, desc="scores", unit="model", leave=False):
             row["mean_iou"] = runs[row["name"]].evaluate(dataset=images, n_images=max_images)["mean_iou"]
-    click.echo(f"{out}: ONNX, opset {opset}, images {batch_size or 'B'} × 3 × {' × '.join(map(str, run.windows.size))}")
+    sides = " × ".join(map(str, (3 if run.bands is None else len(run.bands), *run.windows.size)))
+    click.echo(f"{out}: ONNX, opset {opset}, images {batch_size or 'B'} × {sides}")
     click.echo(markdown(columns, rows))
     agreement = next(row["agreement"] for row in rows if row["name"] in files)
     if agreement < AGREEMENT:
@@ -249,7 +250,8 @@ def convert(
 
 
 def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None, opset: int) -> torch.onnx.ONNXProgram:
-    images = torch.zeros(batch_size or 2, 3, *size)  # of one image alone, the number would count as fixed
+    n_bands = graph.model.encoder.patch_embed.proj.in_channels
+    images = torch.zeros(batch_size or 2, n_bands, *size)  # of one image alone, the number would count as fixed
     shapes = None if batch_size else {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}

@@ -49,7 +49,7 @@ def main(
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder: give one with photographs")
     run = open_run(checkpoint, device=device, **how)
-    photographs = Photographs(source, run.config.data.value_range)
+    photographs = Photographs(source, run.config.data.value_range, run.bands)
     _check_names(photographs)
     damaged: list[str] = []
     loader = read_ahead(Items(photographs, run.preprocessing), range(len(photographs)), workers, device)
@@ -60,7 +60,7 @@ def main(
         photograph, (view,) = item
         labels = run.predict_preprocessed(view, photograph.image.shape[:2]).astype(label_type(run.n_cls))
         write_picture(target / f"{photograph.name}.png", labels)
-        picture = blend(photograph.image, colorize(labels, run.palette), opacity)
+        picture = blend(photograph.photo, colorize(labels, run.palette), opacity)
         write_picture(target / f"{photograph.name}_blend.jpg", picture)
     click.echo(f"{len(photographs) - len(damaged)} photographs segmented, written to {target}")
     if others := count_suffixes({*files_below(source)} - {*photographs.files}):

@@ -1,7 +1,7 @@
 """Losses of a Segmenter: cross-entropy, and the losses of decoders that predict masks."""
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,24 +16,87 @@ from segm.model.segmenter import Segmenter
 from segm.model.upsample import upsample
 
 ABSENT_WEIGHT = 0.1  # of the class "not in this image"
-FOCAL_WEIGHT = 20.0
+FOCAL_WEIGHT, FOCAL_GAMMA = 20.0, 2.0
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, n_labelled: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the labelled pixels; a batch without any gives 0 instead of NaN.
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    n_labelled: Tensor | None = None,
+    share: float = 1.0,
+    *,
+    parts: Collection[str] = ("cross_entropy",),
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The sum of some losses; a batch without labelled pixels gives 0 instead of NaN.
 
-    With several processes, the mean of their losses is that over the labelled pixels of all.
+    Cross-entropy and focal loss are means over the labelled pixels, Dice is one over images. With several processes,
+    the mean of their losses is that over the pixels and images of all.
 
     Args:
         logits: (B, C, H, W).
         labels: (B, H, W), int64; what is no class is ignored.
-        n_labelled: (), the labelled pixels of all processes; None: they are counted.
+        n_labelled: (), the labelled pixels of all processes and parts of a batch; None: they are counted.
+        share: of the images of the batch that these are.
+        parts: one or several of `segm.config.LOSSES`.
+        weight: (C,), what the loss of a pixel is multiplied by, by its class; None: 1.
     """
-    ignored = ignore_label(logits.shape[1])
-    total = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
+    logits, ignored = logits.float(), ignore_label(logits.shape[1])
     if n_labelled is None:
         n_labelled = parallel.all_reduce_sum((labels != ignored).sum())
-    return total * parallel.world_size() / n_labelled.clamp(min=1)
+    total = logits.new_zeros(())
+    if "cross_entropy" in parts:
+        total = total + F.cross_entropy(logits, labels, weight, ignore_index=ignored, reduction="sum")
+    if "focal" in parts:
+        total = total + _focal(logits, labels, ignored, weight)
+    total = total * parallel.world_size() / n_labelled.clamp(min=1)
+    return total + share * _dice(logits, labels).mean() if "dice" in parts else total
+
+
+def _focal(logits: Tensor, labels: Tensor, ignored: int, weight: Tensor | None) -> Tensor:
+    """(1 - p)^γ · cross-entropy with γ = 2, summed over pixels; p: softmax of the true class (Lin et al., 2017).
+
+    That of mmsegmentation wants compiled operators, and without them takes one class alone.
+    """
+    one = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
+    one = (1 - (-one).exp()) ** FOCAL_GAMMA * one
+    return (one if weight is None else one * weight[labels.where(labels != ignored, 0)]).sum()
+
+
+def _dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - Dice coefficient of every image, its mean over the classes in it (Milletari et al., 2016): (B,).
+
+    That of mmsegmentation counts what is predicted where nothing is labelled. No one-hot masks are made.
+    """
+    n_cls = logits.shape[1]
+    labelled = (labels < n_cls).flatten(1)
+    index = labels.flatten(1).where(labelled, 0)
+    probability = logits.softmax(1).flatten(2) * labelled.unsqueeze(1)
+    true = probability.gather(1, index.unsqueeze(1))[:, 0]  # (B, H·W), 0 where nothing is labelled
+    zeros = true.new_zeros(len(logits), n_cls)
+    overlap, size = zeros.scatter_add(1, index, true), zeros.scatter_add(1, index, labelled.to(true))
+    present = size > 0
+    dice = 2 * overlap / (probability.sum(2) + size).where(present, 1)
+    return ((1 - dice) * present).sum(1) / present.sum(1).clamp(min=1)
+
+
+def balanced_weights(pixels: Sequence[int]) -> list[float]:
+    """Weights of classes by median frequency balancing: median frequency / frequency (Eigen and Fergus, 2015).
+
+    The frequency is the share of all labelled pixels that were counted, where the publication takes those of the images
+    with the class. A class without a pixel gets the highest weight of the others.
+
+    Args:
+        pixels: of every class.
+
+    Raises:
+        ValueError: there is no pixel.
+    """
+    counts = torch.tensor(pixels, dtype=torch.float64)
+    if not counts.any():
+        raise ValueError("--class-weights auto: no pixel was counted; name a file with the weights")
+    weights = counts[counts > 0].quantile(0.5) / counts
+    return weights.where(counts > 0, weights[counts > 0].max()).tolist()
 
 
 def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
@@ -117,6 +180,7 @@ class Objective(nn.Module):
         outputs: from images to logits (B, C, H, W) or what the decoder's own loss takes, then the logits of auxiliary
             heads; None: `Segmenter.training_outputs`.
         method_loss: from labels to what a merging method adds to the loss, a tensor or 0.0; None: no method.
+        parts, weight: see `segmentation_loss`.
     """
 
     def __init__(
@@ -124,31 +188,37 @@ class Objective(nn.Module):
         model: Segmenter,
         outputs: Callable[[Tensor], list[Any]] | None = None,
         method_loss: Callable[[Tensor], Tensor | float] | None = None,
+        parts: Collection[str] = ("cross_entropy",),
+        weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model, self.method_loss = model, method_loss
         self.outputs = outputs or model.training_outputs
+        self.pixel_loss = partial(segmentation_loss, parts=parts, weight=weight)
         self.decoder_loss = DECODER_LOSSES.get(type(model.decoder))
 
-    def forward(self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Loss of a batch.
+    def forward(
+        self, images: Tensor, labels: Tensor, n_labelled: Callable[[], Tensor], share: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of a batch, or of a part of it: those of all parts add up.
 
         Args:
             images: (B, 3, H, W), normalized, or the features that `outputs` takes.
             labels: (B, H, W), int64; what is no class is ignored.
-            n_labelled: gives (), the labelled pixels of all processes.
+            n_labelled: gives (), the labelled pixels of all processes and parts.
+            share: of the images of the batch that are in this part.
 
         Returns:
             The loss (), and what the merging method adds to it, detached; None: nothing.
         """
         first, *auxiliary = self.outputs(images)
         if self.decoder_loss is None:
-            loss = segmentation_loss(first, labels, n_labelled())
+            loss = self.pixel_loss(first, labels, n_labelled(), share)
         else:
-            loss = self.decoder_loss(first, labels)
+            loss = share * self.decoder_loss(first, labels)
         for logits in auxiliary:
-            loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels, n_labelled())
-        own = 0.0 if self.method_loss is None else self.method_loss(labels)
+            loss = loss + AUXILIARY_WEIGHT * self.pixel_loss(logits, labels, n_labelled(), share)
+        own = 0.0 if self.method_loss is None else share * self.method_loss(labels)
         if not isinstance(own, Tensor):
             return loss, None
         return loss + own, own.detach()

@@ -214,7 +214,7 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
             sample = dataset[index]
             model.grid_logits(run.preprocess_resized(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
-            photo = resize_to(sample.image, run.crop_size)
+            photo = resize_to(sample.photo, run.crop_size)
             images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
     threshold = run.options.get("threshold")
     threshold = float(threshold) if isinstance(threshold, int | float) else THRESHOLD
@@ -248,7 +248,7 @@ def picture_blocks(
     seen: set[int] = set()
     for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
         sample = dataset[index]
-        photo = resize_to(sample.image, runs[0].crop_size)
+        photo = resize_to(sample.photo, runs[0].crop_size)
         truth = np.full(sample.image.shape[:2], IGNORE_LABEL, np.uint8) if sample.label is None else sample.label
         truth = cv2.resize(truth, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         pairs = [(page.picture(photo, "input"), page.label_picture(truth, dataset.palette, "truth"))]
@@ -257,7 +257,7 @@ def picture_blocks(
             labels = run.model.predict(run.preprocess_resized(sample.image))[0].cpu().numpy()
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
-            pairs.append((token_picture(run, sample.image), predicted))
+            pairs.append((token_picture(run, sample.photo), predicted))
         blocks.append((sample.name, pairs))
     classes = sorted(label for label in seen if label < dataset.n_cls)
     return blocks, [dataset.classes[i] for i in classes], np.asarray(dataset.palette)[classes]

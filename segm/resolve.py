@@ -1,6 +1,6 @@
 """From what a user gives, and the run that it starts from, to a complete and checked `RunConfig`; pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +9,7 @@ import timm
 
 import patch
 from segm import merging
-from segm.config import BACKBONE, CURRICULUM, DATA, SCHEDULERS, SETTINGS, Merging, Net, RunConfig, load_config
+from segm.config import BACKBONE, CURRICULUM, DATA, LOSSES, SCHEDULERS, SETTINGS, Merging, Net, RunConfig, load_config
 from segm.data.factory import dataset_defaults
 from segm.data.images import name_of_normalization
 from segm.merging import PURE
@@ -196,11 +196,29 @@ def _check_together(settings: Mapping[str, Any]) -> None:
         )
     if settings["value_range"] is not None and settings["value_range"][0] >= settings["value_range"][1]:
         raise ValueError("--value-range: give the lower value first")
+    if settings["bands"] is not None and settings["dataset"] != "folder":
+        raise ValueError(f"--bands is for one's own pictures, --dataset folder, not for {settings['dataset']}")
     if settings["scheduler"] not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {settings['scheduler']!r}: choose one of {', '.join(SCHEDULERS)}")
+    if settings["batch_size"] % settings["accumulate"]:
+        size, parts = settings["batch_size"], settings["accumulate"]
+        raise ValueError(f"--accumulate {parts}: give a number that divides the batch size {size}")
+    if settings["patience"] is not None and settings["decoder"] == "eomt":
+        raise ValueError("--patience: eomt is evaluated as it will be at its end alone, so its mIoU says little before")
+    _check_loss(settings["loss"].split(","), settings["class_weights"], settings["decoder"])
     warmup, epochs = settings["warmup_epochs"], settings["epochs"]
     if not 0 <= warmup < epochs:
         raise ValueError(f"warm-up of {warmup} epochs: give fewer than the {epochs} epochs of the training")
+
+
+def _check_loss(parts: Sequence[str], weights: object, decoder: str) -> None:
+    """Raise a ValueError for losses that there are not, and for settings of a loss that the decoder does not have."""
+    if not set(parts) <= {*LOSSES} or len({*parts}) < len(parts):
+        raise ValueError(f"--loss {','.join(parts)}: choose from {', '.join(LOSSES)}, each once")
+    if decoder in ("segvit", "eomt") and (parts != ["cross_entropy"] or weights is not None):
+        raise ValueError(f"--loss, --class-weights: the decoder {decoder} has a loss of its own")
+    if weights is not None and parts == ["dice"]:
+        raise ValueError("--class-weights: Dice counts all classes alike; add another --loss, such as cross_entropy")
 
 
 def _with_decoder(config: RunConfig, base: RunConfig, given: Mapping[str, Any]) -> RunConfig:

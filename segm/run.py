@@ -5,7 +5,7 @@ labels = run.predict("photo.jpg")
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -213,6 +213,11 @@ class Run:
         return self._recorded("normalization", self.config.normalization, "net_kwargs")
 
     @property
+    def bands(self) -> tuple[int, ...] | None:
+        """Bands of its images, counted from 1; None: red, green and blue."""
+        return self.config.net.bands
+
+    @property
     def image_size(self) -> int:
         """Shorter side of the images at evaluation, pixels."""
         return self._recorded("image_size", self.config.inference.eval_size or self.config.data.im_size)
@@ -275,7 +280,7 @@ class Run:
         return partial(_preprocessed, long=factor * short, short=short, normalization=self.normalization)
 
     def _pixels(self, photo: Photo) -> np.ndarray:
-        return _pixels(photo, self.config.data.value_range)
+        return _pixels(photo, self.config.data.value_range, self.bands)
 
     def preprocess_resized(self, photo: Photo, size: Size | None = None) -> Tensor:
         """A photograph as the measuring commands feed it: (1, 3, H, W), ratio not kept; None: the crop size."""
@@ -330,7 +335,8 @@ class Run:
     def _open(self, name: str, split: str) -> SegmentationDataset:
         size = self.image_size if name == self.dataset else None
         values = self.config.data.value_range if name == self.dataset else None
-        dataset = create_dataset(name, split, image_size=size, normalization=self.normalization, value_range=values)
+        how = {"normalization": self.normalization, "value_range": values, "bands": self.bands}
+        dataset = create_dataset(name, split, image_size=size, **how)
         dataset.original = self.scale == ORIGINAL
         return dataset
 
@@ -344,7 +350,7 @@ class Run:
             n_images, options: see `Views`.
         """
         samples: Samples = (
-            Photographs(source, self.config.data.value_range)
+            Photographs(source, self.config.data.value_range, self.bands)
             if isinstance(source, Path)
             else self._open(source or self.dataset, split)
         )
@@ -424,12 +430,13 @@ def _preprocessed(image: np.ndarray, long: int, short: int, normalization: str |
     return normalize(resize_keep_ratio(image, long, short), normalization)
 
 
-def _pixels(photo: Photo, value_range: tuple[float, float] | None = None) -> np.ndarray:
-    """A photograph as (H, W, 3), uint8, RGB."""
+def _pixels(photo: Photo, value_range: tuple[float, float] | None, bands: Sequence[int] | None) -> np.ndarray:
+    """A photograph as (H, W, 3), uint8, RGB; or its bands, (H, W, C)."""
     if isinstance(photo, str | Path):
-        return read_image(photo, value_range=value_range)
-    fits = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+        return read_image(photo, value_range=value_range, bands=bands)
+    n, kind = (3, "RGB") if bands is None else (len(bands), f"bands {', '.join(map(str, bands))}")
+    fits = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == n
     if not (fits and photo.size):
         what = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
-        raise ValueError(f"a photograph is an array (H, W, 3), uint8, RGB, or a file, not {what}")
+        raise ValueError(f"a photograph is an array (H, W, {n}), uint8, {kind}, or a file, not {what}")
     return photo

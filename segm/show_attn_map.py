@@ -91,10 +91,10 @@ def main(
     model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.files import read_sample  # imports mmseg
 
-    listed = cmap if cmap in LISTS else run.dataset
-    sample = read_sample(image, ground_truth, listed, names, palette, run.config.data.value_range)
+    listed, values = cmap if cmap in LISTS else run.dataset, run.config.data.value_range
+    sample = read_sample(image, ground_truth, listed, names, palette, values, run.bands)
     size = pair(image_size or run.crop_size)
-    photo, view = resize_to(sample.image, size), run.preprocess_resized(sample.image, size)
+    photo, view = resize_to(sample.photo, size), run.preprocess_resized(sample.image, size)
     grid = model.grid(size)
 
     part = "encoder" if enc else "decoder"

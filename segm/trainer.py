@@ -3,39 +3,42 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import patch
 from segm import merging, parallel
 from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from segm.config import RunConfig
+from segm.config import WEIGHTS, RunConfig
 from segm.data import SegmentationDataset, create_dataset, fingerprint
-from segm.data.dataset import IGNORE_LABEL, mix_seeds
+from segm.data.dataset import ignore_label, mix_seeds
 from segm.data.loader import create_loader
 from segm.errors import brief, one_line
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, DecoderOnly
 from segm.interruption import Interruption, SignalError
-from segm.losses import Objective
+from segm.losses import Objective, balanced_weights
 from segm.merging import PURE
 from segm.metrics import segmentation_scores
-from segm.model.segmenter import compile_blocks
+from segm.model.segmenter import Segmenter, compile_blocks
 from segm.optim import create_optimizer, create_scheduler, layer_scale
 from segm.precision import Precision, fast_float32, peak_memory, sum_dtype
 from segm.resolve import curriculum
 from segm.run import require_classes
 from segm.runlog import RunLog, run_lock
+from segm.storage import read_yaml
 
 logger = logging.getLogger(__name__)
 BYTES_PER_PIXEL = 3 * 4 + 8  # of an image in float32 and its labels in int64
@@ -81,6 +84,8 @@ class Trainer:
     Attributes:
         step: updates that are done.
         best: highest mIoU so far, percent; -1: none.
+        n_worse: evaluations since then.
+        averaged: the model with averaged weights; None: they are not averaged.
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: data or weights that are missing, damaged or do not fit.
@@ -113,6 +118,7 @@ class Trainer:
         torch.manual_seed(config.schedule.seed)
         self.model = merging.first_model(self.config, False if resume else weights, None if resume else finetune)
         merging.apply(self.model, self.method, options)
+        self.averaged = self._average()
         self._freeze()
         if compile:
             compile_blocks(chain(self.model.encoder.blocks, self.model.decoder.blocks))
@@ -136,7 +142,8 @@ class Trainer:
             warmup_epochs=config.schedule.warmup_epochs,
             start_factor=config.schedule.start_factor,
         )
-        self.step, self.best, self._is_open = 0, -1.0, False  # open: it has updates whose end is not recorded
+        self.step, self.best, self.n_worse = 0, -1.0, 0
+        self._is_open = False  # whether the epoch has updates whose end is not recorded
         self.losses = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)  # of this epoch: sum, number
         self.meter = Meter()
         self.objective: nn.Module = self._objective()
@@ -148,16 +155,18 @@ class Trainer:
 
     def _with_data(self, config: RunConfig) -> RunConfig:
         """The configuration with the classes of the data and what an inspection finds; pictures then need no files."""
-        if config.schedule.batch_size % parallel.world_size():
-            size, n_processes = config.schedule.batch_size, parallel.world_size()
-            raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes")
+        size, n_processes, n_parts = config.schedule.batch_size, parallel.world_size(), config.schedule.accumulate
+        if size % (n_processes * n_parts):
+            parts = f", times {n_parts} parts" if n_parts > 1 else ""
+            raise ValueError(f"--batch-size {size}: give a multiple of the {n_processes} processes{parts}")
         if self.resume:
             require_classes(config.class_names, self.train_set, str(self.log_dir))
         named = zip(self.train_set.classes, self.train_set.palette.tolist(), strict=True)
         classes = [{"id": index, "name": name, "color": color} for index, (name, color) in enumerate(named)]
         inventory = self._inspect() or config.data.inventory
-        found = {"n_cls": self.train_set.n_cls, "value_range": self.train_set.value_range}
-        return config.with_values(classes=classes, inventory=inventory, **found)
+        weights = parallel.from_main(class_weights(config.optim.class_weights, self.train_set.classes, inventory))
+        found = {"n_cls": self.train_set.n_cls, "classes": classes, "inventory": inventory, "class_weights": weights}
+        return config.with_values(value_range=self.train_set.value_range, **found)
 
     def _inspect(self) -> dict[str, Any]:
         """Inspect the files in the main process; split -> what it holds."""
@@ -172,6 +181,17 @@ class Trainer:
                 self.say("\n".join(inventory.lines()))
                 found[dataset.split] = inventory.record()
         return found
+
+    def _average(self) -> AveragedModel | None:
+        decay = self.config.optim.ema
+        if not decay:
+            return None
+        return AveragedModel(self.model, self.device, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def result(self) -> Segmenter:
+        """The model that is evaluated and saved: with averaged weights, where they are averaged."""
+        return self.model if self.averaged is None else cast(Segmenter, self.averaged.module)
 
     @property
     def _learned(self) -> list[nn.Parameter]:
@@ -242,7 +262,13 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Return whether nothing is left to do."""
-        return self.epoch >= self.config.schedule.epochs
+        return self._has_stopped or self.epoch >= self.config.schedule.epochs
+
+    @property
+    def _has_stopped(self) -> bool:
+        """Return whether it ended before its last epoch, since mIoU does not rise."""
+        patience, epochs = self.config.schedule.patience, self.config.schedule.epochs
+        return patience is not None and self.n_worse >= patience and not self._is_open and self.epoch < epochs
 
     def state_dict(self, losses: Tensor | None = None) -> dict[str, Any]:
         """Content of a checkpoint, in the format of Segmenter, from which `load` goes on.
@@ -251,7 +277,8 @@ class Trainer:
             losses: (processes, 2), sum and number of the losses of this epoch; None: it has not begun.
         """
         return {
-            "model": self.model.state_dict(),
+            "model": self.result.state_dict(),
+            **({} if self.averaged is None else {"trained": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
             "loss_scaler": self.precision.scaler.state_dict(),
@@ -260,6 +287,7 @@ class Trainer:
             "updates_per_epoch": self.steps_per_epoch,
             "losses": losses,
             "best_mean_iou": self.best,
+            "evaluations_since_best": self.n_worse,
             "n_cls": self.model.n_cls,
             "epochs": self.config.schedule.epochs,
             "images": self._images,
@@ -274,11 +302,16 @@ class Trainer:
         try:
             epoch, updates = checkpoint["epoch"] + 1, checkpoint.get("updates", 0)
             best, losses = checkpoint["best_mean_iou"], checkpoint.get("losses")
+            n_worse = checkpoint.get("evaluations_since_best", 0)
             fits = type(epoch) is int and epoch >= 0 and type(updates) is int and updates >= 0
+            fits &= type(n_worse) is int and n_worse >= 0
             fits &= not updates or (isinstance(losses, Tensor) and losses.shape[1:] == (2,))
             if not fits or type(best) not in (int, float) or not -1 <= best <= 100:
                 raise ValueError(f"it has epoch {brief(epoch - 1)}, updates {brief(updates)}, mIoU {brief(best)}")
-            self.model.load_state_dict(checkpoint["model"])
+            self.result.load_state_dict(checkpoint["model"])
+            if self.averaged is not None:
+                self.model.load_state_dict(checkpoint["trained"])
+                self.averaged.n_averaged.fill_(1)  # 0 would begin a new average
             self._load_optimizer(checkpoint["optimizer"])
             if self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(checkpoint["loss_scaler"])
@@ -286,7 +319,8 @@ class Trainer:
             if updates and (checkpoint["updates_per_epoch"], len(losses)) != shares:
                 logger.warning("epoch %d begins anew: %d updates of it had other batches", epoch + 1, updates)
                 updates = 0
-            self.step, self.best, self._is_open = epoch * self.steps_per_epoch + updates, best, updates > 0
+            self.step, self._is_open = epoch * self.steps_per_epoch + updates, updates > 0
+            self.best, self.n_worse = best, n_worse
             if updates:
                 self.losses.copy_(losses[parallel.rank()])
             self._say_changes(checkpoint)
@@ -343,8 +377,10 @@ class Trainer:
             if self.resume:
                 self.load(load_checkpoint(self.log_dir))
             if self.is_finished:
-                epochs = self.config.schedule.epochs
-                self.say(f"{self.log_dir} has finished its {epochs} epochs: give more --epochs to go on")
+                how, more = f"has finished its {self.config.schedule.epochs} epochs", "--epochs"
+                if self._has_stopped:
+                    how, more = f"has ended early, after {self.epoch} epochs", "--patience"
+                self.say(f"{self.log_dir} {how}: give more {more} to go on")
                 return self
             if self.features is not None:
                 self.features.fill(self.model, self.device, self.precision.autocast, self._interruption, self.workers)
@@ -358,6 +394,8 @@ class Trainer:
                     self.train_step(batch)
                     self._save_if_asked()
                 self.end_epoch()
+            if self._has_stopped:
+                self.say(f"ended after epoch {self.epoch}: no better mIoU in {self.n_worse} evaluations (--patience)")
             if self.log is not None:
                 self.log.close()
             if self.features is not None and not self._keeps_features:
@@ -367,7 +405,12 @@ class Trainer:
     def _objective(self) -> Objective:
         head = None if self.features is None else DecoderOnly(self.model, self.train_set.crop_size)
         method_loss = None if self.method == PURE else partial(patch.loss, self.model)
-        return Objective(self.model, head and (lambda tokens: [head(tokens)]), method_loss)
+        optim, weight = self.config.optim, None
+        if optim.class_weights is not None:
+            weight = torch.tensor(optim.class_weights, device=self.device)
+        return Objective(
+            self.model, head and (lambda tokens: [head(tokens)]), method_loss, optim.loss.split(","), weight
+        )
 
     def _share(self) -> None:
         """Let several processes train together."""
@@ -382,7 +425,8 @@ class Trainer:
         """Set what belongs to the epoch under way, wherever in it the training goes on."""
         self.loader.sampler.epoch, self.loader.sampler.skip = self.epoch, self.epoch_step * self.loader.batch_size
         if self.curriculum is not None:
-            patch.set_threshold(self.model, self.curriculum.threshold(self.epoch))
+            for model in {self.model, self.result}:
+                patch.set_threshold(model, self.curriculum.threshold(self.epoch))
         self.scheduler.step(self.epoch)
         if self.epoch_step == self.steps_per_epoch:
             self.scheduler.step_update(self.step - 1)
@@ -412,22 +456,39 @@ class Trainer:
         """
         self.scheduler.step_update(self.step)
         torch.manual_seed(mix_seeds(self.config.schedule.seed, self.step, parallel.rank()))  # for dropout and the like
-        images = batch["image"].to(self.device, non_blocking=True)
-        labels = batch["label"].to(self.device, non_blocking=True)
-        n_labelled = parallel.begin_sum((labels != IGNORE_LABEL).sum())
-        with self.precision.autocast():
-            loss, of_method = self.objective(images, labels, n_labelled)
-        self._update(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
+        loss, of_method = self._backward(images, labels)
+        self._update()
         self.step, self._is_open = self.step + 1, True
         if self.model.has_queries:
             self.model.decoder.anneal(self.step / self.n_steps)
-        self._measure(batch, loss.detach(), of_method)
-        return loss.detach()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self._measure(batch, loss, of_method)
+        return loss
 
-    def _update(self, loss: Tensor) -> None:
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of a batch, part by part; processes share those of the last one, which are the sums of all.
+
+        Returns:
+            The loss (), and what the merging method adds to it; None: nothing.
+        """
+        n_labelled = parallel.begin_sum((labels != ignore_label(self.model.n_cls)).sum())
+        parts = [*zip(*(one.chunk(self.config.schedule.accumulate) for one in (images, labels)), strict=True)]
+        losses, of_method = [], []
+        for number, part in enumerate(parts, 1):
+            is_alone = number < len(parts) and isinstance(self.objective, DistributedDataParallel)
+            with self.objective.no_sync() if is_alone else nullcontext():
+                with self.precision.autocast():
+                    loss, own = self.objective(*part, n_labelled, len(part[0]) / len(images))
+                self.precision.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            of_method += [] if own is None else [own]
+        return torch.stack(losses).sum(), torch.stack(of_method).sum() if of_method else None
+
+    def _update(self) -> None:
         scaler, clip = self.precision.scaler, self.config.optim.clip_grad
-        self.optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
         if clip is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
@@ -478,10 +539,11 @@ class Trainer:
         if (epoch + 1) % frequency == 0 or epoch + 1 == epochs:
             self.save()
             entry |= {f"val_{key}": value for key, value in self.evaluate().items()}
+        is_best = self._compare(entry)
         self._is_open = False
         self.losses.zero_()
         if self.log is not None:
-            self._save_epoch(entry)
+            self._save_epoch(entry, is_best)
             self.say(summary(entry, epochs))
 
     def _entry(self) -> dict[str, Any]:
@@ -511,7 +573,7 @@ class Trainer:
         """
         with self.precision.autocast():
             confusion = evaluate(
-                self.model.eval(),
+                self.result.eval(),
                 self.val_set,
                 self.windows,
                 device=self.device,
@@ -551,12 +613,18 @@ class Trainer:
         self._saved = time.monotonic()
         return True
 
-    def _save_epoch(self, entry: Mapping[str, Any]) -> None:
-        """Write the best checkpoint, the record, the last: in this order, what the last one holds is not done again."""
+    def _compare(self, entry: Mapping[str, Any]) -> bool:
+        """Compare the mIoU of an epoch, if there is one, with the highest; return whether it is higher."""
         # Scores at a threshold that merges less than the final one do not compete.
         competes = self.curriculum is None or entry["threshold"] == self.curriculum.target
-        score = entry.get("val_mean_iou", -1.0) if competes else -1.0
-        is_best, self.best = score > self.best, max(score, self.best)
+        if not competes or "val_mean_iou" not in entry:
+            return False
+        is_best = entry["val_mean_iou"] > self.best
+        self.best, self.n_worse = (entry["val_mean_iou"], 0) if is_best else (self.best, self.n_worse + 1)
+        return is_best
+
+    def _save_epoch(self, entry: Mapping[str, Any], is_best: bool) -> None:
+        """Write the best checkpoint, the record, the last: in this order, what the last one holds is not done again."""
         state = self.state_dict()
         if is_best:
             save_checkpoint(state, self.log_dir / BEST)
@@ -569,12 +637,40 @@ def open_datasets(config: RunConfig, skip_bad: bool = False) -> tuple[Segmentati
     """Training and validation split; the seed changes neither validation images nor versions with cached features."""
     data, schedule = config.data, config.schedule
     sizes: dict[str, Any] = {"image_size": data.im_size, "normalization": config.normalization}
-    training = {"crop_size": data.crop_size, "ratios": data.scale_range}
+    sizes |= {"bands": config.net.bands}
+    training = {"crop_size": data.crop_size, "ratios": data.scale_range, "flip": data.flip}
     seed = 0 if schedule.cache_features else schedule.seed
     train_set = create_dataset(data.dataset, "train", seed=seed, value_range=data.value_range, **training, **sizes)
     val_set = create_dataset(data.dataset, "val", value_range=train_set.value_range, **sizes)
     train_set.skip_bad = val_set.skip_bad = skip_bad
     return train_set, val_set
+
+
+def class_weights(
+    given: str | Sequence[float] | None, classes: Sequence[str], inventory: Mapping[str, Any] | None
+) -> list[float] | None:
+    """The weight of every class in the loss; None: all are 1.
+
+    Args:
+        given: "auto", by `balanced_weights`; a YAML file with a list or with name: number; or the weights.
+        classes: names.
+        inventory: counts of the pixels, as `variant.yml` holds them.
+
+    Raises:
+        ValueError: no pixels were counted, or not one number from 0 for each class.
+    """
+    if given is None or not parallel.is_main():
+        return None
+    if given == "auto":
+        pixels = (inventory or {}).get("train", {}).get("pixels", {})
+        return balanced_weights([pixels.get(name, 0) for name in classes])
+    found: Any = read_yaml(Path(given)) if isinstance(given, str) else given
+    if isinstance(found, Mapping) and found.keys() == {*classes}:
+        found = [found[name] for name in classes]
+    if not isinstance(found, list) or not WEIGHTS.fits(found) or len(found) != len(classes) or not any(found):
+        text = f"--class-weights {brief(given)}: give a number from 0 for each of the {len(classes)} classes"
+        raise ValueError(f"{text}, {', '.join(classes)}, in a list or as name: number")
+    return [float(value) for value in found]
 
 
 def summary(entry: Mapping[str, Any], epochs: int) -> str:

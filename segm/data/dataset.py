@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from segm.data.images import (
     Normalization,
+    as_photo,
     common_range,
     find_images,
     get_normalization,
@@ -53,7 +54,7 @@ class Sample:
 
     Attributes:
         name: path of the image below the folder of its split, without suffix; "/" between folders.
-        image: uint8 RGB (H, W, 3).
+        image: uint8 RGB (H, W, 3), or the bands (H, W, C) that a data set is asked for.
         label: uint8 (H, W), 255 = ignored, or uint16, 65535 = ignored, of more than 255 classes; None if the split
             has no labels.
     """
@@ -61,6 +62,11 @@ class Sample:
     name: str
     image: np.ndarray
     label: np.ndarray | None
+
+    @property
+    def photo(self) -> np.ndarray:
+        """The image to look at: uint8 RGB (H, W, 3)."""
+        return as_photo(self.image)
 
 
 class SegmentationDataset(Dataset):
@@ -80,6 +86,8 @@ class SegmentationDataset(Dataset):
         normalization: name, or mean and standard deviation.
         seed: of the augmentation.
         ratios: of the random resize in training, lowest and highest.
+        flip: whether half of the training images are mirrored.
+        bands: of the images, counted from 1, that are read; None: red, green and blue.
 
     Attributes:
         original: whether images keep their size in evaluation.
@@ -108,18 +116,26 @@ class SegmentationDataset(Dataset):
         normalization: str | Normalization,
         seed: int,
         ratios: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        bands: Sequence[int] | None = None,
     ) -> None:
         get_normalization(normalization)
         self.skip_bad = self.original = False
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.palette = np.asarray(palette, dtype=np.uint8)
         self.image_size, self.crop_size, self.resize_factor = image_size, pair(crop_size), resize_factor
-        self.normalization, self.seed, self.ratios = normalization, seed, ratios
+        self.normalization, self.seed, self.ratios, self.flip = normalization, seed, ratios, flip
+        self.bands = bands
 
     @property
     def n_cls(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def n_bands(self) -> int:
+        """Channels of the images."""
+        return 3 if self.bands is None else len(self.bands)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -168,7 +184,7 @@ class SegmentationDataset(Dataset):
                 raise
             logger.warning("skipped: %s", one_line(error))
             label = torch.full(self.crop_size, ignore_label(self.n_cls))
-            return {"image": torch.zeros(3, *self.crop_size), "label": label, "skipped": torch.tensor(True)}
+            return {"image": torch.zeros(self.n_bands, *self.crop_size), "label": label, "skipped": torch.tensor(True)}
 
     def eval_item(self, index: int) -> Sample:
         """The sample at an index; with `skip_bad` an empty one without labels in place of one that cannot be read."""
@@ -178,7 +194,7 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise
             logger.warning("left out of the scores: %s", one_line(error))
-            return Sample(self.name_of(index), np.zeros((*self.crop_size, 3), np.uint8), None)
+            return Sample(self.name_of(index), np.zeros((*self.crop_size, self.n_bands), np.uint8), None)
 
     def _augmented(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         sample = self.load(index)
@@ -208,7 +224,9 @@ class SegmentationDataset(Dataset):
         from segm.data.openmmlab import TrainTransform
 
         ignored = ignore_label(self.n_cls)
-        return TrainTransform(self._scale, self.crop_size, self.normalization, self.ratios, ignored)
+        return TrainTransform(
+            self._scale, self.crop_size, self.normalization, self.ratios, ignored, self.flip, self.n_bands
+        )
 
     def _checked(self, index: int) -> int:
         """`index` as a plain int, negative ones counted from the end."""
@@ -224,13 +242,19 @@ class Photographs:
     Args:
         folder: with subfolders, which become part of the names.
         value_range: lowest and highest value of those that are not stored in 8 bits; None: judged by a few of them.
+        bands: see `segm.data.images.read_image`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no photograph in it.
     """
 
-    def __init__(self, folder: str | Path, value_range: tuple[float, float] | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        value_range: tuple[float, float] | None = None,
+        bands: Sequence[int] | None = None,
+    ) -> None:
+        self.folder, self.bands = Path(folder), bands
         self.name = str(folder)
         self.files = find_images(self.folder)
         if not self.files:
@@ -246,7 +270,8 @@ class Photographs:
         return self.files[index].relative_to(self.folder).with_suffix("").as_posix()
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.name_of(index), read_image(self.files[index], value_range=self.value_range), None)
+        image = read_image(self.files[index], value_range=self.value_range, bands=self.bands)
+        return Sample(self.name_of(index), image, None)
 
 
 def spread(number: int | None, total: int) -> list[int]:
@@ -259,7 +284,7 @@ def spread(number: int | None, total: int) -> list[int]:
 
 SETTINGS = (
     "name", "split", "classes", "image_size", "crop_size", "resize_factor", "normalization", "seed", "ratios",
-    "colors", "numbers", "value_range",
+    "flip", "bands", "colors", "numbers", "value_range",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """From the name of a data set to its settings, its classes, and the data set."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def create_dataset(
     length: int | None = None,
     classes: str | Path | None = None,
     ratios: tuple[float, float] = (0.5, 2.0),
+    flip: bool = True,
+    bands: Sequence[int] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> SegmentationDataset:
     """One split of a data set.
@@ -55,6 +58,8 @@ def create_dataset(
         length: number of scenes (`shapes`).
         classes: path of the class list (`folder`).
         ratios: of the random resize in training, lowest and highest.
+        flip: whether half of the training images are mirrored.
+        bands: of the images, counted from 1, that are read (`folder`); None: red, green and blue.
         value_range: lowest and highest value of images that are not stored in 8 bits; None: see
             `segm.data.images.common_range`.
 
@@ -67,6 +72,8 @@ def create_dataset(
         raise ValueError(f"length is for the data set shapes, not for {name}")
     if classes is not None and name != "folder":
         raise ValueError(f"classes is for the data set folder, not for {name}")
+    if bands is not None and name != "folder":
+        raise ValueError(f"bands is for the data set folder, not for {name}")
     image_size = image_size or defaults["im_size"]
     if name == "shapes":
         crop_size = crop_size or int(np.min(image_size))
@@ -79,6 +86,8 @@ def create_dataset(
         "normalization": normalization,
         "seed": seed,
         "ratios": ratios,
+        "flip": flip,
+        "bands": bands,
     }
     if name == "shapes":
         from segm.data.shapes import ShapesDataset

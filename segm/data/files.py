@@ -67,7 +67,7 @@ class FileDataset(SegmentationDataset):
             ValueError: a file is damaged, or the label map does not fit.
         """
         path = self.paths(index)[0]
-        image = read_image(path, index not in self._complete, self.value_range)
+        image = read_image(path, index not in self._complete, self.value_range, self.bands)
         self._complete.add(index)
         return Sample(self._sample_name(path), image, self.label(index, image.shape[:2]))
 
@@ -77,7 +77,7 @@ class FileDataset(SegmentationDataset):
         of a few; None: all are stored in 8 bits."""
         if self._given_range is not None:
             return self._given_range
-        return common_range([self.paths(index)[0] for index in spread(N_LOOKED_AT, len(self))])
+        return common_range([self.paths(index)[0] for index in spread(N_LOOKED_AT, len(self))], self.bands)
 
     @cached_property
     def _masks(self) -> MaskReader:
@@ -130,6 +130,7 @@ def read_sample(
     names: Sequence[str],
     palette: np.ndarray,
     value_range: Range | None = None,
+    bands: Sequence[int] | None = None,
 ) -> Sample:
     """A photograph with its label map, read as the data set reads its own: ADE20K's 0 is ignored, the rest shifts.
 
@@ -140,6 +141,7 @@ def read_sample(
         names: of its classes, for the user's own files.
         palette: likewise, uint8 RGB (C, 3); masks may show these colors.
         value_range: see `FileDataset`.
+        bands: of the photograph; None: red, green and blue.
 
     Returns:
         A `Sample`, its label None if there is none.
@@ -158,7 +160,14 @@ def read_sample(
     info |= {"seg_fields": []} | ({} if label is None else {"seg_map_path": str(label)})
     files.load_data_list = lambda: [info]  # instead of everything that lies beside the photograph
     files.full_init()
-    settings = {"image_size": 1, "crop_size": 1, "resize_factor": 1, "normalization": "vit", "seed": 0}
+    settings: dict[str, Any] = {
+        "bands": bands,
+        "image_size": 1,
+        "crop_size": 1,
+        "resize_factor": 1,
+        "normalization": "vit",
+        "seed": 0,
+    }
     return FileDataset(files, dataset, "val", value_range, **settings).load(0)
 
 

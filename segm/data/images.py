@@ -85,23 +85,26 @@ def count_suffixes(paths: Iterable[Path]) -> str:
     return ", ".join(f"{suffix} ({count})" for suffix, count in found.most_common(5))
 
 
-def read_image(path: str | Path, check: bool = True, value_range: Range | None = None) -> np.ndarray:
-    """A photograph, uint8 RGB (H, W, 3), turned as its EXIF orientation says.
+def read_image(
+    path: str | Path, check: bool = True, value_range: Range | None = None, bands: Sequence[int] | None = None
+) -> np.ndarray:
+    """A photograph, uint8 RGB (H, W, 3), or some bands of a picture (H, W, C), turned as its EXIF orientation says.
 
     Args:
         path: file.
         check: whether to look for a file that is cut off, which takes a quarter of the time of reading it.
         value_range: lowest and highest value of pictures that are not stored in 8 bits; None: see `range_of`.
+        bands: the bands to read, counted from 1, as they are stored; None: red, green and blue.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is damaged, cut off or no image, or nobody knows what its values mean.
+        ValueError: it is damaged, cut off or no image, has fewer bands, or nobody knows what its values mean.
     """
     path = Path(path)
     require_file(path, "image")
     data = path.read_bytes()
-    if is_tiff(data) or is_deep_png(data):
-        return as_bytes(path, read_stored(path, "image"), value_range)
+    if bands is not None or is_tiff(data) or is_deep_png(data):
+        return as_bytes(path, read_stored(path, "image"), value_range, bands)
     try:
         data = sound_png(data)
         if check:
@@ -114,24 +117,42 @@ def read_image(path: str | Path, check: bool = True, value_range: Range | None =
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def as_bytes(path: Path, stored: Stored, value_range: Range | None) -> np.ndarray:
-    """A picture of any type as `read_image` gives it: (H, W) or (H, W, C) -> uint8 RGB (H, W, 3), upright.
+def as_bytes(path: Path, stored: Stored, value_range: Range | None, bands: Sequence[int] | None = None) -> np.ndarray:
+    """A picture of any type as `read_image` gives it, upright: (H, W) or (H, W, C) -> uint8 RGB (H, W, 3) or bands.
 
     Raises:
-        ValueError: it has bands that are no colors, or values whose range nobody knows.
+        ValueError: it lacks a band, has bands that are no colors, or values whose range nobody knows.
     """
     values = stored.values if stored.palette is None else stored.palette[stored.values]
-    if values.ndim == 3 and values.shape[2] > 3 and not stored.is_color and stored.palette is None:
-        raise ValueError(f"{path}: it holds {values.shape[2]} bands, none of which is called red: store three, in RGB")
-    if values.ndim == 3:
+    if bands is not None:
+        values = chosen_bands(path, values, bands)
+    elif values.ndim == 3 and values.shape[2] > 3 and not stored.is_color and stored.palette is None:
+        raise ValueError(
+            f"{path}: it holds {values.shape[2]} bands, none of which is called red: store three, in RGB, or choose "
+            "some in training, as in --bands 4 3 2"
+        )
+    elif values.ndim == 3:
         values = values[..., : 3 if values.shape[2] >= 3 else 1]
     if values.dtype != np.uint8:
         low, high = value_range or range_of(path, values)
         # A value outside of the range, such as one that says "no data", is the nearest one inside.
         scaled = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / (high - low))
         values = np.rint(scaled.clip(0, 255)).astype(np.uint8)
-    values = np.broadcast_to(values.reshape(*values.shape[:2], -1), (*values.shape[:2], 3))
+    if bands is None:
+        values = np.broadcast_to(values.reshape(*values.shape[:2], -1), (*values.shape[:2], 3))
     return np.ascontiguousarray(_upright(values, stored.orientation))
+
+
+def chosen_bands(path: Path, values: np.ndarray, bands: Sequence[int]) -> np.ndarray:
+    """Some bands of a picture, counted from 1: (H, W) or (H, W, C) -> (H, W, len(bands)).
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    values = values.reshape(*values.shape[:2], -1)
+    if max(bands) > values.shape[2]:
+        raise ValueError(f"{path}: it holds {values.shape[2]} band(s), and --bands names number {max(bands)}")
+    return values[..., [band - 1 for band in bands]]
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -162,7 +183,7 @@ def range_of(path: Path, values: np.ndarray) -> Range:
     return 0, top
 
 
-def common_range(paths: Iterable[Path]) -> Range | None:
+def common_range(paths: Iterable[Path], bands: Sequence[int] | None = None) -> Range | None:
     """The largest of the ranges of several pictures, see `range_of`; None: all are stored in 8 bits, or none is read.
 
     Raises:
@@ -175,7 +196,8 @@ def common_range(paths: Iterable[Path]) -> Range | None:
         except (FileNotFoundError, ValueError):  # whoever needs it reads it, and says why it cannot
             continue
         if is_deep:
-            found.append(range_of(path, read_stored(path, "image").values))
+            values = read_stored(path, "image").values
+            found.append(range_of(path, values if bands is None else chosen_bands(path, values, bands)))
     return max(found, key=lambda one: one[1], default=None)
 
 
@@ -198,18 +220,24 @@ def check_complete(data: bytes) -> None:
 
 
 def resize_keep_ratio(image: np.ndarray, long: int, short: int) -> np.ndarray:
-    """Largest bilinear resize of a uint8 image (H, W, 3) that fits within (long, short) pixels, ratio kept."""
+    """Largest bilinear resize of a uint8 image (H, W, C) that fits within (long, short) pixels, ratio kept."""
     height, width = image.shape[:2]
     long, short = max(long, short), min(long, short)
     scale = min(long / max(height, width), short / min(height, width))
     # A very thin image would get a side of 0 pixels.
     size = [max(int(side * scale + 0.5), 1) for side in (width, height)]
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return resize_to(image, (size[1], size[0]))
 
 
 def resize_to(image: np.ndarray, size: Size) -> np.ndarray:
-    """A uint8 image (H, W, 3) at exactly this size, ratio not kept."""
-    return cv2.resize(image, pair(size)[::-1], interpolation=cv2.INTER_LINEAR)
+    """A uint8 image (H, W, C) at exactly this size, ratio not kept."""
+    resized = cv2.resize(image, pair(size)[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(*pair(size), -1)  # OpenCV drops the axis of a single band
+
+
+def as_photo(image: np.ndarray) -> np.ndarray:
+    """The first three bands of a uint8 image (H, W, C), as RGB (H, W, 3) to look at; gray where there are fewer."""
+    return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
 
 
 def get_normalization(name: str | Normalization) -> Normalization:
@@ -228,12 +256,12 @@ def name_of_normalization(mean: Sequence[float], std: Sequence[float]) -> str | 
 
 
 def normalize(image: np.ndarray, normalization: str | Normalization) -> torch.Tensor:
-    """image: uint8 RGB (H, W, 3) -> float32 (3, H, W), contiguous."""
-    mean, std = get_normalization(normalization)
+    """image: uint8 RGB (H, W, 3) -> float32 (3, H, W), contiguous; other bands (H, W, C) take the numbers in turn."""
+    mean, std = (np.resize(np.array(v, np.float32), (image.shape[2], 1, 1)) for v in get_normalization(normalization))
     # numpy, not torch: torch's threads make this several times slower where other processes share the cores.
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
-    pixels -= 255 * np.array(mean, np.float32)[:, None, None]
-    pixels /= 255 * np.array(std, np.float32)[:, None, None]
+    pixels -= 255 * mean
+    pixels /= 255 * std
     return torch.from_numpy(pixels)
 
 

@@ -237,7 +237,7 @@ def _warnings_of_files(dataset: FileDataset, heads: Sequence[Header]) -> Iterabl
         low, high = dataset.value_range
         yield f"images are not stored in 8 bits: values of {low:g} to {high:g} become 0 to 255 (--value-range)"
     spare_bands = [head for head in heads if head.n_bands > 3]
-    if spare_bands:
+    if spare_bands and dataset.bands is None:
         yield f"{len(spare_bands)} of {len(heads)} images have more than three bands: red, green and blue are taken"
     turned = [head.orientation for head in heads if head.orientation != 1]
     if turned:

@@ -195,7 +195,7 @@ def _image_writer(folder: Path, palette: np.ndarray, blended: bool) -> Callable[
         picture = labels.cpu().numpy().astype(label_type(len(palette)))
         write_picture(folder / f"{sample.name}.png", picture)
         if blended:
-            write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.image, colorize(picture, palette)))
+            write_picture(folder / f"{sample.name}_blend.jpg", blend(sample.photo, colorize(picture, palette)))
 
     return write
 

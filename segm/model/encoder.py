@@ -86,7 +86,7 @@ def create_encoder(net_kwargs: Mapping[str, Any]) -> VisionTransformer | Eva:
 
     Args:
         net_kwargs: `backbone` (a timm name), and optionally `image_size`, `patch_size`, `d_model`, `n_heads`,
-            `n_layers`, `dropout`, `drop_path_rate`, `distilled`; they override the values that come with the name.
+            `n_layers`, `bands`, `dropout`, `drop_path_rate`, `distilled`; they override the values of the name.
 
     Raises:
         ValueError: unknown or unsupported backbone.
@@ -108,6 +108,8 @@ def _overrides(net_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture that net_kwargs describe, in timm's words."""
     names = {"patch_size": "patch_size", "d_model": "embed_dim", "n_layers": "depth", "n_heads": "num_heads"}
     overrides = {timm_name: net_kwargs[name] for name, timm_name in names.items() if net_kwargs.get(name)}
+    if net_kwargs.get("bands"):
+        overrides["in_chans"] = len(net_kwargs["bands"])
     size = net_kwargs.get("image_size")
     if size:
         overrides["img_size"] = (size, size) if isinstance(size, int) else tuple(size)

@@ -15,7 +15,7 @@ from segm.errors import one_line
 from segm.model.decoder import create_decoder
 from segm.model.encoder import add_queries, create_encoder, position_prefix, resize_position_embedding
 from segm.model.linear import use_onednn_linear
-from segm.model.pretrained import load_pretrained
+from segm.model.pretrained import fit_bands, load_pretrained
 from segm.model.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ def create_segmenter(
 
     Args:
         net_kwargs: the `net_kwargs` of a `variant.yml`: `backbone`, `n_cls`, `decoder` {`name`, ...}, and optionally
-            `image_size`, `patch_size`, `d_model`, `n_heads`, `n_layers`, `dropout`, `drop_path_rate`, `distilled`.
+            `image_size`, `patch_size`, `d_model`, `n_heads`, `n_layers`, `bands`, `dropout`, `drop_path_rate`,
+            `distilled`.
         pretrained: weights of the encoder: False (random), True (timm's) or a file.
         parts: builds the learned parts of a merging method, which `net_kwargs` ask for by `reduction` {`name`, ...};
             called with the encoder and this mapping.
@@ -113,6 +114,7 @@ def copy_weights(model: Segmenter, path: str | Path, same_classes: bool = True) 
         logger.warning("%s has other classes: class-dependent weights are reinitialized", path)
         weights |= {k: own[k] for k in of_classes}
     encoder, name, kernel = model.encoder, "encoder.pos_embed", "encoder.patch_embed.proj.weight"
+    fit_bands(encoder, weights, "encoder.")
     sides = weights[kernel].shape[2:] if kernel in weights else ()
     if sides and weights[kernel].shape[:2] == own[kernel].shape[:2]:
         weights[kernel] = resample_patch_embed(weights[kernel], [*encoder.patch_embed.patch_size])

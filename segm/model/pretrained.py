@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.models._manipulate import adapt_input_conv
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_names
 from timm.models.vision_transformer import VisionTransformer
@@ -89,6 +90,7 @@ def load_pretrained(encoder: VisionTransformer | Eva, backbone: str, source: boo
             weights["pos_embed"] = resize_position_embedding(
                 weights["pos_embed"], donor.patch_embed.grid_size, encoder.patch_embed.grid_size, position_prefix(donor)
             )
+        fit_bands(encoder, weights)
         encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
@@ -139,6 +141,7 @@ def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
         n_blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         if n_blocks > len(encoder.blocks):
             raise ValueError(f"it has {n_blocks} blocks")
+        fit_bands(encoder, weights)
         _refuse_lost_biases(weights, own)
         head = own.get("head.weight")
         if head is not None and weights.get("head.weight", head).shape != head.shape:
@@ -157,6 +160,14 @@ def load_encoder(encoder: nn.Module, file: Path, backbone: str) -> None:
         ) from error
     if unused or others:
         logger.warning("%s: the encoder has no use for %s", file, summary([*unused, *others]))
+
+
+def fit_bands(encoder: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> None:
+    """Fit the patch embedding for RGB among an encoder's weights to its number of bands, in place, as timm does it:
+    channels are repeated and scaled, or summed up for one band. prefix: of the names of the weights."""
+    name, n_bands = f"{prefix}patch_embed.proj.weight", encoder.patch_embed.proj.in_channels
+    if name in weights and weights[name].shape[1:2] == (3,):
+        weights[name] = adapt_input_conv(n_bands, weights[name])
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

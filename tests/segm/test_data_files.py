@@ -280,7 +280,7 @@ def test_fingerprints(tmp_path):
     first = found()
     assert first == found() == found(crop_size=(32, 32)) and len(first) == 16
     different = [found("bfloat16"), found(image_size=40), found(crop_size=(32, 40)), found(normalization="deit")]
-    different += [found(seed=1), found(ratios=(0.5, 1.5))]
+    different += [found(seed=1), found(ratios=(0.5, 1.5)), found(flip=False)]
     (root / "classes.yml").write_text("[sky, tree, road]")
     different.append(found())
     (root / "classes.yml").write_text("[{name: sky, color: [1, 1, 1]}, {name: tree, color: [2, 2, 2]}]")

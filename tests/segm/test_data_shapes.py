@@ -227,3 +227,13 @@ def test_view_resizes_as_mmcv_does():
     image = ds[0].image
     resized = Resize(scale=(180, 45), keep_ratio=True)({"img": image})["img"]
     assert torch.equal(ds.view(image, 0.5), normalize(resized, "vit"))
+
+
+def test_images_are_mirrored_unless_that_is_turned_off():
+    def labels(flip):
+        images = create_dataset("shapes", "train", image_size=32, ratios=(1.0, 1.0), flip=flip, length=12)
+        return [(images[0, index]["label"].numpy(), images[index].label) for index in range(12)]
+
+    assert all((found == own).all() for found, own in labels(False))
+    mirrored = [(found == own[:, ::-1]).all() for found, own in labels(True)]
+    assert any(mirrored) and not all(mirrored)

@@ -18,6 +18,7 @@ BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
 CLASSES = [{"id": index, "name": name, "color": [0, 0, 0]} for index, name in enumerate("ab")]
 NO_FLAG = {"distilled", "decoder_layers", "decoder_drop_path", "n_cls", "image_size", "reduction", "classes"}
 NO_FLAG |= {"inventory", "eval_size", "method"}
+ABSENT = {"train_only", "decoder_blocks", "bands"}  # from the command of the first test
 EVERY = {
     "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
     "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
@@ -26,6 +27,7 @@ EVERY = {
     "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 0.5), "value_range": (-5.0, 4095.0),
     "patch_size": 8, "d_model": 64, "n_heads": 4, "n_layers": 2, "decoder": "mask_transformer",
     "encoder_lr_mult": 0.1, "layer_decay": 0.75, "cache_features": 0, "clip_grad": 1.5, "scale_range": (0.75, 1.5),
+    "accumulate": 2, "ema": 0.999, "patience": 5, "loss": "cross_entropy,dice", "class_weights": "auto",
     "start_thresh": 0.95, "curric_warmup": 2, "curric_period": 3, **BASE,
 }  # fmt: skip
 GRAPH = parse(["--patch-type", "graph", "--threshold", "0.9"])
@@ -47,11 +49,13 @@ def options_of(config):
 def test_every_setting_goes_from_its_flag_to_the_variant_file_and_back(tmp_path):
     words = {name: map(str, value) if isinstance(value, tuple) else [str(value)] for name, value in EVERY.items()}
     flags = [text for name, values in words.items() for text in ("--" + name.replace("_", "-"), *values)]
-    given = train.main.make_context("train", ["--log-dir", "unused", "--amp", "--freeze-encoder", *flags]).params
+    given = train.main.make_context(
+        "train", ["--log-dir", "unused", "--amp", "--freeze-encoder", "--no-flip", *flags]
+    ).params
     given = {name: given[name] for name in SETTINGS if name in given}
-    assert given.pop("train_only") is None and given.pop("decoder_blocks") is None
-    assert given == EVERY | {"amp": True, "freeze_encoder": True}
-    assert set(given) | NO_FLAG | {"train_only", "decoder_blocks"} == set(SETTINGS)
+    assert all(given.pop(name) is None for name in ABSENT)
+    assert given == EVERY | {"amp": True, "freeze_encoder": True, "flip": False}
+    assert set(given) | NO_FLAG | ABSENT == set(SETTINGS)
     config = trained(make(given, GRAPH))
     config.write(tmp_path)
     again = RunConfig.read(tmp_path)
@@ -224,6 +228,14 @@ def test_missing_and_unknown_names_are_refused():
         (BASE | {"learning_rat": 1}, "did you mean learning_rate"),
         (BASE | {"threshold": 0.9}, "patch-type"),
         (BASE | {"warmup_epochs": 20}, "fewer than the 20"),
+        (BASE | {"batch_size": 4, "accumulate": 3}, "divides the batch size 4"),
+        (BASE | {"decoder": "eomt", "patience": 3}, "--patience"),
+        (BASE | {"loss": "cross_entropy,nosuch"}, "cross_entropy, focal, dice"),
+        (BASE | {"loss": "dice,dice"}, "each once"),
+        (BASE | {"bands": (1,)}, "folder, not for shapes"),
+        (BASE | {"loss": "dice", "class_weights": "auto"}, "Dice counts"),
+        (BASE | {"decoder": "segvit", "class_weights": "auto"}, "segvit has a loss of its own"),
+        (BASE | {"decoder": "eomt", "loss": "focal"}, "eomt has a loss of its own"),
     ):
         with pytest.raises(ValueError, match=hint):
             resolve(given)

@@ -8,9 +8,11 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import patch
 from segm.checkpoint import load_checkpoint
+from segm.config import RunConfig
 from segm.data.loader import EpochSampler
 from segm.data.shapes import ShapesDataset
 from segm.losses import segmentation_loss
@@ -27,6 +29,7 @@ SMALL = {
     "n_layers": 3, "im_size": 32, "crop_size": 32, "batch_size": 4, "epochs": 2, "eval_freq": 9, "learning_rate": 0.05,
     "num_workers": 0, "drop_path": 0.3,
 }  # fmt: skip
+STILL = {"drop_path": 0.0, "decoder_dropout": 0.0}  # nothing is random in an update
 MEASURED = {"images_per_second": 0, "data_wait": 0, "memory_mb": 0}
 
 
@@ -47,7 +50,7 @@ def create(tmp_path):
 
 
 def equal_weights(a, b):
-    a, b = a.model.state_dict(), b.model.state_dict()
+    a, b = (getattr(one, "model", one).state_dict() for one in (a, b))
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -134,7 +137,7 @@ def test_waiting_for_data_is_told(create, monkeypatch):
 def test_images_of_a_loss_that_is_not_finite_are_named(create, monkeypatch):
     losses = []
 
-    def loss(logits, labels, n_labelled):
+    def loss(logits, labels, n_labelled, share, **settings):
         losses.append(segmentation_loss(logits, labels, n_labelled))
         return losses[-1] * (math.nan if len(losses) == 2 else 1)
 
@@ -182,6 +185,154 @@ def test_gradients_are_clipped(create):
     assert clipped.moved <= 0.05 * 1.1e-3 < trainer.moved
 
 
+def test_weights_of_classes_are_recorded(create, tmp_path):
+    """They change what is learned, and a resumed run has them, whether its command names them again or not."""
+    file, settings = tmp_path / "weights.yml", {"loss": "cross_entropy,dice"}
+    file.write_text(str({name: index for index, name in enumerate(create("other").train_set.classes)}))
+    whole = create("whole", class_weights=str(file), **settings).fit()
+    assert whole.config.optim.class_weights == [float(index) for index in range(11)]
+    with pytest.raises(StoppedError):
+        stopping(create("cut", class_weights=str(file), **settings), 3).fit()
+    for again in ({}, {"class_weights": str(file)}):
+        config = resolve(again, RunConfig.read(tmp_path / "cut"), resume=True)
+        resumed = Trainer(config, tmp_path / "cut", device="cpu", resume=True)
+        assert resumed.config == whole.config
+    assert equal_weights(whole, resumed.fit())
+    weighted, plain = create("weighted", class_weights=str(file), **settings), create("plain", **settings)
+    batch = uneven(plain)
+    assert not torch.equal(weighted.train_step(batch), plain.train_step(batch))
+    for text in ("[1, 2]", "{sky: 1}", "sky", str([-1] * 11), str([0] * 11)):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="each of the 11 classes, sky, "):
+            create("wrong", class_weights=str(file))
+    with pytest.raises(ValueError, match="no pixel was counted"):
+        create("wrong", class_weights="auto")
+
+
+def test_weights_of_classes_come_from_their_pixels(create, folder_data, monkeypatch):
+    monkeypatch.setenv("DATASET", str(folder_data))
+    trainer = create(dataset="folder", class_weights="auto")
+    pixels = [*trainer.config.data.inventory["train"]["pixels"].values()]
+    expected = [sorted(pixels)[1] / count for count in pixels]
+    assert trainer.config.optim.class_weights == pytest.approx(expected)
+
+
+def test_averaged_weights_are_evaluated_and_saved(create):
+    """They are the mean over updates, by hand; a training that is cut goes on with both kinds of weights."""
+    settings = {
+        "ema": 0.5,
+        "accumulate": 2,
+        "eval_freq": 1,
+        "epochs": 3,
+        "patch_type": "graph",
+        "layers": [1],
+        "threshold": 0.5,
+    }
+    settings |= {"start_thresh": 0.51, "curric_warmup": 1, "curric_period": 1}
+    whole, expected = create("whole", **settings), None
+    real, scored = whole.train_step, []
+    whole.evaluate = lambda: scored.append(copy.deepcopy(whole.result.state_dict())) or {"mean_iou": 50.0}
+
+    def train_step(batch):
+        nonlocal expected
+        loss, now = real(batch), whole.model.state_dict()
+        expected = {k: now[k].clone() if expected is None else (expected[k] + now[k]) / 2 for k in now}
+        return loss
+
+    whole.train_step = train_step
+    whole.fit()
+    torch.testing.assert_close(dict(whole.result.state_dict()), expected)
+    torch.testing.assert_close(dict(scored[-1]), expected)
+    run = Run.load(whole.log_dir, device="cpu")
+    torch.testing.assert_close(dict(run.model.state_dict()), expected)
+    assert patch.options(whole.result)["threshold"] == 0.5 and not equal_weights(run, whole)
+    with pytest.raises(StoppedError):
+        stopping(create("cut", **settings), 3).fit()
+    resumed = create("cut", resume=True, **settings).fit()
+    assert equal_weights(whole, resumed) and equal_weights(whole.averaged.module, resumed.averaged.module)
+
+
+def scoring(trainer, scores):
+    """A trainer whose evaluations give these mIoU."""
+    left = iter(scores)
+    trainer.evaluate = lambda: {"mean_iou": next(left)}
+    return trainer
+
+
+def test_a_training_without_progress_ends(create):
+    """With a word, and for good: it goes on where more patience is given."""
+    settings = {"epochs": 9, "eval_freq": 1, "patience": 2}
+    said = []
+    trainer = scoring(create(**settings), [3.0, 4.0, 4.0, 2.0])
+    trainer.say = said.append
+    trainer.fit()
+    assert (trainer.epoch, trainer.best, trainer.is_finished) == (4, 4.0, True)
+    assert said[-1] == "ended after epoch 4: no better mIoU in 2 evaluations (--patience)"
+    again = create(resume=True, **settings)
+    again.say, again.train_step = said.append, None
+    again.fit()
+    assert "ended early, after 4 epochs: give more --patience" in said[-1]
+    more = scoring(create(resume=True, **settings | {"patience": 3}), [4.5, 1.0, 4.6, 1.0, 1.0]).fit()
+    assert (more.epoch, more.best) == (9, 4.6)
+    again = create(resume=True, **settings)
+    again.say = said.append
+    assert again.fit().n_worse == 2 and "has finished its 9 epochs" in said[-1]
+
+
+def updated(trainer, batch):
+    """Weights after one update with a batch."""
+    trainer.start_epoch()
+    trainer.train_step(batch)
+    return trainer.model.state_dict()
+
+
+def uneven(trainer):
+    """A batch whose images have few labels, and different numbers of them."""
+    trainer.start_epoch()
+    batch = next(trainer.batches())
+    batch["label"][:2, 2:], batch["label"][3] = 255, 255
+    return batch
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1e-2])
+def test_an_update_in_parts_is_that_of_the_whole_batch(create, clip_grad):
+    """Also in float16 with a loss scaler, which halves its scale where a part overflows."""
+    settings = STILL | {"clip_grad": clip_grad}
+    whole, parts = create("whole", **settings), create("parts", accumulate=2, **settings)
+    batch = uneven(whole)
+    torch.testing.assert_close(updated(parts, batch), updated(whole, batch))
+    assert parts.losses.tolist() == pytest.approx(whole.losses.tolist())
+    scaled = overflowing(create("scaled", accumulate=2, **settings), {1})
+    torch.testing.assert_close(updated(scaled, batch), whole.model.state_dict(), atol=2e-3, rtol=0.05)
+    before = scaled.precision.scaler.get_scale()
+    updated(scaled, batch)
+    assert scaled.precision.scaler.get_scale() == before / 2
+
+
+def test_parts_of_several_processes_make_the_update_of_one(create, tmp_path):
+    """And processes exchange gradients once in an update."""
+    whole = create("whole", **STILL)
+    batch = uneven(whole)
+    torch.multiprocessing.start_processes(update_half, (create, batch, tmp_path), nprocs=2, start_method="fork")
+    expected = updated(whole, batch)
+    for rank in range(2):
+        weights, n_exchanges = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(weights, expected)
+        assert n_exchanges == 1
+
+
+def update_half(rank, create, batch, folder):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    trainer, calls = create(f"half {rank}", accumulate=2, **STILL), []
+    trainer._share()
+    trainer.objective.register_comm_hook(None, lambda state, bucket: calls.append(1) or allreduce_hook(None, bucket))
+    part = {name: values[2 * rank : 2 * rank + 2] for name, values in batch.items()}
+    torch.save((updated(trainer, part), len(calls)), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(("epochs", "n_images"), [(1, 40), (2, 4)])
 def test_eomt_is_unmasked_in_the_end(create, monkeypatch, epochs, n_images):
     """However few epochs: annealing goes by updates. What goes on from it stays unmasked."""
@@ -220,6 +371,7 @@ def test_checkpoints_of_another_training_are_refused(create):
         {"updates": -1},
         {"losses": "text", "updates": 1},
         {"best_mean_iou": None},
+        {"evaluations_since_best": "text"},
     ):
         with pytest.raises(ValueError, match="cannot resume"):
             trainer.load(state | damage)
