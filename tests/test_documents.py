@@ -101,7 +101,7 @@ def python(folder, *cases):
     return lines
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_method_in_a_file_of_its_own(tmp_path):
     """The example of the README: as a script, as a module, and, without its use, in the folder of the methods."""
     (code,) = (code for _, _, code in FENCE.findall(DOCUMENTS["README"]) if "register(" in code)

@@ -37,7 +37,7 @@ def test_without_extras_a_photograph_gets_its_labels(shapes_run, tmp_path):
     assert (tmp_path / "out/a.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_extras_a_plain_vit_is_patched(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -123,8 +123,8 @@ def test_nothing_is_read_back_from_the_device(models):
         patch.remove(model)
 
 
+@pytest.mark.nightly
 @torch.inference_mode()
-@pytest.mark.slow
 def test_tensors_without_values_are_enough(models):
     """Of a device that is not there: the way of tensors on a GPU."""
     for model, (method, options) in itertools.product(models, (*FIXED, *BY_THE_IMAGE)):

@@ -101,6 +101,7 @@ def test_outputs_of_many_sizes_are_those_of_the_eager_model(net, more, sizes, me
         check_equal(model, compiled, images)
 
 
+@pytest.mark.nightly
 @torch.inference_mode()
 def test_a_rotary_backbone_is_compiled(net):
     model = create(net | ROTARY, "graph")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import patch
 from tests.families import FAMILIES
-from tests.helpers import FEW, METHOD_OPTIONS, STATIC_OPTIONS, Copies, Reads, Waits, by_speed, different_images
+from tests.helpers import METHOD_OPTIONS, STATIC_OPTIONS, Copies, Reads, Waits, by_speed, different_images
 
 SETTINGS = {name: options for name, options in STATIC_OPTIONS.items() if name != "atc"}  # ATC leaves PyTorch
 SETTINGS |= {
@@ -20,7 +20,7 @@ SETTINGS |= {
     "random, tokens": {"tokens": 9},
 }
 KINDS = ("vit", "eva", "Dinov2", "DINOv3ViT", "segmenter", "mask transformer")
-QUICK = (("vit", "graph"), ("vit", "random"), ("eva", "tome"))
+QUICK, SLOW = (("vit", "graph"), ("eva", "tome")), (("Dinov2", "graph"), ("mask transformer", "ltmp"))
 MODE = FakeTensorMode()  # one for all: transformers keep positions from one pass to the next
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
@@ -81,10 +81,9 @@ def copies_of_its_own(kind, precision):
 
 
 def cases(settings):
-    """By day, some methods on one model, and one method on every kind of model."""
+    """By day, some methods on some kinds of models."""
     pairs = [(kind, setting) for kind in KINDS for setting in settings]
-    slow = [(kind, setting) for kind, setting in pairs if setting == "graph" or (kind == "vit" and setting in FEW)]
-    return by_speed(pairs, [pair for pair in QUICK if pair in pairs], slow)
+    return by_speed(pairs, [pair for pair in QUICK if pair in pairs], [pair for pair in SLOW if pair in pairs])
 
 
 @pytest.mark.parametrize(("kind", "setting"), cases(SETTINGS))

@@ -317,7 +317,7 @@ def test_commands_run_as_files_and_as_modules(how):
     assert result.returncode == 0 and "--patch-type" in result.stdout and result.stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_score_like_one_in_mixed_precision(runs, forked, folder_data, tmp_path, call):
     """gloo: every image is counted once. In float32: test_train.py."""
     data = {"DATASET": str(folder_data)}

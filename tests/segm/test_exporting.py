@@ -81,6 +81,7 @@ def test_a_budget_leaves_no_size_open(method, tmp_path):
     assert_same(model.grid_logits, outputs_of(program, tmp_path), counts=(2,))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("opset", "is_one"), by_speed([(18, False), (23, True)], slow=[(23, True)]))
 def test_attention_is_one_operator_where_there_is_one(opset, is_one, tmp_path):
     model = small_segmenter()

@@ -100,7 +100,7 @@ def whole(forked, tmp_path_factory):
     return expected
 
 
-@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)], slow=[(2, 1)]))
+@pytest.mark.parametrize(("workers", "kills"), by_speed([(0, 1), (2, 1), (0, 12), (2, 12)]))
 def test_killed_trainings_end_as_uninterrupted_ones(start, whole, tmp_path, workers, kills):
     chance, folder = random.Random(kills), tmp_path / "run"
     for _ in range(kills):
@@ -144,7 +144,7 @@ def test_signals_end_a_training_well(start, whole, tmp_path, number, to_all):
     assert process.exitcode == 0 and "finished" in "".join(printed(folder))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_go_on_where_they_were(forked, tmp_path):
     def pair(name):
         options = [*NETWORK, *OFTEN, "--num-workers", "0", "--epochs", "2", "--resume"]

@@ -114,7 +114,7 @@ def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_names_that_a_terminal_cannot_print_are_escaped(data, tmp_path):
     (data / "classes.yml").write_text("[Straße, 道路]", encoding="utf-8")
     trainer(tmp_path / "run").fit()

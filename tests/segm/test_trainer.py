@@ -377,6 +377,7 @@ def test_checkpoints_of_another_training_are_refused(create):
             trainer.load(state | damage)
 
 
+@pytest.mark.nightly
 def test_a_batch_norm_sees_the_images_of_all_processes(tmp_path):
     """As one process that has them all: outputs, gradients, running statistics."""
     torch.manual_seed(0)
