@@ -1,5 +1,6 @@
 """A trained Segmenter as an ONNX file, with the merge inside of the graph, checked in ONNX Runtime."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -74,6 +75,7 @@ COLUMNS = {
     show_default=True,
     help="Version of ONNX's operators; give an older one for compilers that do not know the newest.",
 )
+@click.option("--float16", is_flag=True, help="Also write the model in float16, which GPUs are fast with.")
 @click.option("--int8", is_flag=True, help="Also write the model in int8, quantized dynamically and statically.")
 @click.option(
     "--images",
@@ -89,6 +91,7 @@ def main(
     output: str,
     batch_size: int | None,
     opset: int,
+    float16: bool,
     int8: bool,
     images: str | Path | None,
     im_size: int | None,
@@ -107,6 +110,9 @@ def main(
     samples = run.views(images).samples  # before a minute of exporting: a missing data set is named
     export(run, out, output, batch_size, opset)
     files = {"ONNX Runtime, float32": out}
+    if float16:
+        files["ONNX Runtime, float16"] = out.with_name(f"{out.stem}_float16.onnx")
+        export(run, files["ONNX Runtime, float16"], output, batch_size, opset, float16=True)
     for kind in ("dynamic", "static") if int8 else ():
         files[f"ONNX Runtime, int8, {kind}"] = out.with_name(f"{out.stem}_int8_{kind}.onnx")
         calibration = _calibration(run, images) if kind == "static" else None
@@ -178,17 +184,25 @@ def _calibration(run: Run, images: str | Path | None) -> list[Tensor]:
 
 
 class _Graph(nn.Module):
-    """A Segmenter as a function from images to one of `OUTPUTS`."""
+    """A Segmenter, of whatever precision, as a function from images to one of `OUTPUTS`, both in float32."""
 
     def __init__(self, model: Segmenter, output: str) -> None:
         super().__init__()
         self.model, self.output = model, output
 
     def forward(self, images: Tensor) -> Tensor:
-        return OUTPUTS[self.output](self.model, images)
+        found = OUTPUTS[self.output](self.model, images.to(next(self.model.parameters()).dtype))
+        return found if self.output == "labels" else found.float()
 
 
-def export(run: Run, file: Path, output: str = "scores", batch_size: int | None = None, opset: int = OPSET) -> None:
+def export(
+    run: Run,
+    file: Path,
+    output: str = "scores",
+    batch_size: int | None = None,
+    opset: int = OPSET,
+    float16: bool = False,
+) -> None:
     """Write a run as an ONNX file.
 
     Images have the size of the run's windows. With a method whose number of tokens is fixed, all shapes are, but for
@@ -200,13 +214,16 @@ def export(run: Run, file: Path, output: str = "scores", batch_size: int | None 
         output: see `segm.onnx_model.Record`.
         batch_size: images per pass; None: any number.
         opset: version of ONNX's operators; before 23 attention is written as products and a softmax.
+        float16: whether it computes so; images and output are in float32, and so are similarities, which tokens merge
+            by.
 
     Raises:
         ValueError: ONNX is not installed, or has no words for the model.
         OSError: it cannot be written.
     """
     size, merging = run.windows.size, run.merging
-    program = convert(run.model, size, output, batch_size, opset)
+    model = copy.deepcopy(run.model).half() if float16 else run.model
+    program = convert(model, size, output, batch_size, opset)
     patch_size = run.model.patch_size if output == "scores" else (1, 1)
     record = Record(run.name, run.config.to_variant(), run.im_size, size, output, merging, patch_size)
     program.model.metadata_props[KEY] = record.dump()

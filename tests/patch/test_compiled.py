@@ -77,7 +77,7 @@ CASES = [("graph", None), ("algm", "proportional"), ("mpm", None), ("ltmp", None
 MORE_CASES = [*CASES, ("algm", None)]
 
 
-@pytest.mark.parametrize(("method", "attention"), by_speed(CASES, CASES[:1], CASES[1:2]))
+@pytest.mark.parametrize(("method", "attention"), by_speed(CASES, CASES[:1]))
 @torch.inference_mode()
 def test_outputs_are_those_of_the_eager_model_and_every_part_is_compiled_once(net, method, attention):
     model, backend, widths = create(net, method, attention=attention), Counting(), set()
@@ -149,7 +149,7 @@ def test_buckets_bound_the_shapes_and_merges_can_be_profiled(net):
     assert sum(event.name == "merging" for event in profile.events()) == 3  # two layers, and the undoing
 
 
-@pytest.mark.parametrize("method", ["graph", "mpm"])
+@pytest.mark.parametrize("method", by_speed(["graph", "mpm"], slow=["graph"]))
 @torch.inference_mode()
 def test_remove_takes_it_out(net, method):
     model, images = create_segmenter(net).eval(), torch.randn(2, 3, 64, 64)
@@ -194,6 +194,7 @@ def test_looking_inside_runs_as_it_is(net):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.nightly
 @torch.inference_mode()
 def test_weights_and_thresholds_may_change_afterwards(net):
     model, images = create(net, "graph"), torch.randn(1, 3, 64, 64)

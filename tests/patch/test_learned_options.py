@@ -233,6 +233,7 @@ def test_a_loss_without_a_living_pass_is_said_or_right(method):
         torch.testing.assert_close(found.detach(), expected)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_compiled_code_takes_the_numbers_that_were_loaded():
     """No eager pass has read them since, and `eval()` was not called again."""

@@ -105,6 +105,7 @@ def test_wrong_values_are_refused(benchmark):
         assert result.exit_code != 0 and allowed in result.output
 
 
+@pytest.mark.nightly
 def test_a_budget_is_kept_to_the_token(benchmark, tmp_path):
     options = ["--models", "T", "--sides", "64", "--methods", "graph,tome", "--batches", "1", "--repeats", "1"]
     options += ["--device", "cpu", "--n-cls", "5", "--tokens", "0.25", "--budget", "--out", str(tmp_path)]

@@ -28,7 +28,7 @@ def test_every_method_is_compared(script):
         assert patch.find(method).takes(name) and script.FLAGS[name].startswith("--")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_methods_cost_what_they_are_to_cost_and_rows_are_kept(script, shapes_run, tmp_path, call, monkeypatch):
     options = ["--share", "0.8", "--epochs", "0", "--max-images", "2", "--cost-images", "1", "--device", "cpu"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "found"]

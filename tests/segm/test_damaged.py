@@ -104,7 +104,7 @@ def damaged_texts(text, count, seed):
             yield yaml.safe_dump(odd(yaml.safe_load(text), chance, chance.choice([0.02, 0.1]))).encode()
 
 
-@pytest.mark.parametrize("count", by_speed([40, 600], slow=[40]))
+@pytest.mark.parametrize("count", by_speed([15, 600], slow=[15]))
 def test_damaged_variant_files(count, run, tmp_path, photos, monkeypatch):
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     monkeypatch.setattr(Trainer, "fit", lambda self: self)
@@ -121,7 +121,7 @@ def test_damaged_variant_files(count, run, tmp_path, photos, monkeypatch):
     assert n_failed > count / 6
 
 
-@pytest.mark.parametrize("count", by_speed([24, 240], slow=[24]))
+@pytest.mark.parametrize("count", by_speed([12, 240], slow=[12]))
 def test_damaged_logs(count, run, tmp_path, monkeypatch):
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
     shutil.copytree(run, tmp_path / "run")
@@ -136,7 +136,7 @@ def test_damaged_logs(count, run, tmp_path, monkeypatch):
             assert outcome(train, "--log-dir", tmp_path / "run", "--resume", "--device", "cpu") == ""
 
 
-@pytest.mark.parametrize("count", by_speed([30, 300], slow=[30]))
+@pytest.mark.parametrize("count", by_speed([12, 300], slow=[12]))
 def test_damaged_checkpoints_are_not_resumed(count, run, tmp_path, monkeypatch):
     """Neither are well-formed ones with odd values in the place of others."""
     monkeypatch.setattr("segm.data.shapes.LENGTHS", {"train": 4, "val": 1})
@@ -169,7 +169,7 @@ def test_damaged_checkpoints_are_not_resumed(count, run, tmp_path, monkeypatch):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("count", by_speed([30, 400], slow=[30]))
+@pytest.mark.parametrize("count", by_speed([15, 400], slow=[15]))
 def test_damaged_recipes(count, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda self: self)
     recipe = (config_dir() / "recipes/ade20k_512_tiny_graph.yml").read_text()
@@ -206,7 +206,7 @@ def test_nested_aliases_cost_nothing(run, tmp_path):
         assert outcome(test, tmp_path / "run", "--device", "cpu")
 
 
-@pytest.mark.parametrize("count", by_speed([20, 60], slow=[20]))
+@pytest.mark.parametrize("count", by_speed([10, 60], slow=[10]))
 def test_damaged_files_are_named(count, tmp_path, monkeypatch):
     """A data set that is damaged in one file says which."""
     monkeypatch.setenv("DATASET", str(tmp_path))

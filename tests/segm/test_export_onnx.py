@@ -69,6 +69,23 @@ def test_int8_files_lie_beside_the_exported_one_and_run(shapes_run, photographs,
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize(("method", "options"), [("tome", {"r": 2}), ("graph", {"tokens": 12}), ("graph", {})])
+def test_files_in_float16_run_and_merge_by_similarities_in_float32(shapes_run, tmp_path, method, options):
+    run, images = Run.load(shapes_run, device="cpu", patch_type=method, **options), torch.randn(2, 3, 32, 32)
+    export_onnx.export(run, tmp_path / "a.onnx")
+    export_onnx.export(run, tmp_path / "b.onnx", float16=True)
+    expected, found = (OnnxModel(tmp_path / name).run(images) for name in ("a.onnx", "b.onnx"))
+    assert found.dtype == torch.float32 and 0 < (found - expected).abs().max() < 0.02
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "b.onnx")).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    weights = [one.data_type for one in graph.initializer if np.prod(one.dims) > 64]
+    assert {*weights} <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    products = [kinds.get(node.output[0]) for node in graph.node if node.op_type in ("MatMul", "Gemm", "ReduceSum")]
+    assert onnx.TensorProto.FLOAT in products  # similarities; all others are in float16
+    assert products.count(onnx.TensorProto.FLOAT16) > products.count(onnx.TensorProto.FLOAT)
+
+
+@pytest.mark.nightly
 def test_a_graph_of_labels_is_no_model_for_windows(shapes_run, photographs, tmp_path, call, refused):
     call(export_onnx, shapes_run, "--output", "labels", "--out", tmp_path / "a.onnx", "--batch-size", 2, *FEW)
     error = refused(inference, tmp_path / "a.onnx", "-i", photographs, "-o", tmp_path / "b", *CPU)

@@ -125,6 +125,7 @@ def test_what_onnx_cannot_say_is_refused_in_one_line(method, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", by_speed(["graph", "algm"], slow=["graph"]))
 def test_torch_export_takes_a_model_with_a_budget(method):
     model = small_segmenter(method, **options_for(method) | {"tokens": BUDGETS[method]})

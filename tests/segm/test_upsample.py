@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from segm.model import upsample as module
 from segm.model.masks import Prediction, best_classes, class_scores
 from segm.model.upsample import label_map, upsample
+from tests.helpers import by_speed
 
 
 def scores_of(kind, n_images, n_cls, grid):
@@ -77,7 +78,7 @@ def test_masks_are_weighed_in_bands(band_bytes, monkeypatch):
     assert found.masks.min() < 0  # they are as they were
 
 
-@pytest.mark.parametrize("kind", ["smooth", "noise", "masks"])
+@pytest.mark.parametrize("kind", by_speed(["smooth", "noise", "masks"], slow=["noise"]))
 def test_memory_of_a_large_image_stays_flat(kind):
     """2048x1024 pixels, 150 classes: the upsampled scores alone would take 1.2 GB, as many masks 840 MB."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
