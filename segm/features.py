@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from segm import parallel
 from segm.data import IGNORE_LABEL, SegmentationDataset, fingerprint
-from segm.interruption import Interruption, SignalError
 from segm.model.segmenter import Segmenter
+from segm.parallel import Interruption, SignalError
 from segm.storage import atomic
 
 FOLDER = "features"

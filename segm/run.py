@@ -23,11 +23,10 @@ from segm.config import SCALES, RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.dataset import Photographs
 from segm.data.images import Normalization, read_image, resize_keep_ratio, resized_view
-from segm.eval.boundary import BoundaryCount
 from segm.eval.evaluate import MULTISCALE, both_ways, evaluate
 from segm.eval.sliding import Windows, predict_labels
 from segm.eval.views import Samples, Views
-from segm.metrics import segmentation_scores
+from segm.metrics import BoundaryCount, segmentation_scores
 from segm.model.factory import copy_weights, load_model
 from segm.model.segmenter import Segmenter
 from segm.precision import Precision
@@ -376,7 +375,7 @@ class Run:
             windows: None: the run's.
             multiscale: six scales, each mirrored as well.
             n_images: only so many images, spread over the data set.
-            boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.eval.boundary`).
+            boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.metrics`).
             workers, on_image, progress: see `segm.eval.evaluate.evaluate`.
 
         Returns:

@@ -11,8 +11,8 @@ from segm.auto_threshold import threshold_for
 from segm.checkpoint import LAST
 from segm.cli import FOLDER, SETTING_GROUPS, device_option, print_once, read_recipe, settings_options
 from segm.config import CURRICULUM, RunConfig
-from segm.interruption import SignalError
 from segm.merging import MergingCommand, is_given
+from segm.parallel import SignalError
 from segm.resolve import resolve
 from segm.trainer import Trainer
 

@@ -28,12 +28,12 @@ from segm.errors import brief, one_line
 from segm.eval.evaluate import evaluate
 from segm.eval.sliding import Windows
 from segm.features import FOLDER, CachedFeatures, DecoderOnly
-from segm.interruption import Interruption, SignalError
 from segm.losses import Objective, balanced_weights
 from segm.merging import PURE
 from segm.metrics import segmentation_scores
 from segm.model.segmenter import Segmenter, compile_blocks
 from segm.optim import create_optimizer, create_scheduler, layer_scale
+from segm.parallel import Interruption, SignalError
 from segm.precision import Precision, fast_float32, peak_memory, sum_dtype
 from segm.resolve import curriculum
 from segm.run import require_classes
@@ -172,7 +172,7 @@ class Trainer:
         """Inspect the files in the main process; split -> what it holds."""
         if self.train_set.name == "shapes" or not parallel.is_main():
             return {}
-        from segm.data.inventory import inspect_dataset  # imports mmseg, which `shapes` does without
+        from segm.data.inventory import copies, inspect_dataset  # imports mmseg, which `shapes` does without
 
         found = {}
         for dataset in (self.train_set, self.val_set):
@@ -180,6 +180,8 @@ class Trainer:
             if inventory is not None:
                 self.say("\n".join(inventory.lines()))
                 found[dataset.split] = inventory.record()
+        if warning := copies(self.train_set, self.val_set, N_MASKS):
+            self.say(f"  warning: {warning}")
         return found
 
     def _average(self) -> AveragedModel | None:

@@ -141,9 +141,6 @@ def copies(train: SegmentationDataset, val: SegmentationDataset, n_images: int |
     Args:
         train, val: two splits.
         n_images: look at so many images of `val`, spread over it; None: at all.
-
-    Raises:
-        FileNotFoundError: an image is missing.
     """
     if not (isinstance(train, FileDataset) and isinstance(val, FileDataset)):
         return ""
@@ -157,7 +154,7 @@ def copies(train: SegmentationDataset, val: SegmentationDataset, n_images: int |
     pairs = [
         (path, other)
         for path, size in zip(asked, own_sizes, strict=True)
-        for other in of_size.get(size, [])[:MOST_COMPARED]
+        for other in of_size.get(size, [])[: MOST_COMPARED if size else 0]
         if filecmp.cmp(path, other, shallow=False)
     ]
     number = len({path for path, _ in pairs})
@@ -170,7 +167,8 @@ def copies(train: SegmentationDataset, val: SegmentationDataset, n_images: int |
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _require(dataset: FileDataset, paths: Sequence[Path], kind: str, there_is: str = "") -> None:

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import distance_transform_cdt
 
 from segm.eval import miou
-from segm.eval.boundary import BoundaryCount, inner_boundary
+from segm.metrics import BoundaryCount, inner_boundary
 
 
 def by_distance(mask, width):

@@ -13,8 +13,8 @@ from segm import features, train
 from segm.checkpoint import load_checkpoint
 from segm.data import create_dataset
 from segm.features import CachedFeatures, DecoderOnly
-from segm.interruption import Interruption, SignalError
 from segm.model.factory import create_segmenter
+from segm.parallel import Interruption, SignalError
 
 CPU = torch.device("cpu")
 FROZEN = ("--freeze-encoder", "--batch-size", 20, "--num-workers", 0, "--device", "cpu", "--eval-freq", 9)
