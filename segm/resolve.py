@@ -96,6 +96,9 @@ def backbone_settings(name: str) -> dict[str, Any]:
     model: Any = timm.create_model(name, pretrained=False, device="meta")
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise ValueError(f"backbone {name} is a {type(model).__name__}, not a plain ViT")
+    if not hasattr(model.blocks[0], "attn"):
+        kind = type(model.blocks[0]).__name__
+        raise ValueError(f"backbone {name} has blocks of another kind ({kind}), choose a plain ViT of timm")
     mean, std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     normalization = name_of_normalization(mean, std)
     return {

@@ -146,6 +146,8 @@ def test_blocks_of_another_kind_are_named():
     net = {"backbone": "vit_base_patch16_xp_224", "n_cls": 2, "decoder": {"name": "linear"}}
     with pytest.raises(ValueError, match="ParallelScalingBlock"), torch.device("meta"):
         create_segmenter(net)
+    with pytest.raises(ValueError, match="ParallelScalingBlock"):
+        resolve(SMALL | {"backbone": "vit_base_patch16_xp_224"})
 
 
 def test_crops_below_a_patch_are_refused():
