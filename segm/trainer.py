@@ -334,7 +334,10 @@ class Trainer:
     def _say_changes(self, checkpoint: Mapping[str, Any]) -> None:
         """Say where the run goes on under other conditions than those that it began with."""
         if checkpoint.get("images", self._images) != self._images:
-            self.say(f"warning: the training images of {self.train_set.name} are others than those of the run so far")
+            self.say(
+                f"warning: the training images of {self.train_set.name}, or how they are augmented, are others than in "
+                "the run so far"
+            )
         before, epochs = checkpoint.get("epochs"), self.config.schedule.epochs
         if before not in (None, epochs):
             self.say(
