@@ -65,21 +65,21 @@ class AttentionMask:
 
 
 class QKRecorder(AttentionMask):
-    """Keeps the queries and keys that attention works with, and lets it go on with another mask.
+    """Keeps the queries, keys and values that attention works with, and lets it go on with another mask.
 
     Args:
         mask: that mask; None: none.
 
     Attributes:
-        pair: queries and keys, (B, H, L, d) each, once attention has run.
+        qkv: queries, keys and values, (B, H, L, d) each, once attention has run.
     """
 
     def __init__(self, mask: AttentionMask | Tensor | None) -> None:
         self.mask = mask
-        self.pair: tuple[Tensor, Tensor] | None = None
+        self.qkv: QKV | None = None
 
     def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
-        self.pair, mask = qkv[:2], self.mask
+        self.qkv, mask = qkv, self.mask
         options |= {"dropout_p": dropout_p, "scale": scale}
         if isinstance(mask, AttentionMask):
             return mask.attend(qkv, **options)
@@ -133,7 +133,7 @@ class SoftMaskAttention(AttentionMask):
         masking: how the mask enters.
 
     Attributes:
-        pair: queries and keys, (B, H, L, d) each, once attention has run.
+        qkv: queries, keys and values, (B, H, L, d) each, once attention has run.
         map: attention probabilities, (B, H, L, L), likewise.
     """
 
@@ -141,7 +141,7 @@ class SoftMaskAttention(AttentionMask):
 
     def __init__(self, mask: Tensor, bias: Tensor | None, masking: SoftMasking) -> None:
         self.mask, self.bias, self.masking = mask, bias, masking
-        self.pair: tuple[Tensor, Tensor] | None = None
+        self.qkv: QKV | None = None
 
     def attend(self, qkv: QKV, dropout_p: float = 0.0, scale: float | None = None, **options: Any) -> Tensor:
         query, key, value = qkv
@@ -150,7 +150,7 @@ class SoftMaskAttention(AttentionMask):
             logits = query.float() @ key.float().mT * scale
             logits = logits if self.bias is None else logits + self.bias
             self.map = masked_softmax(logits, self.mask, self.masking.epsilon, self.masking.keeps_self)
-        self.pair = query, key
+        self.qkv = qkv
         return F.dropout(self.map, dropout_p).to(value.dtype) @ value
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from g2tm import cls_attention, received_attention
 from g2tm.selection import cached
-from patch.attention import AttentionMask, QKRecorder, SoftMaskAttention
+from patch.attention import QKV, AttentionMask, QKRecorder, SoftMaskAttention
 from patch.layout import Rows
 
 
@@ -50,12 +50,25 @@ class Look:
         return self._patches(self._layout.rows(self._normed))
 
     @cached
+    def queries(self) -> Tensor:
+        """(B, N, head dim), see `keys`."""
+        return self._mean_of_heads(0)
+
+    @cached
     def keys(self) -> Tensor:
         """(B, N, head dim), keys averaged over the heads, float32, before any rotation: rotated ones tell where a
         token stands, not what it shows."""
+        return self._mean_of_heads(1)
+
+    @cached
+    def values(self) -> Tensor:
+        """(B, N, head dim), see `keys`."""
+        return self._mean_of_heads(2)
+
+    def _mean_of_heads(self, index: int) -> Tensor:
         with self._gradients():
-            key = (self._pair if self._pair is not None and self._rotary is None else self._projected)[1]
-            return self._patches(self._layout.rows(key.float().mean(1)))
+            x = (self._qkv if self._qkv is not None and self._rotary is None else self._projected)[index]
+            return self._patches(self._layout.rows(x.float().mean(1)))
 
     @cached
     def cls_attention(self) -> Tensor:
@@ -86,20 +99,21 @@ class Look:
         return self._block.attention_scale
 
     @property
-    def _pair(self) -> tuple[Tensor, Tensor] | None:
-        """Queries and keys as they were multiplied, (B, H, L, d) or concatenated; None where nobody kept them."""
-        return self._mask.pair if isinstance(self._mask, QKRecorder | SoftMaskAttention) else None
+    def _qkv(self) -> QKV | None:
+        """Queries, keys and values as attention used them, (B, H, L, d) or concatenated; None where nobody kept
+        them."""
+        return self._mask.qkv if isinstance(self._mask, QKRecorder | SoftMaskAttention) else None
 
     @cached
-    def _projected(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys before any rotation, (B, H, L, d) or concatenated."""
+    def _projected(self) -> QKV:
+        """Queries, keys and values before any rotation, (B, H, L, d) or concatenated."""
         return self._block.project(self._normed)
 
     @property
     def _query_key(self) -> tuple[Tensor, Tensor]:
         """Queries and keys in rows, as they were multiplied: (B, H, L, d) each."""
-        query, key = self._pair or self._projected
-        if self._pair is None and self._rotary is not None:
+        query, key, _ = self._qkv or self._projected
+        if self._qkv is None and self._rotary is not None:
             query, key = (self._block.rotate(x, self._rotary) for x in (query, key))
         return self._heads_in_rows(query), self._heads_in_rows(key)
 

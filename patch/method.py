@@ -75,7 +75,7 @@ class Step:
 
     @property
     def input(self) -> Tensor:
-        """(B, N, D), the input of this block; raises a ValueError, as the next four do, before the block."""
+        """(B, N, D), the input of this block; raises a ValueError, as the next six do, before the block."""
         return self._attended.input
 
     @property
@@ -84,9 +84,19 @@ class Step:
         return self._attended.normed
 
     @property
+    def queries(self) -> Tensor:
+        """(B, N, head dim), queries of this block's attention averaged over the heads, float32."""
+        return self._attended.queries
+
+    @property
     def keys(self) -> Tensor:
         """(B, N, head dim), keys of this block's attention averaged over the heads, float32."""
         return self._attended.keys
+
+    @property
+    def values(self) -> Tensor:
+        """(B, N, head dim), values of this block's attention averaged over the heads, float32."""
+        return self._attended.values
 
     @property
     def cls_attention(self) -> Tensor:
@@ -234,6 +244,7 @@ COMMON = {
     ),
 }
 METHODS: dict[str, Method] = {}
+DEFAULT = "keymatch"  # that a model is patched with where none is named
 
 
 def register(name: str, merge: Callable[[Step], Reduction | None], **given: Any) -> Method:

@@ -14,13 +14,13 @@ from patch.families.base import RECORD, Patched, Record, check_forward, mix_in, 
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_kind
 from patch.learned import built_options, has_modules
-from patch.method import LossInput, Method, ModelShape, Step, complete, find
+from patch.method import DEFAULT, LossInput, Method, ModelShape, Step, complete, find
 from patch.track import Merging
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(model: Model, method: str, **options: Any) -> Model:
+def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
     """Patch a model in place, so that its tokens merge on the way and every patch gets its token back in the end.
 
     No parameter and no state-dict key changes. Images of a batch that keep different numbers of tokens are not padded
@@ -32,7 +32,7 @@ def apply(model: Model, method: str, **options: Any) -> Model:
         model: a Segmenter, whose logits come back for all patches; a plain ViT of timm (`VisionTransformer`, `Eva`),
             of transformers or of mmsegmentation, which gives back all tokens, each with the features of the token that
             carries it; or a model that holds exactly one of these (wrappers are looked through).
-        method: a registered name, such as "graph".
+        method: a registered name, such as "graph"; by default the recommended one.
         options: options of the method; None means its default. All methods take
             layers: 1-based layers in which to merge, ascending;
             attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;

@@ -38,6 +38,7 @@ ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
 # Settings with which the small model of the pictures merges about half of its tokens.
 PICTURED: dict[str, dict[str, Any]] = {
+    "keymatch": {"layers": [1, 2]},
     "graph": {"threshold": 0.97},
     "algm": {"layers": [1, 3], "threshold": 0.9},
     **{name: {"r": 32} for name in ("tome", "tofu", "pitome", "mctf", "crossget", "diffrate")},

@@ -247,8 +247,9 @@ class PatchedBlock(Patched):
         """The half after the merge; x: (B, L, D)."""
         raise NotImplementedError
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys that the attention forms of its input: (B, L, D) -> (B, H, L, d) each, before rotation."""
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values that the attention forms of its input: (B, L, D) -> (B, H, L, d) each, before
+        rotation."""
         raise NotImplementedError
 
     def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:

@@ -62,11 +62,11 @@ class PatchedEncoderLayer(OpenBlock):
     def feed(self, x: Tensor, layout: Rows) -> Tensor:
         return self.ffn(self.norm2(x), identity=x)
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn.attn
-        query, key, _ = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
-        query, key = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (query, key))
-        return query, key
+        qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
+        query, key, value = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return query, key, value
 
 
 class PatchedPatchEmbed(PatchedEmbedding):

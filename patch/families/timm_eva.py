@@ -42,17 +42,18 @@ class PatchedEvaBlock(PatchedBlock):
     def feed(self, x: Tensor, layout: Rows) -> Tensor:
         return x + layout.drop(self.drop_path2, _scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
         if attn.qkv is None:
-            query, key = attn.q_proj(normed), attn.k_proj(normed)
+            projected = attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed)
         else:
-            query, key, _ = attn.qkv(normed).chunk(3, dim=-1)
+            projected = attn.qkv(normed).chunk(3, dim=-1)
             if getattr(attn, "q_bias", None) is not None:  # beside the weight, as that of the keys, all zeros, is too
-                query, key = query + attn.q_bias, key + attn.k_bias
-        query, key = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (query, key))
-        shared = getattr(attn, "num_kv_groups", 1)  # heads that share their keys
-        return attn.q_norm(query), attn.k_norm(key).repeat_interleave(shared, dim=1)
+                biases = attn.q_bias, attn.k_bias, attn.v_bias
+                projected = tuple(x + bias for x, bias in zip(projected, biases, strict=True))
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in projected)
+        shared = getattr(attn, "num_kv_groups", 1)  # heads that share their keys and values
+        return attn.q_norm(query), *(x.repeat_interleave(shared, dim=1) for x in (attn.k_norm(key), value))
 
     def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
         n_prefix = self.attn.num_prefix_tokens

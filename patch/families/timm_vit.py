@@ -46,10 +46,10 @@ class PatchedTimmBlock(PatchedBlock):
     def feed(self, x: Tensor, layout: Rows) -> Tensor:
         return x + layout.drop(self.drop_path2, self.ls2(self.mlp(self.norm2(x))))
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
-        query, key, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attn.q_norm(query), attn.k_norm(key)
+        query, key, value = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return attn.q_norm(query), attn.k_norm(key), value
 
 
 class PatchedTimmEncoder(PatchedModel):

@@ -133,11 +133,13 @@ class PatchedLayer(OpenBlock):
             return x if drop is None else drop(x)
         return layout.drop(drop, x)
 
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self._attn
-        both = (projection(normed).unflatten(-1, (-1, attn.head_dim)) for projection in (attn.q_proj, attn.k_proj))
-        query, key = (x.transpose(1, 2) for x in both)
-        return query, key
+        each = (
+            project(normed).unflatten(-1, (-1, attn.head_dim)) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        query, key, value = (x.transpose(1, 2) for x in each)
+        return query, key, value
 
     def rotate(self, x: Tensor, rotary: Tensor) -> Tensor:
         sine, cosine = rotary.chunk(2, dim=-1)

@@ -137,7 +137,7 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
         ("tome", {"r": "8"}, "r '8': give an integer from 0"),
         ("tome", {"r": (1, 2, 3)}, r"r \[1, 2, 3\]: give one number from 0 for each of the 12 layers"),
         ("tome", {"r": (8, 2)}, r"r \[8, 2\]: give one number from 0 for each of the 12 layers"),
-        ("nosuch", {}, "unknown method 'nosuch': choose one of graph, algm"),
+        ("nosuch", {}, "unknown method 'nosuch': choose one of keymatch, graph, algm"),
     ):
         refused(message, completed, name, SHAPE, given)
     refused("merges by default in layers .*name other layers", completed, "algm", ModelShape(3, (4, 4)), {})

@@ -19,6 +19,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 # Methods whose number of tokens does not depend on the image, and options that make it so.
 STATIC = {
     "tome": {"r": 2},
+    "keymatch": {"layers": [2, 3]},
     "tofu": {"r": 2},
     "dct": {"r": 2},
     **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet")},

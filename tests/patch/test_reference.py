@@ -29,6 +29,7 @@ METHODS = {
     "graph": {"layers": [2]},
     "algm": {"layers": [1, 3]},
     "tome": {"r": 6},
+    "keymatch": {"layers": [1, 3], "tokens": [40, 26]},
     "tofu": {"r": 6},
     "dct": {"r": 6, "layers": [0, 1, 3]},
     "dtem": {"r": 6},
@@ -190,10 +191,14 @@ class Slow:
             return
         if self.method == "dtem":
             keys = h @ block.attn.qkv.metric_layer.weight.T + block.attn.qkv.metric_layer.bias
+        if self.method == "keymatch":
+            keys = keys - keys[self.prefix :].mean(0)
+            removed = len(patches) - self.options["tokens"][self.options["layers"].index(layer)]
         groups, destinations = {
             "graph": lambda: (self.components(patches), None),
             "algm": lambda: (self.windows(patches), None) if layer == 1 else self.pairs(self.x, layer),
             "tome": lambda: self.pairs(keys, layer, self.options["r"]),
+            "keymatch": lambda: self.pairs(keys, layer, removed),
             "tofu": lambda: self.pairs(keys, layer, self.options["r"]),
             "dtem": lambda: self.pairs(keys, layer, self.options["r"]),
             "mpm": lambda: (self.mutual(patches), None),

@@ -33,6 +33,7 @@ SETTINGS = {
     "graph": {"layers": [2], "threshold": 0.3},
     "algm": {"layers": [1, 3], "threshold": 0.1, "gbm_threshold": 0.3},
     "tome": {"r": 3},
+    "keymatch": {"layers": [2, 3]},
     "tofu": {"r": 3},
     "dct": {"r": 3},
     "dtem": {"r": 3},

@@ -15,6 +15,7 @@ METHODS = {
     "graph": {"threshold": 0.1},
     "algm": {"layers": [1, 2], "threshold": 0.1},
     "tome": {"r": 4},
+    "keymatch": {"layers": [2]},
     "tofu": {"r": 4},
     "dct": {"r": 4},
     "dtem": {"r": 4},

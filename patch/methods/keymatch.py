@@ -1,0 +1,73 @@
+"""Keymatch, ours: ToMe's matching in a few early layers, down to a budget in each."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import g2tm
+from patch.method import Choice, ModelShape, Option, Options, Step, register
+from patch.methods.common import TOKENS
+
+LAYERS, DEPTH = (2, 3, 4, 6), 12  # the layers of an encoder so deep
+METRICS = ("keys", "queries", "values", "tokens")
+
+
+def _merge(step: Step) -> g2tm.Reduction:
+    name = step.options["metric"]
+    metric = step.x if name == "tokens" else getattr(step, name)
+    if step.options["center"]:
+        metric = metric - metric.mean(1, keepdim=True)
+    layers = step.options["layers"]
+    tokens = _budgets(step.options["tokens"], len(layers), step.grid)[layers.index(step.layer)]
+    return g2tm.bipartite(metric, tokens=tokens, odd_first=step.odd_first, **step.given)
+
+
+def _layers(shape: ModelShape) -> list[int]:
+    """The default layers, scaled with the depth; the first one is too early to merge in."""
+    scaled = {max(round(layer * shape.depth / DEPTH), 2) for layer in LAYERS}
+    return sorted(min(layer, shape.depth) for layer in scaled)
+
+
+def _budgets(tokens: float | Sequence[float], n_layers: int, grid: tuple[int, int]) -> list[int]:
+    """Patch tokens after each merging layer: as they are given, or falling geometrically to the one that is given."""
+    n_patches = grid[0] * grid[1]
+    if isinstance(tokens, Sequence):
+        return [g2tm.budget(one, n_patches) for one in tokens]
+    last = g2tm.budget(tokens, n_patches)
+    return [round(n_patches * (last / n_patches) ** (index / n_layers)) for index in range(1, n_layers + 1)]
+
+
+def _check(options: Options, shape: ModelShape) -> None:
+    tokens, n_layers = options["tokens"], len(options["layers"])
+    if isinstance(tokens, Sequence) and len(tokens) != n_layers:
+        raise ValueError(f"tokens {tokens}: give one number, or one for each of the {n_layers} merging layers")
+    budgets = [shape.grid[0] * shape.grid[1], *_budgets(tokens, n_layers, shape.grid)]
+    for before, left in pairwise(budgets):
+        if not (before + 1) // 2 <= left <= before:
+            raise ValueError(
+                f"tokens {tokens}: a layer of keymatch can leave {(before + 1) // 2} to {before} of {before} tokens, "
+                f"not {left}; give numbers that fall more slowly, or more layers"
+            )
+
+
+register(
+    "keymatch",
+    _merge,
+    summary="The most similar keys merge in a few early layers.",
+    check=_check,
+    static=True,
+    layers=_layers,
+    tokens=replace(
+        TOKENS,
+        default=0.5,
+        help="Patch tokens that are left after the last merging layer, a number or a share (0 to 1), to which they "
+        "fall geometrically; or one for each of these layers.",
+        default_text="",
+    ),
+    metric=Option("keys", "Vectors whose cosine similarity chooses what merges.", type=Choice(METRICS)),
+    center=Option(
+        True,
+        "Take the mean over the image off these vectors before they are compared.",
+        flag={"--center": True, "--no-center": False},
+    ),
+)
