@@ -39,6 +39,10 @@ class Numbers(click.Option):
         """Return whether a word of the command line is one of its values."""
         return text in self.words or _is_number(text)
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        # A file of settings may give one number without a list.
+        return super().type_cast_value(ctx, [value] if isinstance(value, int | float | str) else value)
+
 
 class Flag(NamedTuple):
     """A flag of an option that may have several: the option, the flag for click, and the value of a switch."""
@@ -110,7 +114,7 @@ class Sides(Numbers):
         super().__init__(*args, **{"metavar": "SIDE|HEIGHT WIDTH"} | kwargs | {"type": POSITIVE})
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        sides = super().type_cast_value(ctx, [value] if isinstance(value, int | str) else value)
+        sides = super().type_cast_value(ctx, value)
         if len(sides) > 2:
             raise click.BadParameter(f"{len(sides)} numbers: give one, or height and width", ctx, self)
         return short(sides[0] if len(sides) == 1 else sides) if sides else None
@@ -120,7 +124,7 @@ class Several(Numbers):
     """An option that takes one or more numbers; a tuple, or None where it is not given."""
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        return super().type_cast_value(ctx, [value] if isinstance(value, int | str) else value) or None
+        return super().type_cast_value(ctx, value) or None
 
 
 class Command(click.Command):
