@@ -22,10 +22,12 @@ class Reduction(ABC):
     Attributes:
         counts: (B,), int64, how many tokens each image keeps; an image with fewer than M has padding.
         lengths: the counts as B numbers, known without asking the device.
+        grid: (h, w), where the M tokens are a smaller grid of the image, in row-major order; None: they are not.
     """
 
     counts: Tensor
     lengths: tuple[int, ...]
+    grid: tuple[int, int] | None = None
 
     @cached
     def sizes(self) -> Tensor:
@@ -262,7 +264,7 @@ class Chain(Reduction):
 
     def __init__(self, first: Reduction, second: Reduction) -> None:
         self.first, self.second = first, second
-        self.counts, self.lengths = second.counts, second.lengths
+        self.counts, self.lengths, self.grid = second.counts, second.lengths, getattr(second, "grid", None)
 
     @cached
     def sizes(self) -> Tensor:

@@ -71,8 +71,14 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
         )
     if entry.needs_cls and not family.has_cls(encoder):
         raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
+    if family.shows_all and completed.get("restore_at") in ("after_norm", "none"):
+        raise ValueError(
+            f"restore_at {completed['restore_at']!r}: {family.name} give all patches back behind their last block, "
+            "choose before_norm, or the number of a block"
+        )
     places = _slots(entry.place, completed["layers"])
-    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), family.grid)
+    tables = family.grid, family.rotary_table
+    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), *tables)
     joining = family.n_queries(encoder)[1] - 1
     for index, block in enumerate(blocks):
         n_around = family.tokens_before(encoder, index), 0

@@ -21,7 +21,7 @@ KNOBS: dict[str, tuple[str, float, float]] = {
     **dict.fromkeys(("tome", "tofu", "dct", "pitome", "mctf", "crossget", "dtem", "diffrate"), ("r", 0, 0)),
     "atc": ("keep", 0.05, 1.0),
     "ltmp": ("merge_threshold", 0.0, 1.0),
-    "random": ("tokens", 0.02, 1.0),
+    **dict.fromkeys(("random", "expedit"), ("tokens", 0.02, 1.0)),
 }
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
 FLAGS["keep"] = "--keep-rate"

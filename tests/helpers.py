@@ -38,6 +38,7 @@ METHOD_OPTIONS = {
     "ltmp": {"merge_threshold": 0.1, "prune_threshold": 0.03},
     "fpet": {},
     "clustvit": {"layers": [2]},
+    "expedit": {},
 }
 RAGGED = (
     "graph",

@@ -21,7 +21,10 @@ STATIC = {
     "tome": {"r": 2},
     "tofu": {"r": 2},
     "dct": {"r": 2},
-    **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet")},
+    **{
+        name: METHOD_OPTIONS[name]
+        for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet", "expedit")
+    },
     "random": {},
     "graph": {"tokens": 7},
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
