@@ -22,6 +22,7 @@ KNOBS: dict[str, tuple[str, float, float]] = {
     "atc": ("keep", 0.05, 1.0),
     "ltmp": ("merge_threshold", 0.0, 1.0),
     **dict.fromkeys(("random", "expedit"), ("tokens", 0.02, 1.0)),
+    "cubist": ("tokens", 0.35, 1.0),  # one merge keeps at least a quarter
 }
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
 FLAGS["keep"] = "--keep-rate"

@@ -39,6 +39,7 @@ METHOD_OPTIONS = {
     "fpet": {},
     "clustvit": {"layers": [2]},
     "expedit": {},
+    "cubist": {"remove": (1, 2)},
 }
 RAGGED = (
     "graph",

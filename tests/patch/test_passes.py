@@ -23,7 +23,7 @@ STATIC = {
     "dct": {"r": 2},
     **{
         name: METHOD_OPTIONS[name]
-        for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet", "expedit")
+        for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet", "expedit", "cubist")
     },
     "random": {},
     "graph": {"tokens": 7},

@@ -9,7 +9,7 @@ from segm.model.factory import create_segmenter
 from tests.families import FAMILIES
 from tests.helpers import different_images
 
-GRIDS = {"expedit": {"layers": [1], "cluster_grid": (2, 3)}}
+GRIDS = {"expedit": {"layers": [1], "cluster_grid": (2, 3)}, "cubist": {"layers": [2], "remove": (1, 2)}}
 PLACES = (2, "before_norm", "after_norm", "decoder", "none")
 
 
@@ -114,6 +114,15 @@ def test_options_that_do_not_fit():
         ("expedit", {"cluster_grid": (5, 4)}, "clusters 5×4: give rows and columns from 1×1 to the grid's 4×4"),
         ("expedit", {"cluster_window": 2}, "window 2: give an odd number"),
         ("expedit", {"neighbors": 0}, "neighbors 0: give a number of tokens from 1, or -1 for all"),
+        ("cubist", {"remove": (1, -1)}, "remove .*give 2 values, each a number from 0|remove .*give a number from 0"),
+        ("cubist", {"remove": (1, 1.5)}, "give numbers of rows and columns, or shares of them from 0 to 1"),
+        ("cubist", {"tokens": 3}, "tokens 3: one merge keeps at least 2×2 of 4×4 patches"),
+        ("cubist", {"layers": [2, 4], "tokens": [8]}, "give one number, or one for each of the 2 merging layers"),
+        (
+            "cubist",
+            {"layers": [2, 4], "restore_at": 3},
+            "restore_at 3: give the number of a block from 4 to 12, or a word",
+        ),
         ("expedit", {"tokens": 17}, "tokens 17: give a number from 1 to 16"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -126,7 +135,7 @@ def test_one_token_less_than_patches_is_restored_too(method):
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=(16, 8), patch_size=8, embed_dim=32, num_heads=2, depth=3
     )
-    grid = {"expedit": {"cluster_grid": (1, 1)}}[method]
+    grid = {"expedit": {"cluster_grid": (1, 1)}, "cubist": {"remove": (1, 0)}}[method]
     patch.apply(model.eval(), method, **GRIDS[method] | grid)
     assert model.forward_features(torch.randn(1, 3, 16, 8)).shape == (1, 3, 32)
     assert patch.reduction(model).width == 1
@@ -139,3 +148,32 @@ def test_gradients_reach_all_images(method, small_net):
         model = patch.apply(create_segmenter(small_net).train(), method, restore_at=place, **GRIDS[method])
         (gradient,) = torch.autograd.grad(model(images).square().sum(), images)
         assert gradient.isfinite().all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
+
+
+@torch.inference_mode()
+def test_rectangles_shrink_layer_by_layer(small_net):
+    model, images = create_segmenter(small_net).eval(), different_images(2)
+    for given, grids in (
+        ({"remove": (1, 0)}, [(3, 4), (2, 4)]),
+        ({"remove": (0.5, 0.25)}, [(2, 3), (1, 2)]),
+        ({"tokens": [12, 6]}, [(3, 4), (2, 3)]),
+        ({"tokens": 0.5}, [(3, 2), (3, 2)]),
+    ):
+        patch.apply(model, "cubist", layers=[1, 3], **given)
+        together = model(images)
+        assert [step.grid for step in patch.reductions(model).values()] == grids
+        assert patch.reduction(model).sizes.sum(1).tolist() == [16, 16]
+        alone = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        patch.remove(model)
+
+
+@torch.inference_mode()
+def test_the_table_of_the_whole_grid_is_the_models_own():
+    for kind in ("vit", "eva", "Dinov2", "DINOv3ViT"):
+        family, images = FAMILIES[kind], different_images(2)
+        model = family.build()
+        plain = family.run(model, images)
+        patch.apply(model, "cubist", remove=(0, 0))
+        torch.testing.assert_close(family.run(model, images), plain, atol=1e-5, rtol=1e-5)
+        assert patch.reduction(model).grid is not None
