@@ -43,6 +43,11 @@ class Tokens:
         """(B, M), bool, True for slots that hold no token; None: there is no padding."""
         return None if self.reduction is None else self.reduction.padding
 
+    @property
+    def smaller_grid(self) -> tuple[int, int] | None:
+        """(h, w), where the tokens are a smaller grid of the image; None: they are not."""
+        return getattr(self.reduction, "grid", None)
+
     @cached
     def key_bias(self) -> Tensor | None:
         """(B, 1, 1, M), added to the logits of the patch tokens as keys; None: nothing is."""
@@ -111,12 +116,14 @@ class Rows:
         """Rotary embedding of the current tokens, each that of its representative.
 
         Args:
-            table: (N, 2d) or (H, N, 2d), sine and cosine of every patch; None: the model has none.
+            table: (N, 2d) or (H, N, 2d), sine and cosine of every patch, or of the smaller grid that is left; None: the
+                model has none.
 
         Returns:
-            The table itself while nothing was merged; then (B, 1 or H, M, 2d), or concatenated (1, 1 or H, T - P, 2d).
+            The table itself while nothing was merged, or where a grid is left; then (B, 1 or H, M, 2d), or concatenated
+            (1, 1 or H, T - P, 2d).
         """
-        if table is None or self.tokens.reduction is None:
+        if table is None or self.tokens.reduction is None or self.tokens.smaller_grid is not None:
             return table
         if self._rotary is None or self._rotary[0] is not table:
             per_head = table if table.ndim == 3 else table.unsqueeze(0)

@@ -36,7 +36,9 @@ def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
         options: options of the method; None means its default. All methods take
             layers: 1-based layers in which to merge, ascending;
             attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;
-            batch: "ragged" (every image keeps its own number of tokens) or "uniform".
+            batch: "ragged" (every image keeps its own number of tokens) or "uniform";
+            restore: "copy" (every patch gets its token back) or "soft" (a mix of the nearest tokens); not of methods
+            with a way back of their own.
             The others: `patch.find(method).options`.
 
     Returns:
@@ -71,8 +73,14 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
         )
     if entry.needs_cls and not family.has_cls(encoder):
         raise ValueError(f"{method} goes by the attention of the CLS token, which this model lacks: choose another one")
+    if family.shows_all and completed.get("restore_at") in ("after_norm", "none"):
+        raise ValueError(
+            f"restore_at {completed['restore_at']!r}: {family.name} give all patches back behind their last block, "
+            "choose before_norm, or the number of a block"
+        )
     places = _slots(entry.place, completed["layers"])
-    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), family.grid)
+    tables = family.grid, family.rotary_table
+    merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), *tables)
     joining = family.n_queries(encoder)[1] - 1
     for index, block in enumerate(blocks):
         n_around = family.tokens_before(encoder, index), 0

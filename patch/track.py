@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from g2tm import Grouping, Reduction
+from g2tm import Chain, Grouping, Reduction, SoftRestored
 from g2tm.selection import cached, images_in, is_vmapped, statically_true
 from patch.attention import can_pack
 from patch.hooks import are_watched
@@ -25,6 +25,7 @@ from patch.look import Look
 from patch.method import Method, ModelShape, Step
 
 AGAIN = "call patch.remove, then patch.apply once more"
+UNDO_AT = {"encoder": "before_norm", "decoder": "decoder"}  # of a method without an option that says where
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Merging:
         n_prefix: number of prefix tokens of the encoder.
         merging_blocks: indices of the blocks in which tokens merge, counted from 0.
         grid_of: the grid that a ViT is made for, as it is now: (gh, gw).
+        rotary_table: see `Family.rotary_table`.
         range_name: what a profiler sees merges as; None: nothing.
     """
 
@@ -78,6 +80,7 @@ class Merging:
     n_prefix: int
     merging_blocks: tuple[int, ...]
     grid_of: Callable[[Any], tuple[int, int]]
+    rotary_table: Callable[[Any, tuple[int, int]], Tensor]
     range_name: str | None = None
     thread: _Thread = field(default_factory=_Thread)
 
@@ -199,6 +202,7 @@ class Track:
         steps: layer -> the composed reduction after it.
         soft_steps: layer -> what the soft form of the method returned there, in training.
         tokens: the current patch tokens.
+        undo_at: where every patch gets its token back: behind so many blocks, or as in the option `restore_at`.
         is_undone: whether every patch has its token back.
         is_soft: whether the training form of the method runs.
         has_grad: whether gradients were recorded.
@@ -222,6 +226,8 @@ class Track:
         self.tokens = self._tokens(None)
         self._layout: Rows | None = None  # None: tokens in rows, as after a merge
         self._exposed: Tensor | None = None
+        self._tables: dict[tuple[int, int], Tensor] = {}
+        self.undo_at = self.options.get("restore_at", UNDO_AT[merging.method.undo])
         self.n_ran = 0
         self._kept: Callable[[], Track | None] | None = None
 
@@ -291,7 +297,7 @@ class Track:
                 return x
             if self.is_soft:
                 self.soft_steps[layer] = merged
-            merged = self._widened(merged, step.x.shape[1])
+            merged = self._restored(self._widened(merged, step.x.shape[1]), step.x)
             tokens = merged.merge(step.x)
             self._follow(merged, layer, tokens.shape[1])
             return torch.cat([x[:, :before], tokens], dim=1)
@@ -334,6 +340,12 @@ class Track:
             return merged
         width = self.bucket * math.ceil(merged.width / self.bucket)
         return merged.widened(min(width, n_tokens))
+
+    def _restored(self, merged: Reduction, x: Tensor) -> Reduction:
+        """A step with the way back that the options say; a training form with masks keeps its own."""
+        if self.options.get("restore") != "soft" or not isinstance(merged, Grouping | Chain):
+            return merged
+        return SoftRestored(merged, x)
 
     def _follow(self, merged: Reduction, layer: int, width: int) -> None:
         """From now on the tokens are those of one more step, which left so many in a row."""
@@ -388,14 +400,40 @@ class Track:
         own, before = block._patch, block._patch.n_around[0]
         is_last = own.index == self.n_blocks - 1
         is_read = block.is_read(self, is_last)
+        if self.undo_at == own.index + 1 or (is_last and (is_read or self.undo_at == "before_norm")):
+            return self.undo(self._in_rows(x), before)
         if is_last or is_read or own.leaves_rows or self.n_ran == len(self._due):
             x = self._in_rows(x)
-        if is_last and (is_read or self.merging.method.undo == "encoder"):
-            return self.undo(x, before)
         if not is_read or self.reduction is None or self.is_undone:
             return x
         self._exposed = x[:, before:]
         return torch.cat([x[:, :before], self.reduction.unmerge(self._exposed)], dim=1)
+
+    def after_encoder(self, x: Tensor, before: int) -> Tensor:
+        """The encoder's output: with all patches, unless a model around it goes on with the tokens that are left."""
+        if self.undo_at == "after_norm":
+            return self.undo(x, before)
+        return self.unmerge(x, before) if self.is_alone and self.undo_at != "none" else x
+
+    @property
+    def grid_left(self) -> tuple[int, int] | None:
+        """The grid of the tokens that go on to the end; None: all patches do."""
+        return self.tokens.smaller_grid if self.undo_at == "none" else None
+
+    def rotary_table(self, table: Tensor | None, index: int) -> Tensor | None:
+        """The rotary table of a block: as it is, or where the tokens are a smaller grid, as for an image of that size.
+
+        Args:
+            table: of all patches; None: the model has none.
+            index: of the block, counted from 0.
+        """
+        grid = self.tokens.smaller_grid
+        if table is None or grid is None:
+            return table
+        if grid not in self._tables:
+            self._tables[grid] = self.merging.rotary_table(self.encoder, grid)
+        smaller = self._tables[grid]
+        return smaller[index] if smaller.ndim == 4 else smaller
 
     def unmerge(self, x: Tensor, before: int = 0) -> Tensor:
         """Give every patch its token back: (B, P + M, C) -> (B, P + N, C), after `before` tokens that stay."""

@@ -46,6 +46,7 @@ PICTURED: dict[str, dict[str, Any]] = {
     "ltmp": {"merge_threshold": 0.998},
     "mpm": {"layers": [1, 3]},
     "fpet": {},
+    "cubist": {"tokens": 0.5},
     "random": {},
 }
 

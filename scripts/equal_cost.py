@@ -21,7 +21,9 @@ KNOBS: dict[str, tuple[str, float, float]] = {
     **dict.fromkeys(("tome", "tofu", "dct", "pitome", "mctf", "crossget", "dtem", "diffrate"), ("r", 0, 0)),
     "atc": ("keep", 0.05, 1.0),
     "ltmp": ("merge_threshold", 0.0, 1.0),
-    **dict.fromkeys(("keymatch", "random"), ("tokens", 0.02, 1.0)),
+    **dict.fromkeys(("random", "expedit"), ("tokens", 0.02, 1.0)),
+    "keymatch": ("tokens", 0.08, 1.0),  # four merges keep at least a sixteenth
+    "cubist": ("tokens", 0.35, 1.0),  # one merge keeps at least a quarter
 }
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("patch_size", *(knob[0] for knob in KNOBS.values()))}
 FLAGS["keep"] = "--keep-rate"

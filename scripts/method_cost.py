@@ -180,7 +180,8 @@ def with_free_merges(model: Segmenter, recorded: Mapping[int, Merges]) -> Iterat
 def _merge_calls(merged: Segmenter, recorded: Mapping[int, Merges]) -> dict[str, Call]:
     """The merge of every layer by itself, and undoing all of them, as functions of a batch."""
     method = patch.find(patch.method(merged))
-    of_logits = method.undo == "decoder" and not (merged.on_grid or merged.has_queries)
+    undo = patch.options(merged).get("restore_at", method.undo)
+    of_logits = undo == "decoder" and not (merged.on_grid or merged.has_queries)
     merge, width = method.merge, merged.n_cls if of_logits else merged.encoder.embed_dim
     layers = next(iter(recorded.values())).steps
     calls: dict[str, Call] = {f"merge_{layer}": _repeated(recorded, merge, layer) for layer in layers}

@@ -337,8 +337,12 @@ def method_of(model: nn.Module) -> str:
 
 
 def assignment_of(reduction: patch.Reduction) -> np.ndarray | None:
-    """Token of every patch of the first image, (N,), int64; None for a method whose tokens are no groups of patches."""
+    """Token of every patch of the first image, (N,), int64; None for a method whose tokens are no groups of patches.
+
+    Where patches are mixed from several tokens, it is the nearest one.
+    """
     assignment = getattr(reduction, "assignment", None)
+    assignment = getattr(reduction, "nearest", None) if assignment is None else assignment
     return None if assignment is None else assignment[0].cpu().numpy()
 
 

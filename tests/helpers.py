@@ -39,6 +39,8 @@ METHOD_OPTIONS = {
     "ltmp": {"merge_threshold": 0.1, "prune_threshold": 0.03},
     "fpet": {},
     "clustvit": {"layers": [2]},
+    "expedit": {},
+    "cubist": {"remove": (1, 2)},
 }
 RAGGED = (
     "graph",

@@ -140,12 +140,14 @@ class Family(ABC):
     Attributes:
         name: for messages.
         learns: whether the learned parts of methods can be built into it.
+        shows_all: whether its last block always gives all patches back.
         block_mixin: `PatchedBlock` of this kind.
         model_mixin: `Patched` of the ViT itself: starts and ends a pass.
     """
 
     name: str
     learns = True
+    shows_all = False
     block_mixin: type["PatchedBlock"]
     model_mixin: type[Patched]
 
@@ -187,6 +189,11 @@ class Family(ABC):
     def grid(self, model: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(gh, gw), patches of images of (height, width) pixels; None: of those that it was made for."""
 
+    def rotary_table(self, model: Any, grid: tuple[int, int]) -> Tensor:
+        """Sine and cosine of every patch of an image of (gh, gw) patches, as its blocks get them: (N, 2d), or
+        (H, N, 2d) for every block."""
+        raise NotImplementedError(f"{self.name} has no rotary embedding")
+
 
 class PatchedBlock(Patched):
     """A block after a patch: the bias of merged tokens goes into its attention, and tokens merge where the method
@@ -209,7 +216,7 @@ class PatchedBlock(Patched):
         assert track is not None
         x = track.merge_at("before", track.resume(x, self), self)
         x, layout = track.arrange(x, self)
-        x, look = self.attend(x, layout, rope)
+        x, look = self.attend(x, layout, track.rotary_table(rope, self._patch.index))
         x, layout = track.arrange(track.merge_at("attention", x, self, look), self)
         x = self.feed(x, layout)
         return track.leave(track.merge_at("block", x, self, look), self)
@@ -292,6 +299,7 @@ class OpenFamily(Family):
     back."""
 
     learns = False  # learned parts are named after timm's modules
+    shows_all = True
 
     @abstractmethod
     def embedding(self, model: Any) -> tuple[nn.Module, type["PatchedEmbedding"], Any]:

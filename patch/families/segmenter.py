@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patch.families.base import RECORD, PatchedModel
@@ -28,7 +29,9 @@ class PatchedSegmenter(PatchedModel):
             return own.network(images)
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw)"""
+        """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw); or enlarge a smaller grid."""
         own: Any = super()
         track = self._patch.merging.current
-        return own.to_grid(scores if track is None else track.unmerge(scores), grid)
+        if track is None or track.grid_left is None:
+            return own.to_grid(scores if track is None else track.unmerge(scores), grid)
+        return F.interpolate(own.to_grid(scores, track.grid_left), grid, mode="bilinear")

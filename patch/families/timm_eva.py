@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
@@ -72,3 +72,10 @@ class TimmEva(TimmFamily):
     name = "timm's Eva"
     model_class, block_class, attention_classes = Eva, EvaBlock, (EvaAttention, AttentionRope)
     block_mixin = PatchedEvaBlock
+
+    def rotary_table(self, model: Any, grid: tuple[int, int]) -> Tensor:
+        rope = model.rope
+        if isinstance(rope, RotaryEmbeddingCat):  # whose `get_embed` may know its own grid alone
+            bands: Any = rope.bands
+            return torch.cat(rope._build_embed(list(grid), bands), -1)
+        return rope.get_embed(shape=list(grid))

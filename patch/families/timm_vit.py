@@ -69,7 +69,7 @@ class PatchedTimmEncoder(PatchedModel):
         with self._patch.merging.encoder_pass(self, self.blocks, grid_of(self, x.shape[-2:])) as track:
             x = track.release_with(own.forward_features(x, **arguments))
             track.check_blocks()
-            return track.unmerge(x, self._patch.n_around[0]) if track.is_alone else x
+            return track.after_encoder(x, self._patch.n_around[0])
 
     def forward_intermediates(
         self,

@@ -247,6 +247,11 @@ class TransformersViT(OpenFamily):
         whole, patch = (_pair(value) for value in (size or config.image_size, config.patch_size))
         return whole[0] // patch[0], whole[1] // patch[1]
 
+    def rotary_table(self, model: Any, grid: tuple[int, int]) -> Tensor:
+        sides = [own * p for own, p in zip(grid, _pair(model.config.patch_size), strict=True)]
+        image = next(model.parameters()).new_empty(1, 1, 1, 1).expand(1, 3, *sides)
+        return torch.cat(model.rope_embeddings(image)[::-1], -1)
+
     def embedding(self, model: Any) -> tuple[nn.Module, type[PatchedEmbedding], Any]:
         kind: type[PatchedEmbedding] = PatchedEmbeddings
         if hasattr(model.embeddings, "random_masking"):

@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 # Importing a file fills the registry; `--patch-type` offers the methods in this order, then those of any other file.
 # isort: off
 from patch.methods import keymatch, graph, algm, mpm, random_merge, tome, tofu, dct, pitome, mctf, crossget  # noqa: F401
-from patch.methods import atc, dtem, diffrate, ltmp, fpet, clustvit  # noqa: F401
+from patch.methods import atc, dtem, diffrate, ltmp, fpet, clustvit, expedit, cubist  # noqa: F401
 
 for file in iter_modules(__path__):
     import_module(f"{__name__}.{file.name}")

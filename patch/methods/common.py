@@ -25,6 +25,13 @@ TOKENS = Option(
     default_text="none, the threshold decides",
 )
 KEEP = Option(0.5, "Share of the patch tokens (0 to 1) that each merging layer keeps.", type=SHARE, flag="--keep-rate")
+RESTORE_AT = Option(
+    "decoder",
+    "Place where every patch gets its token back: after the block of this number (from 1), before_norm or after_norm: "
+    "before or after the last norm of the encoder, decoder: after the decoder, or none: the map of the decoder is "
+    "enlarged.",
+    type=Number(1, integer=True, words=("before_norm", "after_norm", "decoder", "none")),
+)
 DEFAULT_R = 8
 
 
@@ -54,6 +61,13 @@ def check_tokens(options: Options, shape: ModelShape) -> None:
     for one in tokens if isinstance(tokens, Sequence) else [tokens]:
         if one is not None:
             budget(one, shape.grid[0] * shape.grid[1])
+
+
+def check_restore_at(options: Options, shape: ModelShape, first: int) -> None:
+    """Raise a ValueError if patches would have their tokens back before `first`, the block of the last merge."""
+    at = options["restore_at"]
+    if isinstance(at, int) and not first <= at <= shape.depth:
+        raise ValueError(f"restore_at {at}: give the number of a block from {first} to {shape.depth}, or a word")
 
 
 def r_of_pair(given: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,24 @@ from pathlib import Path
 
 import conformance_chain
 import conformance_clustvit
+import conformance_cubist
+import conformance_expedit
 import conformance_segmenter
 import conformance_steps
 from conformance_common import Case, DoesNotHoldError, Vectors
 
 KNOWN = re.compile(  # first parts of names: inputs, and what is held against them
     r"n\d+|x\d+|xrect|xslide|pure|graph|algm|tome|tofu|pitome|mctf|crossget|fpet|diffrate|dct|atc|dtem|ltmp|chain|seq|vit|labels|loss"
+    r"|cluster|reconstruct|line|grid"
 )
-KINDS = (conformance_segmenter, conformance_steps, conformance_chain, conformance_clustvit)
+KINDS = (
+    conformance_segmenter,
+    conformance_steps,
+    conformance_chain,
+    conformance_clustvit,
+    conformance_expedit,
+    conformance_cubist,
+)
 
 
 def find_cases(file: Path) -> list[Case]:

@@ -22,7 +22,10 @@ STATIC = {
     "keymatch": {"layers": [2, 3]},
     "tofu": {"r": 2},
     "dct": {"r": 2},
-    **{name: METHOD_OPTIONS[name] for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet")},
+    **{
+        name: METHOD_OPTIONS[name]
+        for name in ("dtem", "pitome", "mctf", "crossget", "atc", "diffrate", "fpet", "expedit", "cubist")
+    },
     "random": {},
     "graph": {"tokens": 7},
     "algm": {"layers": [1, 3], "tokens": [9, 6]},
