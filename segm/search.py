@@ -195,9 +195,9 @@ class Bench:
             whole.unlink()
         return file
 
-    def n_patches(self, size: int) -> int:
-        """Patches of a crop at an image size."""
-        return math.prod(self.run.model.grid(replace(self.run, im_size=size).crop_size))
+    def grid(self, size: int) -> tuple[int, int]:
+        """Patches of a crop at an image size, (gh, gw)."""
+        return self.run.model.grid(replace(self.run, im_size=size).crop_size)
 
     def threshold(self, knob: str, method: str, fixed: Mapping[str, Any], share: float) -> float:
         """The threshold with which a method leaves a share of the tokens at the size of the run."""
@@ -205,7 +205,7 @@ class Bench:
         def measure() -> float:
             run = self.run
             views = [*Views(self.calibration, run.crop_size, run.normalization, N_VIEWS, device=run.device)]
-            wanted = share * self.n_patches(run.image_size)
+            wanted = share * math.prod(run.model.grid(run.crop_size))
             return round(options_for(run.model, method, views, wanted, near=0.02, **fixed)[knob], 4)
 
         return self.memory.once(f"threshold {Setting(0, method, fixed).key} {share}", measure)

@@ -6,6 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -26,7 +27,7 @@ from segm.config import BFLOAT16, FLOAT32, INT8, PRECISIONS, TUNED
 from segm.data import fingerprint, spread
 from segm.data.dataset import Part
 from segm.eval.timing import environment
-from segm.merging import PURE, knob_of, parse
+from segm.merging import KNOBS, PURE, knob_of, parse
 from segm.precision import computes_bfloat16
 from segm.run import Run
 from segm.search import PRESETS, Bench, Memory, Row, Setting, choose, search
@@ -157,7 +158,10 @@ def main(
 
 
 def fixed_options(run: Run, asked: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    """Method -> its fixed options; asked: see `read_methods`; None: those of `METHODS` that fit the run.
+    """Method -> its fixed options: those that are asked for, and of the run's own method all but its budget.
+
+    Args:
+        asked: see `read_methods`; None: those of `METHODS` that fit the run.
 
     Raises:
         ValueError: options that are not allowed or do not fit the run.
@@ -165,6 +169,7 @@ def fixed_options(run: Run, asked: Sequence[Mapping[str, Any]] | None) -> dict[s
     found: dict[str, dict[str, Any]] = {}
     for one in [{"patch_type": name} for name in METHODS if name in patch.METHODS] if asked is None else asked:
         method, options = run.resolve_merging(one)
+        options = {name: value for name, value in options.items() if name in one or name not in KNOBS}
         try:
             found |= {method: options} if layer_choices(method, run, options) else {}
         except ValueError:
@@ -184,22 +189,24 @@ def layer_choices(method: str, run: Run, fixed: Mapping[str, Any]) -> list[dict[
 
 
 def candidates(bench: Bench, methods: Mapping[str, Mapping[str, Any]], sizes: Sequence[int]) -> Iterator[Setting]:
-    """The plain model at every image size, and there every method in some layers with some budgets."""
-    run, precision = bench.run, bench.plain.precision
+    """The plain model at every image size, and there every method in some layers with the budgets that it can have."""
+    run, precision, depth = bench.run, bench.plain.precision, len(bench.run.model.encoder.blocks)
     for size in sizes:
         yield Setting(size, precision=precision)
         for method, fixed in methods.items():
             knob = knob_of(method)
             for own in layer_choices(method, run, fixed):
-                if knob is None or knob in fixed:
+                if knob is None or KNOBS.keys() & fixed:
                     yield Setting(size, method, own, precision)
                     continue
-                n_layers = len(own.get("layers", run.model.encoder.blocks))
+                n_layers = len(own.get("layers", range(depth)))
                 for share in SHARES:
-                    r = round((1 - share) * bench.n_patches(size) / n_layers)
+                    r = round((1 - share) * math.prod(bench.grid(size)) / n_layers)
                     amounts = {"tokens": share, "r": r, "keep": round(share ** (1 / n_layers), 3)}
                     value = amounts[knob] if knob in amounts else bench.threshold(knob, method, own, share)
-                    yield Setting(size, method, own | {knob: value}, precision)
+                    with suppress(ValueError):  # a layer of keymatch halves the tokens at most
+                        patch.check(method, depth, bench.grid(size), **own, **{knob: value})
+                        yield Setting(size, method, own | {knob: value}, precision)
 
 
 def default_sizes(run: Run) -> list[int]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+import patch
 from segm import report, search, speedtest, test, train, tune, tune_threshold
-from segm.config import TUNED
+from segm.config import TUNED, Merging
 from segm.data import create_dataset
 from segm.data.dataset import Part
 from segm.model.segmenter import Segmenter
@@ -125,7 +126,7 @@ class TestChoice:
 OPTIONS = ["--methods", "tome", "--im-size", 32, 24, "--precision", "float32", *CPU]
 
 
-def test_it_finds_settings_that_every_command_takes(run, counted, call, refused, monkeypatch, tmp_path):
+def test_it_finds_settings_that_every_command_takes(run, counted, call, refused):
     scored, timed = counted
     text = call(tune, run, "shapes", *OPTIONS)
     assert text.startswith("8 settings of pure, tome; chosen by every second image of val")
@@ -146,9 +147,7 @@ def test_it_finds_settings_that_every_command_takes(run, counted, call, refused,
     assert "mean_iou" in call(test, run, "--preset", "fast", "--max-images", 1, *CPU)
     assert "equal, balanced, fast" in refused(test, run, "--preset", "slow", *CPU)
     timing = ["--warmup", 0, "--max-images", 1, *CPU]
-    assert "| tome | 1.0 |" in call(speedtest, run, "shapes", "--preset", "fast", *timing)
-    found = train.main.make_context("train", ["--log-dir", str(tmp_path), "--preset", "fast"]).params["merging"]
-    assert found == {"preset": "fast"}
+    assert "| tome | 2.0 |" in call(speedtest, run, "shapes", "--preset", "fast", *timing)
 
 
 def test_an_interrupted_search_goes_on(run, counted, call, refused, monkeypatch):
@@ -215,6 +214,19 @@ def test_a_damaged_file_of_measurements_is_named(run, refused):
     assert "remove it" in refused(tune, run, "shapes", *OPTIONS)
 
 
+def test_the_method_of_the_run_keeps_its_layers_and_gets_other_budgets(run):
+    loaded = Run.load(run, device="cpu", patch_type="pure")
+    recorded = {"threshold": 0.5, "tokens": 0.6, "selected_layer": 3, "attention": "inverse"}
+    trained = replace(loaded, config=replace(loaded.config, merging=Merging("graph", recorded)))
+    assert tune.fixed_options(trained, None)["graph"] == {"layers": [3], "attention": "inverse"}
+    fixed = tune.fixed_options(loaded, tune.read_methods("graph --tokens 0.4,tome"))
+    assert fixed == {"graph": {"tokens": 0.4}, "tome": {}}
+    bench, _ = tune.set_up(loaded, "shapes", "val", None)
+    found = [(one.method, one.options) for one in tune.candidates(bench, fixed, [32])]
+    assert [options for method, options in found if method == "graph"] == 3 * [{"tokens": 0.4, "layers": [2]}]
+    assert [options["r"] for method, options in found if method == "tome"] == [1, 2, 3, 4]
+
+
 class TestPreset:
     @pytest.fixture
     def tuned(self, run):
@@ -258,6 +270,13 @@ class TestPreset:
         (tuned / TUNED).unlink()
         with pytest.raises(FileNotFoundError, match=r"segm/tune\.py"):
             Run.load(tuned, preset="equal")
+
+    def test_a_training_takes_its_merging(self, tuned, tmp_path, call, monkeypatch):
+        found = []
+        monkeypatch.setattr(train.Trainer, "fit", lambda self: found.append((self.model, self.config.data.im_size)))
+        call(train, "--log-dir", tmp_path / "new", "--finetune", tuned, "--preset", "equal", "--r", 2, *CPU)
+        ((model, size),) = found
+        assert (patch.method(model), patch.options(model)["r"], size) == ("tome", 2, 32)
 
     def test_it_is_passed_on(self, tuned, tmp_path):
         Run.load(tuned, device="cpu", preset="equal").save_pretrained(tmp_path / "shared")
