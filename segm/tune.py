@@ -37,7 +37,7 @@ from vis import hull, search_plot
 METHODS = ("keymatch", "tome", "algm", "graph")
 SHARES = (0.8, 0.6, 0.45, 0.3)  # of the tokens
 FACTORS = (1.0, 0.87, 0.75, 0.65, 0.55)  # of the image size
-SHIFTS = (0, 1 / 6, -1 / 12)  # of merging layers, × depth
+SHIFTS = (1 / 6, -1 / 12)  # of merging layers, × depth; without one they are tried as well
 DEEPEST = 20  # × --within: what loses more is not followed
 FINALISTS = 8
 FOUND = {"setting": "{setting}", "mIoU lost": "{loss:.2f}", "ms": "{ms:.1f}", "times as fast": "{ratio:.2f}"}
@@ -182,10 +182,11 @@ def layer_choices(method: str, run: Run, fixed: Mapping[str, Any]) -> list[dict[
     """The fixed options of a method with the layers to try, its own first; a ValueError if they do not fit the run."""
     depth = len(run.model.encoder.blocks)
     own = patch.check(method, depth, run.model.grid(run.crop_size), **fixed)["layers"]
-    if "layers" in fixed or len(own) == depth:
+    if len(own) == depth:  # all of them
         return [{**fixed}]
-    shifted = [[layer + round(shift * depth) for layer in own] for shift in SHIFTS]
-    return [{**fixed, "layers": layers} for layers in shifted if layers[0] >= 1 and layers[-1] <= depth]
+    shifted = [[layer + round(shift * depth) for layer in own] for shift in SHIFTS if "layers" not in fixed]
+    choices = [[*own], *(layers for layers in shifted if layers[0] >= 1 and layers[-1] <= depth)]
+    return [{**fixed, "layers": layers} for layers in choices]
 
 
 def candidates(bench: Bench, methods: Mapping[str, Mapping[str, Any]], sizes: Sequence[int]) -> Iterator[Setting]:

@@ -218,7 +218,8 @@ def test_the_method_of_the_run_keeps_its_layers_and_gets_other_budgets(run):
     loaded = Run.load(run, device="cpu", patch_type="pure")
     recorded = {"threshold": 0.5, "tokens": 0.6, "selected_layer": 3, "attention": "inverse"}
     trained = replace(loaded, config=replace(loaded.config, merging=Merging("graph", recorded)))
-    assert tune.fixed_options(trained, None)["graph"] == {"layers": [3], "attention": "inverse"}
+    assert tune.fixed_options(trained, None)["graph"] == {"layers": 3, "attention": "inverse"}
+    assert tune.layer_choices("graph", trained, {"layers": 3}) == [{"layers": [3]}]
     fixed = tune.fixed_options(loaded, tune.read_methods("graph --tokens 0.4,tome"))
     assert fixed == {"graph": {"tokens": 0.4}, "tome": {}}
     bench, _ = tune.set_up(loaded, "shapes", "val", None)
