@@ -244,7 +244,7 @@ class Run:
         """Of the size of images to that of the training's evaluation."""
         return 1.0 if self.im_size is None else self.im_size / self.image_size
 
-    @property
+    @cached_property
     def windows(self) -> Windows:
         """Sliding windows of the evaluation."""
         return self.choose_windows()
@@ -279,7 +279,7 @@ class Run:
         """
         return self.preprocessing(self._pixels(photo)).unsqueeze(0).to(self.device)
 
-    @property
+    @cached_property  # as windows: they may read the files of the data sets' defaults
     def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
         """Function from a photograph, (H, W, 3) uint8 RGB, to the image of `preprocess`, (3, h, w), on the CPU.
 
