@@ -19,6 +19,7 @@ from real_speed import PHOTOS, measure_speed
 from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
 from results_file import PICTURES, append, out_option
 from tqdm import tqdm
+from tradeoff import Row, Setting, Tradeoff
 from trainings import train_unless_finished
 
 import patch
@@ -29,7 +30,6 @@ from segm.eval.timing import environment
 from segm.merging import PURE, mean_tokens
 from segm.run import Run
 from segm.storage import write_picture, write_text
-from segm.tradeoff import Row, Setting, Tradeoff
 from vis import hull, similarity_histograms, tradeoff_plot
 
 DATASET = "camvid"

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,6 +18,7 @@ from segm.eval.sliding import predict_labels, window_starts
 from segm.eval.timing import interleaved_trials
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
+from segm.precision import has_instructions
 from segm.run import Run
 
 PHOTOS = {"512×512": (512, 512), "2048×1024": (1024, 2048)}  # height, width
@@ -84,13 +84,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.qi
 
 def usable_dtypes() -> dict[str, torch.dtype]:
     """Precisions that the processor has instructions for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = set(next(line for line in lines if line.startswith("flags")).split())
-    except (OSError, StopIteration):  # not Linux
-        return {"float32": torch.float32}
     needed = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "int8": {"avx512_vnni", "avx_vnni", "amx_int8"}}
-    return {name: dtype for name, dtype in DTYPES.items() if not needed.get(name) or needed[name] & flags}
+    cpu = torch.device("cpu")
+    return {name: dtype for name, dtype in DTYPES.items() if name == "float32" or has_instructions(cpu, *needed[name])}
 
 
 @torch.inference_mode()

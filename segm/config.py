@@ -16,7 +16,8 @@ from segm.storage import read_yaml, write_text
 if TYPE_CHECKING:
     from segm.data.images import Normalization
 
-VARIANT = "variant.yml"
+VARIANT, TUNED = "variant.yml", "tuned.yml"
+PRECISIONS = FLOAT32, BFLOAT16, INT8 = ("float32", "bfloat16", "int8")
 
 
 def config_dir() -> Path:
@@ -482,6 +483,61 @@ def variant_file(path: str | Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"no {VARIANT} in {folder}: it belongs beside the checkpoint")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A setting of a run that `tune.py` found.
+
+    Attributes:
+        merging: method and options as `dataset_kwargs` hold them.
+        im_size: shorter side of the images, pixels.
+        precision: of `PRECISIONS`.
+        file: exported model in the run directory, of int8 alone.
+    """
+
+    merging: Merging
+    im_size: int
+    precision: str
+    file: Path | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, name: str) -> "Preset":
+        """Read one from the `tuned.yml` of a run directory, or of that of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or holds no setting of this name.
+        """
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        content = read_tuned(folder)
+        if content is None:
+            raise FileNotFoundError(f"no {TUNED} in {folder}: python segm/tune.py {path} DATASET makes one")
+        presets = content["presets"]
+        if name not in presets:
+            raise ValueError(f"no preset {name!r}: {folder / TUNED}, made by segm/tune.py, has {', '.join(presets)}")
+        try:
+            one = dict(presets[name])
+            entries, file = dict(one["merging"]), one.get("file")
+            merging = Merging(entries.pop("patch_type"), entries)
+            return cls(merging, int(one["im_size"]), str(one["precision"]), file and folder / file)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / TUNED} is damaged: make it again with segm/tune.py") from error
+
+
+def read_tuned(folder: Path) -> Mapping[str, Any] | None:
+    """The content of the `tuned.yml` of a run directory, which holds `presets`; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = folder / TUNED
+    if not file.is_file():
+        return None
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not isinstance(content.get("presets"), dict):
+        raise ValueError(f"{file} is damaged: make it again with segm/tune.py")
+    return content
 
 
 def recorded_grid(path: str | Path, patch_sides: Sequence[int]) -> tuple[int, int] | None:

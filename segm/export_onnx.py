@@ -25,8 +25,8 @@ from patch.exporting import OPSET
 from segm.checkpoint import checkpoint_file
 from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
 from segm.errors import one_line
+from segm.eval.evaluate import Views
 from segm.eval.timing import interleaved_trials, speed
-from segm.eval.views import Views
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.onnx_model import KEY, MISSING, OnnxModel, Record

@@ -31,7 +31,7 @@ def main(
     upsampling, fused attention and the products and sums of merging are included. Operators without a count
     (element-wise work, sorting, indexing) are listed.
     """
-    run = Run.load(checkpoint, **how)
+    run = Run.load(checkpoint, amp=False, **how)
     views = run.views(images, max_images, batch_size=batch_size)
     found = [count_operations(run.model, view) for view in tqdm(views, desc="operations", unit="batch", leave=False)]
     click.echo(f"{len(views) * views.batch_size} images of {views.size[0]} x {views.size[1]} pixels")

@@ -1,5 +1,6 @@
 """Options of merging methods between command line, `variant.yml` and `patch.apply`; the registry states each once."""
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from inspect import signature
@@ -20,6 +21,15 @@ from segm.model.factory import copy_weights, create_segmenter
 from segm.model.segmenter import Segmenter
 
 PURE = "pure"
+# Options that set what a method costs, the first that it takes, and their ranges; r is a whole number up to all tokens.
+KNOBS = {
+    "threshold": (-1.0, 1.0),
+    "merge_threshold": (0.0, 1.0),
+    "r": (0, 0),
+    "keep": (0.05, 1.0),
+    "tokens": (0.02, 1.0),
+}
+BISECTIONS = 25
 TYPICAL = ModelShape(12, (32, 32))  # a default that depends on the model is shown for this one
 
 
@@ -43,13 +53,14 @@ def _flags(table: Mapping[str, Option]) -> list[Flag]:
 class MergingCommand(Command):
     """A command with --patch-type and the flags of all methods that are registered when it runs.
 
-    Its function gets them as `merging`: name of the option -> value, only those given, "patch_type" among them. Where
-    another method than that of the recipe (`ctx.default_map`) is given, the recipe says nothing about
-    merging. --help shows the options of the method on the command line or in the recipe, else one line per method.
+    Its function gets them as `merging`: name of the option -> value, only those given, "patch_type" among them, and
+    "preset", which `Run.load` reads. Where another method than that of the recipe (`ctx.default_map`) is given, the
+    recipe says nothing about merging. --help shows the options of the method on the command line or in the recipe, else
+    one line per method.
     """
 
     def __init__(self, *args: Any, groups: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, groups={**(groups or {}), "Merging": ["patch_type"]}, **kwargs)
+        super().__init__(*args, groups={**(groups or {}), "Merging": ["preset", "patch_type"]}, **kwargs)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
@@ -59,13 +70,19 @@ class MergingCommand(Command):
             metavar="NAME",
             help="Method that merges tokens, or pure for none.  [default: the run's, else pure]",
         )
+        preset = click.Option(
+            ["--preset"],
+            metavar="NAME",
+            help="Setting that tune.py found: merging, and for what reads images their size and the precision.  "
+            "[default: none]",
+        )
         flags = [flag.parameter for flag in _flags(_options())]
-        taken = {text for option in (*own, method) for text in (*option.opts, option.name)}
+        taken = {text for option in (*own, preset, method) for text in (*option.opts, option.name)}
         doubled = [flag.opts[0] for flag in flags if taken & {flag.opts[0], flag.name}]
         if doubled:
             raise click.UsageError(f"{', '.join(doubled)}: an option of a method is one of the command itself already")
         n_own = len(self.params)
-        return [*own[:n_own], method, *flags, *own[n_own:]]  # --help comes last
+        return [*own[:n_own], preset, method, *flags, *own[n_own:]]  # --help comes last
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -107,13 +124,13 @@ def _default(entry: Option) -> str:
 
 def _take_merging(ctx: click.Context) -> dict[str, Any]:
     """Move the parameters of merging out of `ctx.params`."""
-    method, table = ctx.params.pop("patch_type"), _options()
+    preset, method, table = ctx.params.pop("preset"), ctx.params.pop("patch_type"), _options()
     found: dict[str, dict[Flag, Any]] = {}
     for flag in _flags(table):
         value = ctx.params.pop(flag.name)
         if is_given(ctx, flag.name, method) and not (flag.parameter.is_flag and value is False):  # false: in a recipe
             found.setdefault(flag.option, {})[flag] = value
-    merging = {} if method is None else {"patch_type": method}
+    merging = {name: one for name, one in (("preset", preset), ("patch_type", method)) if one is not None}
     return merging | {option: _or_none(table[option], value_of(ctx, given)) for option, given in found.items()}
 
 
@@ -362,6 +379,82 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
     if reduction is not None:
         return reduction.counts.cpu()
     return torch.full((len(images),), math.prod(model.grid(images.shape[-2:])))
+
+
+def knob_of(method: str) -> str | None:
+    """The option that sets what a method costs; None: no option does."""
+    return next((name for name in KNOBS if patch.find(method).takes(name)), None)
+
+
+def tokens_left(model: Segmenter, batches: Sequence[Tensor]) -> float:
+    """Patch tokens that the encoder of a patched model leaves, mean over the images (B, 3, H, W)."""
+    counts: list[int] = []
+    for images in batches:
+        model.encoder.forward_features(images)
+        reduction = patch.reduction(model)
+        assert reduction is not None  # a pass has just run
+        counts += reduction.counts.tolist()
+    return sum(counts) / len(counts)
+
+
+@torch.inference_mode()
+def options_for(
+    model: Segmenter,
+    method: str,
+    batches: Sequence[Tensor],
+    wanted: float,
+    cost_of: Callable[[Segmenter, Sequence[Tensor]], float] = tokens_left,
+    *,
+    near: float = 1e-3,
+    **fixed: Any,
+) -> dict[str, Any]:
+    """Options with which a method costs about as much as wanted; only the fixed ones where no option sets its cost.
+
+    Args:
+        model: unpatched, with the learned parts of the method.
+        batches: images (B, 3, H, W).
+        wanted: the cost, by default patch tokens per image at the end of the encoder.
+        cost_of: from a patched model and batches to a cost.
+        near: how far the cost may be off, share of it; where that cannot be reached, ten times the last step.
+        fixed: other options of the method.
+    """
+    name = knob_of(method)
+    if name is None:
+        return fixed
+    low, high = KNOBS[name]
+    model, own = copy.deepcopy(model), dict(fixed)
+    if name == "r":
+        high = 2 * math.prod(model.grid(batches[0].shape[-2:])) // len(model.encoder.blocks)
+    if name == "threshold" and cost_of is tokens_left and not model.has_queries:  # no token leaves after the last merge
+        grid = model.encoder.patch_embed.grid_size
+        own["layers"] = [*patch.check(method, len(model.encoder.blocks), grid, **fixed)["layers"]]
+        del model.encoder.blocks[own["layers"][-1] :]
+    if patch.find(method).static:  # every image costs the same
+        batches = batches[:1]
+    best, value = math.inf, high
+    for _ in range(BISECTIONS):
+        middle = round((low + high) / 2) if name == "r" else (low + high) / 2
+        try:
+            cost = cost_of(patch.apply(model, method, **own, **{name: middle}), batches)
+        except ValueError:
+            if name != "tokens":
+                raise
+            low = middle  # fewer tokens than the method can leave
+            continue
+        finally:
+            patch.remove(model)
+        if abs(cost - wanted) < best:
+            best, value = abs(cost - wanted), middle
+        removes_too_few = (cost > wanted) == (name == "r")  # r removes tokens, every other option keeps them
+        low, high = (middle, high) if removes_too_few else (low, middle)
+        if best <= near * wanted or high - low <= (1 if name == "r" else near / 10):
+            break
+    return {**fixed, name: value}
+
+
+def layer_tokens(model: Segmenter) -> dict[int, float]:
+    """Patch tokens that each merging layer left in the last pass, mean over its images: layer -> number."""
+    return {layer: step.counts.double().mean().item() for layer, step in patch.reductions(model).items()}
 
 
 def mean_tokens(model: Segmenter, batches: Iterable[Tensor]) -> float:

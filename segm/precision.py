@@ -4,9 +4,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 
 
 @dataclass
@@ -34,6 +37,20 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
+
+
+def has_instructions(device: torch.device, *flags: str) -> bool:
+    """Return whether a processor says that it has any of some instructions, such as "avx512_bf16"."""
+    if device.type != "cpu" or not CPU_INFO.exists():
+        return False
+    return any(line.startswith("flags") and {*flags} & {*line.split()} for line in CPU_INFO.read_text().splitlines())
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is fast in bfloat16, which others emulate."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_instructions(device, "avx512_bf16", "amx_bf16")
 
 
 @contextmanager

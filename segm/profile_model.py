@@ -37,7 +37,7 @@ def main(
 
     One forward pass of the model over images of DATASET at the crop size, after one that is not profiled.
     """
-    run = Run.load(checkpoint, **how)
+    run = Run.load(checkpoint, amp=False, **how)
     trace = out or run.folder / f"trace_{run.method}.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
     views = [*run.views(images, max_images, batch_size=batch_size)]

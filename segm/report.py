@@ -23,6 +23,7 @@ from segm.data.images import resize_to
 from segm.eval.cost import compare
 from segm.eval.timing import environment
 from segm.merging import assignment_of, parse
+from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.runlog import read_log
 from segm.storage import write_text
@@ -143,6 +144,10 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
         try:
             size = given.pop("im_size", None)
             run = Run.load(path, name=name, device=device, merging=given, im_size=size)
+            if not isinstance(run.model, Segmenter):
+                raise ValueError(
+                    f"the preset {given['preset']} is exported, and the report looks into models: choose another"
+                )
         except ValueError as error:
             raise ValueError(f"{name or path}: {error}") from error
         if any(run.name == other.name for other in runs):

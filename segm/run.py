@@ -19,13 +19,12 @@ import patch
 from segm import merging as merges
 from segm import sharing
 from segm.checkpoint import checkpoint_file
-from segm.config import SCALES, RunConfig, variant_file
+from segm.config import BFLOAT16, INT8, SCALES, Preset, RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.dataset import Photographs
 from segm.data.images import Normalization, read_image, resize_keep_ratio, resized_view
-from segm.eval.evaluate import MULTISCALE, both_ways, evaluate
+from segm.eval.evaluate import MULTISCALE, Samples, Views, both_ways, evaluate
 from segm.eval.sliding import Windows, predict_labels
-from segm.eval.views import Samples, Views
 from segm.metrics import BoundaryCount, segmentation_scores
 from segm.model.factory import copy_weights, load_model
 from segm.model.segmenter import Segmenter
@@ -76,9 +75,10 @@ class Run:
         im_size: int | None = None,
         scale: str = SCALES[0],
         window_size: Size | None = None,
+        preset: str | None = None,
         **options: Any,
     ) -> "Run":
-        """Load a trained model. What is not given is as it was in training.
+        """Load a trained model. What is not given is as the preset says, or else as it was in training.
 
         Args:
             path: checkpoint or run directory; or "user/name" of a repository on the Hugging Face hub.
@@ -89,16 +89,29 @@ class Run:
             im_size: shorter side that images are resized to, pixels, in place of the training's.
             scale: "original" for images that are not resized.
             window_size: of the sliding windows, pixels, in place of the training's.
+            preset: name of a setting that `segm/tune.py` found; one in int8 gives a `segm.onnx_model.ExportedRun`,
+                unless `amp` is given.
             options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
 
         Raises:
-            FileNotFoundError: no checkpoint, or no `variant.yml` beside it.
+            FileNotFoundError: no checkpoint, or no `variant.yml` beside it; no `tuned.yml` for a preset.
             ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        path = sharing.find(path)
+        path, given = sharing.find(path), {**(merging or {}), **options}
+        name_of_preset = given.pop("preset", preset)
+        tuned = None if name_of_preset is None else Preset.read(path, name_of_preset)
+        if tuned is not None and tuned.precision == INT8 and amp is None:
+            from segm.onnx_model import open_run  # which is built on this module
+
+            how: dict[str, Any] = {"im_size": im_size, "scale": scale, "window_size": window_size}
+            return open_run(tuned.file or path, device=device, merging=given, **how)
         model, config = load_model(path, merges.add_parts)
-        merges.apply(model, *merges.choose({**(merging or {}), **options}, config.merging.entries))
+        if tuned is not None:
+            config = replace(config, merging=tuned.merging)
+            im_size = im_size or (None if scale == ORIGINAL else tuned.im_size)
+            amp = tuned.precision == BFLOAT16 if amp is None else amp
+        merges.apply(model, *merges.choose(given, config.merging.entries))
         precision = Precision.choose(device, bool(config.optim.amp) if amp is None else amp)
         name = name or checkpoint_file(path).resolve().parent.name
         check_scale(scale, im_size)
@@ -231,7 +244,7 @@ class Run:
         """Of the size of images to that of the training's evaluation."""
         return 1.0 if self.im_size is None else self.im_size / self.image_size
 
-    @property
+    @cached_property
     def windows(self) -> Windows:
         """Sliding windows of the evaluation."""
         return self.choose_windows()
@@ -266,7 +279,7 @@ class Run:
         """
         return self.preprocessing(self._pixels(photo)).unsqueeze(0).to(self.device)
 
-    @property
+    @cached_property  # as windows: they may read the files of the data sets' defaults
     def preprocessing(self) -> Callable[[np.ndarray], Tensor]:
         """Function from a photograph, (H, W, 3) uint8 RGB, to the image of `preprocess`, (3, h, w), on the CPU.
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from segm.checkpoint import LAST, SHARED
-from segm.config import VARIANT, Merging
+from segm.config import TUNED, VARIANT, Merging, read_tuned
 from segm.errors import one_line
 from segm.runlog import read_log
 from segm.storage import atomic, write_text
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from segm.run import Run
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = [SHARED, VARIANT, "README.md"]
+FILES = [SHARED, VARIANT, TUNED, "tune/*.onnx", "README.md"]
 SCORES = {"pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy", "mean_iou": "mIoU"}
 CARD = """---
 {front}---
@@ -37,7 +38,7 @@ A [Segmenter](https://arxiv.org/abs/2105.05633), {backbone} with the decoder {de
 Images are resized to a shorter side of {image_size} pixels and go through windows of {window} pixels.
 
 Merging: {merging}.
-
+{presets}
 ```python
 from segm.run import Run
 
@@ -52,6 +53,16 @@ python segm/inference.py {place} -i photos -o labelled
 """
 
 
+PRESETS = """
+Settings that `segm/tune.py` found on {dataset} and {device}; `Run.load(..., preset="equal")` and `--preset equal` take
+them:
+
+| preset | mIoU | boundary IoU | ms per image |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+
 def save(run: "Run", folder: Path, scores: Mapping[str, Any] | None = None) -> None:
     """Write a run so that others can load it; see `Run.save_pretrained`."""
     weights = {name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()}
@@ -59,6 +70,11 @@ def save(run: "Run", folder: Path, scores: Mapping[str, Any] | None = None) -> N
         save_file(weights, part, metadata={"format": "pt"})
     entries = run.merging
     replace(run.config, merging=Merging(entries.pop("patch_type"), entries)).write(folder)
+    tuned = read_tuned(run.folder)
+    if tuned is not None:
+        for name in (TUNED, *(one["file"] for one in tuned["presets"].values() if one.get("file"))):
+            with atomic(folder / name) as part:
+                shutil.copyfile(run.folder / name, part)
     write_text(folder / "README.md", card(run, folder.name, scores or recorded_scores(run.folder)))
 
 
@@ -80,7 +96,21 @@ def card(run: "Run", title: str, scores: Mapping[str, Any]) -> str:
         image_size=run.image_size,
         window=" × ".join(map(str, run.windows.size)),
         merging=", ".join(f"{key} {json.dumps(value)}" for key, value in merges.items()),
+        presets=presets_table(run.folder),
     )
+
+
+def presets_table(folder: Path) -> str:
+    """The settings that `segm/tune.py` found for the run in a folder, Markdown; empty where it did not run."""
+    content = read_tuned(folder)
+    if content is None:
+        return ""
+    rows = {"without merging": content.get("plain", {})} | {f"`{key}`": one for key, one in content["presets"].items()}
+    lines = [
+        f"| {name} | {one['mean_iou']:.2f} | {one['boundary_iou']:.2f} | {one['ms']:.0f} |"
+        for name, one in rows.items()
+    ]
+    return PRESETS.format(rows="\n".join(lines), **content)
 
 
 def recorded_scores(folder: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def main(
     the data set of the training. Small pictures are enlarged by a whole factor.
     """
     check_query(cls, x_patch, y_patch, enc, classes)
-    run = Run.load(checkpoint, **how)
+    run = Run.load(checkpoint, amp=False, **how)
     model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.files import read_sample  # imports mmseg
 

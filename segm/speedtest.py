@@ -80,7 +80,8 @@ def main(
     """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    run, precision = Run.load(checkpoint, device=device, patch_type=PURE, im_size=im_size), cli.DTYPES[dtype]
+    how: dict[str, Any] = {"preset": merging.pop("preset", None), "im_size": im_size, "amp": False}
+    run, precision = Run.load(checkpoint, device=device, patch_type=PURE, **how), cli.DTYPES[dtype]
     methods = read_methods(compare, merging, run)
     model = run.model.to(precision)
     models = {name: apply(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}

@@ -44,7 +44,7 @@ def main(
     Over the validation images at the crop size: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
     """
-    run = Run.load(checkpoint, **how)
+    run = Run.load(checkpoint, amp=False, **how)
     if not patch.is_patched(run.model):
         raise click.UsageError("nothing merges in this model: name a method with --patch-type")
     ids = [layer - 1 for layer in run.options["layers"]]

@@ -1,5 +1,6 @@
 """Train a Segmenter, plain or with a merging method, and evaluate it as it learns."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from segm import parallel
 from segm.auto_threshold import threshold_for
 from segm.checkpoint import LAST
 from segm.cli import FOLDER, SETTING_GROUPS, device_option, print_once, read_recipe, settings_options
-from segm.config import CURRICULUM, RunConfig
+from segm.config import CURRICULUM, Preset, RunConfig
 from segm.merging import MergingCommand, is_given
 from segm.parallel import SignalError
 from segm.resolve import resolve
@@ -90,6 +91,10 @@ def main(
     with parallel.process_group(device) as device:
         resume = goes_on(log_dir, resume)
         base = RunConfig.read(log_dir) if resume else finetune and RunConfig.read(finetune).for_finetuning()
+        if (preset := merging.pop("preset", None)) is not None:
+            if base is None or finetune is None or resume:
+                raise ValueError(f"--preset {preset}: name the run that has it with --finetune")
+            base = replace(base, merging=Preset.read(finetune, preset).merging)
         given |= {name: None for name in CURRICULUM if not is_given(ctx, name, merging.get("patch_type"))}
         if merging.get("threshold") == AUTO:  # all that is asked for is checked before images are read
             checked = resolve(given | {k: v for k, v in merging.items() if k != "threshold"}, base, resume=resume)

@@ -2,7 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
-from vis.curves import hull, scale_curves, threshold_curves, tradeoff_plot
+from vis.curves import hull, scale_curves, search_plot, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
@@ -24,9 +24,9 @@ __all__ = [
     "overlay_attention",
     "picture_sheet",
     "scale_curves",
+    "search_plot",
     "similarity_histograms",
     "spread_weights",
-    "threshold_curves",
     "token_histograms",
     "token_pictures",
     "tradeoff_plot",

@@ -98,31 +98,39 @@ def tradeoff_plot(
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def threshold_curves(
-    pure: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], best: float | None = None
+def search_plot(
+    tried: Sequence[Mapping[str, Any]], last: Sequence[Mapping[str, Any]], chosen: Mapping[str, Mapping[str, Any]]
 ) -> np.ndarray:
-    """mIoU, tokens and speed over the threshold, each with the unpatched model as a dashed line.
+    """Settings over the time per image: all that were tried, the last ones with their hull, and those with a name.
 
     Args:
-        pure: measurements of the unpatched model: `mean_iou`, `tokens`, `images_per_second`.
-        rows: the same with `threshold`.
-        best: a threshold to mark, or None.
+        tried: `ms`, `loss` of mIoU and `method`, as they were screened.
+        last: `ms` and `loss`, as they were measured.
+        chosen: name -> one of the last.
 
     Returns:
         (H, W, 3), uint8.
     """
-    panels = {"mean_iou": "mIoU, %", "tokens": "tokens per image", "images_per_second": "images/s"}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        for axis, (key, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            axis.plot([row["threshold"] for row in rows], [row[key] for row in rows], "o-", color=BLUE, markersize=4)
-            axis.axhline(pure[key], color=ORANGE, linestyle="--", label="unpatched")
-            if best is not None:
-                axis.axvline(best, color="0.5", linestyle=":", label=f"lowest without loss: {best}")
-            axis.set(xlabel="threshold (cosine similarity)", ylabel=label)
-            axis.grid(color="0.9")
-        figure.axes[0].legend(frameon=False, fontsize=9)
+        figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+        canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+        for number, method in enumerate(dict.fromkeys(one["method"] for one in tried)):
+            own = [(one["ms"], -one["loss"]) for one in tried if one["method"] == method]
+            color = PALETTE[number % len(PALETTE)]
+            axis.plot(*zip(*own, strict=True), ".", color=color, alpha=0.5, label=f"{method}, screened")
+        points = [(one["ms"], -one["loss"]) for one in last]
+        axis.plot(*zip(*points, strict=True), "ko", markersize=4, label="measured on all images")
+        best = [points[index] for index in hull(*zip(*points, strict=True))]
+        axis.plot(*zip(*best, strict=True), color="0.75", linewidth=6, solid_capstyle="round", label="hull", zorder=0)
+        for number, (name, one) in enumerate(chosen.items()):
+            place = {"xytext": (10, -18 - 14 * number), "textcoords": "offset points"}
+            arrow = {"arrowstyle": "-", "color": "0.5"}
+            axis.annotate(name, (one["ms"], -one["loss"]), **place, fontweight="bold", arrowprops=arrow)
+        low = min(y for _, y in points)
+        axis.set(xlabel="ms per image", ylabel="mIoU against the plain model", xlim=(0, None))
+        axis.set_ylim(max(low - max(1, -low / 2), -DEEPEST), max(1, axis.get_ylim()[1]))
+        axis.grid(color="0.9")
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

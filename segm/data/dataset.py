@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,6 +234,31 @@ class SegmentationDataset(Dataset):
         if not -count <= index < count:
             raise IndexError(f"index {index} is out of range: {self.name} {self.split} has {count} samples")
         return int(index) % count
+
+
+class Part(SegmentationDataset):
+    """Some images of a data set.
+
+    Args:
+        whole: the data set.
+        indices: of the images, in their order.
+    """
+
+    def __init__(self, whole: SegmentationDataset, indices: Iterable[int]) -> None:
+        vars(self).update(vars(whole))  # its settings
+        self.whole, self.indices = whole, [*indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name_of(self, index: int) -> str:
+        return self.whole.name_of(self.indices[index])
+
+    def load(self, index: int) -> Sample:
+        return self.whole.load(self.indices[index])
+
+    def sources(self, index: int) -> tuple[Any, ...]:
+        return self.whole.sources(self.indices[index])
 
 
 class Photographs:

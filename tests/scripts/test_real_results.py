@@ -62,7 +62,7 @@ def script(monkeypatch, few_shapes, shapes_run, tmp_path):
     yield module
     for name in ("results", "tokens", "speed", "classification"):
         sys.modules.pop(f"real_{name}", None)
-    for name in ("compare_methods", "results_file"):
+    for name in ("compare_methods", "results_file", "tradeoff"):
         sys.modules.pop(name, None)
 
 
@@ -97,7 +97,7 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
 
     monkeypatch.setattr(script, "TRAININGS", script.TRAININGS)
     monkeypatch.setattr("trainings.subprocess.run", None)  # would fail: nothing is trained again
-    monkeypatch.setattr("segm.tradeoff.compare", None)  # nor measured
+    monkeypatch.setattr("tradeoff.compare", None)  # nor measured
     assert call(script, *options, "--steps", "methods,frontier")
     assert rows_in(out, "methods", "methods") == rows
 

@@ -24,7 +24,7 @@ from segm import (
     test,
     token_stats,
     train,
-    tune_threshold,
+    tune,
 )
 from segm.eval import miou
 from segm.run import Run
@@ -206,7 +206,7 @@ def test_measuring_takes_any_images_and_scoring_only_its_own_classes(folder_data
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert "no photograph" in refused(command, DATA, tmp_path / "empty", *CPU, *options)
     assert "3 classes, the model 11" in refused(miou, DATA, "folder", *CPU)
-    assert "3 classes, the model 11" in refused(tune_threshold, DATA, "folder", "--patch-type", "graph", *CPU)
+    assert "3 classes, the model 11" in refused(tune, DATA, "folder", *CPU)
     assert "3 classes" in refused(report, DATA, "--dataset", "folder", "--out", tmp_path / "page.html", *CPU)
     assert "is not one of" in refused(miou, run, folder_data, *CPU)  # a path has no labels
 
@@ -218,7 +218,7 @@ def test_classes_that_changed_their_order_are_refused(run, folder_data, tmp_path
     for command, *options in (
         (test,),
         (miou, "folder"),
-        (tune_threshold, "folder"),
+        (tune, "folder"),
         (report, "--out", root / "a.html"),
     ):
         message = refused(command, run, *options, *CPU)
@@ -268,7 +268,8 @@ def test_a_registered_method_is_offered_by_every_command(run, toy, folder_data, 
     call(show_attn_map, trained, image, tmp_path / "pictures", "--layer-id", "1", *keep)
     call(inference, trained, "-i", folder_data / "images/val", "-o", tmp_path / "out", *keep)
     assert {(layer, keep) for layer, keep, _ in toy} == {(1, 4)}
-    assert "graph, algm" in refused(tune_threshold, trained, "folder", *keep)  # it has no threshold to tune
+    tuning = ["--methods", "toy --spare 4 --selected-layer 1", "--precision", "float32", "--minutes", 1e-9, *CPU]
+    assert "settings of pure, toy" in call(tune, trained, "folder", *tuning)
     page = ["--max-images", 1, "--cost-images", 1, "--pictures", 1, "--explore", 0, "--out", tmp_path / "page.html"]
     call(report, trained, f"four={trained} --spare 4", *page, *CPU)
     rows = json.loads((tmp_path / "page.json").read_text())["rows"]

@@ -91,6 +91,13 @@ def test_smaller_images_are_scored_at_the_size_of_their_labels(shapes_run, photo
     assert "--im-size" in refused(test, shapes_run, "--im-size", "0")
 
 
+def test_the_defaults_of_the_data_set_are_read_once(shapes_run, photo, monkeypatch):
+    run = Run.load(shapes_run, device="cpu")
+    first = run.predict(photo)
+    monkeypatch.setattr("segm.data.factory.load_config", None)  # would fail
+    np.testing.assert_array_equal(run.predict(photo), first)
+
+
 def test_predictions_are_those_that_are_scored(shapes_run):
     run, seen = Run.load(shapes_run, device="cpu", **GRAPH), []
     dataset, _ = run.open()

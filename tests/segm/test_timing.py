@@ -6,6 +6,7 @@ import torch
 
 from segm.data import create_dataset
 from segm.data.images import resized_view
+from segm.eval.evaluate import Views
 from segm.eval.timing import (
     environment,
     interleaved_rates,
@@ -15,7 +16,6 @@ from segm.eval.timing import (
     share_of_time,
     speed,
 )
-from segm.eval.views import Views
 
 CPU = torch.device("cpu")
 

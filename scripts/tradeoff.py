@@ -1,7 +1,7 @@
 """Scores and costs of a run under many settings: measured once, kept in a file, all speeds in one go."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,9 +132,3 @@ class Tradeoff:
     def _write(self, known: Mapping[str, Row]) -> None:
         content = {"settings": self._settings, "rows": [*known.values()]}
         write_text(self.file, json.dumps(content, indent=2, default=list) + "\n")
-
-
-def best_at(rows: Sequence[Row], images_per_second: float) -> Row | None:
-    """The row with the highest mIoU of those that are fast enough; the fastest of several; None: none is."""
-    fast = [row for row in rows if row["images_per_second"] >= images_per_second]
-    return max(fast, key=lambda row: (row["mean_iou"], row["images_per_second"]), default=None)
