@@ -10,7 +10,8 @@ from segm.resolve import curriculum, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVERY = sorted((CONFIGS / "recipes").glob("*.yml"))
-OTHERS = ("dinov2", "ade20k_512_large_setr", "ade20k_512_base_segvit", "cityscapes_1024_large_eomt")  # ours, and of other heads
+# Ours, and of other heads.
+OTHERS = ("dinov2", "ade20k_512_large_setr", "ade20k_512_base_segvit", "cityscapes_1024_large_eomt")
 RECIPES = [path for path in EVERY if not path.stem.startswith(OTHERS)]  # of published rows
 ALWAYS = {"dataset", "backbone", "decoder", "patch_type"}
 ALLOWED = ALWAYS | {
