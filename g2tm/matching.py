@@ -27,6 +27,7 @@ def bipartite(
     padding: Tensor | None = None,
     odd_first: bool = True,
     batch: str = "ragged",
+    keep_order: bool = False,
 ) -> Grouping:
     """Merge tokens at even positions (A) into their most similar token at an odd position (B).
 
@@ -41,6 +42,8 @@ def bipartite(
         tokens: instead, merge the most similar pairs until exactly so many tokens are left.
         layer: 1-based layer, for the adaptive threshold.
         batch: see `g2tm`; with "uniform" the adaptive threshold is the mean over the images.
+        keep_order: instead, all tokens that stay keep their old order: neighbors on the image then remain near each
+            other in the sequence, and the next matching does not find those that stayed on one side again.
     """
     n_images, n_slots = batch_and_length(metric)
     _check(r, threshold, tokens, layer, padding, odd_first, n_slots)
@@ -56,7 +59,10 @@ def bipartite(
         n_merges = lengths - tokens
     else:
         n_merges = count_above(similarity, threshold, layer, batch)
-    assignment = assign(similarity, partner, n_merges, lengths, odd_first, n_slots)
+    if keep_order:
+        assignment = assign_in_order(similarity, partner, n_merges, odd_first, n_slots)
+    else:
+        assignment = assign(similarity, partner, n_merges, lengths, odd_first, n_slots)
     if tokens is not None:  # without padding
         return Grouping.of_length(assignment, tokens, sizes)
     return Grouping.of_counts(assignment, lengths - n_merges, sizes, padding)
@@ -116,6 +122,17 @@ def assign(
     assignment = slot_a.new_empty(images_in(slot_a), n_slots)
     assignment[:, b] = slot_b
     assignment[:, a] = torch.where(merging, slot_b.gather(1, partner), slot_a)
+    return assignment
+
+
+def assign_in_order(similarity: Tensor, partner: Tensor, n_merges: Tensor, odd_first: bool, n_slots: int) -> Tensor:
+    """As `assign`, to all tokens that stay, in their old order."""
+    merging, (a, b) = ranks(similarity) < n_merges[:, None], sides(odd_first)
+    stays = torch.ones(images_in(merging), n_slots, dtype=torch.bool, device=merging.device)
+    stays[:, a] = ~merging
+    slot = stays.cumsum(1) - 1
+    assignment = slot.clone()
+    assignment[:, a] = torch.where(merging, slot[:, b].gather(1, partner), slot[:, a])
     return assignment
 
 

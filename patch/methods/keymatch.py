@@ -19,7 +19,7 @@ def _merge(step: Step) -> g2tm.Reduction:
         metric = metric - metric.mean(1, keepdim=True)
     layers = step.options["layers"]
     tokens = _budgets(step.options["tokens"], len(layers), step.grid)[layers.index(step.layer)]
-    return g2tm.bipartite(metric, tokens=tokens, odd_first=step.odd_first, **step.given)
+    return g2tm.bipartite(metric, tokens=tokens, odd_first=step.odd_first, keep_order=True, **step.given)
 
 
 def _layers(shape: ModelShape) -> list[int]:

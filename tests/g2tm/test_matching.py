@@ -63,6 +63,24 @@ def test_groups_and_order_are_those_of_the_definition():
                     assert prefix + reduction.counts[image] == prefix + reduction.lengths[image] == count
 
 
+def test_tokens_that_stay_may_keep_their_order():
+    x = torch.randn(3, 11, 5)
+    padding = torch.arange(11) >= torch.tensor([11, 9, 2])[:, None]
+    for given in ({"r": 4}, {"tokens": 7}, {"threshold": 0.3}, {"r": 3, "padding": padding}):
+        for odd_first in (True, False):
+            given |= {"odd_first": odd_first}
+            moved, kept = bipartite(x, **given), bipartite(x, **given, keep_order=True)
+            assert torch.equal(moved.counts, kept.counts)
+            for image, n_tokens in enumerate(kept.counts.tolist()):
+                own = slice(None) if "padding" not in given else ~padding[image]
+                groups = [one.assignment[image][own] for one in (moved, kept)]
+                pairs = [(g[:, None] == g) for g in groups]
+                assert torch.equal(*pairs)  # the same groups, each in the place of its token in B or of its only one
+                is_b = torch.arange(len(groups[1])) % 2 == int(not odd_first)
+                stayed = is_b | (pairs[1].sum(1) == 1)
+                assert groups[1][stayed].tolist() == list(range(n_tokens))
+
+
 def test_a_budget_is_reached_by_either_parity():
     for n_tokens in (1, 2, 7, 8):
         for odd_first in (True, False):

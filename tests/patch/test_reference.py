@@ -198,7 +198,7 @@ class Slow:
             "graph": lambda: (self.components(patches), None),
             "algm": lambda: (self.windows(patches), None) if layer == 1 else self.pairs(self.x, layer),
             "tome": lambda: self.pairs(keys, layer, self.options["r"]),
-            "keymatch": lambda: self.pairs(keys, layer, removed),
+            "keymatch": lambda: in_order(*self.pairs(keys, layer, removed)),
             "tofu": lambda: self.pairs(keys, layer, self.options["r"]),
             "dtem": lambda: self.pairs(keys, layer, self.options["r"]),
             "mpm": lambda: (self.mutual(patches), None),
@@ -293,6 +293,12 @@ class Slow:
             return torch.cat([prefix, cosines(n)[:m].T @ cosines(m) @ patches * math.sqrt(n / m)])
         carrier = {patch: token for token, group in enumerate(self.groups) for patch in group}
         return torch.cat([prefix, torch.stack([patches[carrier[patch]] for patch in range(n)])])
+
+
+def in_order(groups, destinations):
+    """Groups in the old order of the tokens that they are built on."""
+    order = sorted(range(len(groups)), key=lambda index: destinations[index])
+    return [groups[index] for index in order], sorted(destinations)
 
 
 def scaled(block, which, out):
