@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, options_for
 from real_classification import classify
-from real_speed import PHOTOS, measure_speed
+from real_speed import PHOTOS, in_every_precision, measure_speed
 from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
 from results_file import PICTURES, append, out_option
 from tqdm import tqdm
@@ -52,12 +52,14 @@ BEST = "tuned"  # on which merging is measured
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of the tokens that are left at the end
 NO_TRAINING = tuple(name for name in KNOBS if name not in NEEDS_TRAINING)
 SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
-FRONTIER = {"graph": (0.9, 0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.75, 0.5, 0.3)}
+FRONTIER = {"graph": (0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.5, 0.3), "expedit": (0.5, 0.35)}
+FRONTIER |= {"keymatch": (0.7, 0.6, 0.5, 0.4, 0.3)}
+EQUAL = {"keymatch": (0.6, 0.4)}  # of the frontier, what is timed in every precision, too
 VIEWS = 4  # images that settings are found with
 COST_IMAGES = 4
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
-FASTER = {"graph": 0.6, "tome": 0.5}  # method -> share of the tokens, for the whole way
+FASTER = {"graph": 0.6, "keymatch": 0.5}  # method -> share of the tokens, for the whole way
 ABLATED_AT = 0.6  # share of the tokens
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "graph": [
@@ -70,9 +72,15 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
         *({"attention": mode} for mode in ("proportional", "inverse")),
     ],
     "tome": [{"attention": mode} for mode in ("proportional", "none", "inverse")],
+    "keymatch": [
+        *({"layers": layers} for layers in ([4], [2, 4], [2, 3, 4, 6], [3, 4, 5, 6], [2, 4, 6, 8], [2, 3, 4, 5, 6])),
+        *({"metric": metric} for metric in ("queries", "values", "tokens")),
+        {"center": False},
+        *({"attention": mode} for mode in ("proportional", "inverse")),
+    ],
 }
 AUTO_LAYERS = [1, 2, 3, 4]
-TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
+TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5, "keymatch": 0.5}  # method -> share of the tokens
 LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
 ON_TUNED = ["--config", "dinov2_camvid_tuned", *WHOLE, "--epochs", "4", "--eval-freq", "4"]
@@ -295,6 +303,31 @@ def frontier(real: Real) -> str:
     return markdown(columns, [rows[index] for index in best])
 
 
+def equal(real: Real) -> str:
+    """Speed at equal mIoU in every precision: plain and merged at every size, against plain PyTorch in float32."""
+    run = real.run(BEST)
+    runs = {}
+    for size in SIZES:
+        at_size = run.with_settings(PURE, {}, size)
+        views = [*at_size.views(DATASET, VIEWS)]
+        runs[size, PURE] = at_size
+        for name, shares in EQUAL.items():
+            for share in shares:
+                own = at_share(at_size, name, share, views, size)
+                runs[size, f"{name}, {100 * share:g} %"] = own.apply_to(run)
+    dataset, _ = run.open()
+    rows = in_every_precision(
+        runs, [dataset[index].image for index in spread(COST_IMAGES, len(dataset))], real.max_images
+    )
+    shown = []
+    for (size, label, dtype), found in rows.items():
+        scores = small_and_all(run, found.pop("scores"))
+        shown.append({"im_size": size, "label": label, "dtype": dtype, **found, **scores})
+    real.append("size", "equal", shown, **real.conditions(run))
+    columns = {"shorter side": "{im_size}", "method": "{label}", "precision": "{dtype}"}
+    return markdown(columns | {"label maps/s": "{images_per_second:.2f}", "mIoU": "{mean_iou:.2f}"}, shown)
+
+
 # ---------------------------------------------------------------------------------------------- ablations
 
 
@@ -462,6 +495,7 @@ STEPS: dict[str, Callable[[Real], str]] = {
     "models": models,
     "methods": methods,
     "frontier": frontier,
+    "equal": equal,
     "ablations": ablations,
     "trained": trained,
     "heads": heads,

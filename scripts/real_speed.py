@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from segm.eval.sliding import predict_labels, window_starts
-from segm.eval.timing import interleaved_trials
+from segm.eval.timing import interleaved_trials, speed
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.precision import has_instructions
@@ -122,6 +122,32 @@ def measure_speed(runs: Mapping[str, Run], photo: np.ndarray, max_images: int | 
         | {name: rates[key].quantile(0.5).item() for name, rates in trials.items()}
         for key in calls
     ]
+
+
+@torch.inference_mode()
+def in_every_precision(
+    runs: Mapping[tuple[int, str], Run], photos: list[np.ndarray], max_images: int | None = None
+) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """Label maps/s and scores of runs in every precision of the processor, everything interleaved.
+
+    Args:
+        runs: (image size, name) -> run.
+        photos: (H, W, 3), uint8, that are timed.
+        max_images: for the scores.
+
+    Returns:
+        (image size, name, precision) -> `images_per_second`, and `scores` as `Run.evaluate` gives them.
+    """
+    calls: dict[tuple[int, str, str], Call] = {}
+    scores = {}
+    for dtype_name, dtype in tqdm(usable_dtypes().items(), desc="precisions", leave=False):
+        for key, run in tqdm(runs.items(), desc="runs", leave=False):
+            model: Any = InDtype(run.model, dtype).eval()
+            calls[*key, dtype_name] = partial(predict, run, model)
+            scores[*key, dtype_name] = replace(run, model=model).evaluate(n_images=max_images, boundary=True)
+    device = next(iter(runs.values())).device
+    trials = interleaved_trials(calls, [[photo] for photo in photos], device, warm=True, progress=True)
+    return {key: {"images_per_second": speed(trials[key]), "scores": scores[key]} for key in calls}
 
 
 def predict(run: Run, model: nn.Module, batch: list[np.ndarray]) -> Tensor:

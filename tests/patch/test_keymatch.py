@@ -59,7 +59,9 @@ def test_compares_what_it_is_told_to(model, metric, center):
     patches = vectors[:, 1:]
     patches = patches - patches.mean(1, keepdim=True) if center else patches
     patch.apply(model, layers=[2], tokens=200, metric=metric, center=center)(images)
-    assert torch.equal(patch.reduction(model).assignment, g2tm.bipartite(patches, tokens=200, keep_order=True).assignment)
+    assert torch.equal(
+        patch.reduction(model).assignment, g2tm.bipartite(patches, tokens=200, keep_order=True).assignment
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def script(monkeypatch, few_shapes, shapes_run, tmp_path):
         "SIZES": (24, 32),
         "FROZEN_RUN": "tuned",
         "FRONTIER": {"tome": (0.5,)},
+        "EQUAL": {"tome": (0.5,)},
         "VIEWS": 1,
         "COST_IMAGES": 1,
         "N_SIMILAR": 2,
