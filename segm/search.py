@@ -27,7 +27,7 @@ from segm.run import Run
 from segm.storage import write_text
 
 PRESETS = {"equal": 1, "balanced": 3, "fast": 10}  # name -> mIoU that it may lose, × what "equal" may
-FIRST = 4  # images of the first round
+FIRST, STRIDE = 4, 7  # images of the first round; settings between one and the next that is scored
 N_VIEWS, N_TIMED = 2, 3  # images that thresholds are found and curves timed with; that the last settings are timed with
 CURVE = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # of the tokens, at which a block is timed
 SMALL = 0.01  # of the labeled pixels: a class that covers less is small
@@ -79,7 +79,8 @@ def search(
     Returns:
         Every setting that was scored, with its last loss; those first that came furthest and are beaten least.
     """
-    alive, losses = [*settings], dict[Setting, float]()
+    mixed = [one for first in range(STRIDE) for one in settings[first::STRIDE]]  # some of all kinds, if it ends early
+    alive, losses = mixed, dict[Setting, float]()
     total = sum(max(len(alive) >> number, min(count, len(alive))) * n for number, n in enumerate(images))
     with tqdm(total=total, desc="search", unit="image", leave=False) as bar:
         for number, n_images in enumerate(images):
@@ -262,8 +263,8 @@ class Bench:
         calls: dict[Any, Callable[[Any], Any]] = {PURE: plain.predict}
         calls |= {method: self.at(one).predict for method, one in samples.items()}
         calls |= {n: partial(_run_block, plain, batch, n) for n in lengths}
-        trials = interleaved_trials(calls, photos, plain.device, warm=True)
-        times = {name: 1000 / speed(own) for name, own in trials.items()}
+        trials = interleaved_trials(calls, photos, plain.device, repeats=5, warm=True)
+        times = {name: 1000 / own.max().item() for name, own in trials.items()}  # what else runs only slows
         timing: Row = {"plain": times[PURE], "curve": [lengths, [times[n] for n in lengths]]}
         timing |= {"passes": n_windows / batch, "depth": depth}
         extra = {method: times[method] - self._by_curve(one, timing) for method, one in samples.items()}
@@ -281,8 +282,8 @@ class Bench:
 
         def measure() -> list[float]:
             calls = {number: self.at(one).predict for number, one in enumerate(settings)}
-            how: Row = {"repeats": 5, "warm": True, "progress": True}
-            trials = interleaved_trials(calls, self._photos(N_TIMED), self.run.device, **how)
+            photos = self._photos(N_TIMED)
+            trials = interleaved_trials(calls, photos, self.run.device, warmup=1, warm=True, progress=True)
             return [1000 / speed(own) for own in trials.values()]
 
         times = self.memory.once(f"times {' '.join(one.key for one in settings)}", measure)
