@@ -390,7 +390,7 @@ def tokens_left(model: Segmenter, batches: Sequence[Tensor]) -> float:
     """Patch tokens that the encoder of a patched model leaves, mean over the images (B, 3, H, W)."""
     counts: list[int] = []
     for images in batches:
-        model.encoder.forward_features(images)
+        model.encode(images)  # pads them
         reduction = patch.reduction(model)
         assert reduction is not None  # a pass has just run
         counts += reduction.counts.tolist()
