@@ -55,7 +55,7 @@ SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
 FRONTIER = {"graph": (0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.5, 0.3), "expedit": (0.5, 0.35)}
 FRONTIER |= {"keymatch": (0.7, 0.6, 0.5, 0.4, 0.3)}
 EQUAL = {"keymatch": (0.6, 0.4)}  # of the frontier, what is timed in every precision, too
-VIEWS = 4  # images that settings are found with
+VIEWS, NEAR = 4, 0.01  # images that settings are found with; how far their tokens may be off, share
 COST_IMAGES = 4
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
@@ -218,7 +218,7 @@ def methods(real: Real) -> str:
 def at_share(run: Run, method: str, share: float, views: list, im_size: int | None = None, **fixed: Any) -> Setting:
     """The setting of a method that leaves a share of the tokens at the end; fixed: its other options."""
     n_patches = math.prod(run.model.grid(views[0].shape[-2:]))
-    return Setting(method, options_for(run.model, method, views, share * n_patches, **fixed), im_size)
+    return Setting(method, options_for(run.model, method, views, share * n_patches, near=NEAR, **fixed), im_size)
 
 
 def smaller_and_coarser(run: Run) -> dict[Setting, tuple[str, float]]:

@@ -421,6 +421,8 @@ def options_for(
     name = knob_of(method)
     if name is None:
         return fixed
+    if name == "tokens" and cost_of is tokens_left:
+        return {**fixed, name: wanted / math.prod(model.grid(batches[0].shape[-2:]))}
     low, high = KNOBS[name]
     model, own = copy.deepcopy(model), dict(fixed)
     if name == "r":
