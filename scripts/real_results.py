@@ -72,12 +72,6 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
         *({"attention": mode} for mode in ("proportional", "inverse")),
     ],
     "tome": [{"attention": mode} for mode in ("proportional", "none", "inverse")],
-    "keymatch": [
-        *({"layers": layers} for layers in ([4], [2, 4], [2, 3, 4, 6], [3, 4, 5, 6], [2, 4, 6, 8], [2, 3, 4, 5, 6])),
-        *({"metric": metric} for metric in ("queries", "values", "tokens")),
-        {"center": False},
-        *({"attention": mode} for mode in ("proportional", "inverse")),
-    ],
 }
 AUTO_LAYERS = [1, 2, 3, 4]
 TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5, "keymatch": 0.5}  # method -> share of the tokens
@@ -304,7 +298,7 @@ def frontier(real: Real) -> str:
 
 
 def equal(real: Real) -> str:
-    """Speed at equal mIoU in every precision: plain and merged at every size, against plain PyTorch in float32."""
+    """Speed at equal mIoU in every precision, plain and merged at every size, and the mIoU on images never chosen by."""
     run = real.run(BEST)
     runs = {}
     for size in SIZES:
@@ -319,10 +313,14 @@ def equal(real: Real) -> str:
     rows = in_every_precision(
         runs, [dataset[index].image for index in spread(COST_IMAGES, len(dataset))], real.max_images
     )
+    tests = {
+        key: own.evaluate(SPLITS[-1], n_images=real.max_images) for key, own in tqdm(runs.items(), "test", leave=False)
+    }
     shown = []
     for (size, label, dtype), found in rows.items():
-        scores = small_and_all(run, found.pop("scores"))
-        shown.append({"im_size": size, "label": label, "dtype": dtype, **found, **scores})
+        row = {"im_size": size, "label": label, "dtype": dtype, **found} | small_and_all(run, found["scores"])
+        row |= {"test": small_and_all(run, tests[size, label])} if dtype == "float32" else {}
+        shown.append({name: value for name, value in row.items() if name != "scores"})
     real.append("size", "equal", shown, **real.conditions(run))
     columns = {"shorter side": "{im_size}", "method": "{label}", "precision": "{dtype}"}
     return markdown(columns | {"label maps/s": "{images_per_second:.2f}", "mIoU": "{mean_iou:.2f}"}, shown)
