@@ -298,7 +298,7 @@ def frontier(real: Real) -> str:
 
 
 def equal(real: Real) -> str:
-    """Speed at equal mIoU in every precision, plain and merged at every size, and the mIoU on images never chosen by."""
+    """Speed at equal mIoU in every precision, plain and merged at every size; and the mIoU on images not chosen by."""
     run = real.run(BEST)
     runs = {}
     for size in SIZES:

@@ -324,6 +324,14 @@ def every_method() -> list[Row]:
     return rows_of("methods", "methods-1")
 
 
+@table
+def keymatch() -> str:
+    """The choices in keymatch, one by one."""
+    rows = [row | {"title": titled(row["label"])} for row in rows_of("methods", "keymatch-1")]
+    columns = {"variant": "{title}", "GFLOPs": "{gflops:.1f}", "mIoU": "{mean_iou:.2f}"}
+    return markdown(columns | {"small classes": "{small_iou:.1f}", "boundary IoU": "{boundary_iou:.1f}"}, rows)
+
+
 def by_measure(title: str, text: str) -> str:
     """One measure of all settings."""
     return by_share(every_method(), text, title)
@@ -561,9 +569,12 @@ def quality_classes() -> str:
 # ---------------------------------------------------------------------------------------------- size and merging
 
 
+SIDES = (224, 280, 336, 392, 448, 504)  # shorter sides, pixels
+
+
 def sizes() -> list[Row]:
     """All settings of the frontier, each with its speed against the plain model of the same mIoU."""
-    rows = rows_of("size", "frontier-1")
+    rows = rows_of("size", "frontier-2")
     plain = sorted((row for row in rows if row["label"] == PLAIN), key=lambda row: row["mean_iou"])
     return [row | {"equal": times_as_fast(row, plain)} for row in rows]
 
@@ -605,6 +616,31 @@ def size() -> str:
         },
         lines,
     )
+
+
+@table
+def size_precision() -> str:
+    """Plain and merged in every precision, against plain PyTorch in float32: at the same size, and at equal mIoU."""
+    rows = rows_of("size", "equal-1")
+    plain = sorted((r for r in rows if same(r, label=PLAIN, dtype="float32")), key=lambda row: row["mean_iou"])
+    lines = []
+    for label, dtype in dict.fromkeys((row["label"], row["dtype"]) for row in rows):
+        for one, own in (
+            (row, pick(plain, im_size=row["im_size"])) for row in rows if same(row, label=label, dtype=dtype)
+        ):
+            ratio, lost = one["images_per_second"] / own["images_per_second"], own["mean_iou"] - one["mean_iou"]
+            cell = f"{ratio:.2f} ({-lost:+.1f}), {times_as_fast(one, plain)}"
+            lines.append({"line": f"{titled(label)}, {dtype}", "im_size": one["im_size"], "cell": cell})
+    return by_column(lines, "line", "im_size", {side: str(side) for side in SIDES}, "{cell}", "method, precision")
+
+
+@table
+def size_test() -> str:
+    """Plain and merged on the images that nothing was chosen by."""
+    rows = [row for row in rows_of("size", "equal-1") if row["dtype"] == "float32"]
+    shown = [row | {"title": titled(row["label"])} for row in rows]
+    text = "{test[mean_iou]:.1f} ({test[small_iou]:.1f})"
+    return by_column(shown, "title", "im_size", {side: str(side) for side in SIDES}, text, "mIoU (small classes), test")
 
 
 @table
