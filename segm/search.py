@@ -63,7 +63,7 @@ def search(
     images: Sequence[int],
     count: int,
     deepest: float = math.inf,
-    is_late: Callable[[], bool] = lambda: False,
+    is_late: Callable[[Setting, int], bool] = lambda *_: False,
 ) -> dict[Setting, float]:
     """Successive halving: all settings on few images, the half that others beat least on more, and so on.
 
@@ -74,7 +74,7 @@ def search(
         images: number of those that each round adds.
         count: settings in the last round.
         deepest: loss of mIoU from which on a setting is not followed.
-        is_late: whether to end at once.
+        is_late: whether to end rather than to score a setting in a round.
 
     Returns:
         Every setting that was scored, with its last loss; those first that came furthest and are beaten least.
@@ -85,7 +85,7 @@ def search(
     with tqdm(total=total, desc="search", unit="image", leave=False) as bar:
         for number, n_images in enumerate(images):
             for one in alive:
-                if is_late():
+                if is_late(one, number):
                     return {one: losses[one] for one in nearest(losses, ms, deepest)}
                 losses[one] = loss(one, number)
                 bar.update(n_images)
@@ -226,6 +226,10 @@ class Bench:
             return {"classes": classes, "tokens": mean}
 
         return self.memory.once(f"counts {number} {setting.key}", measure)
+
+    def knows(self, setting: Setting, number: int) -> bool:
+        """Return whether a setting was scored on the images of a round."""
+        return f"counts {number} {setting.key}" in self.memory.known
 
     def loss(self, setting: Setting, number: int) -> float:
         """mIoU that a setting loses against the plain model, on the images of all rounds up to one."""

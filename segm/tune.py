@@ -136,10 +136,14 @@ def main(
     count, ms = FINALISTS if thresholds is None else len(settings), partial(bench.ms, settings=settings)
     deepest = DEEPEST * within if images_per_second is None else math.inf
     rounds = [len(images) for images in bench.rounds]
-    scored = search(settings, bench.loss, ms, rounds, count, deepest, lambda: time.monotonic() > deadline)
-    if time.monotonic() > deadline:
-        click.echo(f"the search ended after {minutes:g} minutes; the same call goes on with it")
+
+    def is_late(one: Setting, number: int) -> bool:
+        return time.monotonic() > deadline and not bench.knows(one, number)
+
+    scored = search(settings, bench.loss, ms, rounds, count, deepest, is_late)
     last = [*dict.fromkeys([bench.plain, *[*scored][:count]])]
+    if not all(bench.knows(one, len(rounds) - 1) for one in last):
+        click.echo(f"the search ended after {minutes:g} minutes; the same call goes on with it")
     rows = measure_last(bench, last, usable_precisions(device) if precisions is None else precisions, within)
     chosen = choose(rows, within, images_per_second)
     best = [rows[index] for index in hull([row["ms"] for row in rows], [-row["loss"] for row in rows])]

@@ -82,9 +82,9 @@ class TestSearch:
             asked.append(setting)
             return 1.0
 
-        found = search.search(SETTINGS, loss, milliseconds, [4, 4], 8, is_late=lambda: len(asked) == 5)
+        found = search.search(SETTINGS, loss, milliseconds, [4, 4], 8, is_late=lambda *_: len(asked) == 5)
         assert {*found} == {*SETTINGS[::7][:5]} and len(asked) == 5
-        assert search.search(SETTINGS, None, None, [4], 8, is_late=lambda: True) == {}
+        assert search.search(SETTINGS, None, None, [4], 8, is_late=lambda *_: True) == {}
 
     def test_settings_that_lose_too_much_are_not_followed(self):
         losses = {Setting(1): 9.0, Setting(2): 1.0, Setting(3): 1.5, Setting(4): 0.0}
@@ -171,6 +171,8 @@ def test_minutes_end_the_search(run, counted, call):
     text = call(tune, run, "shapes", *OPTIONS, "--minutes", 1e-9)
     assert "the search ended after 1e-09 minutes" in text and "equal is the plain model" in text
     assert len(scored) == 1 and (run / TUNED).exists()  # the plain model
+    full = call(tune, run, "shapes", *OPTIONS)
+    assert call(tune, run, "shapes", *OPTIONS, "--minutes", 1e-9) == full  # what is known takes no time
 
 
 def test_thresholds_are_tried_to_the_end(run, counted, call, refused, capsys):
