@@ -94,12 +94,17 @@ def search(
 
 
 def nearest(losses: Mapping[Setting, float], ms: Callable[[Setting], float], deepest: float) -> list[Setting]:
-    """Settings by how much more they lose than the best that is not slower; those that lose too much come last."""
+    """Settings by how much more they lose than the best that is not slower; those that lose too much come last.
+
+    Of those that nothing beats, the first few are spread from fast to slow.
+    """
     best, gaps = math.inf, dict[Setting, float]()
     for one in sorted(losses, key=lambda one: (ms(one), losses[one])):
         best = min(best, losses[one])
         gaps[one] = losses[one] - best
-    return sorted(gaps, key=lambda one: (losses[one] > deepest, gaps[one]))
+    order = sorted(gaps, key=lambda one: (losses[one] > deepest, gaps[one]))
+    n_best = sum(gaps[one] == 0 and losses[one] <= deepest for one in order)
+    return [order[index] for some in rounds_of(n_best) for index in some] + order[n_best:]
 
 
 def choose(rows: Sequence[Row], within: float, images_per_second: float | None) -> dict[str, Row]:

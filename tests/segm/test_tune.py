@@ -91,6 +91,10 @@ class TestSearch:
         assert [one.im_size for one in nearest(losses, lambda one: one.im_size, 5)] == [2, 4, 3, 1]
         assert [one.im_size for one in nearest(losses, lambda one: one.im_size, math.inf)] == [1, 2, 4, 3]
 
+    def test_of_those_that_nothing_beats_fast_and_slow_ones_come_first(self):
+        losses = {Setting(size): 20.0 - size for size in range(1, 21)}
+        assert {one.im_size for one in nearest(losses, lambda one: one.im_size, 15)[:4]} == {5, 9, 13, 17}
+
     def test_rounds_hold_every_image_once(self):
         for total in (1, 3, 4, 5, 51, 64):
             rounds = rounds_of(total)
