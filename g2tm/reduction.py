@@ -23,13 +23,11 @@ class Reduction(ABC):
         counts: (B,), int64, how many tokens each image keeps; an image with fewer than M has padding.
         lengths: the counts as B numbers, known without asking the device.
         grid: (h, w), where the M tokens are a smaller grid of the image, in row-major order; None: they are not.
-        copies: whether every position gets the row of its token back, where there is an assignment.
     """
 
     counts: Tensor
     lengths: tuple[int, ...]
     grid: tuple[int, int] | None = None
-    copies: bool = True
 
     @cached
     def sizes(self) -> Tensor:
@@ -267,7 +265,6 @@ class Chain(Reduction):
     def __init__(self, first: Reduction, second: Reduction) -> None:
         self.first, self.second = first, second
         self.counts, self.lengths, self.grid = second.counts, second.lengths, getattr(second, "grid", None)
-        self.copies = all(getattr(step, "copies", True) for step in (first, second))
 
     @cached
     def sizes(self) -> Tensor:
@@ -289,8 +286,8 @@ class Chain(Reduction):
         return self.second.merge(self.first.merge(x))
 
     def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
-        """y: (B, M, D) -> (B, N, D); by one gather where every position has a token of its own."""
-        if self.copies and hasattr(self, "assignment"):
+        """y: (B, M, D) -> (B, N, D); by one gather where every position has a token."""
+        if hasattr(self, "assignment"):
             return rows(y, self.assignment)
         return self.first.unmerge(self.second.unmerge(y, scores), scores)
 

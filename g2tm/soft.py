@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from g2tm.reduction import Reduction
-from g2tm.selection import at_least_float32, cached, images_in, rows, without_autocast
-from g2tm.similarity import LOWEST, chunks, exact_product
+from g2tm.selection import at_least_float32, images_in, rows, without_autocast
+from g2tm.similarity import chunks, exact_product
 from g2tm.validation import check_choice
 
 WEIGHTINGS = ("euclidean", "published", "sum")
@@ -14,13 +13,7 @@ EPSILON = 1e-12  # floor of a norm of weights
 
 
 def nearest_weights(
-    x: Tensor,
-    tokens: Tensor,
-    *,
-    k: int,
-    temperature: float,
-    weighting: str = "sum",
-    padding: Tensor | None = None,
+    x: Tensor, tokens: Tensor, *, k: int, temperature: float, weighting: str = "sum"
 ) -> tuple[Tensor, Tensor]:
     """The k tokens that are nearest to every patch by squared distance, and what each counts in it.
 
@@ -33,7 +26,6 @@ def nearest_weights(
         k: how many; M if that is less; -1: all.
         temperature: the factor of the distance; larger is sharper.
         weighting: see above.
-        padding: (B, M), bool, True for slots that hold no token, which count nothing; None: there are none.
 
     Returns:
         Positions and weights, (B, N, k) each, the nearest token first; int64, at least float32.
@@ -49,8 +41,6 @@ def nearest_weights(
         norms, transposed, found = tokens.square().sum(-1).unsqueeze(1), tokens.transpose(1, 2), []
         for part in chunks(x, width):
             nearness = 2 * exact_product(part, transposed) - norms - part.square().sum(-1, keepdim=True)
-            if padding is not None:
-                nearness = nearness.masked_fill(padding.unsqueeze(1), LOWEST)
             found.append(nearness.topk(k))
         nearness, nearest = (torch.cat(values, 1) for values in zip(*found, strict=True))
         logits = temperature * nearness
@@ -86,42 +76,3 @@ def _has_bags() -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
-
-
-class SoftRestored(Reduction):
-    """A grouping whose way back is soft: every token is a mix of the nearest groups, as they were at the merge.
-
-    Args:
-        step: the grouping, or a chain of groupings.
-        x: (B, N, D), the tokens before it.
-        k, temperature: see `nearest_weights`.
-    """
-
-    copies = False
-
-    def __init__(self, step: Reduction, x: Tensor, k: int = 20, temperature: float = 0.02) -> None:
-        self.step, self.counts, self.lengths, self.grid = step, step.counts, step.lengths, step.grid
-        self.mixture = nearest_weights(x, step.merge(x), k=k, temperature=temperature, padding=step.padding)
-
-    @property
-    def width(self) -> int:
-        return self.step.width
-
-    @cached
-    def sizes(self) -> Tensor:
-        return self.step.sizes
-
-    @cached
-    def padding(self) -> Tensor | None:
-        return self.step.padding
-
-    @cached
-    def assignment(self) -> Tensor:
-        return self.step.assignment
-
-    def merge(self, x: Tensor) -> Tensor:
-        return self.step.merge(x)
-
-    def unmerge(self, y: Tensor, scores: bool = False) -> Tensor:
-        """y: (B, M, D) -> (B, N, D); a constant stays the same, and `scores` makes no difference."""
-        return mix(y, *self.mixture)

@@ -162,7 +162,6 @@ class Method:
         undo: where patches get their tokens back: "decoder": behind it; "encoder": before its last norm.
         loss: what the method adds to the loss of a training step in which it was soft.
         static: whether the number of tokens that are left never depends on the image; a budget makes any method so.
-        copies: whether every patch gets a copy of its token back, which `restore` may change.
         summary: what it does, in one short sentence, for lists of methods.
     """
 
@@ -180,7 +179,6 @@ class Method:
     undo: Literal["decoder", "encoder"] = "decoder"
     loss: Callable[[LossInput], Tensor] | None = None
     static: bool = False
-    copies: bool = True
     summary: str = ""
 
     def __post_init__(self) -> None:
@@ -244,12 +242,6 @@ COMMON = {
         key="batch_mode",
         default_text="uniform in training, else ragged",
     ),
-    "restore": Option(
-        "copy",
-        "Way back of patches. copy: a copy of their token; soft: a mix of the nearest tokens, with weights measured at "
-        "the merge.",
-        type=Choice(("copy", "soft")),
-    ),
 }
 METHODS: dict[str, Method] = {}
 DEFAULT = "keymatch"  # that a model is patched with where none is named
@@ -261,8 +253,8 @@ def register(name: str, merge: Callable[[Step], Reduction | None], **given: Any)
     Args:
         name, merge: see `Method`.
         given: other attributes of `Method`, such as `place`, `check` or `static`; and the options, an `Option` each.
-            For the options that every method has (`layers`, `attention`, `batch`, `restore`) just the default: `layers`
-            None: every layer; `batch` None: uniform in training, ragged otherwise.
+            For the options that every method has (`layers`, `attention`, `batch`) just the default: `layers` None:
+            every layer; `batch` None: uniform in training, ragged otherwise.
 
     Raises:
         ValueError: a name that is taken, or an option that another method has with another meaning.
@@ -270,8 +262,6 @@ def register(name: str, merge: Callable[[Step], Reduction | None], **given: Any)
     if name in METHODS or name == "pure":
         raise ValueError(f"method {name!r} is registered already")
     table, attributes = dict(COMMON), {}
-    if not given.get("copies", True):
-        del table["restore"]
     for key, value in given.items():
         if isinstance(value, Option):
             table[key] = value

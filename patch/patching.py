@@ -36,9 +36,7 @@ def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
         options: options of the method; None means its default. All methods take
             layers: 1-based layers in which to merge, ascending;
             attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;
-            batch: "ragged" (every image keeps its own number of tokens) or "uniform";
-            restore: "copy" (every patch gets its token back) or "soft" (a mix of the nearest tokens); not of methods
-            with a way back of their own.
+            batch: "ragged" (every image keeps its own number of tokens) or "uniform".
             The others: `patch.find(method).options`.
 
     Returns:

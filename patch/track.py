@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from g2tm import Chain, Grouping, Reduction, SoftRestored
+from g2tm import Grouping, Reduction
 from g2tm.selection import cached, images_in, is_vmapped, statically_true
 from patch.attention import can_pack
 from patch.hooks import are_watched
@@ -297,7 +297,7 @@ class Track:
                 return x
             if self.is_soft:
                 self.soft_steps[layer] = merged
-            merged = self._restored(self._widened(merged, step.x.shape[1]), step.x)
+            merged = self._widened(merged, step.x.shape[1])
             tokens = merged.merge(step.x)
             self._follow(merged, layer, tokens.shape[1])
             return torch.cat([x[:, :before], tokens], dim=1)
@@ -340,12 +340,6 @@ class Track:
             return merged
         width = self.bucket * math.ceil(merged.width / self.bucket)
         return merged.widened(min(width, n_tokens))
-
-    def _restored(self, merged: Reduction, x: Tensor) -> Reduction:
-        """A step with the way back that the options say; a training form with masks keeps its own."""
-        if self.options.get("restore") != "soft" or not isinstance(merged, Grouping | Chain):
-            return merged
-        return SoftRestored(merged, x)
 
     def _follow(self, merged: Reduction, layer: int, width: int) -> None:
         """From now on the tokens are those of one more step, which left so many in a row."""

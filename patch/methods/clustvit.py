@@ -55,7 +55,6 @@ register(
     prepare=_prepare,
     check=_check,
     place="block",
-    copies=False,
     undo="encoder",
     modules=add_clusters,
     training_form=_merge,

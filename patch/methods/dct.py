@@ -14,6 +14,5 @@ register(
     _merge,
     summary="Each layer drops the r highest frequencies of the tokens.",
     place="block",
-    copies=False,
     **SCHEDULE,
 )

@@ -45,7 +45,6 @@ register(
     summary="Tokens become a grid of clusters, and are mixed back.",
     check=_check,
     place="block",
-    copies=False,
     static=True,
     layers=_layers,
     tokens=replace(

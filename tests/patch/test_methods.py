@@ -130,11 +130,7 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
         ("graph", {"threshold": 2}, "threshold 2: give a number from -1 to 1"),
         ("graph", {"attention": "prop"}, "attention 'prop': choose none or proportional or inverse"),
         ("graph", {"layers": [13]}, r"layers \[13\]: the encoder has layers 1 to 12"),
-        (
-            "graph",
-            {"rr": 1, "q": 2},
-            "graph takes no q, rr: its options are layers, attention, batch, restore, threshold",
-        ),
+        ("graph", {"rr": 1, "q": 2}, "graph takes no q, rr: its options are layers, attention, batch, threshold"),
         ("algm", {"window": (2, 2, 2)}, r"window \(2, 2, 2\): give 2 values, each an integer from 0"),
         ("algm", {"window": 2}, "window 2: give 2 values"),
         ("clustvit", {"injection_point": 2, "layers": [3]}, "injection_point 2 and layers .3. name the same place"),
@@ -191,7 +187,7 @@ def test_register_refuses_what_is_wrong():
 def test_common_options_may_have_other_defaults():
     register("new", lambda step: None, layers=lambda shape: (shape.depth,), attention="inverse", batch="uniform")
     found = patch.check("new", 7, (4, 4))
-    assert found == {"layers": (7,), "attention": "inverse", "batch": "uniform", "restore": "copy"}
+    assert found == {"layers": (7,), "attention": "inverse", "batch": "uniform"}
     assert COMMON["attention"].default == "none"
     assert not patch.find("new").takes("threshold") and patch.find("new").takes("layers")
 
