@@ -558,6 +558,19 @@ def quality_groups() -> str:
 
 
 @table
+def quality_restore() -> str:
+    """Ways back to the patches."""
+    rows = [row | {"way": way_back(row)} for row in rows_of("quality", "restore-1")]
+    columns = {"method, way back": "{method}, {way}", "mIoU": "{mean_iou:.2f}", "small classes": "{small_iou:.1f}"}
+    return markdown(columns | {"boundary IoU": "{boundary_iou:.1f}"}, rows)
+
+
+def way_back(row: Row) -> str:
+    """The way back of a row, in words."""
+    return "copied" if row["back"] == "copy" else f"mix of {row['k']}, temperature {row['temperature']:g}"
+
+
+@table
 def quality_classes() -> str:
     """Accuracy on digits, and images/s, at two numbers of tokens."""
     rows = rows_of("quality", "classification-1")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Integral
 
 import g2tm
 from patch.method import Choice, ModelShape, Option, Options, Step, register
@@ -32,9 +33,17 @@ def _budgets(tokens: float | Sequence[float], n_layers: int, grid: tuple[int, in
     """Patch tokens after each merging layer: as they are given, or falling geometrically to the one that is given."""
     n_patches = grid[0] * grid[1]
     if isinstance(tokens, Sequence):
-        return [g2tm.budget(one, n_patches) for one in tokens]
-    last = g2tm.budget(tokens, n_patches)
-    return [round(n_patches * (last / n_patches) ** (index / n_layers)) for index in range(1, n_layers + 1)]
+        given, wanted = [*tokens], [g2tm.budget(one, n_patches) for one in tokens]
+    else:
+        last = g2tm.budget(tokens, n_patches)
+        given = [1.0] * (n_layers - 1) + [tokens]
+        wanted = [round(n_patches * (last / n_patches) ** (index / n_layers)) for index in range(1, n_layers + 1)]
+    before, found = n_patches, list[int]()
+    for one, left in zip(given, wanted, strict=True):
+        # Of an odd number of tokens a layer removes the smaller half; a count that was typed is not changed.
+        before = (before + 1) // 2 if left == before // 2 and not isinstance(one, Integral) else left
+        found.append(before)
+    return found
 
 
 def _check(options: Options, shape: ModelShape) -> None:

@@ -43,6 +43,27 @@ def test_default_layers_scale_with_the_depth_and_leave_out_the_first(depth, laye
 
 
 @torch.inference_mode()
+def test_half_of_an_odd_number_of_tokens_is_the_larger_half():
+    """What a layer can leave; the images need not have the grid that the model was made for."""
+    kind = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "num_classes": 0,
+        "dynamic_img_size": True,
+    }
+    for depth, tokens in ((1, 0.5), (3, 0.5), (3, [0.5]), (12, 0.0625)):
+        model = timm.create_model("vit_tiny_patch16_224", depth=depth, **kind).eval()
+        patch.apply(model, tokens=tokens)
+        for side in (32, 40, 56, 72):
+            model(torch.randn(1, 3, side, side))
+            assert abs(patch.reduction(model).lengths[0] - (side // 8) ** 2 * (0.0625 if depth == 12 else 0.5)) <= 1
+    with pytest.raises(ValueError, match="can leave 13 to 25 of 25 tokens, not 12"):
+        patch.check("keymatch", 3, (5, 5), tokens=12)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("metric", ["keys", "queries", "values", "tokens"])
 @pytest.mark.parametrize("center", [True, False])
 def test_compares_what_it_is_told_to(model, metric, center):
