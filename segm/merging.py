@@ -68,13 +68,12 @@ class MergingCommand(Command):
             ["--patch-type"],
             type=click.Choice([PURE, *patch.METHODS]),
             metavar="NAME",
-            help="Method that merges tokens, or pure for none.  [default: the run's, else pure]",
+            help="Method, or pure for none.  [default: the run's]",
         )
         preset = click.Option(
             ["--preset"],
             metavar="NAME",
-            help="Setting that tune.py found: merging, and for what reads images their size and the precision.  "
-            "[default: none]",
+            help="Setting that segm/tune.py found.  [default: none]",
         )
         flags = [flag.parameter for flag in _flags(_options())]
         taken = {text for option in (*own, preset, method) for text in (*option.opts, option.name)}

@@ -59,7 +59,9 @@ def read_methods(text: str) -> list[dict[str, Any]]:
 @click.command(cls=cli.Command)
 @cli.checkpoint_argument
 @cli.dataset_argument
-@click.option("--within", type=cli.ABOVE_ZERO, default=0.3, help='mIoU that "equal" may lose, percentage points.')
+@click.option(
+    "--within", type=cli.ABOVE_ZERO, default=0.3, help='Loss of mIoU that "equal" may have, percentage points.'
+)
 @click.option(
     "--images-per-second",
     type=cli.ABOVE_ZERO,

@@ -25,7 +25,6 @@ METHOD_OPTIONS = {
     "graph": {"threshold": 0.2},
     "algm": {"layers": [1, 3], "threshold": 0.1},
     "tome": {"r": 2},
-    "keymatch": {"layers": [2, 3], "tokens": [0.8, 0.5]},
     "tofu": {"r": 2},
     "dct": {"r": 2},
     "dtem": {"r": 2},
@@ -41,6 +40,7 @@ METHOD_OPTIONS = {
     "clustvit": {"layers": [2]},
     "expedit": {},
     "cubist": {"remove": (1, 2)},
+    "keymatch": {"layers": [2, 3], "tokens": [0.8, 0.5]},
 }
 RAGGED = (
     "graph",
