@@ -52,7 +52,12 @@ BEST = "tuned"  # on which merging is measured
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of the tokens that are left at the end
 NO_TRAINING = tuple(name for name in KNOBS if name not in NEEDS_TRAINING)
 SIZES = (224, 280, 336, 392, 448, 504)  # shorter side, pixels
-FRONTIER = {"graph": (0.75, 0.6), "algm": (0.75, 0.6), "tome": (0.5, 0.3), "expedit": (0.5, 0.35)}
+FRONTIER: dict[str, tuple[float, ...]] = {
+    "graph": (0.75, 0.6),
+    "algm": (0.75, 0.6),
+    "tome": (0.5, 0.3),
+    "expedit": (0.5, 0.35),
+}
 FRONTIER |= {"keymatch": (0.7, 0.6, 0.5, 0.4, 0.3)}
 OWN_OPTIONS = {"expedit": {"temperature": 10.0}}  # best of 0.02 (published), 1, 10, 30, 100 on these features
 EQUAL = {"keymatch": (0.6, 0.5)}  # of the frontier, what is timed in every precision, too

@@ -1,4 +1,4 @@
-"""Keymatch, ours: ToMe's matching in a few early layers, down to a budget in each."""
+"""Keymatch, ours: ToMe's matching in a few early layers, down to a budget in each. Why so: results/keymatch.md."""
 
 from collections.abc import Sequence
 from dataclasses import replace
