@@ -128,6 +128,7 @@ class Run:
 
         Raises:
             OSError: it cannot be written there.
+            ValueError: the model is an exported one, without weights.
         """
         sharing.save(self, Path(folder), scores)
 
