@@ -15,6 +15,7 @@ from segm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from segm.config import TUNED, Merging, Preset
 from segm.data import create_dataset
 from segm.data.dataset import Part
+from segm.eval import miou
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.search import Setting, choose, mean_iou, nearest, rounds_of
@@ -393,7 +394,7 @@ class TestPreset:
 
 
 @pytest.mark.slow
-def test_a_setting_in_int8_is_an_exported_run(run, refused, tmp_path):
+def test_a_setting_in_int8_is_an_exported_run(run, call, refused, tmp_path):
     pytest.importorskip("onnxruntime")
     bench, _ = tune.set_up(Run.load(run, device="cpu"), "shapes", "val", None)
     int8 = replace(bench.plain, precision="int8")
@@ -406,7 +407,14 @@ def test_a_setting_in_int8_is_an_exported_run(run, refused, tmp_path):
     exported = Run.load(run, device="cpu", preset="equal")
     assert exported.evaluate(dataset=bench.held)["mean_iou"] == reported["equal"]["mean_iou"]
     assert "are fixed" in refused(test, run, "--preset", "equal", "--im-size", 16, *CPU)
-    assert "choose another" in refused(report, f"fast={run} --preset equal", *CPU)
+    assert isinstance(report.open_runs([f"fast={run} --preset equal"], None, exported.device)[0].model, Segmenter)
+    call(miou, run, "shapes", "--preset", "equal", "--max-images", 1, *CPU)
+    (entry,) = miou.read_entries(run / "scores_ss.yml")
+    assert (entry["conditions"]["checkpoint"], entry["conditions"]["precision"]) == ("checkpoint.pth", "int8")
+    named = Run.load(run, device="cpu", preset="equal", name="mine")
+    assert (exported.name, named.name, exported.folder) == (run.name, "mine", run)
+    with pytest.raises(ValueError, match="no weights to write"):
+        exported.save_pretrained(tmp_path / "empty")
     assert isinstance(Run.load(run, device="cpu", preset="equal", amp=False).model, Segmenter)
     Run.load(run, device="cpu").save_pretrained(tmp_path / "shared")
     assert not isinstance(Run.load(tmp_path / "shared", device="cpu", preset="equal").model, Segmenter)
