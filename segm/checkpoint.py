@@ -1,7 +1,9 @@
 """Checkpoints of a run directory: `checkpoint.pth` and `checkpoint_best.pth`, the format of Segmenter."""
 
+import hashlib
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{file} is no Segmenter checkpoint: it has no weights under 'model'")
     return checkpoint
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values of weights, the same in all formats of files: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        plain = value.detach().cpu()
+        plain = plain.float() if plain.is_floating_point() else plain  # as a model holds it
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype} ".encode())
+        digest.update(plain.reshape(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:

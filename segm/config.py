@@ -1,5 +1,6 @@
 """`RunConfig`, all settings of a run, each stated once; `variant.yml`, the format of Segmenter; files of `configs/`."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,12 +10,15 @@ import click
 import yaml
 
 import segm
+from segm.checkpoint import load_checkpoint, weights_digest
 from segm.errors import brief
 from segm.sizes import pair
 from segm.storage import read_yaml, write_text
 
 if TYPE_CHECKING:
     from segm.data.images import Normalization
+
+logger = logging.getLogger(__name__)
 
 VARIANT, TUNED = "variant.yml", "tuned.yml"
 PRECISIONS = FLOAT32, BFLOAT16, INT8 = ("float32", "bfloat16", "int8")
@@ -505,9 +509,11 @@ class Preset:
     def read(cls, path: str | Path, name: str) -> "Preset":
         """Read one from the `tuned.yml` of a run directory, or of that of a checkpoint.
 
+        One that was found for other weights is named in a warning.
+
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or holds no setting of this name.
+            ValueError: it is damaged, or holds no setting of this name; or one in int8 was exported from other weights.
         """
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         content = read_tuned(folder)
@@ -520,9 +526,16 @@ class Preset:
             one = dict(presets[name])
             entries, file = dict(one["merging"]), one.get("file")
             merging = Merging(entries.pop("patch_type"), entries)
-            return cls(merging, int(one["im_size"]), str(one["precision"]), file and folder / file)
+            preset = cls(merging, int(one["im_size"]), str(one["precision"]), file and folder / file)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / TUNED} is damaged: make it again with segm/tune.py") from error
+        recorded = content.get("weights")
+        if recorded is not None and recorded != weights_digest(load_checkpoint(path)["model"]):
+            stale = f"{folder / TUNED} was made for other weights than those of {path}: run segm/tune.py again"
+            if preset.precision == INT8:
+                raise ValueError(f"preset {name!r} is in int8, and {stale}")
+            logger.warning("preset %r: %s", name, stale)
+        return preset
 
 
 def read_tuned(folder: Path) -> Mapping[str, Any] | None:

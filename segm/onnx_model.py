@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segm.config import SCALES, RunConfig
+from segm.config import INT8, SCALES, RunConfig
 from segm.errors import one_line
 from segm.merging import read_variant
 from segm.model.upsample import to_pixels
@@ -125,6 +125,11 @@ class OnnxModel(nn.Module):
 
 class ExportedRun(Run):
     """A run whose model is an `OnnxModel`; its merging is part of the graph."""
+
+    @property
+    def precision_name(self) -> str:
+        """Of a preset "int8", as its path is that of the checkpoint; of a file that of images and output."""
+        return super().precision_name if self.path.suffix == SUFFIX else INT8
 
     @property
     def merging(self) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from tqdm import tqdm
 
 import patch
 from segm.cli import COUNT, FILE, POSITIVE, WORDS, Command, device_option, markdown
+from segm.config import INT8, Preset
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.cost import compare
 from segm.eval.timing import environment
 from segm.merging import assignment_of, parse
-from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.runlog import read_log
+from segm.sharing import find
 from segm.storage import write_text
 from vis import page
 
@@ -143,11 +144,9 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
         name, path, given = read_run(text)
         try:
             size = given.pop("im_size", None)
-            run = Run.load(path, name=name, device=device, merging=given, im_size=size)
-            if not isinstance(run.model, Segmenter):
-                raise ValueError(
-                    f"the preset {given['preset']} is exported, and the report looks into models: choose another"
-                )
+            in_int8 = "preset" in given and Preset.read(find(path), given["preset"]).precision == INT8
+            amp = False if in_int8 else None  # the report looks into models: merging and size of the preset alone
+            run = Run.load(path, name=name, device=device, merging=given, im_size=size, amp=amp)
         except ValueError as error:
             raise ValueError(f"{name or path}: {error}") from error
         if any(run.name == other.name for other in runs):

@@ -104,8 +104,14 @@ class Run:
         if tuned is not None and tuned.precision == INT8 and amp is None:
             from segm.onnx_model import open_run  # which is built on this module
 
-            how: dict[str, Any] = {"im_size": im_size, "scale": scale, "window_size": window_size}
-            return open_run(tuned.file or path, device=device, merging=given, **how)
+            if given or im_size or window_size:
+                raise ValueError(
+                    f"preset {name_of_preset!r} is an exported file in int8, its merging and sizes are fixed: leave "
+                    "out other options for them, or choose another preset"
+                )
+            exported = open_run(tuned.file or checkpoint_file(path), device=device, merging={}, scale=scale)
+            name = name or checkpoint_file(path).resolve().parent.name
+            return replace(exported, name=name, path=Path(path))
         model, config = load_model(path, merges.add_parts)
         if tuned is not None:
             config = replace(config, merging=tuned.merging)
@@ -128,6 +134,7 @@ class Run:
 
         Raises:
             OSError: it cannot be written there.
+            ValueError: the model is an exported one, without weights.
         """
         sharing.save(self, Path(folder), scores)
 
@@ -191,6 +198,11 @@ class Run:
     def merging(self) -> dict[str, Any]:
         """Method and options in force as `variant.yml` records them."""
         return merges.of_model(self.model)
+
+    @property
+    def precision_name(self) -> str:
+        """Name of the precision with which it predicts, such as "float32"."""
+        return str(self.precision.dtype or torch.float32).removeprefix("torch.")
 
     @property
     def dataset(self) -> str:

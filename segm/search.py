@@ -190,8 +190,9 @@ class Bench:
         return replace(run, precision=Precision.choose(self.run.device, setting.precision == BFLOAT16))
 
     def file_of(self, setting: Setting) -> Path:
-        """The place of a setting in int8."""
-        return self.memory.file.parent / f"{hashlib.sha256(setting.key.encode()).hexdigest()[:8]}_int8.onnx"
+        """The place of a setting in int8; as the file of measurements, it goes by the weights and conditions."""
+        digest = hashlib.sha256(setting.key.encode()).hexdigest()[:8]
+        return self.memory.file.with_name(f"{self.memory.file.stem}_{digest}_int8.onnx")
 
     def _exported(self, run: Run, setting: Setting) -> Path:
         file, whole = self.file_of(setting), self.memory.file.with_suffix(".onnx")

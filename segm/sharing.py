@@ -54,8 +54,8 @@ python segm/inference.py {place} -i photos -o labelled
 
 
 PRESETS = """
-Settings that `segm/tune.py` found on {dataset} and {device}; `Run.load(..., preset="equal")` and `--preset equal` take
-them:
+Settings that `segm/tune.py` found on {dataset} and {device}{images}; `Run.load(..., preset="equal")` and
+`--preset equal` take them:
 
 | preset | mIoU | boundary IoU | ms per image |
 | --- | --- | --- | --- |
@@ -65,6 +65,10 @@ them:
 
 def save(run: "Run", folder: Path, scores: Mapping[str, Any] | None = None) -> None:
     """Write a run so that others can load it; see `Run.save_pretrained`."""
+    if not run.model.state_dict():
+        raise ValueError(
+            f"{run.name} is an exported model, which has no weights to write: load the run without its preset in int8"
+        )
     weights = {name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()}
     with atomic(folder / SHARED) as part:
         save_file(weights, part, metadata={"format": "pt"})
@@ -110,7 +114,8 @@ def presets_table(folder: Path) -> str:
         f"| {name} | {one['mean_iou']:.2f} | {one['boundary_iou']:.2f} | {one['ms']:.0f} |"
         for name, one in rows.items()
     ]
-    return PRESETS.format(rows="\n".join(lines), **content)
+    images = f" ({content['images']})" if "images" in content else ""
+    return PRESETS.format(**{**content, "rows": "\n".join(lines), "images": images})
 
 
 def recorded_scores(folder: Path) -> dict[str, Any]:

@@ -92,9 +92,10 @@ def main(
         resume = goes_on(log_dir, resume)
         base = RunConfig.read(log_dir) if resume else finetune and RunConfig.read(finetune).for_finetuning()
         if (preset := merging.pop("preset", None)) is not None:
-            if not isinstance(base, RunConfig) or finetune is None or resume:
+            if not isinstance(base, RunConfig) or finetune is None:
                 raise ValueError(f"--preset {preset}: name the run that has it with --finetune")
-            base = replace(base, merging=Preset.read(finetune, preset).merging)
+            if not resume:  # what is resumed has recorded its merging
+                base = replace(base, merging=Preset.read(finetune, preset).merging)
         given |= {name: None for name in CURRICULUM if not is_given(ctx, name, merging.get("patch_type"))}
         if merging.get("threshold") == AUTO:  # all that is asked for is checked before images are read
             checked = resolve(given | {k: v for k, v in merging.items() if k != "threshold"}, base, resume=resume)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import patch
 from segm import cli
-from segm.checkpoint import checkpoint_file
+from segm.checkpoint import checkpoint_file, weights_digest
 from segm.config import BFLOAT16, FLOAT32, INT8, PRECISIONS, TUNED
 from segm.data import fingerprint, spread
 from segm.data.dataset import Part
@@ -175,6 +175,10 @@ def fixed_options(run: Run, asked: Sequence[Mapping[str, Any]] | None) -> dict[s
     found: dict[str, dict[str, Any]] = {}
     for one in [{"patch_type": name} for name in METHODS if name in patch.METHODS] if asked is None else asked:
         method, options = run.resolve_merging(one)
+        if method in found:
+            raise ValueError(f"--methods names {method} twice: give each method once, or call tune.py for each")
+        if method == PURE:  # is tried anyhow
+            continue
         options = {name: value for name, value in options.items() if name in one or name not in KNOBS}
         try:
             found |= {method: options} if layer_choices(method, run, options) else {}
@@ -204,7 +208,9 @@ def candidates(bench: Bench, methods: Mapping[str, Mapping[str, Any]], sizes: Se
             knob = knob_of(method)
             for own in layer_choices(method, run, fixed):
                 if knob is None or KNOBS.keys() & fixed:
-                    yield Setting(size, method, own, precision)
+                    with suppress(ValueError):  # more tokens than images of this size have
+                        patch.check(method, depth, bench.grid(size), **own)
+                        yield Setting(size, method, own, precision)
                     continue
                 n_layers = len(own.get("layers", range(depth)))
                 for share in SHARES:
@@ -250,15 +256,18 @@ def set_up(run: Run, dataset_name: str, split: str, max_images: int | None) -> t
     halves = [range(0, len(val), 2), range(1, len(val), 2)] if split == "val" else [range(len(other)), range(len(val))]
     if not all(halves):
         raise ValueError(f"{dataset_name} has {len(val)} images in val: choose by others, such as --calibrate train")
+    if dataset_name != run.dataset:
+        val.image_size = other.image_size = run.image_size  # scores at the size that times are taken at
     parts = zip((other, val), halves, strict=True)
     calibration, held = (Part(whole, [own[i] for i in spread(max_images, len(own))]) for whole, own in parts)
     rules = {"val": "every second image of val (the first, third, ...), reported on the others"}
     rules["train"] = "images of train, which the model knows: trust differences, not levels; reported on val"
-    file = checkpoint_file(run.path)
-    conditions = [file.name, file.stat().st_mtime, *(fingerprint(one, dates=False) for one in (calibration, held))]
+    images = [fingerprint(one, dates=False) for one in (calibration, held)]
+    conditions = [weights_digest(run.model.state_dict()), run.config.to_variant(), str(run.windows), *images]
     digest = hashlib.sha256(json.dumps([*conditions, *environment(run.device).values()]).encode()).hexdigest()
     memory = Memory(run.folder / "tune" / f"{dataset_name}_{digest[:8]}.json")
-    return Bench(run, calibration, held, memory), f"chosen by {rules.get(split, f'{split}, reported on val')}"
+    rule = f"chosen by {rules.get(split, f'{split}, reported on val')}; {len(calibration)} and {len(held)} images"
+    return Bench(run, calibration, held, memory), rule
 
 
 def usable_precisions(device: torch.device) -> list[str]:
@@ -309,6 +318,9 @@ def without_loss(rows: Sequence[Row]) -> str:
             if (row["setting"].im_size, row["setting"].precision) == (size, rows[0]["setting"].precision)
         ]
         loss = {row["setting"].options.get("threshold"): row["loss"] for row in own}
+        if None not in loss:
+            lines.append(f"lowest threshold without loss: not known, the search ended early ({size} pixels)")
+            continue
         found = min((one for one in loss if one is not None and loss[one] <= loss[None]), default="none")
         lines.append(
             f"lowest threshold without loss: {found}" + f" ({size} pixels)" * (size != rows[0]["setting"].im_size)
@@ -326,13 +338,15 @@ def write_tuned(bench: Bench, about: Mapping[str, str], reported: Mapping[str, R
         if setting.precision == INT8:
             presets[name]["file"] = bench.file_of(setting).relative_to(folder).as_posix()
         presets[name] |= {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
-    for file in bench.memory.file.parent.glob("*_int8.onnx"):
-        if file.relative_to(folder).as_posix() not in {one.get("file") for one in presets.values()}:
-            file.unlink()
-    content = {**about, "checkpoint": checkpoint_file(bench.run.path).name, **environment(bench.run.device)}
+    content = {**about, "checkpoint": checkpoint_file(bench.run.path).name}
+    content |= {"weights": weights_digest(bench.run.model.state_dict()), **environment(bench.run.device)}
     content |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     content = json.loads(json.dumps(content | {"plain": presets.pop(PURE), "presets": presets}))  # plain types alone
     write_text(folder / TUNED, yaml.safe_dump(content, sort_keys=False))
+    used = {one.get("file") for one in (content["plain"], *content["presets"].values())}
+    for file in bench.memory.file.parent.glob("*_int8.onnx"):
+        if file.relative_to(folder).as_posix() not in used:
+            file.unlink()
 
 
 if __name__ == "__main__":

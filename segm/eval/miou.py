@@ -142,7 +142,6 @@ def main(
 
 def conditions_of(run: Run, dataset: SegmentationDataset, windows: Windows) -> dict[str, Any]:
     """The settings that scores depend on, merging among them under its keys in `variant.yml`; sizes in pixels."""
-    dtype = run.precision.dtype or torch.float32
     return {
         "checkpoint": checkpoint_file(run.path).name,
         "dataset": dataset.name,
@@ -151,7 +150,7 @@ def conditions_of(run: Run, dataset: SegmentationDataset, windows: Windows) -> d
         "window_size": list(windows.size),
         "window_stride": list(windows.stride),
         "window_batch_size": windows.batch_size,
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": run.precision_name,
         **({} if run.scale == SCALES[0] else {"scale": run.scale}),
         **run.merging,
     }

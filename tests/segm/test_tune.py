@@ -11,9 +11,11 @@ import yaml
 
 import patch
 from segm import report, search, speedtest, test, train, tune, tune_threshold
-from segm.config import TUNED, Merging
+from segm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
+from segm.config import TUNED, Merging, Preset
 from segm.data import create_dataset
 from segm.data.dataset import Part
+from segm.eval import miou
 from segm.model.segmenter import Segmenter
 from segm.run import Run
 from segm.search import Setting, choose, mean_iou, nearest, rounds_of
@@ -234,6 +236,72 @@ def test_the_method_of_the_run_keeps_its_layers_and_gets_other_budgets(run):
     assert [options["r"] for method, options in found if method == "tome"] == [1, 2, 3, 4]
 
 
+def other_weights(run):
+    """Weights in the place of others, as after more training."""
+    weights = load_checkpoint(run)["model"]
+    save_checkpoint(
+        {"model": weights | {"encoder.norm.bias": weights["encoder.norm.bias"] + 1}}, run / "checkpoint.pth"
+    )
+
+
+def test_measurements_and_int8_files_go_by_weights_and_settings(run):
+    def bench():
+        return tune.set_up(Run.load(run, device="cpu"), "shapes", "val", None)[0]
+
+    def files():
+        return bench().memory.file, bench().file_of(replace(bench().plain, precision="int8"))
+
+    before = files()
+    (run / "checkpoint.pth").touch()  # a date alone is nothing
+    assert files() == before
+    other_weights(run)
+    other = files()
+    variant = read_variant(run)
+    variant["inference_kwargs"]["window_stride"] = 16
+    (run / "variant.yml").write_text(yaml.safe_dump(variant))
+    assert all(len({*names}) == 3 for names in zip(before, other, files(), strict=True))
+
+
+def test_the_digest_of_weights_is_that_of_all_formats(run, tmp_path):
+    loaded = Run.load(run, device="cpu", patch_type="tome")
+    loaded.save_pretrained(tmp_path / "shared")
+    found = {weights_digest(load_checkpoint(one)["model"]) for one in (run, tmp_path / "shared")}
+    assert found == {weights_digest(loaded.model.state_dict())}
+    assert weights_digest({"a": torch.tensor(1)}) != weights_digest({"a": torch.tensor(2)})
+
+
+def test_the_number_of_images_is_told(run):
+    loaded = Run.load(run, device="cpu")
+    assert tune.set_up(loaded, "shapes", "val", None)[1].endswith("; 3 and 3 images")
+    assert tune.set_up(loaded, "shapes", "val", 2)[1].endswith("; 2 and 2 images")
+
+
+def test_budgets_that_a_size_does_not_have_are_left_out(run):
+    loaded = Run.load(run, device="cpu")
+    fixed = tune.fixed_options(loaded, tune.read_methods("graph --tokens 12 --selected-layer 1"))
+    bench, _ = tune.set_up(loaded, "shapes", "val", None)
+    assert [one.im_size for one in tune.candidates(bench, fixed, [32, 24]) if one.method == "graph"] == [32]
+
+
+def test_another_data_set_is_scored_at_the_size_of_the_run(run, monkeypatch):
+    loaded = Run.load(run, device="cpu")
+    other = create_dataset("shapes", "val", image_size=48)
+    monkeypatch.setattr(Run, "open", lambda *_: (other, loaded.windows))
+    bench, _ = tune.set_up(loaded, "other", "val", None)
+    assert bench.held.image_size == bench.calibration.image_size == loaded.image_size == 32
+
+
+def test_a_method_is_named_once(run, refused):
+    given = [run, "shapes", *CPU, "--methods"]
+    assert "graph twice" in refused(tune, *given, "graph --selected-layer 1,graph --selected-layer 2")
+    assert "name one method that has a threshold" in refused(tune_threshold, run, "shapes", *CPU)
+
+
+def test_a_size_without_its_plain_model_says_so():
+    rows = [PLAIN, PLAIN | {"setting": Setting(24, "graph", {"threshold": 0.9})}]
+    assert tune.without_loss(rows).endswith("not known, the search ended early (24 pixels)")
+
+
 class TestPreset:
     @pytest.fixture
     def tuned(self, run):
@@ -285,6 +353,40 @@ class TestPreset:
         ((model, size),) = found
         assert (patch.method(model), patch.options(model)["r"], size) == ("tome", 2, 32)
 
+    def test_the_same_command_resumes_it(self, tuned, tmp_path, call, monkeypatch):
+        command = ["--log-dir", tmp_path / "new", "--finetune", tuned, "--preset", "equal", "--resume", *CPU]
+        found = []
+        monkeypatch.setattr(train.Trainer, "fit", lambda self: found.append(self))
+        call(train, *command)
+        found[0].config.write(tmp_path / "new")
+        found[0].save()
+        (tuned / TUNED).unlink()  # what is resumed knows its merging
+        call(train, *command)
+        assert [(patch.method(one.model), patch.options(one.model)["r"]) for one in found] == [("tome", 3)] * 2
+
+    def test_other_weights_are_noticed(self, tuned, caplog, tmp_path):
+        content = yaml.safe_load((tuned / TUNED).read_text())
+        content["weights"] = weights_digest(load_checkpoint(tuned)["model"])
+        content["presets"]["fast"] = content["plain"] | {"precision": "int8", "file": "tune/1_int8.onnx"}
+        (tuned / TUNED).write_text(yaml.safe_dump(content))
+        (tuned / "tune").mkdir()
+        (tuned / "tune/1_int8.onnx").touch()
+        Run.load(tuned, device="cpu").save_pretrained(tmp_path / "shared")
+        for folder in (tuned, tmp_path / "shared"):
+            assert Preset.read(folder, "equal").im_size == Preset.read(folder, "fast").im_size == 24
+        assert not caplog.text
+        other_weights(tuned)
+        assert Run.load(tuned, device="cpu", preset="equal").method == "tome"
+        assert "made for other weights" in caplog.text and "run segm/tune.py again" in caplog.text
+        with pytest.raises(ValueError, match=r"'fast' is in int8, and .* other weights .*run segm/tune\.py again"):
+            Run.load(tuned, device="cpu", preset="fast")
+
+    def test_an_exported_model_is_not_passed_on(self, tuned, tmp_path):
+        exported = replace(Run.load(tuned, device="cpu"), model=torch.nn.Identity())  # as `OnnxModel`, without weights
+        with pytest.raises(ValueError, match="no weights to write"):
+            exported.save_pretrained(tmp_path / "shared")
+        assert not (tmp_path / "shared").exists()
+
     def test_it_is_passed_on(self, tuned, tmp_path):
         Run.load(tuned, device="cpu", preset="equal").save_pretrained(tmp_path / "shared")
         assert "| `equal` | 1.00 | 2.00 | 3 |" in (tmp_path / "shared/README.md").read_text()
@@ -292,7 +394,7 @@ class TestPreset:
 
 
 @pytest.mark.slow
-def test_a_setting_in_int8_is_an_exported_run(run, refused, tmp_path):
+def test_a_setting_in_int8_is_an_exported_run(run, call, refused, tmp_path):
     pytest.importorskip("onnxruntime")
     bench, _ = tune.set_up(Run.load(run, device="cpu"), "shapes", "val", None)
     int8 = replace(bench.plain, precision="int8")
@@ -305,7 +407,14 @@ def test_a_setting_in_int8_is_an_exported_run(run, refused, tmp_path):
     exported = Run.load(run, device="cpu", preset="equal")
     assert exported.evaluate(dataset=bench.held)["mean_iou"] == reported["equal"]["mean_iou"]
     assert "are fixed" in refused(test, run, "--preset", "equal", "--im-size", 16, *CPU)
-    assert "choose another" in refused(report, f"fast={run} --preset equal", *CPU)
+    assert isinstance(report.open_runs([f"fast={run} --preset equal"], None, exported.device)[0].model, Segmenter)
+    call(miou, run, "shapes", "--preset", "equal", "--max-images", 1, *CPU)
+    (entry,) = miou.read_entries(run / "scores_ss.yml")
+    assert (entry["conditions"]["checkpoint"], entry["conditions"]["precision"]) == ("checkpoint.pth", "int8")
+    named = Run.load(run, device="cpu", preset="equal", name="mine")
+    assert (exported.name, named.name, exported.folder) == (run.name, "mine", run)
+    with pytest.raises(ValueError, match="no weights to write"):
+        exported.save_pretrained(tmp_path / "empty")
     assert isinstance(Run.load(run, device="cpu", preset="equal", amp=False).model, Segmenter)
     Run.load(run, device="cpu").save_pretrained(tmp_path / "shared")
     assert not isinstance(Run.load(tmp_path / "shared", device="cpu", preset="equal").model, Segmenter)
