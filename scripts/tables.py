@@ -561,8 +561,8 @@ def quality_groups() -> str:
 def quality_restore() -> str:
     """Ways back to the patches."""
     rows = [row | {"way": way_back(row)} for row in rows_of("quality", "restore-1")]
-    columns = {"method, way back": "{method}, {way}", "mIoU": "{mean_iou:.2f}", "small classes": "{small_iou:.1f}"}
-    return markdown(columns | {"boundary IoU": "{boundary_iou:.1f}"}, rows)
+    columns = {"method, tokens left": "{method}", "way back": "{way}", "images": "{images}", "mIoU": "{mean_iou:.2f}"}
+    return markdown(columns | {"small classes": "{small_iou:.1f}"}, rows)
 
 
 def way_back(row: Row) -> str:
