@@ -558,19 +558,6 @@ def quality_groups() -> str:
 
 
 @table
-def quality_restore() -> str:
-    """Ways back to the patches."""
-    rows = [row | {"way": way_back(row)} for row in rows_of("quality", "restore-1")]
-    columns = {"method, tokens left": "{method}", "way back": "{way}", "images": "{images}", "mIoU": "{mean_iou:.2f}"}
-    return markdown(columns | {"small classes": "{small_iou:.1f}"}, rows)
-
-
-def way_back(row: Row) -> str:
-    """The way back of a row, in words."""
-    return "copied" if row["back"] == "copy" else f"mix of {row['k']}, temperature {row['temperature']:g}"
-
-
-@table
 def quality_classes() -> str:
     """Accuracy on digits, and images/s, at two numbers of tokens."""
     rows = rows_of("quality", "classification-1")
@@ -582,7 +569,7 @@ def quality_classes() -> str:
 # ---------------------------------------------------------------------------------------------- size and merging
 
 
-SIDES = (224, 280, 336, 392, 448, 504)  # shorter sides, pixels
+SIDES = (280, 336, 392, 448, 504)  # shorter sides, pixels, of tables that have a column for each
 
 
 def sizes() -> list[Row]:
@@ -627,7 +614,7 @@ def size() -> str:
 
 
 def gain(row: Row, plain: Row) -> str:
-    """How many times as fast as another row, and by how much the mIoU differs."""
+    """Speed as a multiple of that of another row, and the change of mIoU."""
     ratio = row["images_per_second"] / plain["images_per_second"]
     return f"{ratio:.2f} ({row['mean_iou'] - plain['mean_iou']:+.1f})"
 
@@ -635,7 +622,7 @@ def gain(row: Row, plain: Row) -> str:
 @table
 def size_precision() -> str:
     """Plain and merged in every precision, against plain PyTorch in float32: at the same size, and at equal mIoU."""
-    rows = rows_of("size", "equal-1")
+    rows = [row for row in rows_of("size", "equal-1") if row["im_size"] in SIDES]
     plain = sorted((r for r in rows if same(r, label=PLAIN, dtype="float32")), key=lambda row: row["mean_iou"])
     lines = []
     for label, dtype in dict.fromkeys((row["label"], row["dtype"]) for row in rows):
@@ -650,7 +637,7 @@ def size_precision() -> str:
 @table
 def size_test() -> str:
     """Plain and merged on the images that nothing was chosen by."""
-    rows = [row for row in rows_of("size", "equal-1") if row["dtype"] == "float32"]
+    rows = [row for row in rows_of("size", "equal-1") if row["dtype"] == "float32" and row["im_size"] in SIDES]
     shown = [row | {"title": titled(row["label"])} for row in rows]
     text = "{test[mean_iou]:.1f} ({test[small_iou]:.1f})"
     return by_column(shown, "title", "im_size", {side: str(side) for side in SIDES}, text, "mIoU (small classes), test")

@@ -338,7 +338,7 @@ def write_tuned(bench: Bench, about: Mapping[str, str], reported: Mapping[str, R
         if setting.precision == INT8:
             presets[name]["file"] = bench.file_of(setting).relative_to(folder).as_posix()
         presets[name] |= {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
-    content = {**about, "checkpoint": checkpoint_file(bench.run.path).name}
+    content: dict[str, Any] = {**about, "checkpoint": checkpoint_file(bench.run.path).name}
     content |= {"weights": weights_digest(bench.run.model.state_dict()), **environment(bench.run.device)}
     content |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     content = json.loads(json.dumps(content | {"plain": presets.pop(PURE), "presets": presets}))  # plain types alone
