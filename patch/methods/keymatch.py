@@ -7,7 +7,7 @@ from numbers import Integral
 
 import g2tm
 from patch.method import Choice, ModelShape, Option, Options, Step, register
-from patch.methods.common import TOKENS
+from patch.methods.common import TOKENS, check_tokens
 
 LAYERS, DEPTH = (2, 3, 4, 6), 12  # the layers of an encoder so deep
 METRICS = ("keys", "queries", "values", "tokens")
@@ -47,10 +47,9 @@ def _budgets(tokens: float | Sequence[float], n_layers: int, grid: tuple[int, in
 
 
 def _check(options: Options, shape: ModelShape) -> None:
-    tokens, n_layers = options["tokens"], len(options["layers"])
-    if isinstance(tokens, Sequence) and len(tokens) != n_layers:
-        raise ValueError(f"tokens {tokens}: give one number, or one for each of the {n_layers} merging layers")
-    budgets = [shape.grid[0] * shape.grid[1], *_budgets(tokens, n_layers, shape.grid)]
+    check_tokens(options, shape)
+    tokens = options["tokens"]
+    budgets = [shape.grid[0] * shape.grid[1], *_budgets(tokens, len(options["layers"]), shape.grid)]
     for before, left in pairwise(budgets):
         if not (before + 1) // 2 <= left <= before:
             raise ValueError(
