@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 @click.command(cls=MergingCommand)
 @cli.checkpoint_argument
 @cli.images_argument
-@click.option("--layer-id", type=cli.COUNT, help="Encoder layer, counted from 0.  [default: all]")
+@click.option("--layer-id", type=cli.COUNT, help="Encoder layer, counted from 0.  [default: all that merge]")
 @click.option(
     "--out",
     type=cli.FOLDER,
@@ -39,7 +39,7 @@ QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 def main(
     checkpoint: Path, images: str | Path, layer_id: int | None, out: Path | None, max_images: int | None, **how: Any
 ) -> None:
-    """Print how many patch tokens CHECKPOINT keeps on DATASET after every layer that merges, and how large they are.
+    """Print how many patch tokens CHECKPOINT keeps on DATASET, and how large they are, after every layer that merges.
 
     Over the validation images at the crop size: mean, median, 5 % and 95 % quantile of the number of tokens per
     image, and of the size (patches) of the tokens that stand for more or less than one patch.
@@ -47,12 +47,13 @@ def main(
     run = Run.load(checkpoint, amp=False, **how)
     if not patch.is_patched(run.model):
         raise click.UsageError("nothing merges in this model: name a method with --patch-type")
-    ids = [layer - 1 for layer in run.options["layers"]]
-    if layer_id is not None and layer_id not in ids:
-        raise ValueError(f"--layer-id {layer_id}: tokens merge in {', '.join(map(str, ids))} (counted from 0)")
+    depth = len(run.model.encoder.blocks)
+    if layer_id is not None and layer_id >= depth:
+        raise ValueError(f"--layer-id {layer_id}: the encoder has layers 0 to {depth - 1}, counted from 0")
     views = run.views(images, max_images)
-    statistics = collect(run.model, tqdm(views, desc="tokens", unit="image", leave=False))
-    layers = {layer: found for layer, found in statistics.items() if layer_id in (None, layer - 1)}
+    layers = collect(run.model, tqdm(views, desc="tokens", unit="image", leave=False))
+    if layer_id is not None:
+        layers = {layer_id + 1: after(layers, layer_id + 1, run.options.get("restore_at"))}
     folder = out or run.folder / f"token_stats_{run.method}"
     rows = [
         {
@@ -91,6 +92,21 @@ def collect(model: Segmenter, views: Iterable[Tensor]) -> dict[int, dict[str, An
             sizes[layer].append(kept[kept != 1].cpu().numpy())
     joined = ((layer, np.concatenate(counts[layer]), np.concatenate(sizes[layer])) for layer in sorted(counts))
     return {layer: {"n_patches": n_patches, "counts": count, "sizes": size} for layer, count, size in joined}
+
+
+def after(statistics: Mapping[int, dict[str, Any]], layer: int, restore_at: int | str | None) -> dict[str, Any]:
+    """The statistics after any layer: those of the last one up to it that merged, or of all patches.
+
+    Args:
+        statistics: see `collect`.
+        layer: 1-based.
+        restore_at: the layer after which patches have their tokens back, where it is a number.
+    """
+    merged = [one for one in statistics if one <= layer]
+    if merged and not (isinstance(restore_at, int) and restore_at <= layer):
+        return statistics[max(merged)]
+    n_patches, counts = (next(iter(statistics.values()))[key] for key in ("n_patches", "counts"))
+    return {"n_patches": n_patches, "counts": np.full_like(counts, n_patches), "sizes": np.empty(0, np.float32)}
 
 
 def _spread(values: np.ndarray) -> dict[str, float] | None:

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import subprocess
 import sys
 import tarfile
 import threading
@@ -626,6 +627,21 @@ def test_help_shows_the_defaults(scripts):
         assert "DIR" in output
         assert "--archive" in output
         assert "[default: check]" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    "how",
+    (
+        ["segm/scripts/prepare_ade20k.py"],
+        ["segm/scripts/prepare_cityscapes.py"],
+        ["-m", "segm.scripts.prepare_pcontext"],
+    ),
+)
+def test_released_names_call_the_scripts(how, tmp_path):
+    """With their arguments: an archive that is not there is named."""
+    command = [sys.executable, *how, str(tmp_path / "out"), "--archive", str(tmp_path / "none.zip")]
+    done = subprocess.run(command, cwd=SCRIPTS.parent, capture_output=True, text=True)
+    assert done.returncode != 0 and "none.zip" in done.stderr, done.stderr
 
 
 def test_harmful_pickle_is_harmful(tmp_path):

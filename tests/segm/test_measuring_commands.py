@@ -115,11 +115,24 @@ class TestTokens:
         assert layers[0]["sizes"]["q05"] >= 2 and layers[0]["n_patches"] == 16
         assert (tmp_path / "tokens.png").stat().st_size > 1000
 
-    def test_only_one_layer(self, shapes_run, tmp_path, call, refused):
-        merging = ["--patch-type", "algm", "--selected-layers", 1, 3]
-        printed = call(token_stats, shapes_run, *OPTIONS, *merging, "--layer-id", 2, "--out", tmp_path)
-        assert [line.split()[0] for line in printed.splitlines()[1:3]] == ["3", "3"]
-        assert "0, 2 (counted from 0)" in refused(token_stats, shapes_run, *OPTIONS, *merging, "--layer-id", 1)
+    @pytest.mark.parametrize(
+        ("merging", "left"),
+        [
+            (["random", "--tokens", 6, "--selected-layers", 2], [16, 6, 6]),
+            (["expedit", "--cluster-grid", 2, 2, "--selected-layers", 1, "--restore-at", 2], [4, 16, 16]),
+        ],
+    )
+    def test_any_one_layer(self, merging, left, shapes_run, tmp_path, call):
+        for layer_id, count in enumerate(left):
+            how = ["--patch-type", *merging, "--layer-id", layer_id, "--out", tmp_path]
+            printed = call(token_stats, shapes_run, *OPTIONS, *how)
+            assert [line.split()[0] for line in printed.splitlines()[1:3]] == [str(layer_id + 1)] * 2
+            (row,) = json.loads((tmp_path / "tokens.json").read_text())["layers"]
+            assert row["tokens"]["mean"] == count and (row["sizes"] is None) == (count == 16)
+
+    def test_a_layer_that_is_not_there_is_refused(self, shapes_run, refused):
+        message = refused(token_stats, shapes_run, *OPTIONS, "--patch-type", "graph", "--layer-id", 3)
+        assert "--layer-id 3: the encoder has layers 0 to 2" in message
 
     def test_a_plain_model_has_no_token_statistics(self, shapes_run, refused):
         assert "--patch-type" in refused(token_stats, shapes_run, *OPTIONS)
