@@ -178,6 +178,11 @@ class Bench:
         return Setting(self.run.image_size, precision=FLOAT32 if self.run.precision.dtype is None else BFLOAT16)
 
     @property
+    def plain_iou(self) -> float:
+        """mIoU of the plain model on all images to choose by, percent."""
+        return mean_iou([self.counts(self.plain, number)["classes"] for number in range(len(self.rounds))])
+
+    @property
     def rounds(self) -> list[list[int]]:
         """See `rounds_of`."""
         return rounds_of(len(self.calibration))

@@ -56,6 +56,15 @@ def read_methods(text: str) -> list[dict[str, Any]]:
     return [parse(["--patch-type", *shlex.split(one)]) for one in text.split(",")]
 
 
+baseline_option = click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run without merging whose mIoU the lowest of the thresholds keeps, as ALGM* does.  "
+    "[default: this one, not merging]",
+)
+
+
 @click.command(cls=cli.Command)
 @cli.checkpoint_argument
 @cli.dataset_argument
@@ -97,6 +106,7 @@ def read_methods(text: str) -> list[dict[str, Any]]:
     metavar="HIGHEST LOWEST STEP",
     help="Score the one method in --methods with these, on all images.  [default: four per method and layers]",
 )
+@baseline_option
 @click.option(
     "--calibrate",
     metavar="SPLIT",
@@ -117,6 +127,7 @@ def main(
     sizes: Sequence[int] | None,
     precisions: Sequence[str] | None,
     thresholds: tuple[float, float, float] | None,
+    baseline: Path | None,
     calibrate: str,
     max_images: int | None,
     device: torch.device,
@@ -127,8 +138,14 @@ def main(
     that loses 3 × --within at most; and "fast". Interrupted or called again, it goes on where it stopped.
     """
     deadline, run = time.monotonic() + 60 * minutes, Run.load(checkpoint, device=device, patch_type=PURE)
+    if baseline is not None and thresholds is None:
+        raise ValueError("--baseline: give --thresholds too, of which the lowest that keeps its mIoU is told")
     fixed = fixed_options(run, methods)
     bench, rule = set_up(run, dataset_name, calibrate, max_images)
+    spare = 0.0
+    if baseline is not None:
+        other = Run.load(baseline, device=device, patch_type=PURE)
+        spare = bench.plain_iou - set_up(other, dataset_name, calibrate, max_images)[0].plain_iou
     if thresholds is None:
         found = candidates(bench, fixed, sizes or default_sizes(run))
         settings = [*dict.fromkeys(tqdm(found, desc="settings", leave=False))]
@@ -156,7 +173,7 @@ def main(
     for line in remarks(reported, within, images_per_second):
         click.echo(line)
     if thresholds is not None:
-        click.echo(without_loss(rows))
+        click.echo(without_loss(rows, spare) + " (not all were scored)" * (len(last) < len(settings)))
     points = [{"ms": ms(one), "loss": loss, "method": one.method} for one, loss in scored.items()]
     write_picture(bench.memory.file.with_suffix(".png"), search_plot(points, rows, chosen))
     write_tuned(bench, {"dataset": dataset_name, "images": rule}, reported)
@@ -308,8 +325,14 @@ def remarks(reported: Mapping[str, Row], within: float, images_per_second: float
             yield f"{name}: lost {lost:.2f} held-out, more than {factor * within:g}"
 
 
-def without_loss(rows: Sequence[Row]) -> str:
-    """In words, the lowest of all thresholds that lose nothing against the plain model of the same size (ALGM*)."""
+def without_loss(rows: Sequence[Row], spare: float = 0.0) -> str:
+    """In words, the lowest of all thresholds whose mIoU is not below that of the plain model (ALGM*).
+
+    Args:
+        rows: see `Bench.rows`.
+        spare: mIoU that may be lost against the plain model of these weights and the same image size, since the
+            baseline's is lower by so much.
+    """
     lines = []
     for size in dict.fromkeys(row["setting"].im_size for row in rows):
         own = [
@@ -318,13 +341,12 @@ def without_loss(rows: Sequence[Row]) -> str:
             if (row["setting"].im_size, row["setting"].precision) == (size, rows[0]["setting"].precision)
         ]
         loss = {row["setting"].options.get("threshold"): row["loss"] for row in own}
+        where = f" ({size} pixels)" * (size != rows[0]["setting"].im_size)
         if None not in loss:
-            lines.append(f"lowest threshold without loss: not known, the search ended early ({size} pixels)")
+            lines.append(f"lowest threshold without loss: not known, the search ended early{where}")
             continue
-        found = min((one for one in loss if one is not None and loss[one] <= loss[None]), default="none")
-        lines.append(
-            f"lowest threshold without loss: {found}" + f" ({size} pixels)" * (size != rows[0]["setting"].im_size)
-        )
+        kept = [one for one in loss if one is not None and loss[one] <= loss[None] + spare]
+        lines.append(f"lowest threshold without loss: {min(kept, default='none')}{where}")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ GIVEN: dict[str, Any] = {"within": 0.3, "minutes": math.inf, "precisions": [], "
 @click.option("--lowest", type=float, default=0.7, help="Last threshold, a cosine similarity.")
 @click.option("--step", type=cli.ABOVE_ZERO, default=0.02, help="Distance of two thresholds.")
 @click.option("--im-size", "sizes", cls=cli.Numbers, type=cli.POSITIVE, help="See tune.py.  [default: the run's]")
+@tune.baseline_option
 @click.option("--images-per-second", type=cli.ABOVE_ZERO, help="See tune.py.  [default: none]")
 @click.option("--out", type=cli.FOLDER, hidden=True)
 @cli.device_option

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -201,6 +202,22 @@ def test_the_lowest_threshold_without_loss_is_that_of_all():
         (0.9, -0.1), (0.8, 0.1), (0.7, 0.0), (0.6, 0.5))]  # fmt: skip
     assert tune.without_loss(rows) == "lowest threshold without loss: 0.7"
     assert tune.without_loss([rows[0], rows[2]]).endswith("none")
+    assert tune.without_loss(rows, spare=0.5).endswith("0.6") and tune.without_loss(rows, spare=-0.1).endswith("0.9")
+
+
+def test_the_lowest_threshold_keeps_the_miou_of_a_baseline(run, counted, call, refused, tmp_path, monkeypatch):
+    """A baseline that is worse by 1 lets a threshold lose 1."""
+    baseline = tmp_path / "baseline"
+    shutil.copytree(run, baseline)
+    other_weights(baseline)
+    plain, name = {run.name: 50.0, "baseline": 49.0}, "segm.search.Bench.plain_iou"
+    monkeypatch.setattr(name, property(lambda bench: plain[bench.run.folder.name]))
+    monkeypatch.setattr("segm.search.Bench.loss", lambda bench, one, number: 10 * (1 - one.options.get("threshold", 1)))
+    given = [run, "shapes", "--precision", "float32", "--methods", "graph --selected-layer 1", *CPU]
+    thresholds = ["--thresholds", 0.96, 0.84, 0.06]
+    assert "without loss: none" in call(tune, *given, *thresholds)
+    assert "without loss: 0.9\n" in call(tune, *given, *thresholds, "--baseline", baseline)
+    assert "give --thresholds too" in refused(tune, *given, "--baseline", baseline)
 
 
 def test_images_to_choose_by_are_others_than_those_reported(run):
