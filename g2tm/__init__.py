@@ -33,7 +33,7 @@ from g2tm.matching import ADAPTIVE, bipartite
 from g2tm.mctf import mctf
 from g2tm.mpm import mutual_pairs
 from g2tm.pitome import energy_margin, matches_all, pitome
-from g2tm.random_merge import random_merge
+from g2tm.random_merge import random_members, random_merge
 from g2tm.reduction import Chain, Grouping, Reduction
 from g2tm.soft import WEIGHTINGS, mix, nearest_weights
 from g2tm.statistics import mean_and_std, similarity_moments
@@ -43,7 +43,7 @@ from g2tm.validation import BATCH_MODES, budget, check_threshold, check_window
 # The record of a step, the methods, and the numbers that models and training need beside them.
 __all__ = ["Chain", "Grouping", "Reduction"]
 __all__ += ["atc", "bipartite", "clap", "crossget", "cubist", "dct", "diffrate", "expedit", "fpet", "graph_merge"]
-__all__ += ["ltmp", "mctf", "mutual_pairs", "pitome", "random_merge", "tofu"]
+__all__ += ["ltmp", "mctf", "mutual_pairs", "pitome", "random_members", "random_merge", "tofu"]
 __all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES", "WEIGHTINGS"]
 __all__ += ["attention_bias", "cls_attention", "edge_similarities", "mean_and_std", "received_attention"]
 __all__ += ["budget", "check_threshold", "check_window", "similarity_moments"]

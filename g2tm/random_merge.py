@@ -1,4 +1,4 @@
-"""Random merging: the baseline that any rule for choosing tokens has to beat."""
+"""Random choices, the baselines of any rule: tokens that merge, and the token that stands for its group."""
 
 import torch
 from torch import Tensor
@@ -18,11 +18,30 @@ def random_merge(x: Tensor, *, tokens: int, seed: int, sizes: Tensor | None = No
     n_images, n_tokens = batch_and_length(x)
     check_tokens(tokens, 1, n_tokens)
     position = torch.arange(n_tokens, device=x.device)
-    chance = _mixed(_mixed(position) ^ _mixed(torch.full_like(position, seed & WORD)))  # no two are equal
+    chance = _chance(position, seed)
     order = chance.argsort()
     stay, leave = order[:tokens].sort().values, order[tokens:]
     target = position.scatter(0, leave, stay[_mixed(chance[leave]) % tokens])
     return Grouping.of_targets(target.repeat(n_images, 1), stay.repeat(n_images, 1), sizes)
+
+
+def random_members(groups: Grouping, seed: int) -> Grouping:
+    """The same groups, each carried by one of its tokens at random in place of their mean (ALGM, table 6).
+
+    Tokens that count nothing in the mean, as padding does, are not chosen. The same seed chooses the same tokens, on
+    every device.
+    """
+    counts = groups.all_weights > 0
+    chance = _chance(torch.arange(counts.shape[1], device=counts.device), seed)
+    chance = torch.where(counts, chance, WORD + 1)
+    lowest = chance.new_full((counts.shape[0], groups.width), WORD + 1)
+    lowest = lowest.scatter_reduce(1, groups.assignment, chance, "amin")
+    return groups.weighted((chance == lowest.gather(1, groups.assignment)) & counts)
+
+
+def _chance(position: Tensor, seed: int) -> Tensor:
+    """A random number for every position, no two of which are equal."""
+    return _mixed(_mixed(position) ^ _mixed(torch.full_like(position, seed & WORD)))
 
 
 def _mixed(number: Tensor) -> Tensor:

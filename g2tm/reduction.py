@@ -225,6 +225,13 @@ class Grouping(Reduction):
             wide._given_padding = F.pad(self._given_padding, (0, width - self.width), value=True)
         return wide
 
+    def weighted(self, weights: Tensor) -> Self:
+        """The same groups with other weights, (B, N), in their means."""
+        other = object.__new__(type(self))
+        vars(other).update({name: value for name, value in vars(self).items() if name != "_weight_sums"})
+        other._weights = weights.float()
+        return other
+
     @property
     def old_sizes(self) -> Tensor:
         """(B, N), float32, the sizes that the tokens brought along."""

@@ -65,6 +65,9 @@ def compile(
         raise ValueError(f"{merging.method.name} cannot be compiled: it undoes its merge inside of the encoder")
     if getattr(model, "on_grid", False) or getattr(model, "has_queries", False):
         raise ValueError("a Segmenter whose decoder reads or joins blocks of the encoder cannot be compiled")
+    chosen = merging.options
+    if chosen.get("after") == "mlp" and chosen.get("metric", "tokens") != "tokens":
+        raise ValueError("a merge after the MLP by what attention saw cannot be compiled: give metric='tokens'")
     options = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
     own: Any = model
     compilation = Compilation(bucket, options, [own.encoder, own.decoder])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Place = Literal["attention", "block", "before"]
 Options = Mapping[str, Any]  # name of an option -> its value in force
 PLACES: tuple[Place, ...] = get_args(Place)
+HALVES = ("attention", "mlp")  # of a block; values of the option `after`
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,9 @@ class Method:
         options: name -> `Option`.
         prepare: rewrites given options before they are checked one by one.
         check: raises a ValueError if options do not fit each other or the `ModelShape`.
-        place: where it acts: "attention": between attention and MLP of a layer; "block": after the layer, 0 being
-            before the first; "before": in front of the layer.
+        place: where it acts: "attention": between attention and MLP of a layer, or after the MLP where the method has
+            the option `after` and it says so; "block": after the layer, 0 being before the first; "before": in front
+            of the layer.
         needs_cls: whether it goes by the attention of CLS.
         modules: builds the learned parts under the published names, and returns the options that shape them; called
             with the encoder, its blocks and options.
@@ -205,6 +207,10 @@ class Method:
     def trains_softly(self, options: Options) -> bool:
         """Return whether training uses its soft form: a form with masks only where its learned parts choose."""
         return self.training_form is not None and (self.soft_masking is None or self.uses_learned(options))
+
+    def place_in(self, options: Options) -> Place:
+        """Return where it acts with these options in force."""
+        return "block" if options.get("after") == HALVES[1] else self.place
 
     def takes(self, option: str) -> bool:
         """Return whether it has an option of that name."""

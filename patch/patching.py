@@ -76,7 +76,7 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
             f"restore_at {completed['restore_at']!r}: {family.name} give all patches back behind their last block, "
             "choose before_norm, or the number of a block"
         )
-    places = _slots(entry.place, completed["layers"])
+    places = _slots(entry.place_in(completed), completed["layers"])
     tables = family.grid, family.rotary_table
     merging = Merging(entry, completed, shape, family.n_prefix(encoder), tuple(places), *tables)
     joining = family.n_queries(encoder)[1] - 1

@@ -116,6 +116,8 @@ def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.devic
         raise ValueError("--threshold auto: name an unpatched run with --from")
     if method == PURE or not patch.find(method).takes("threshold"):
         raise ValueError(f"--threshold auto: {method} has no threshold, name a method that has with --patch-type")
+    if (options.get("metric", "tokens"), options.get("after", "attention")) != ("tokens", "attention"):
+        raise ValueError("--threshold auto: it is that of tokens after attention; leave --metric and --merge-after out")
     layer, size = options["layers"][0], config.data.crop_size
     found = automatic_thresholds(unpatched, config.data.dataset, [layer], device, size=size)
     threshold = round(found[layer].threshold, 4)

@@ -1,23 +1,26 @@
 """ALGM: windows of similar patches merge first (CLAP), then similar tokens wherever they are (GBM)."""
 
+from dataclasses import replace
+
 import g2tm
 from patch.method import ModelShape, Number, Option, Options, Step, register
-from patch.methods.common import COUNT, THRESHOLD, TOKENS, check_tokens, tokens_left
+from patch.methods.common import COUNT, GROUPING, THRESHOLD, TOKENS, check_tokens, compared, grouping, tokens_left
 
 TAU = "tau"
 
 
-def _merge(step: Step) -> g2tm.Reduction:
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
     """Merge by CLAP in the first layer of the list, if there is a window, and by GBM in the others."""
-    options, window = step.options, step.options["window"]
+    options, window, metric = step.options, step.options["window"], compared(step)
     rule = {"tokens": tokens_left(step), "batch": step.batch, **step.given}
     if window is None or step.layer != options["layers"][0]:
         by = "threshold" if options["gbm_threshold"] == TAU else "gbm_threshold"
         threshold = options[by] if rule["tokens"] is None else None
-        return g2tm.bipartite(step.x, threshold=threshold, layer=step.layer, odd_first=step.odd_first, **rule)
+        return g2tm.bipartite(metric, threshold=threshold, layer=step.layer, odd_first=step.odd_first, **rule)
     if window[0] > step.grid[0] or window[1] > step.grid[1]:  # no whole window in the image
         return g2tm.Grouping.identity(step.x, **step.given)
-    return g2tm.clap(step.x, step.grid, options["threshold"], window=window, **rule)
+    return g2tm.clap(metric, step.grid, options["threshold"], window=window, **rule)
 
 
 def _layers(shape: ModelShape) -> tuple[int, int]:
@@ -54,5 +57,6 @@ register(
         "image; tau: the value of --threshold.",
         type=Number(-1, 1, words=(g2tm.ADAPTIVE, TAU)),
     ),
+    **GROUPING | {"metric": replace(GROUPING["metric"], default="tokens")},
     batch=None,
 )

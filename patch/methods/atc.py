@@ -2,11 +2,12 @@
 
 import g2tm
 from patch.method import Choice, ModelShape, Option, Step, register
-from patch.methods.common import KEEP, kept_share
+from patch.methods.common import GROUPING, KEEP, compared, grouping, kept_share
 
 
-def _merge(step: Step) -> g2tm.Reduction:
-    return g2tm.atc(step.keys, clusters=kept_share(step), linkage=step.options["linkage"], **step.given)
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
+    return g2tm.atc(compared(step), clusters=kept_share(step), linkage=step.options["linkage"], **step.given)
 
 
 def _layers(shape: ModelShape) -> tuple[int, ...]:
@@ -22,5 +23,6 @@ register(
     attention="proportional",
     keep=KEEP,
     linkage=Option("average", "Linkage that defines the distance of two clusters.", type=Choice(g2tm.LINKAGES)),
+    **GROUPING,
     static=True,
 )

@@ -1,15 +1,17 @@
 """The shared part of the methods' entries: options, budgets, and numbers of removed tokens per layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
-from g2tm import budget
-from patch.method import Choice, LossInput, ModelShape, Number, Option, Options, Step
+from g2tm import Grouping, budget, random_members
+from patch.method import HALVES, Choice, LossInput, ModelShape, Number, Option, Options, Step
 
 CODE, PAPER = "code", "paper"
+MEAN, RANDOM = "mean", "random"
 COUNT, POSITIVE, SHARE = Number(0, integer=True), Number(1, integer=True), Number(0, 1)
 THRESHOLD = Option(
     0.88,
@@ -32,12 +34,47 @@ RESTORE_AT = Option(
     "enlarged.",
     type=Number(1, integer=True, words=("before_norm", "after_norm", "decoder", "none")),
 )
+METRICS = ("keys", "queries", "values", "tokens")
+REPRESENTATIVE = Option(
+    MEAN,
+    "What stands for a group of tokens: their mean by sizes, or any one of them, the same in every call.",
+    type=Choice((MEAN, RANDOM)),
+)
+# Of methods that compare tokens within a block, and merge groups of them; ALGM, tables 6 and 10.
+GROUPING: dict[str, Any] = {
+    "metric": Option(
+        "keys",
+        "Vectors whose cosine similarity chooses what merges: of the layer's attention, or the tokens themselves.",
+        type=Choice(METRICS),
+    ),
+    "after": Option(
+        "attention", "Half of the layer after which tokens merge.", type=Choice(HALVES), flag="--merge-after"
+    ),
+    "representative": REPRESENTATIVE,
+}
 DEFAULT_R = 8
 
 
 def variant(differences: str) -> Option:
     """The option of a method whose published code and paper differ."""
     return Option(CODE, differences, type=Choice((CODE, PAPER)))
+
+
+def compared(step: Step) -> Tensor:
+    """The vectors that the option `metric` names, (B, N, d)."""
+    name = step.options["metric"]
+    return step.x if name == "tokens" else getattr(step, name)
+
+
+def grouping(merge: Callable[[Step], Grouping]) -> Callable[[Step], Grouping]:
+    """Decorator of a method with the option `representative`."""
+
+    @wraps(merge)
+    def represented(step: Step) -> Grouping:
+        groups = merge(step)
+        return groups if step.options["representative"] == MEAN else random_members(groups, seed=step.layer)
+
+    return represented
 
 
 def kept_share(step: Step) -> int:

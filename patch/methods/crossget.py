@@ -2,11 +2,12 @@
 
 import g2tm
 from patch.method import Step, register
-from patch.methods.common import SCHEDULE, r_here
+from patch.methods.common import GROUPING, SCHEDULE, compared, grouping, r_here
 
 
-def _merge(step: Step) -> g2tm.Reduction:
-    return g2tm.crossget(step.keys, r=r_here(step), **step.given)
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
+    return g2tm.crossget(compared(step), r=r_here(step), **step.given)
 
 
 register(
@@ -14,5 +15,6 @@ register(
     _merge,
     summary="As tome, but any token may merge into any other.",
     attention="proportional",
+    **GROUPING,
     **SCHEDULE,
 )

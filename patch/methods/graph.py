@@ -1,14 +1,17 @@
 """G2TM: once, connected components of similar neighboring patches become one token."""
 
+from dataclasses import replace
+
 import g2tm
 from g2tm.components import BACKENDS
 from patch.method import Choice, ModelShape, Option, Options, Step, register
-from patch.methods.common import THRESHOLD, TOKENS, check_tokens, tokens_left
+from patch.methods.common import GROUPING, THRESHOLD, TOKENS, check_tokens, compared, grouping, tokens_left
 
 
-def _merge(step: Step) -> g2tm.Reduction:
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
     rule = {"threshold": step.options["threshold"], "tokens": tokens_left(step), "backend": step.options["backend"]}
-    return g2tm.graph_merge(step.x, step.grid, batch=step.batch, **rule, **step.given)
+    return g2tm.graph_merge(compared(step), step.grid, batch=step.batch, **rule, **step.given)
 
 
 def _check(options: Options, shape: ModelShape) -> None:
@@ -25,5 +28,6 @@ register(
     layers=(2,),
     threshold=THRESHOLD,
     tokens=TOKENS,
+    **GROUPING | {"metric": replace(GROUPING["metric"], default="tokens")},
     backend=Option("auto", "Library that finds the components; auto: by device.", type=Choice(("auto", *BACKENDS))),
 )

@@ -6,16 +6,15 @@ from itertools import pairwise
 from numbers import Integral
 
 import g2tm
-from patch.method import Choice, ModelShape, Option, Options, Step, register
-from patch.methods.common import TOKENS, check_tokens
+from patch.method import ModelShape, Option, Options, Step, register
+from patch.methods.common import GROUPING, TOKENS, check_tokens, compared, grouping
 
 LAYERS, DEPTH = (2, 3, 4, 6), 12  # the layers of an encoder so deep
-METRICS = ("keys", "queries", "values", "tokens")
 
 
-def _merge(step: Step) -> g2tm.Reduction:
-    name = step.options["metric"]
-    metric = step.x if name == "tokens" else getattr(step, name)
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
+    metric = compared(step)
     if step.options["center"]:
         metric = metric - metric.mean(1, keepdim=True)
     layers = step.options["layers"]
@@ -72,10 +71,10 @@ register(
         "fall geometrically; or one for each of these layers.",
         default_text="",
     ),
-    metric=Option("keys", "Vectors whose cosine similarity chooses what merges.", type=Choice(METRICS)),
     center=Option(
         True,
         "Take the mean over the image off these vectors before they are compared.",
         flag={"--center": True, "--no-center": False},
     ),
+    **GROUPING,
 )

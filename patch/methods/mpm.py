@@ -2,9 +2,11 @@
 
 import g2tm
 from patch.method import Step, register
+from patch.methods.common import REPRESENTATIVE, grouping
 
 
-def _merge(step: Step) -> g2tm.Reduction:
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
     return g2tm.mutual_pairs(step.x, batch=step.batch, **step.given)
 
 
@@ -14,4 +16,5 @@ register(
     summary="Tokens merge that are each other's most similar one.",
     place="before",
     layers=(2, 5),
+    representative=REPRESENTATIVE,
 )

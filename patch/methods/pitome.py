@@ -5,16 +5,28 @@ from typing import Any
 
 import g2tm
 from patch.method import Step, register
-from patch.methods.common import KEEP, PAPER, SCHEDULE, kept_share, r_here, r_of_pair, variant
+from patch.methods.common import (
+    GROUPING,
+    KEEP,
+    PAPER,
+    SCHEDULE,
+    compared,
+    grouping,
+    kept_share,
+    r_here,
+    r_of_pair,
+    variant,
+)
 
 
-def _merge(step: Step) -> g2tm.Reduction:
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
     """Merge the tokens of highest energy, a number of them or all but a share."""
     paper = step.options["variant"] == PAPER
     rule = "bsm" if not paper and g2tm.matches_all(step.layer, step.depth) else "energy"
     margin = g2tm.energy_margin(step.layer, step.depth, paper)
     r = r_here(step) if step.options["keep"] is None else step.x.shape[1] - kept_share(step)
-    return g2tm.pitome(step.keys, r=r, margin=margin, variant=rule, paper=paper, **step.given)
+    return g2tm.pitome(compared(step), r=r, margin=margin, variant=rule, paper=paper, **step.given)
 
 
 def _prepare(given: dict[str, Any]) -> dict[str, Any]:
@@ -37,5 +49,6 @@ register(
         help="Share of the patch tokens (0 to 1) that each layer keeps, as in the paper, in place of r.",
         default_text="none, r decides",
     ),
+    **GROUPING,
     **SCHEDULE | {"prepare": _prepare},
 )

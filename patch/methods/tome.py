@@ -2,11 +2,12 @@
 
 import g2tm
 from patch.method import Step, register
-from patch.methods.common import SCHEDULE, r_here
+from patch.methods.common import GROUPING, SCHEDULE, compared, grouping, r_here
 
 
-def _merge(step: Step) -> g2tm.Reduction:
-    return g2tm.bipartite(step.keys, r=r_here(step), odd_first=step.odd_first, **step.given)
+@grouping
+def _merge(step: Step) -> g2tm.Grouping:
+    return g2tm.bipartite(compared(step), r=r_here(step), odd_first=step.odd_first, **step.given)
 
 
 register(
@@ -14,5 +15,6 @@ register(
     _merge,
     summary="ToMe: the r most similar tokens merge in every layer.",
     attention="proportional",
+    **GROUPING,
     **SCHEDULE,
 )

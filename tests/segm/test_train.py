@@ -325,7 +325,8 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
     options = ["--log-dir", tmp_path / "new", "--finetune", shapes_run, "--patch-type", "algm"]
     options += ["--selected-layers", 1, 3, "--threshold", "auto", "--device", "cpu"]
     assert "--from" in refused(train, *options)
-    for wrong in (["--selected-layers", 1, 99], ["--merging-window-size", 9, 9], ["--patch-type", "tome"]):
+    others = (["--patch-type", "tome"], ["--metric", "keys"], ["--merge-after", "mlp"])
+    for wrong in (["--selected-layers", 1, 99], ["--merging-window-size", 9, 9], *others):
         refused(train, *options, "--from", shapes_run, *wrong)
         assert asked == []  # before any image is read
     call(train, *options, "--from", shapes_run)
