@@ -251,6 +251,7 @@ COMMON = {
 }
 METHODS: dict[str, Method] = {}
 DEFAULT = "keymatch"  # that a model is patched with where none is named
+PURE = "pure"  # no method: nothing merges
 
 
 def register(name: str, merge: Callable[[Step], Reduction | None], **given: Any) -> Method:
@@ -265,7 +266,7 @@ def register(name: str, merge: Callable[[Step], Reduction | None], **given: Any)
     Raises:
         ValueError: a name that is taken, or an option that another method has with another meaning.
     """
-    if name in METHODS or name == "pure":
+    if name in METHODS or name == PURE:
         raise ValueError(f"method {name!r} is registered already")
     table, attributes = dict(COMMON), {}
     for key, value in given.items():
@@ -301,7 +302,9 @@ def find(name: str) -> Method:
         ValueError: there is none.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or load the file of another (--plugin)"
+        )
     return METHODS[name]
 
 

@@ -1,6 +1,7 @@
 """The one entrance: put a merging method into a model and take it out again."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,10 +15,12 @@ from patch.families.base import RECORD, Patched, Record, check_forward, mix_in, 
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
 from patch.families.timm_vit import PatchedTimmBlock, check_kind
 from patch.learned import built_options, has_modules
-from patch.method import DEFAULT, LossInput, Method, ModelShape, Step, complete, find
+from patch.method import DEFAULT, PURE, LossInput, Method, ModelShape, Step, complete, find
 from patch.track import Merging
 
 Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger(__name__)
 
 
 def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
@@ -32,7 +35,8 @@ def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
         model: a Segmenter, whose logits come back for all patches; a plain ViT of timm (`VisionTransformer`, `Eva`),
             of transformers or of mmsegmentation, which gives back all tokens, each with the features of the token that
             carries it; or a model that holds exactly one of these (wrappers are looked through).
-        method: a registered name, such as "graph"; by default the recommended one.
+        method: a registered name, such as "graph"; by default the recommended one. "pure" leaves the model unpatched,
+            `is_patched` stays False, and says so in the log (logger `patch.patching`, level INFO).
         options: options of the method; None means its default. All methods take
             layers: 1-based layers in which to merge, ascending;
             attention: "none", "proportional" or "inverse", how merged tokens count as keys afterwards;
@@ -45,8 +49,21 @@ def apply(model: Model, method: str = DEFAULT, **options: Any) -> Model:
     Raises:
         ValueError: the model is patched already or cannot be patched, or an option is not allowed.
     """
-    attach(model, find(method), options)
+    if method == PURE:
+        _check_pure(options)
+        if is_patched(model):
+            raise ValueError(f"the model is patched with {method_of(model)}: for {PURE} call patch.remove")
+        logger.info("%s: nothing merges, the model stays as it is", PURE)
+    else:
+        attach(model, find(method), options)
     return model
+
+
+def _check_pure(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for options where nothing merges."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{PURE} merges nothing and takes no {', '.join(given)}: name a method, or leave them out")
 
 
 def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
@@ -136,6 +153,9 @@ def check(method: str, depth: int, grid: tuple[int, int], **options: Any) -> dic
     Raises:
         ValueError: what `apply` would refuse.
     """
+    if method == PURE:
+        _check_pure(options)
+        return {}
     return complete(find(method), ModelShape(depth, (grid[0], grid[1])), options)
 
 

@@ -2,8 +2,11 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,13 @@ from click.core import ParameterSource
 from torch import Tensor, nn
 
 import patch
-from patch.method import ModelShape, Number, Option
+from patch.method import PURE, ModelShape, Number, Option
 from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
 from segm.config import RunConfig
+from segm.errors import one_line
 from segm.model.factory import copy_weights, create_segmenter
 from segm.model.segmenter import Segmenter
 
-PURE = "pure"
 # Options that set what a method costs, the first that it takes, and their ranges; r is a whole number up to all tokens.
 KNOBS = {
     "threshold": (-1.0, 1.0),
@@ -30,6 +33,7 @@ KNOBS = {
     "tokens": (0.02, 1.0),
 }
 BISECTIONS = 25
+PLUGIN = "--plugin"
 TYPICAL = ModelShape(12, (32, 32))  # a default that depends on the model is shown for this one
 
 
@@ -50,7 +54,58 @@ def _flags(table: Mapping[str, Option]) -> list[Flag]:
     return flags
 
 
-class MergingCommand(Command):
+class PluginCommand(Command):
+    """A command with --plugin: files of the user's own that register methods, loaded before anything else is read."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own, n_own = super().get_params(ctx), len(self.params)
+        plugin = click.Option(
+            [PLUGIN],
+            multiple=True,
+            expose_value=False,
+            callback=_refuse_in_recipe,
+            metavar="FILE.py",
+            help="Python file of methods.  [default: none]",
+        )
+        return [*own[:n_own], plugin, *own[n_own:]]  # --help comes last
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = [part for word in args for part in (word.split("=", 1) if word.startswith(f"{PLUGIN}=") else (word,))]
+        for flag, file in pairwise(words):
+            if flag == PLUGIN:
+                load_plugin(Path(file))
+        return super().parse_args(ctx, args)
+
+
+def _refuse_in_recipe(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if ctx.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT_MAP:
+        raise click.BadParameter(f"a recipe runs no files: type {PLUGIN} in the command line", ctx, param)
+
+
+def load_plugin(file: Path) -> None:
+    """Run a Python file that registers methods, once in a process.
+
+    Raises:
+        ValueError: it is no Python file, or ends in an error; then none of its methods is registered.
+    """
+    if not (file.is_file() and file.suffix == ".py"):
+        raise ValueError(f"{PLUGIN} {file}: give a Python file that is there, its name ends in .py")
+    name, known = f"plugin {file.resolve()}", dict(patch.METHODS)
+    if name in sys.modules:
+        return
+    spec = spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # of a .py
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        patch.METHODS.clear()
+        patch.METHODS.update(known)
+        raise ValueError(f"{PLUGIN} {file}: {type(error).__name__}: {one_line(error)}") from error
+
+
+class MergingCommand(PluginCommand):
     """A command with --patch-type and the flags of all methods that are registered when it runs.
 
     Its function gets them as `merging`: name of the option -> value, only those given, "patch_type" among them, and
@@ -60,7 +115,7 @@ class MergingCommand(Command):
     """
 
     def __init__(self, *args: Any, groups: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, groups={**(groups or {}), "Merging": ["preset", "patch_type"]}, **kwargs)
+        super().__init__(*args, groups={**(groups or {}), "Merging": ["plugin", "preset", "patch_type"]}, **kwargs)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
@@ -80,8 +135,8 @@ class MergingCommand(Command):
         doubled = [flag.opts[0] for flag in flags if taken & {flag.opts[0], flag.name}]
         if doubled:
             raise click.UsageError(f"{', '.join(doubled)}: an option of a method is one of the command itself already")
-        n_own = len(self.params)
-        return [*own[:n_own], preset, method, *flags, *own[n_own:]]  # --help comes last
+        n_own = len(self.params) + 1  # and --plugin
+        return [*own[:n_own], preset, method, *flags, *own[n_own:]]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -266,11 +321,9 @@ def apply(model: Segmenter, method: str, options: Mapping[str, Any]) -> Segmente
     Raises:
         ValueError: as `patch.apply`, and for a model without the method's learned parts.
     """
-    if method != PURE:
-        if patch.find(method).uses_learned(options) and not patch.has_modules(model.encoder, method):
-            raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
-        patch.apply(model, method, **options)
-    return model
+    if learned_parts(method, options) is not None and not patch.has_modules(model.encoder, method):
+        raise ValueError(f"{method} has learned parts, which this model lacks: train them with train.py --finetune")
+    return patch.apply(model, method, **options)
 
 
 def compile_network(model: Segmenter) -> Callable[[Tensor], Any]:

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import COUNT, FILE, POSITIVE, WORDS, Command, device_option, markdown
+from segm.cli import COUNT, FILE, POSITIVE, WORDS, device_option, markdown
 from segm.config import INT8, Preset
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.cost import compare
 from segm.eval.timing import environment
-from segm.merging import assignment_of, parse
+from segm.merging import PluginCommand, assignment_of, parse
 from segm.run import Run
 from segm.runlog import read_log
 from segm.sharing import find
@@ -34,7 +34,7 @@ THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
 IM_SIZE = click.Option(["--im-size"], type=POSITIVE)
 
 
-@click.command(cls=Command)
+@click.command(cls=PluginCommand)
 @click.argument("texts", metavar="RUN [RUN ...]", nargs=-1, required=True)
 @click.option(
     "--dataset",

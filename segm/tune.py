@@ -27,7 +27,7 @@ from segm.config import BFLOAT16, FLOAT32, INT8, PRECISIONS, TUNED
 from segm.data import fingerprint, spread
 from segm.data.dataset import Part
 from segm.eval.timing import environment
-from segm.merging import KNOBS, PURE, knob_of, parse
+from segm.merging import KNOBS, PURE, PluginCommand, knob_of, parse
 from segm.precision import computes_bfloat16
 from segm.run import Run
 from segm.search import PRESETS, Bench, Memory, Row, Setting, choose, search
@@ -65,7 +65,7 @@ baseline_option = click.option(
 )
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=PluginCommand)
 @cli.checkpoint_argument
 @cli.dataset_argument
 @click.option(

@@ -116,6 +116,34 @@ def test_a_method_in_a_file_of_its_own(tmp_path):
         assert found.split() == [str(tmp_path / "patch/__init__.py"), *patch.METHODS, "runs"]
 
 
+@pytest.mark.slow
+def test_a_command_takes_the_file_of_a_method(tmp_path, shapes_run):
+    """The example of the README as it stands, in a file that nothing but --plugin names."""
+    (code,) = (code for _, _, code in FENCE.findall(DOCUMENTS["README"]) if "register(" in code)
+    (tmp_path / "mine.py").write_text(code)
+    words = ["--plugin", "mine.py", "--patch-type", "runs", "--run-length", "4", "--max-images", "1", "--device", "cpu"]
+    run = [sys.executable, str(ROOT / "segm/test.py"), str(shapes_run), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and "mean_iou" in found.stdout, found.stderr
+
+
+@pytest.mark.slow
+def test_a_package_registers_methods(tmp_path):
+    """By an entry point; a broken one is said, and harms nothing."""
+    (code,) = (code for _, _, code in FENCE.findall(DOCUMENTS["README"]) if "register(" in code)
+    (tmp_path / "mine.py").write_text(code[: code.index("\nmodel = ")])
+    for name, module in (("good", "mine"), ("broken", "nosuch")):
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[g2tm.methods]\n{name} = {module}\n")
+    line = "import warnings\nwith warnings.catch_warnings(record=True) as seen:\n import {}\nimport patch\n"
+    line += "print('runs' in patch.METHODS, *(str(one.message) for one in seen))"
+    said = "True broken = nosuch registers no method: No module named 'nosuch'"
+    assert python(tmp_path, line.format("patch"), line.format("mine")) == [said] * 2
+
+
 @torch.inference_mode()
 def test_python_of_the_contributing_guide():
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 10, "num_heads": 2}

@@ -143,6 +143,19 @@ def test_messages_name_the_option_the_value_and_what_is_allowed():
     refused("merges by default in layers .*name other layers", completed, "algm", ModelShape(3, (4, 4)), {})
 
 
+def test_pure_leaves_a_model_as_it_is_and_says_so(caplog):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    before = type(model)
+    with caplog.at_level("INFO", logger="patch"):
+        assert patch.apply(model, "pure") is model and type(model) is before and not patch.is_patched(model)
+    assert [one.getMessage() for one in caplog.records] == ["pure: nothing merges, the model stays as it is"]
+    assert patch.check("pure", 12, (4, 4), layers=None) == {} and patch.remove(model) is model
+    refused("takes no r, tokens: name a method", patch.check, "pure", 12, (4, 4), r=3, tokens=0.5)
+    refused("takes no threshold", lambda: patch.apply(model, "pure", threshold=0.5))
+    patch.apply(model, "mpm", layers=2)
+    refused("patched with mpm: for pure call patch.remove", patch.apply, model, "pure")
+
+
 def test_a_number_per_layer_as_a_list_or_a_tuple():
     for several in ([2] * 12, (2,) * 12, (0,) * 12):
         assert patch.check("tome", 12, (4, 4), r=several)["r"] == [*several]

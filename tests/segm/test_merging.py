@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from types import SimpleNamespace
 
 import click
@@ -43,6 +44,46 @@ def toy():
     }
     yield patch.register("toy", lambda step: None, attention="proportional", **options)
     del patch.METHODS["toy"]
+
+
+@pytest.fixture
+def restored():
+    """Methods that a file registers are gone afterwards."""
+    methods, modules = dict(patch.METHODS), set(sys.modules)
+    yield
+    patch.METHODS.clear()
+    patch.METHODS.update(methods)
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+OWN = """
+import patch
+patch.register("own", lambda step: None, strength=patch.Option(0.5, "Strength.", flag="--strength"))
+"""
+
+
+def test_a_file_of_the_users_registers_methods(restored, tmp_path, call):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    words = ["--patch-type", "own", "--strength", "0.7", f"--plugin={file}"]
+    assert "--strength" in call(test, "--plugin", file, "--patch-type", "own", "--help")
+    assert parse(words) == parse([*words, "--plugin", str(file)]) == {"patch_type": "own", "strength": 0.7}
+
+    del patch.METHODS["own"]
+    with pytest.raises(ValueError, match=r"unknown method 'own'.*--plugin"):
+        choose({}, {"patch_type": "own"})
+
+
+def test_files_that_register_nothing_are_refused(restored, tmp_path, shapes_run, refused):
+    (tmp_path / "late.py").write_text(f"{OWN}class Fault(Exception): pass\nraise Fault('at last')")
+    (tmp_path / "words.txt").write_text(OWN)
+    for name, allowed in (("late.py", "Fault: at last"), ("words.txt", "ends in .py"), ("none.py", "that is there")):
+        said = refused(test, shapes_run, "--plugin", tmp_path / name, "--patch-type", "own")
+        assert name in said and allowed in said, said
+        assert "own" not in patch.METHODS
+    (tmp_path / "recipe.yml").write_text("plugin: [late.py]")
+    assert "in the command line" in refused(train, "--config", tmp_path / "recipe.yml", "--log-dir", tmp_path / "new")
 
 
 def random_value(option, rng):
@@ -212,7 +253,7 @@ def test_help_has_a_line_for_every_method(toy):
 
 
 def test_help_of_the_built_in_methods_fits_on_a_screen():
-    assert len(help_of(test.main)) <= 42
+    assert len(help_of(test.main)) <= 43
     assert all(re.fullmatch(r"[A-Z].{,55}\.", method.summary) for method in patch.METHODS.values())
 
 
