@@ -4,6 +4,7 @@
 other threads and replicas do with the model in the meantime does not touch it.
 """
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from patch.layout import Packed, Rows, Tokens
 from patch.look import Look
 from patch.method import Method, ModelShape, Step
 
+logger = logging.getLogger(__name__)
+
+FEW = 0.25  # share of the patch tokens: a pass that leaves fewer is worth a line
 AGAIN = "call patch.remove, then patch.apply once more"
 UNDO_AT = {"encoder": "before_norm", "decoder": "decoder"}  # of a method without an option that says where
 
@@ -72,6 +76,7 @@ class Merging:
         grid_of: the grid that a ViT is made for, as it is now: (gh, gw).
         rotary_table: see `Family.rotary_table`.
         range_name: what a profiler sees merges as; None: nothing.
+        noted: whether the first pass was looked at for how many tokens it leaves.
     """
 
     method: Method
@@ -82,6 +87,7 @@ class Merging:
     grid_of: Callable[[Any], tuple[int, int]]
     rotary_table: Callable[[Any, tuple[int, int]], Tensor]
     range_name: str | None = None
+    noted: bool = False
     thread: _Thread = field(default_factory=_Thread)
 
     @property
@@ -114,11 +120,29 @@ class Merging:
             yield track
             track.n_expected += len(more_blocks)
             track.check_blocks()
+            self._note_few(track)
             self.thread.ended[:] = [track.ended()]
             if track.is_soft:
                 self.thread.trained[:] = self.thread.ended
         finally:
             self.thread.passes.pop()
+
+    def _note_few(self, track: "Track") -> None:
+        """Log once, of the first images, if less than a quarter of their tokens is left; nothing in a graph."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.noted:
+            return
+        if track.reduction is None or track.is_soft:  # whose masks are no merges yet
+            return
+        counts, n_patches = track.reduction.lengths, math.prod(track.grid or ())
+        if not counts:
+            return
+        self.noted, left = True, sum(counts) / len(counts)
+        if left < FEW * n_patches:
+            logger.warning(
+                "%s leaves %.3g of %d patch tokens of an image, less than a quarter: labels or features may be lost; "
+                "give other options or layers to merge less",
+                *(self.method.name, left, n_patches),
+            )
 
     @contextmanager
     def encoder_pass(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import patch
 from patch.method import PURE, ModelShape, Number, Option
+from patch.patching import merging_of
 from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
 from segm.config import RunConfig
 from segm.errors import one_line
@@ -489,7 +490,9 @@ def options_for(
     for _ in range(BISECTIONS):
         middle = round((low + high) / 2) if name == "r" else (low + high) / 2
         try:
-            cost = cost_of(patch.apply(model, method, **own, **{name: middle}), batches)
+            patch.apply(model, method, **own, **{name: middle})
+            merging_of(model).noted = True  # a search also tries what leaves few tokens
+            cost = cost_of(model, batches)
         except ValueError:
             if name != "tokens":
                 raise

@@ -40,6 +40,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not is_main():
+        logging.getLogger("patch").setLevel(logging.ERROR)  # one process says what a merge is like
     try:
         yield device
     finally:

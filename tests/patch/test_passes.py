@@ -336,3 +336,29 @@ def test_exports_of_fixed_numbers_are_right_on_other_images(models):
 def test_exports_of_every_method(models):
     for create in models.values():
         check_export(create, STATIC)
+
+
+@torch.no_grad()
+def test_few_tokens_are_said_once_of_the_first_images(caplog):
+    images, model = different_images(2), vit("vit")
+
+    def said():
+        lines = [record.getMessage() for record in caplog.records if record.name == "patch.track"]
+        caplog.clear()
+        return lines
+
+    for method, options in (("tome", {"r": [8, 4, 1]}), ("graph", {"tokens": 3})):
+        patch.apply(model, method, **options)
+        torch.export.export(model, (images,))
+        model(images[:0])
+        assert not said()  # a graph says nothing, and no image has nothing to say
+        copied = copy.deepcopy(model)
+        for _ in range(2):
+            model(images)
+        (line,) = said()
+        assert line.startswith(f"{method} leaves 3 of 16 patch tokens") and "\n" not in line
+        copied(images)
+        assert len(said()) == 1  # a model of its own
+        patch.remove(model)
+    patch.apply(model, "tome", r=[8, 4, 0])(images)  # a quarter
+    assert not said()
