@@ -18,20 +18,40 @@ from segm.storage import atomic
 LAST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 SHARED = "model.safetensors"  # weights alone, to be passed on
 BEST_OF_G2TM = "best_checkpoint.pth"  # as its released code names it
+CHOICES = {"last": (LAST,), "best": (BEST, BEST_OF_G2TM)}  # of a run directory, by name
 
 
-def checkpoint_file(path: str | Path) -> Path:
+def checkpoint_file(path: str | Path, which: str | None = None) -> Path:
     """The checkpoint that a path means: the file itself, or of a run directory `checkpoint.pth`, or else
     `model.safetensors`, or else the best one alone (`checkpoint_best.pth`, G2TM's `best_checkpoint.pth`).
 
+    Args:
+        path: file or run directory.
+        which: "last" or "best" of a run directory, and no other.
+
     Raises:
         FileNotFoundError: there is none.
+        ValueError: another word, or a choice where the path is a file already.
     """
     path = Path(path)
+    if which is not None:
+        return _chosen(path, which)
     files = [path / name for name in (LAST, SHARED, BEST, BEST_OF_G2TM)] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no checkpoint {files[0]}: give a checkpoint file or a run directory with {LAST}")
+    return file
+
+
+def _chosen(path: Path, which: str) -> Path:
+    if which not in CHOICES:
+        raise ValueError(f"checkpoint is {which!r}: choose one of {', '.join(CHOICES)}")
+    if path.is_file():
+        raise ValueError(f"{path} is one checkpoint: leave out {which!r}, or give its run directory")
+    file = next((path / name for name in CHOICES[which] if (path / name).is_file()), None)
+    if file is None:
+        there = ", ".join(name for name in (LAST, SHARED, BEST, BEST_OF_G2TM) if (path / name).is_file())
+        raise FileNotFoundError(f"no {which} checkpoint {path / CHOICES[which][0]}: {path} holds {there or 'none'}")
     return file
 
 

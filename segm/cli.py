@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ import torch
 from click.core import ParameterSource
 
 from segm import parallel
+from segm.checkpoint import CHOICES
 from segm.config import SCALES, SETTINGS, config_dir
 from segm.data import DATASETS
 from segm.errors import brief, one_line
+from segm.sharing import find
 from segm.sizes import short
 from segm.storage import read_yaml
 
@@ -416,7 +419,23 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+def checkpoint_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the argument CHECKPOINT, and --checkpoint, which chooses one of a run directory."""
+
+    @wraps(command)
+    def chosen(*args: Any, checkpoint: Path, which: str | None = None, **kwargs: Any) -> Any:
+        return command(*args, checkpoint=checkpoint if which is None else find(checkpoint, which), **kwargs)
+
+    return click.argument("checkpoint", type=click.Path(path_type=Path))(
+        click.option(
+            "--checkpoint",
+            "which",
+            type=click.Choice([*CHOICES]),
+            help="Checkpoint of a run directory, the best by its mIoU.  [default: last]",
+        )(chosen)
+    )
+
+
 dataset_argument = click.argument("dataset_name", metavar="DATASET", type=click.Choice(DATASETS))
 images_argument = click.argument("images", metavar="DATASET|FOLDER", type=Images())
 im_size_option = click.option(

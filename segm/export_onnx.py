@@ -131,7 +131,8 @@ def main(
         for row in tqdm(rows, desc="scores", unit="model", leave=False):
             row["mean_iou"] = runs[row["name"]].evaluate(dataset=images, n_images=max_images)["mean_iou"]
     sides = " × ".join(map(str, (3 if run.bands is None else len(run.bands), *run.windows.size)))
-    click.echo(f"{out}: ONNX, opset {opset}, images {batch_size or 'B'} × {sides}")
+    source = checkpoint_file(checkpoint).name
+    click.echo(f"{out}: {source} as ONNX, opset {opset}, images {batch_size or 'B'} × {sides}")
     click.echo(markdown(columns, rows))
     agreement = next(row["agreement"] for row in rows if row["name"] in files)
     if agreement < AGREEMENT:
@@ -225,7 +226,8 @@ def export(
     model = copy.deepcopy(run.model).half() if float16 else run.model
     program = convert(model, size, output, batch_size, opset)
     patch_size = run.model.patch_size if output == "scores" else (1, 1)
-    record = Record(run.name, run.config.to_variant(), run.im_size, size, output, merging, patch_size)
+    source = checkpoint_file(run.path).name
+    record = Record(run.name, run.config.to_variant(), run.im_size, size, output, merging, patch_size, source)
     program.model.metadata_props[KEY] = record.dump()
     with atomic(file) as part:
         program.save(part)

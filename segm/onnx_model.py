@@ -41,6 +41,7 @@ class Record:
         merging: the method inside of the graph and its options, as `variant.yml` records them.
         patch_size: pixels (height, width) of which class logits cover whole multiples, also where the image is no
             multiple; (1, 1): they cover the image as it is.
+        checkpoint: name of the file that the weights come from; None: an older export, which does not say.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Record:
     output: str
     merging: Mapping[str, Any]
     patch_size: tuple[int, int] = (1, 1)
+    checkpoint: str | None = None
 
     def dump(self) -> str:
         """As text."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
+from segm.checkpoint import CHOICES
 from segm.cli import COUNT, FILE, POSITIVE, WORDS, device_option, markdown
 from segm.config import INT8, Preset
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
@@ -32,6 +33,7 @@ from vis import page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
 IM_SIZE = click.Option(["--im-size"], type=POSITIVE)
+CHECKPOINT = click.Option(["--checkpoint"], type=click.Choice([*CHOICES]))
 
 
 @click.command(cls=PluginCommand)
@@ -107,7 +109,7 @@ def check_out(out: Path) -> None:
 
 
 def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
-    """A RUN as the user gave it -> (name, path, method, options and `im_size` as `segm.merging.parse` gives them).
+    """A RUN as the user gave it -> (name, path, its options as `segm.merging.parse` gives them).
 
     Raises:
         click.UsageError: neither a path nor NAME=PATH with merging options.
@@ -124,7 +126,7 @@ def read_run(text: str) -> tuple[str | None, Path, dict[str, Any]]:
     except ValueError as error:  # nothing after NAME=, or quotes that do not close
         raise click.UsageError(f"{text}: give NAME=PATH, and merging options after it") from error
     try:
-        return name, Path(path), parse(options, IM_SIZE)
+        return name, Path(path), parse(options, IM_SIZE, CHECKPOINT)
     except ValueError as error:
         raise click.UsageError(f"{text}: {error}") from error
 
@@ -143,8 +145,8 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
     for text in tqdm(texts, desc="loading", unit="run", leave=False):
         name, path, given = read_run(text)
         try:
-            size = given.pop("im_size", None)
-            in_int8 = "preset" in given and Preset.read(find(path), given["preset"]).precision == INT8
+            size, path = given.pop("im_size", None), find(path, given.pop("checkpoint", None))
+            in_int8 = "preset" in given and Preset.read(path, given["preset"]).precision == INT8
             amp = False if in_int8 else None  # the report looks into models: merging and size of the preset alone
             run = Run.load(path, name=name, device=device, merging=given, im_size=size, amp=amp)
         except ValueError as error:

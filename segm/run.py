@@ -76,6 +76,7 @@ class Run:
         scale: str = SCALES[0],
         window_size: Size | None = None,
         preset: str | None = None,
+        checkpoint: str | None = None,
         **options: Any,
     ) -> "Run":
         """Load a trained model. What is not given is as the preset says, or else as it was in training.
@@ -91,6 +92,7 @@ class Run:
             window_size: of the sliding windows, pixels, in place of the training's.
             preset: name of a setting that `segm/tune.py` found; one in int8 gives a `segm.onnx_model.ExportedRun`,
                 unless `amp` is given.
+            checkpoint: of a run directory, "last" or "best"; None: the last, see `segm.checkpoint.checkpoint_file`.
             options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
 
         Raises:
@@ -98,7 +100,7 @@ class Run:
             ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        path, given = sharing.find(path), {**(merging or {}), **options}
+        path, given = sharing.find(path, checkpoint), {**(merging or {}), **options}
         name_of_preset = given.pop("preset", preset)
         tuned = None if name_of_preset is None else Preset.read(path, name_of_preset)
         if tuned is not None and tuned.precision == INT8 and amp is None:
@@ -126,15 +128,16 @@ class Run:
 
     def save_pretrained(self, folder: str | Path, scores: Mapping[str, Any] | None = None) -> None:
         """Write the run into a folder that `Run.load` and the commands take, and a hub: weights in safetensors,
-        `variant.yml` with the merging in force, and a model card.
+        `variant.yml` with the merging in force, and a model card, which says what checkpoint the weights are.
 
         Args:
             folder: it is made.
-            scores: of `evaluate`, for the card; None: the best of the training's log.
+            scores: of `evaluate`, for the card; None: those that the training logged for these weights, if the merging
+                in force is the training's; else the card has none. Image size, scale and windows are the training's.
 
         Raises:
             OSError: it cannot be written there.
-            ValueError: the model is an exported one, without weights.
+            ValueError: the model is an exported one, without weights; or scores at other sizes than the training's.
         """
         sharing.save(self, Path(folder), scores)
 
