@@ -17,7 +17,7 @@ These arguments mean the same in all of them; a value that is not allowed raises
 
 from g2tm.atc import LINKAGES, atc
 from g2tm.attention import ATTENTION_MODES, attention_bias, cls_attention, received_attention
-from g2tm.clap import clap
+from g2tm.clap import clap, window_similarities
 from g2tm.clustvit import Clusters, cluster_labels, clustering_loss
 from g2tm.crossget import crossget
 from g2tm.cubist import cubist, rectangle
@@ -36,7 +36,7 @@ from g2tm.pitome import energy_margin, matches_all, pitome
 from g2tm.random_merge import random_members, random_merge
 from g2tm.reduction import Chain, Grouping, Reduction
 from g2tm.soft import WEIGHTINGS, mix, nearest_weights
-from g2tm.statistics import mean_and_std, similarity_moments
+from g2tm.statistics import class_similarity_moments, mean_and_std, similarity_moments
 from g2tm.tofu import prunes, tofu
 from g2tm.validation import BATCH_MODES, budget, check_threshold, check_window
 
@@ -46,7 +46,8 @@ __all__ += ["atc", "bipartite", "clap", "crossget", "cubist", "dct", "diffrate",
 __all__ += ["ltmp", "mctf", "mutual_pairs", "pitome", "random_members", "random_merge", "tofu"]
 __all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES", "WEIGHTINGS"]
 __all__ += ["attention_bias", "cls_attention", "edge_similarities", "mean_and_std", "received_attention"]
-__all__ += ["budget", "check_threshold", "check_window", "similarity_moments"]
+__all__ += ["budget", "check_threshold", "check_window"]
+__all__ += ["class_similarity_moments", "similarity_moments", "window_similarities"]
 __all__ += ["cluster_grid", "mix", "nearest_weights", "rectangle"]
 __all__ += ["energy_margin", "matches_all", "prunes"]
 __all__ += ["Clusters", "cluster_labels", "clustering_loss", "embed", "fpet_training", "soft_merge", "split"]

@@ -95,7 +95,11 @@ def window_similarities(x: Tensor, grid: tuple[int, int], window: tuple[int, int
 
     The sum over all pairs is the squared length of the sum of the unit vectors, less their own. The result is (B, W),
     float32 (float64 for float64 tokens), -inf where a token is not finite.
+
+    Raises:
+        ValueError: a window of one token, or one that does not fit into the grid.
     """
+    check_window(window, grid)
     unit = unit_vectors(x)
     total = _window_sums(unit.unflatten(1, tuple(grid)), window)
     own = _window_sums(row_dot(unit, unit).view(-1, *grid, 1), window).squeeze(-1)

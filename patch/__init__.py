@@ -6,14 +6,14 @@ patch.compile(model)     # for inference
 patch.remove(model)
 """
 
-from g2tm import Reduction, mean_and_std
+from g2tm import Reduction, class_similarity_moments, mean_and_std, window_similarities
 from patch.attention import SoftMasking
 from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
 from patch.exporting import onnx_options
 from patch.learned import add_modules, clamp_parts, has_modules, has_unused_parts, learned_parameters
 from patch.method import METHODS, Choice, LossInput, Method, ModelShape, Number, Option, Step, find, register
-from patch.observe import edges, merge_ranges, reductions, similarities
+from patch.observe import edges, merge_ranges, reductions, similarities, tokens
 from patch.patching import (
     apply,
     check,
@@ -46,6 +46,7 @@ __all__ = [
     "apply",
     "check",
     "clamp_parts",
+    "class_similarity_moments",
     "compile",
     "edges",
     "find",
@@ -67,4 +68,6 @@ __all__ = [
     "replaced_merge",
     "set_threshold",
     "similarities",
+    "tokens",
+    "window_similarities",
 ]

@@ -61,6 +61,29 @@ def edges(encoder: nn.Module, layer: int) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
+@contextmanager
+def tokens(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """While open, every forward pass notes the patch tokens where the layers would merge them.
+
+    Args:
+        encoder: a model that `patch.apply` knows, unpatched.
+        layers: 1-based, ascending.
+
+    Yields:
+        layer -> (B, N, D), the patch tokens after attention of the last pass; empty at first.
+
+    Raises:
+        ValueError: layers that the encoder lacks, or not in ascending order, or a patched encoder.
+    """
+    found: dict[int, Tensor] = {}
+
+    def note(step: Step) -> None:
+        found[step.layer] = step.x
+
+    with _observed(encoder, layers, note):
+        yield found
+
+
 class _Observers:
     """Functions that look at the steps of some layers each; nothing merges."""
 

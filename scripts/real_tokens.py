@@ -14,6 +14,7 @@ from g2tm import Grouping
 from segm.data import IGNORE_LABEL, Sample
 from segm.data.images import resize_to
 from segm.run import Run
+from segm.similarity import patches_of_pixels
 from vis import colorize, outline_tokens, picture_sheet
 
 
@@ -81,10 +82,7 @@ def pixel_groups_of(run: Run, sample: Sample) -> np.ndarray:
     """Group of every pixel of a photograph, (H, W), after a pass of a patched run over it."""
     run.model.grid_logits(run.preprocess_resized(sample.image))
     assignment = assignment_of(run).reshape(run.model.grid(run.crop_size))
-    (height, width), (ph, pw) = run.crop_size, run.model.patch_size
-    rows = (np.arange(sample.image.shape[0]) + 0.5) * height / sample.image.shape[0] // ph
-    columns = (np.arange(sample.image.shape[1]) + 0.5) * width / sample.image.shape[1] // pw
-    return assignment[rows.astype(int)[:, None], columns.astype(int)]
+    return assignment[np.ix_(*patches_of_pixels(sample.image.shape, run))]
 
 
 def assignment_of(run: Run) -> np.ndarray:

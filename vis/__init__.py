@@ -6,12 +6,14 @@ from vis.curves import hull, scale_curves, search_plot, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
+from vis.similarity import class_similarity_curves, similarity_map
 from vis.tokens import fill_tokens, outline_tokens, token_pictures
 
 __all__ = [
     "attention_map",
     "attention_pictures",
     "blend",
+    "class_similarity_curves",
     "color_attention",
     "colorize",
     "enlarge",
@@ -26,6 +28,7 @@ __all__ = [
     "scale_curves",
     "search_plot",
     "similarity_histograms",
+    "similarity_map",
     "spread_weights",
     "token_histograms",
     "token_pictures",

@@ -52,6 +52,25 @@ def test_edges_follow_the_last_pass_and_leave_nothing_behind(golden_model):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in golden_model.modules())
 
 
+@torch.inference_mode()
+def test_tokens_are_those_between_attention_and_mlp(golden_model):
+    seen, images = {}, torch.randn(2, 3, 96, 64)
+    handles = [
+        golden_model.encoder.blocks[layer - 1].norm2.register_forward_pre_hook(
+            lambda module, inputs, layer=layer: seen.update({layer: inputs[0][:, 1:]})
+        )
+        for layer in (1, 4)
+    ]
+    with patch.tokens(golden_model.encoder, [1, 4]) as found:
+        golden_model.grid_logits(images)
+    assert [*found] == [1, 4] and found[1].shape == (2, 24, 128)
+    for layer, tokens in found.items():
+        torch.testing.assert_close(tokens, seen[layer])
+    for handle in handles:
+        handle.remove()
+    assert not patch.is_patched(golden_model)
+
+
 def test_edges_refuse_what_they_cannot_show(golden_model):
     for layer in (0, 7):
         with pytest.raises(ValueError, match="layers 1 to 6"), patch.edges(golden_model.encoder, layer):
