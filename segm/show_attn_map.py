@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patch
-from segm.cli import POSITIVE, checkpoint_argument, device_option
+from segm.cli import POSITIVE, Sides, checkpoint_argument, device_option
 from segm.data import DATASETS, class_info
 from segm.data.images import resize_to
 from segm.merging import MergingCommand, assignment_of
 from segm.model.segmenter import Segmenter
 from segm.run import Run
-from segm.sizes import pair
+from segm.sizes import Size, pair
 from segm.storage import write_picture
-from vis import attention_pictures, enlarge, label_picture, magnification, token_pictures
+from vis import attention_pictures, enlarge, label_picture, magnification, similarity_map, token_pictures
 
 LISTS = tuple(name for name in DATASETS if name != "folder")  # data sets whose classes are known without a file
 
@@ -47,12 +47,23 @@ class Query(NamedTuple):
 @click.option("--x-patch", type=int, help="Column of the patch, counted from 0.  [default: the middle]")
 @click.option("--y-patch", type=int, help="Row of the patch, counted from 0.  [default: the middle]")
 @click.option("--enc/--dec", default=True, help="Draw the attention of the encoder, or of the decoder.")
-@click.option("--layer-id", type=int, help="Layer, counted from 0, unlike --selected-layer.  [default: the last]")
+@click.option(
+    "--layer-id",
+    type=int,
+    help="Layer, counted from 0, unlike --selected-layer: its attention, and the tokens that it leaves.  [default: "
+    "the last]",
+)
 @click.option(
     "--class",
     "classes",
     multiple=True,
     help="Name of a class that attends, with --dec; may be repeated.  [default: every class in the prediction]",
+)
+@click.option(
+    "--similarity-window",
+    cls=Sides,
+    help="Also draw how similar the tokens in each window of so many patches are after the attention of the layer, "
+    "without merging (CLAP merges windows of 2).  [default: none]",
 )
 @click.option(
     "--image-size",
@@ -77,6 +88,7 @@ def main(
     enc: bool,
     layer_id: int | None,
     classes: tuple[str, ...],
+    similarity_window: Size | None,
     image_size: int | None,
     ground_truth: Path | None,
     **how: Any,
@@ -87,6 +99,8 @@ def main(
     the data set of the training. Small pictures are enlarged by a whole factor.
     """
     check_query(cls, x_patch, y_patch, enc, classes)
+    if similarity_window and not enc:
+        raise ValueError("--similarity-window: tokens are compared in the encoder, leave out --dec")
     run = Run.load(checkpoint, amp=False, **how)
     model, (names, palette) = run.model, read_class_list(cmap, run)
     from segm.data.files import read_sample  # imports mmseg
@@ -100,7 +114,9 @@ def main(
     part = "encoder" if enc else "decoder"
     layer_id = chosen_layer(model, part, layer_id)
     place = chosen_place(model, enc, grid, cls, x_patch, y_patch)
-    weights, before, final = look(model, view, layer_id, part, grid)
+    window = pair(similarity_window) if similarity_window else None
+    alike = None if window is None else similarities_in(run, view, layer_id, window)
+    weights, before, after = look(model, view, layer_id, part, grid)
     label_maps = {"pred": model.predict(view)[0].cpu().numpy()}
     if sample.label is not None:
         label_maps["gt"] = cv2.resize(sample.label, size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -123,7 +139,9 @@ def main(
             pictures = attention_pictures(photo, row, grid, patch_size, before, query.patch)
             for picture, end in zip(pictures, ("", "_overlay"), strict=True):
                 write_picture(folder / layer / query.name / f"{layer}_attn-head{head}_{query.name}{end}.png", picture)
-    tokens = {"photo": photo} if final is None else token_pictures(photo, final, grid, patch_size)
+    tokens = {"photo": photo} if after is None else token_pictures(photo, after, grid, patch_size)
+    if window is not None:
+        tokens["{}_similarity_{}x{}".format(layer, *window)] = similarity_map(alike, window)
     for name, picture in tokens.items():
         write_picture(folder / f"{image.stem}_{name}.png", picture)
     for name, labels in label_maps.items():
@@ -137,7 +155,7 @@ def main(
 def look(
     model: Segmenter, view: Tensor, layer_id: int, part: str, grid: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Attention of one layer, and which token carries which patch.
+    """Attention of one layer, and which token carries which patch before and after it.
 
     Args:
         model: patched or not.
@@ -146,14 +164,40 @@ def look(
         grid: (gh, gw).
 
     Returns:
-        (weights (heads, L, L), assignment (N,) at the input of that layer, assignment (N,) in the end), arrays; an
-        assignment is None where tokens are no groups of patches.
+        (weights (heads, L, L), assignment (N,) of the tokens that attend, assignment (N,) after that layer), arrays; an
+        assignment is None where tokens are no groups of patches. The decoder has those of the whole encoder.
     """
     weights = model.attention(view, layer_id, part)
     steps = sorted(patch.reductions(model).items())
-    # Layers merge after their attention: layer_id + 1, counted from 1, sees what the layers before it left.
-    before = [step for step in steps if part == "decoder" or step[0] <= layer_id]
-    return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(steps, grid)
+    after = [step for step in steps if part == "decoder" or step[0] <= layer_id + 1]  # those count from 1
+    # Most methods merge after the attention of their layer, which sees what the layers before it left.
+    first = patch.is_patched(model) and patch.find(patch.method(model)).place == "before"
+    before = after if first else [step for step in after if part == "decoder" or step[0] <= layer_id]
+    return weights[0].float().cpu().numpy(), last_assignment(before, grid), last_assignment(after, grid)
+
+
+def similarities_in(run: Run, view: Tensor, layer_id: int, window: tuple[int, int]) -> np.ndarray:
+    """Mean cosine similarity of the tokens in every whole window after the attention of a layer, without merging.
+
+    CLAP of ALGM (section 3.2) merges the windows in which it is at least the threshold.
+
+    Args:
+        view: (1, 3, H, W), normalized.
+        layer_id: 0-based.
+        window: patches, (height, width).
+
+    Returns:
+        (gh // height, gw // width), float32.
+
+    Raises:
+        ValueError: a window that does not fit into the image.
+    """
+    model, layer = run.unpatched().model, layer_id + 1
+    grid = model.grid(view.shape[-2:])
+    with patch.tokens(model.encoder, [layer]) as tokens:
+        model.network(view)
+    found = patch.window_similarities(tokens[layer], grid, window)
+    return found[0].view(*(side // length for side, length in zip(grid, window, strict=True))).float().cpu().numpy()
 
 
 def last_assignment(steps: Sequence[tuple[int, patch.Reduction]], grid: tuple[int, int]) -> np.ndarray | None:

@@ -89,6 +89,42 @@ def test_files_of_every_mode(photo, tmp_path):
         assert draw(photo, tmp_path / str(index), *options) == maps | LABELS | {"house_grid.png"}, options
 
 
+def test_every_layer_draws_the_tokens_that_it_leaves(photo, tmp_path, golden_model):
+    """Before CLAP, between it and GBM, and after both, which is the default."""
+    image = cv2.resize(cv2.imread(str(photo))[..., ::-1], (192, 192), interpolation=cv2.INTER_LINEAR)
+    patch.apply(golden_model, "algm", layers=[2, 4], threshold=0.5)
+    golden_model.predict(normalize(image, "vit")[None])
+    clap, gbm = (step.counts.item() for step in patch.reductions(golden_model).values())
+    assert 144 > clap > gbm
+    merging = ["--patch-type", "algm", "--selected-layers", "2", "4", "--threshold", "0.5"]
+    for layer, count in ((0, None), (2, clap), (None, gbm)):
+        chosen = [] if layer is None else ["--layer-id", str(layer)]
+        files = draw(photo, tmp_path / str(layer), *merging, *chosen)
+        tokens = {"house_grid.png"} if count is None else {f"house_vis_{count}_tokens{e}.png" for e in ("", "_overlay")}
+        assert {file for file in files if "/" not in file} - LABELS == tokens, layer
+
+
+def test_similarities_in_windows_are_those_that_clap_compares(photo, tmp_path, golden_model, monkeypatch):
+    """Of the unpatched model, whatever merges in the run."""
+    drawn, real = [], show_attn_map.similarity_map
+    monkeypatch.setattr(show_attn_map, "similarity_map", lambda *args: drawn.append(args) or real(*args))
+    merging = ["--patch-type", "algm", "--selected-layers", "1", "4", "--threshold", "0.5"]
+    for layer, sides in ((0, [2]), (2, [2, 3])):
+        options = [*merging, "--layer-id", str(layer), "--similarity-window", *map(str, sides)]
+        height, width = (sides * 2)[:2]
+        name = f"house_enc_layer{layer}_similarity_{height}x{width}.png"
+        assert name in draw(photo, tmp_path / str(layer), *options)
+        values, window = drawn.pop()
+        assert window == (height, width) and values.shape == (12 // height, 12 // width)
+        image = cv2.resize(cv2.imread(str(photo))[..., ::-1], (192, 192), interpolation=cv2.INTER_LINEAR)
+        threshold = float(np.quantile(values, 0.6))
+        patch.apply(golden_model, "algm", layers=[layer + 1, 6], threshold=threshold, window=window, gbm_threshold=1.0)
+        golden_model.predict(normalize(image, "vit")[None])
+        sizes = patch.reductions(golden_model)[layer + 1].sizes
+        assert (sizes > 1).sum() == (values >= threshold).sum() > 0
+        patch.remove(golden_model)
+
+
 def test_merged_tokens_are_drawn_and_counted(photo, tmp_path):
     for name, merging in METHODS.items():
         files = draw(photo, tmp_path / name, *merging, "--dec", "--class", "car", "--layer-id", "1")
@@ -101,9 +137,10 @@ def test_merged_tokens_are_drawn_and_counted(photo, tmp_path):
 def test_tokens_that_are_no_groups_of_patches_are_shown_by_the_photograph(photo, tmp_path):
     """Their attention has no place to be drawn at; that of the layers before has."""
     merging = ["--patch-type", "dct", "--r", "5", "--selected-layers", "3"]
-    for options, maps in (([], set()), (["--layer-id", "1"], maps_of("enc_layer1", "cls"))):
-        files = draw(photo, tmp_path / str(len(options)), *merging, *options)
-        assert files == maps | LABELS | {"house_photo.png"}
+    cases = (([], "photo", set()), (["--layer-id", "1"], "grid", maps_of("enc_layer1", "cls")))
+    for options, tokens, maps in cases:
+        files = draw(photo, tmp_path / tokens, *merging, *options)
+        assert files == maps | LABELS | {f"house_{tokens}.png"}
     assert "no groups of patches" in invoke(DATA, photo, tmp_path / "again", *merging).stdout
 
 
@@ -139,6 +176,7 @@ def test_colors_are_those_of_the_class_list(photo, tmp_path):
 
 
 MERGING = [
+    ("mpm", {"layers": [2, 5]}),  # which merges before its layers attend
     ("graph", {"threshold": 0.5, "layers": [2]}),
     ("algm", {"threshold": 0.5, "layers": [1, 4]}),
     ("tome", {"r": 4}),
@@ -148,27 +186,31 @@ MERGING = [
 
 @torch.inference_mode()
 def test_attention_belongs_to_the_tokens_that_a_layer_sees(golden_model):
-    """After earlier layers' merges, not after its own or later ones."""
+    """After earlier layers' merges, not after later ones, or its own where it merges after its attention."""
     for (name, options), side in product(MERGING, (192, 100)):
         check_layers(patch.apply(patch.remove(golden_model), name, **options), side)
 
 
 def check_layers(golden_model, side):
     view, grid = torch.rand(1, 3, side, side) * 2 - 1, (-(-side // 16),) * 2
-    merging = patch.options(golden_model)["layers"]
-    counts = []
+    first = patch.find(patch.method(golden_model)).place == "before"
+    merging = [layer - first for layer in patch.options(golden_model)["layers"]]
+    counts, left = [], []
     for layer in range(6):
-        weights, before, final = look(golden_model, view, layer, "encoder", grid)
+        weights, before, after = look(golden_model, view, layer, "encoder", grid)
         assert weights.shape == (2, before.max() + 2, before.max() + 2) and before.shape == (grid[0] * grid[1],)
         assert np.allclose(weights.sum(-1), 1, atol=1e-5)
         assert set(before) == set(range(before.max() + 1))
         counts.append(before.max() + 1)
-        assert (final == patch.reduction(golden_model).assignment[0].numpy()).all()
-    assert counts[0] == len(before)
+        left.append(after.max() + 1)
+    final = patch.reduction(golden_model).assignment[0].numpy()
+    assert (after == final).all() and counts[0] == len(before)
+    assert left == counts if first else left[:-1] == counts[1:]
     for layer in range(1, 6):
         assert counts[layer] == counts[layer - 1] or layer in merging
-    weights, before, final = look(golden_model, view, 0, "decoder", grid)
-    assert weights.shape[-1] == before.max() + 1 + golden_model.n_cls and (before == final).all()
+    weights, before, after = look(golden_model, view, 0, "decoder", grid)
+    assert weights.shape[-1] == before.max() + 1 + golden_model.n_cls
+    assert (before == final).all() and (after == final).all()
 
 
 QUERIES = [
@@ -267,6 +309,9 @@ class TestRefused:
             (["--patch-type", "graph", "--selected-layer", "9"], "1 to 6"),
             (["--patch-type", "nosuch"], "graph"),
             (["--image-size", "0"], "--image-size"),
+            (["--similarity-window", "2", "--dec"], "--similarity-window"),
+            (["--similarity-window", "13"], "larger than the grid of 12×12"),
+            (["--similarity-window", "1"], "at least two patches"),
         ]:
             self.refuse(hint, tmp_path, DATA, photo, tmp_path / "out", "shapes", *options)
 
