@@ -7,6 +7,7 @@ No attention code is copied: a block hands its own attention module a mask, and 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,13 +16,6 @@ from torch import Tensor
 
 from g2tm import masked_softmax
 from g2tm.selection import without_autocast
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    HAS_VARLEN = "scale" in inspect.signature(varlen_attn).parameters
-except ImportError:
-    HAS_VARLEN = False
 
 QKV = tuple[Tensor, Tensor, Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -198,8 +192,18 @@ def can_pack(x: Tensor, dropout: float = 0.0) -> bool:
         return False
     if x.device.type != "cuda":
         return x.device.type == "cpu"
-    has_kernel = HAS_VARLEN and torch.backends.cuda.flash_sdp_enabled()
+    has_kernel = torch.backends.cuda.flash_sdp_enabled() and _varlen_kernel() is not None
     return has_kernel and not dropout and bias_in_channels(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+@cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """PyTorch's attention for sequences of different lengths, if it takes a scale; it is slow to import."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
 
 
 def _image_by_image(
@@ -224,8 +228,9 @@ def _in_one_kernel(
     width = value.shape[-1]
     query, key, value = append_bias_channels(query, key, value, mask.bias, scale)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    starts, longest = mask.starts, max(mask.lengths)
-    output: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
+    starts, longest, kernel = mask.starts, max(mask.lengths), _varlen_kernel()
+    assert kernel is not None
+    output: Any = kernel(q, k, v, starts, starts, longest, longest, scale=scale)
     return output[..., :width].transpose(0, 1).unsqueeze(0)
 
 

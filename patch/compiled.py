@@ -11,12 +11,10 @@ from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from patch.families.base import COMPILATION, RECORD, Patched, PatchedBlock, mix_in
 from patch.families.segmenter import is_segmenter
-from patch.families.timm_vit import grid_of
 from patch.hooks import are_watched
 from patch.layout import Rows
 from patch.look import Look
@@ -125,7 +123,7 @@ class CompiledEncoder(Patched):
         torch.compiler.cudagraph_mark_step_begin()
         if own.parts is None:
             own.parts = [part._replace(run=own.compiled(part.run)) for part in encoder_parts(self)]
-        with merging.encoder_pass(self, self.blocks, grid_of(self, images.shape[-2:]), own.bucket) as track:
+        with merging.encoder_pass(self, self.blocks, merging.grid_of(self, images.shape[-2:]), own.bucket) as track:
             track.n_ran = len(self.blocks)  # though none runs as a whole
             x, ropes, look = images, None, None
             for part in own.parts:
@@ -218,7 +216,7 @@ def _sequence(embedded: Any, stages: Sequence[Stage]) -> Callable[[Tensor, Any, 
 def _embed(encoder: Any, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """Images (B, 3, H, W) -> tokens (B, P + N, D), and the rotary table that each block gets."""
     embedded = encoder._pos_embed(encoder.patch_embed(images))
-    x, rope = embedded if isinstance(encoder, Eva) else (embedded, None)
+    x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)  # rotary: `Eva`
     ropes = [*rope] if rope is not None and encoder.rope_mixed else [rope] * len(encoder.blocks)
     return encoder.norm_pre(x), ropes
 

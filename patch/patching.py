@@ -6,14 +6,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from g2tm import Reduction
 from patch.families import family_of, models_within
 from patch.families.base import RECORD, Patched, Record, check_forward, mix_in, mix_out, modules_of
 from patch.families.segmenter import PatchedSegmenter, is_segmenter
-from patch.families.timm_vit import PatchedTimmBlock, check_kind
 from patch.learned import built_options, has_modules
 from patch.method import DEFAULT, PURE, LossInput, Method, ModelShape, Step, complete, find
 from patch.track import Merging
@@ -68,6 +66,10 @@ def _check_pure(options: Mapping[str, Any]) -> None:
 
 def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
     """Patch a model with a method, registered or not; see `apply`."""
+    from timm.models.vision_transformer import Block  # here, for timm takes longer to import than PyTorch
+
+    from patch.families.timm_vit import PatchedTimmBlock, check_kind
+
     parts, method = _parts(model), entry.name
     encoder, family = parts.encoder, family_of(parts.encoder)
     if is_patched(encoder):

@@ -84,7 +84,7 @@ class Merging:
     shape: ModelShape
     n_prefix: int
     merging_blocks: tuple[int, ...]
-    grid_of: Callable[[Any], tuple[int, int]]
+    grid_of: Callable[..., tuple[int, int]]
     rotary_table: Callable[[Any, tuple[int, int]], Tensor]
     range_name: str | None = None
     noted: bool = False

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from segm import parallel
 from segm.data.dataset import ignore_label
@@ -123,6 +122,8 @@ def segvit_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
 
 def _mask_loss(logits: Tensor, masks: Tensor, where: Tensor) -> Tensor:
     """Focal and dice loss, summed up over masks: logits, masks and which pixels count, (M, H, W) each."""
+    from torchvision.ops import sigmoid_focal_loss  # here, for it is slow to import
+
     focal = sigmoid_focal_loss(logits, masks, alpha=0.25, gamma=2) * where
     focal = focal.flatten(1).sum(1) / where.flatten(1).sum(1).clamp(min=1)
     probability = logits.sigmoid() * where

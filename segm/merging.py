@@ -22,7 +22,6 @@ from patch.patching import merging_of
 from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
 from segm.config import RunConfig
 from segm.errors import one_line
-from segm.model.factory import copy_weights, create_segmenter
 from segm.model.segmenter import Segmenter
 
 # Options that set what a method costs, the first that it takes, and their ranges; r is a whole number up to all tokens.
@@ -361,6 +360,8 @@ def build_model(net_kwargs: Mapping[str, Any], pretrained: bool | str = False) -
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `create_segmenter`, and for an unknown method.
     """
+    from segm.model.factory import create_segmenter  # here, for timm is slow to import
+
     return create_segmenter(net_kwargs, pretrained, parts=add_parts)
 
 
@@ -375,6 +376,8 @@ def first_model(config: RunConfig, weights: bool | str | Path, finetune: str | P
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `build_model` and `copy_weights`.
     """
+    from segm.model.factory import copy_weights
+
     if finetune is None:
         return build_model(config.net_kwargs, weights)
     source = RunConfig.read(finetune)

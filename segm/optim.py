@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
 from segm.config import MOMENTUM, OPTIMIZERS, POWER, SCHEDULERS
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 
 def create_optimizer(
@@ -29,6 +29,8 @@ def create_optimizer(
     Raises:
         ValueError: unknown name, or a model without anything to train.
     """
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay  # here, for timm is slow to import
+
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose {' or '.join(OPTIMIZERS)}")
     names = {parameter: text for text, parameter in model.named_parameters()}
@@ -76,7 +78,7 @@ def create_scheduler(
     warmup_epochs: int = 0,
     start_factor: float = 1.0,
     learning_rate: float,
-) -> Scheduler:
+) -> "Scheduler":
     """Learning-rate schedule with a linear warm-up.
 
     lr(t) = (lr₀ - lr_min)·(1 - (t - w) / (T - w))^0.9 + lr_min after the w epochs of warm-up, which rise from
@@ -89,6 +91,8 @@ def create_scheduler(
     Raises:
         ValueError: unknown name, or a warm-up that leaves no epoch.
     """
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
     if not 0 <= warmup_epochs < epochs:

@@ -5,15 +5,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-import timm
-
 import patch
 from segm import merging
 from segm.config import BACKBONE, CURRICULUM, DATA, LOSSES, SCHEDULERS, SETTINGS, Merging, Net, RunConfig, load_config
 from segm.data.factory import dataset_defaults
 from segm.data.images import name_of_normalization
 from segm.merging import PURE
-from segm.model.encoder import ALIASES
 from segm.sizes import pair, short, smaller
 
 DECODER_SETTINGS = {"decoder_dropout": "dropout", "decoder_blocks": "n_blocks"}
@@ -91,6 +88,10 @@ def backbone_settings(name: str) -> dict[str, Any]:
     released = load_config("backbones")
     if name in released:
         return released[name]
+    import timm  # here, for it is slow to import
+
+    from segm.model.encoder import ALIASES
+
     if not timm.is_model(ALIASES.get(name, name)):
         raise ValueError(f"unknown backbone {name!r}: use a released name ({', '.join(released)}) or a ViT of timm")
     model: Any = timm.create_model(name, pretrained=False, device="meta")

@@ -26,7 +26,6 @@ from segm.data.images import Normalization, read_image, resize_keep_ratio, resiz
 from segm.eval.evaluate import MULTISCALE, Samples, Views, both_ways, evaluate
 from segm.eval.sliding import Windows, predict_labels
 from segm.metrics import BoundaryCount, segmentation_scores
-from segm.model.factory import copy_weights, load_model
 from segm.model.segmenter import Segmenter
 from segm.precision import Precision
 from segm.sizes import Size, pair, scaled, smaller
@@ -99,6 +98,8 @@ class Run:
             FileNotFoundError: no checkpoint, or no `variant.yml` beside it; no `tuned.yml` for a preset.
             ValueError: a damaged file, weights that do not fit it, or options that are not allowed.
         """
+        from segm.model.factory import load_model  # here, for timm is slow to import
+
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         path, given = sharing.find(path, checkpoint), {**(merging or {}), **options}
         name_of_preset = given.pop("preset", preset)
@@ -155,6 +156,8 @@ class Run:
             im_size: shorter side of the images, pixels; None: as here.
             patch_size: pixels; the patch embedding is resampled; None: as here.
         """
+        from segm.model.factory import copy_weights
+
         if patch_size is None:
             tensors = [*self.model.parameters(), *self.model.buffers()]
             model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from timm.models.vision_transformer import ResPostBlock
 
 import patch
-from patch import families
+from patch.families import known as families
 from patch.method import COMMON
 from segm import merging, train
 from tests.helpers import read_variant, write_variant

@@ -3,13 +3,7 @@
 from torch import nn
 
 from patch.families.base import Family
-from patch.families.mmseg_vit import MMSegViT
 from patch.families.segmenter import is_segmenter
-from patch.families.timm_eva import TimmEva
-from patch.families.timm_vit import TimmViT
-from patch.families.transformers_vit import TransformersViT
-
-FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT(), MMSegViT())
 
 
 def family_of(model: nn.Module) -> Family:
@@ -20,7 +14,7 @@ def family_of(model: nn.Module) -> Family:
     """
     family = _family(model)
     if family is None:
-        known = ", ".join(family.name for family in FAMILIES)
+        known = ", ".join(family.name for family in _families())
         raise ValueError(f"cannot patch a {type(model).__name__}: known are a Segmenter and {known}")
     return family
 
@@ -36,4 +30,10 @@ def models_within(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _family(model: nn.Module) -> Family | None:
-    return next((family for family in FAMILIES if family.knows(model)), None)
+    return next((family for family in _families() if family.knows(model)), None)
+
+
+def _families() -> tuple[Family, ...]:
+    from patch.families import known  # not above: it imports timm
+
+    return known.FAMILIES

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from segm.model.upsample import upsample, upsampled_bands
@@ -141,6 +140,8 @@ class ScaleBlock(nn.Sequential):
     """(B, D, h, w) -> (B, D, 2h, 2w)"""
 
     def __init__(self, dim: int) -> None:
+        from timm.layers import LayerNorm2d  # here, for timm is slow to import
+
         up, mix = nn.ConvTranspose2d(dim, dim, 2, stride=2), nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         super().__init__(up, nn.GELU(), mix, LayerNorm2d(dim))
 

@@ -1,16 +1,18 @@
 """The Segmenter: encoder, decoder, and the way back to pixels."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segm.model.attention import recorded_attention
 from segm.model.masks import Prediction, best_classes, class_scores
 from segm.model.upsample import label_map, to_pixels
+
+if TYPE_CHECKING:
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class Segmenter(nn.Module):
@@ -30,7 +32,7 @@ class Segmenter(nn.Module):
     mask_attention = True
 
     def __init__(
-        self, encoder: VisionTransformer | Eva, decoder: nn.Module, n_cls: int, aux_heads: Iterable[nn.Module] = ()
+        self, encoder: "VisionTransformer | Eva", decoder: nn.Module, n_cls: int, aux_heads: Iterable[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.encoder = encoder

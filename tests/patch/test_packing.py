@@ -229,7 +229,7 @@ def reference_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_what_the_kernel_is_given(monkeypatch, width, biased, dtype, tolerance):
-    monkeypatch.setattr(attention, "varlen_attn", reference_varlen, raising=False)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: reference_varlen)
     qkv, where, expected = attention_case(width, dtype, biased)
     found = attention._in_one_kernel(*qkv, where, 0.0, width**-0.5)
     assert found.dtype == dtype and found.shape == expected.shape
@@ -238,7 +238,7 @@ def test_what_the_kernel_is_given(monkeypatch, width, biased, dtype, tolerance):
 
 def test_the_kernel_is_given_one_dtype_and_one_width(monkeypatch):
     """Norms of queries and keys leave float32 under autocast; differential attention has values twice as wide."""
-    monkeypatch.setattr(attention, "varlen_attn", reference_varlen, raising=False)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: reference_varlen)
     (query, key, value), where, _ = attention_case(32, torch.float32, biased=True)
     wide = torch.cat([value, value.flip(-1)], -1)
     expected = F.scaled_dot_product_attention(query, key, wide, attn_mask=where)
