@@ -431,7 +431,7 @@ def checkpoint_argument(command: Callable[..., Any]) -> Callable[..., Any]:
             "--checkpoint",
             "which",
             type=click.Choice([*CHOICES]),
-            help="Checkpoint of a run directory, the best by its mIoU.  [default: last]",
+            help="The last, or the best by mIoU.  [default: last]",
         )(chosen)
     )
 
@@ -442,16 +442,16 @@ im_size_option = click.option(
     "--im-size",
     type=POSITIVE,
     metavar="PIXELS",
-    help="Shorter side of the images; windows scale with it.  [default: the run's]",
+    help="Shorter side of images.  [default: the run's]",
 )
 scale_option = click.option(
     "--scale",
     type=click.Choice(SCALES),
     default=SCALES[0],
-    help="Images are as large as in training, or as they are.",
+    help="Size of the images.",
 )
 window_option = click.option(
-    "--window-size", cls=Sides, metavar="SIDE(S)", help="Sliding window, pixels.  [default: the run's]"
+    "--window-size", cls=Sides, metavar="SIDE(S)", help="Window, pixels.  [default: the run's]"
 )
 amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
 device_option = click.option(
@@ -461,16 +461,15 @@ device_option = click.option(
     show_default=False,
     help="Where to compute.  [default: cuda, else cpu]",
 )
-max_images_option = click.option(
-    "--max-images", type=POSITIVE, metavar="N", help="Number of images, spread over the data set.  [default: all]"
-)
+max_images_option = click.option("--max-images", type=POSITIVE, metavar="N", help="Images, at most.  [default: all]")
 workers_option = click.option(
     "--num-workers",
     "workers",
     type=COUNT,
+    metavar="N",
     default=parallel.default_workers,
-    show_default=f"cores, at most {parallel.MOST_WORKERS}",
-    help="Processes that read images.",
+    show_default=False,
+    help=f"Readers of images.  [default: cores, at most {parallel.MOST_WORKERS}]",
 )
 batch_size_option = click.option(
     "--batch-size", type=POSITIVE, metavar="N", default=1, help="Number of images per forward pass."

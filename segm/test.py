@@ -22,9 +22,7 @@ from segm.parallel import is_main, process_group
 @cli.max_images_option
 @cli.workers_option
 def main(checkpoint: Path, device: torch.device, max_images: int | None, workers: int, **how: Any) -> None:
-    """Print pixel accuracy, mean accuracy and mIoU (percent) of CHECKPOINT, a file, a run directory or an .onnx.
-    What is not given is as in the training.
-    """
+    """Print accuracies and mIoU (percent) of CHECKPOINT: run, file or .onnx."""
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, **how)
         scores = run.evaluate(n_images=max_images, workers=workers, progress=is_main())
