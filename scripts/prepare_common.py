@@ -36,7 +36,7 @@ FILE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.err
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to fetch. `url` None: a log-in at `site` is needed; `sha1` None: no checksum is published."""
+    """A file to fetch. `url` None: by hand, at `site`; `sha1` None: no checksum is published."""
 
     name: str
     url: str | None
@@ -142,8 +142,8 @@ class Source:
         target = self._target(archive)
         if not url:
             raise click.ClickException(
-                f"{archive.name} is missing: log in at {archive.site}, download it and put it into "
-                f"{target.parent} (or name it with --archive)"
+                f"{archive.name} is missing: fetch it by hand at {archive.site} and put it into {target.parent} (or "
+                "name it with --archive)"
             )
         created = [path for path in (self.folder, target.parent) if not path.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +354,11 @@ def label_table(mapping: dict[int, int], other: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------- checks
+
+
+def has(folder: Path, place: Callable[[str], str | None]) -> bool:
+    """Return whether files that `place`, as in `unpack`, takes lie below a folder."""
+    return any(place(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
 
 
 def is_complete(folder: Path, counts: dict[str, int]) -> bool:

@@ -85,6 +85,17 @@ _CAMVID = Layout(
     _by_folder("images", "annotations", train="train", val="val", test="test"),
     any_suffix=True,
 )
+_SUIM = Layout(
+    "SuimDataset",
+    ("suim", "SUIM"),
+    _by_folder("images", "annotations", train="train", val="test", test="test"),  # it has no validation set of its own
+)
+_RUMEXWEEDS = Layout(
+    "RumexWeedsDataset",
+    ("rumexweeds", "RumexWeeds"),
+    _by_folder("images", "annotations", train="train", val="val", test="test"),
+    any_suffix=True,
+)
 
 LAYOUTS = {
     "ade20k": _ADE20K,
@@ -95,6 +106,8 @@ LAYOUTS = {
     "coco_stuff": _COCO_STUFF_10K,
     "coco_stuff164k": _COCO_STUFF_164K,
     "camvid": _CAMVID,
+    "suim": _SUIM,
+    "rumexweeds": _RUMEXWEEDS,
 }
 
 # Colors of the CamVid database for the 11 merged classes.
@@ -125,10 +138,31 @@ class CamVidDataset(BaseSegDataset):
         super().__init__(metainfo={"classes": tuple(CAMVID_CLASSES)}, **kwargs)
 
 
+class SuimDataset(BaseSegDataset):
+    """Labels 0-7: the bits of red, green and blue of the colors of the release."""
+
+    METAINFO = {  # noqa: RUF012 -- mmsegmentation's convention
+        "classes": ("background", "diver", "plant", "wreck", "robot", "reef", "fish", "sea floor"),
+        "palette": [(255 * (label >> 2), 255 * (label >> 1 & 1), 255 * (label & 1)) for label in range(8)],
+    }
+
+
+class RumexWeedsDataset(BaseSegDataset):
+    """Labels 0-2; boxes of weeds whose pixels nobody marked are 255."""
+
+    METAINFO = {  # noqa: RUF012 -- mmsegmentation's convention
+        "classes": ("background", "rumex obtusifolius", "rumex crispus"),
+        "palette": [(70, 90, 50), (255, 215, 0), (255, 69, 0)],
+    }
+
+
+OWN = {one.__name__: one for one in (CamVidDataset, SuimDataset, RumexWeedsDataset)}  # that mmsegmentation lacks
+
+
 def mmseg_class(name: str) -> type[BaseSegDataset]:
     """The class that lists the files of a data set and knows its classes."""
     class_name = LAYOUTS[name].mmseg_class
-    return CamVidDataset if class_name == "CamVidDataset" else getattr(mmseg_datasets, class_name)
+    return OWN.get(class_name) or getattr(mmseg_datasets, class_name)
 
 
 def list_public(name: str, split: str, root: Path) -> BaseSegDataset:

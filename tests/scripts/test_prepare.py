@@ -29,7 +29,7 @@ from tests.helpers import end_process
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("prepare_common", "prepare_ade20k", "prepare_camvid", "prepare_cityscapes", "prepare_pascal_context")
-NAMES += ("prepare_coco_stuff",)
+NAMES += ("prepare_coco_stuff", "prepare_suim", "prepare_rumexweeds")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,50 @@ def camvid_original(folder):
     make_zip(folder / "LabeledApproved_full.zip", {f"{frame}_L.png": buffer.getvalue() for frame in FRAMES.values()})
 
 
+def bmp(colors):
+    """A picture of 4 × 3 pixels whose first row has these colors."""
+    array, buffer = np.zeros((3, 4, 3), np.uint8), io.BytesIO()
+    array[0, : len(colors)] = colors
+    Image.fromarray(array).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def suim_zips(folder):
+    """The two zips of the release: masks with all classes, and in TEST also one folder of masks per class."""
+    colors = [(0, 0, 255), (250, 9, 3), (255, 140, 0), (255, 255, 255)]  # blue, red, yellow and white, not all exact
+    for part, name in (("train_val", "d_r_1_"), ("TEST", "f_r_2_")):
+        files = {f"{part}/images/{name}.jpg": photo(), f"{part}/masks/{name}.bmp": bmp(colors)}
+        files[f"{part}/masks/FV/{name}.bmp"] = bmp([(255, 255, 255)])
+        make_zip(folder / f"{part}.zip", files)
+    return folder
+
+
+RUMEX = {"train": ("20210806_farm", "seq0", "a_1.png"), "val": ("20210806_farm", "seq1", "b_2.png")}
+RUMEX["test"] = ("20211006_stable", "seq0", "a_1.png")
+
+
+def cvat(image, *shapes):
+    return f"<annotations><version>1.1</version>{image}{''.join(shapes)}</image></annotations>".encode()
+
+
+def rumexweeds_zip(folder, label="rumex_crispus"):
+    """The release: polygons by people and by a network, and a box without any, in images of 40 × 30 pixels."""
+    files = {f"RumexWeeds/dataset_splits/random_{s}.txt": f"{c}/{q}/imgs/{f}\n" for s, (c, q, f) in RUMEX.items()}
+    square = '<polygon label="{}" points="{},2.0;{},2.0;{},12.4;{},12.4"/>'
+    box = '<box label="rumex_obtusifolius" xtl="{}" ytl="2.0" xbr="{}" ybr="12.0"/>'
+    for collection, sequence, file in RUMEX.values():
+        own = f"RumexWeeds/{collection}/{sequence}"
+        image = f'<image id="0" name="{file}" width="40" height="30">'
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(buffer, "PNG")
+        files |= {f"{own}/imgs/{file}": buffer.getvalue(), f"{own}/gps.json": b"{}"}
+        human = [box.format(2, 9), box.format(12, 19), box.format(30, 35), square.format(label, 12, 19, 19, 12)]
+        files[f"{own}/annotations.xml"] = cvat(image, *human)
+        network = square.format("rumex_obtusifolius", 2, 15, 15, 2)
+        files[f"{own}/annotations_seg.xml"] = cvat(image, network)
+    return make_zip(folder / "RumexWeeds.zip", files)
+
+
 # -------------------------------------------------------------------------------------------------- results
 
 
@@ -304,6 +348,76 @@ def test_camvid_pictures_of_other_colors(scripts, store, tmp_path):
     camvid_original(store)
     make_zip(store / "LabeledApproved_full.zip", {f"{FRAMES['val']}_L.png": photo()})
     assert "colors of no class" in refused(scripts["prepare_camvid"], out, "--url", store.as_uri(), "--original")
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_suim(scripts, store, tmp_path, unpacked):
+    """Colors are the bits of the class; channels that are not exact count as the nearer value."""
+    out = tmp_path / "suim"
+    suim_zips(store)
+    for part in ("train_val", "TEST") if unpacked else ():
+        zipfile.ZipFile(store / f"{part}.zip").extractall(out)
+    ok(scripts["prepare_suim"], out, *([] if unpacked else ["--url", store.as_uri()]))
+    for split, folder, name in (("train", "train", "d_r_1_"), ("val", "test", "f_r_2_"), ("test", "test", "f_r_2_")):
+        assert first_row(out / "annotations" / folder / f"{name}.png") == [1, 4, 6, 7]
+        assert (out / "images" / folder / f"{name}.jpg").read_bytes() == photo()
+        assert len(list_public("suim", split, out)) == 1
+
+
+def test_suim_colors_are_those_of_the_class_list(scripts):
+    from segm.data.public import SuimDataset
+
+    for start in (0, 4):
+        colors = SuimDataset.METAINFO["palette"][start : start + 4]
+        assert scripts["prepare_suim"].to_labels(io.BytesIO(bmp(colors)))[0].tolist() == [*range(start, start + 4)]
+
+
+def test_suim_refuses_other_pictures_and_says_where_the_release_is(scripts, store, tmp_path):
+    suim_zips(store)
+    files = {"train_val/images/a.jpg": photo(), "train_val/masks/a.bmp": bmp([(120, 130, 99)] * 4)}
+    make_zip(store / "train_val.zip", files)
+    line = refused(scripts["prepare_suim"], tmp_path / "out", "--url", store.as_uri())
+    assert "is this SUIM?" in line and "train_val/masks/a.bmp" in line
+    assert "irvlab.cs.umn.edu" in refused(scripts["prepare_suim"], tmp_path / "none")
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_rumexweeds(scripts, store, tmp_path, unpacked):
+    """Polygons are filled, those by people over those of the network, and a box without any is ignored."""
+    out, archive = tmp_path / "rumexweeds", rumexweeds_zip(store)
+    if unpacked:
+        zipfile.ZipFile(archive).extractall(out)
+    ok(scripts["prepare_rumexweeds"], out, *([] if unpacked else ["--archive", archive]))
+    for split, names in RUMEX.items():
+        labels = np.array(Image.open(out / "annotations" / split / "_".join(names)))
+        assert labels.shape == (30, 40) and (out / "images" / split / "_".join(names)).is_file()
+        expected = np.zeros((30, 40), np.uint8)
+        expected[2:13, 2:16], expected[2:13, 12:20], expected[2:13, 30:36] = 1, 2, 255
+        assert (labels == expected).all()
+        assert len(list_public("rumexweeds", split, out)) == 1
+
+
+def test_rumexweeds_refuses_what_it_does_not_know(scripts, store, tmp_path):
+    def line():
+        return refused(scripts["prepare_rumexweeds"], tmp_path / "out", "--archive", store / "RumexWeeds.zip")
+
+    rumexweeds_zip(store, "thistle")
+    assert "annotations.xml" in line() and "thistle, expected rumex_obtusifolius or rumex_crispus" in line()
+    files = {name: data for name, data in zip_files(rumexweeds_zip(store)).items() if "random_val" not in name}
+    make_zip(store / "RumexWeeds.zip", files)
+    assert "random_val.txt is missing" in line()
+    files = zip_files(rumexweeds_zip(store))
+    make_zip(store / "RumexWeeds.zip", files | {"RumexWeeds/20210806_farm/seq0/annotations.xml": b"<annotations>"})
+    assert "seq0/annotations.xml: no annotations of CVAT 1.1" in line()
+    files = {name: data for name, data in files.items() if "20211006_stable/seq0/annotations" not in name}
+    make_zip(store / "RumexWeeds.zip", files)
+    assert "1 of 3 images have no entry" in line() and "20211006_stable/seq0/a_1.png" in line()
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def zip_files(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def test_cityscapes_train_ids_are_those_of_the_class_list(scripts):
@@ -429,6 +543,8 @@ def test_coco_stuff_tables_have_171_classes_in_order(scripts):
         ("prepare_cityscapes", cityscapes_zips, ()),
         ("prepare_camvid", camvid_segnet, ()),
         ("prepare_camvid", camvid_original, ("--original",)),
+        ("prepare_suim", suim_zips, ()),
+        ("prepare_rumexweeds", rumexweeds_zip, ()),
         ("prepare_coco_stuff", coco_10k_zip, ()),
         ("prepare_coco_stuff", coco_164k_zips, ("--version", "164k")),
     ],

@@ -52,6 +52,7 @@ def test_one_recipe_per_published_row():
     algm += " coco_512_small coco_512_base pascal_480_small pascal_480_large"
     wanted |= {f"{row}_{kind}" for row in algm.split() for kind in ("pure", "algm")}
     wanted |= {f"ade20k_{size}_clustvit" for size in ("512_tiny", "512_small", "512_base", "640_large")}
+    wanted |= {f"{dataset}_512_base_{kind}" for dataset in ("suim", "rumexweeds") for kind in ("pure", "clustvit")}
     assert wanted == {path.stem for path in RECIPES}
 
 

@@ -32,6 +32,8 @@ SETS = {
         "coco_stuff164k", "images/train2017", "annotations/train2017", (".jpg", "_labelTrainIds.png"),
         {0: 0, 170: 170, 255: 255}),
     "camvid": ("camvid", "images/train", "annotations/train", (".jpg", ".png"), {0: 0, 10: 10, 11: 255}),
+    "suim": ("SUIM", "images/train", "annotations/train", (".jpg", ".png"), {0: 0, 7: 7, 255: 255}),
+    "rumexweeds": ("rumexweeds", "images/train", "annotations/train", (".png", ".png"), {0: 0, 2: 2, 255: 255}),
     "folder": ("", "images/train", "annotations/train", (".jpg", ".png"), {0: 0, 2: 2, 255: 255}),
 }  # fmt: skip
 
