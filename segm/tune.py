@@ -253,14 +253,19 @@ def over_thresholds(
     if others or method == PURE or knob_of(method) != "threshold":
         names = ", ".join(name for name in patch.METHODS if knob_of(name) == "threshold")
         raise ValueError(f"--thresholds: name one method that has a threshold: --methods {{{names}}}")
+    thresholds = falling(bounds)
+    own = [Setting(0, method, {**fixed, "threshold": one}, plain.precision) for one in thresholds]
+    return [replace(one, im_size=size) for size in sizes for one in (plain, *own)]
+
+
+def falling(bounds: tuple[float, float, float]) -> list[float]:
+    """Thresholds from the highest down to the lowest, from (highest, lowest, step); a ValueError if they are wrong."""
     highest, lowest, step = bounds
     if not -1 <= lowest <= highest <= 1 or step <= 0:
         raise ValueError(
             f"--thresholds {highest} {lowest} {step}: give 1 >= highest >= lowest >= -1, and a step above 0"
         )
-    thresholds = np.arange(highest, lowest - step / 2, -step).round(6).clip(lowest).tolist()
-    own = [Setting(0, method, {**fixed, "threshold": one}, plain.precision) for one in thresholds]
-    return [replace(one, im_size=size) for size in sizes for one in (plain, *own)]
+    return np.arange(highest, lowest - step / 2, -step).round(6).clip(lowest).tolist()
 
 
 def set_up(run: Run, dataset_name: str, split: str, max_images: int | None) -> tuple[Bench, str]:

@@ -2,7 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
-from vis.curves import hull, scale_curves, search_plot, tradeoff_plot
+from vis.curves import hull, scale_curves, search_plot, threshold_curves, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
 from vis.sheet import picture_sheet
@@ -30,6 +30,7 @@ __all__ = [
     "similarity_histograms",
     "similarity_map",
     "spread_weights",
+    "threshold_curves",
     "token_histograms",
     "token_pictures",
     "tradeoff_plot",

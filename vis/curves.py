@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by all kinds of color vision
 
@@ -131,6 +132,38 @@ def search_plot(
         axis.set_ylim(max(low - max(1, -low / 2), -DEEPEST), max(1, axis.get_ylim()[1]))
         axis.grid(color="0.9")
         axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def threshold_curves(rows: Sequence[Mapping[str, Any]], automatic: Mapping[str, float]) -> np.ndarray:
+    """mIoU and speed of runs over the threshold, with a star at the automatic one; dotted: nothing merges.
+
+    Args:
+        rows: `name` of the run, `threshold` (None: nothing merges), `mean_iou` and `images_per_second`.
+        automatic: name -> the automatic threshold, which is among the rows.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    panels = {"mean_iou": "mIoU, %", "images_per_second": "images/s"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for number, (name, auto) in enumerate(automatic.items()):
+                color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+                own = {row["threshold"]: row[key] for row in rows if row["name"] == name}
+                plain, points = own.pop(None), sorted(own.items())
+                axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=name)
+                axis.axhline(plain, color=color, linestyle=":", linewidth=1)
+                axis.plot(auto, own[auto], "*", color=color, markersize=15, markeredgecolor="white", zorder=3)
+            axis.set(xlabel="threshold τ", ylabel=label)
+            axis.grid(color="0.9")
+        kinds = [Line2D([], [], color="0.3", linestyle=":"), Line2D([], [], color="0.3", marker="*", linestyle="none")]
+        handles, names = axis.get_legend_handles_labels()
+        names += ["nothing merges", "automatic τ"]
+        figure.legend([*handles, *kinds], names, loc="outside upper center", ncols=min(len(names), 5), frameon=False)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
