@@ -135,6 +135,7 @@ def _several(kind: Kind, words: str, count: int, alone: bool = False) -> Kind:
 
 
 SIZE, COUNT = _whole(1, 1 << 16), _whole(0, 1 << 31)  # pixels, channels, images; anything counted from 0
+UPDATES = _whole(1, 1 << 31)
 LAYERS, CLASSES = _whole(1, 512), _whole(1, 65535)
 LOSSES = ("cross_entropy", "focal", "dice")
 SHARE, RATE, THRESHOLD = _number(0, 1), _number(0), _number(-1, 1)
@@ -294,6 +295,12 @@ class Schedule:
         "Parts of a batch that gradients are summed over before an update, which save memory.", 1)
     epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
     eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
+    updates: int | None = setting(UPDATES, "algorithm.num_updates",
+        "Updates of the training, in place of epochs; what else counts epochs then counts evaluations.",
+        default_text="--epochs")
+    eval_every: int | None = setting(UPDATES, "algorithm.eval_every",
+        "Updates between two evaluations, of which --updates is a multiple.", default_text="a tenth of --updates",
+        frozen_on_resume=True)
     patience: int | None = setting(SIZE, "algorithm.patience",
         "Evaluations without a better mIoU that end the training.", default_text="it goes on for all epochs")
     seed: int = setting(COUNT, "seed", "Seed of weights, order and augmentation.", 0)
@@ -306,6 +313,10 @@ class Schedule:
         "Epochs of a curriculum at its start threshold.", default_text="no curriculum")
     curric_period: int | None = setting(SIZE, "dataset.curriculum_period",
         "Epochs of a curriculum between steps of -0.01.", default_text="no curriculum")
+
+    def course(self, epochs: int) -> str:
+        """So many epochs in words, or the updates that they stand for."""
+        return f"{epochs} epochs" if self.eval_every is None else f"{epochs * self.eval_every} updates"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from segm.data.images import name_of_normalization
 from segm.merging import PURE
 from segm.sizes import pair, short, smaller
 
+EPOCHS, UPDATES = ("epochs", "eval_freq"), ("updates", "eval_every")  # two ways to say how long
 DECODER_SETTINGS = {"decoder_dropout": "dropout", "decoder_blocks": "n_blocks"}
 DECODER_SETTINGS |= {"decoder_layers": "n_layers", "decoder_drop_path": "drop_path_rate"}  # setting -> key of its file
 
@@ -126,6 +127,10 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def _check_resumable(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     frozen = [name for name, (_, entry) in SETTINGS.items() if entry.metadata.get("frozen_on_resume")]
     changed = [name for name in frozen if name in given and given[name] != saved.get(name)]
+    counts_updates = "updates" in saved
+    if not counts_updates or "updates" not in given:
+        other = EPOCHS if counts_updates else UPDATES
+        changed += [name for name in other if name in given and name not in changed]
     if changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise ValueError(f"{flags}: a resumed run keeps these; start a new one with --finetune to change them")
@@ -145,6 +150,8 @@ def _complete(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: no data set or backbone, or an unknown one; settings that contradict each other.
     """
+    if given.keys() & {*EPOCHS} and "updates" not in given:
+        saved = {name: value for name, value in saved.items() if name not in UPDATES}
     chosen = {**saved, **given}
     for name in ("dataset", "backbone"):
         if name not in chosen:
@@ -171,10 +178,27 @@ def _complete(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
     patch_side = settings["patch_size"]  # the embedding of positions has those of the padded crop
     image_size = tuple(-(-side // patch_side) * patch_side for side in pair(settings["crop_size"]))
     settings |= {"image_size": image_size, "eval_size": settings["im_size"]}
+    settings |= _in_updates(settings["updates"], settings["eval_every"])
     if "minlearning_rate" not in chosen:
         settings["minlearning_rate"] = min(settings["minlearning_rate"], settings["learning_rate"])
     _check_together(settings)
     return settings
+
+
+def _in_updates(updates: int | None, every: int | None) -> dict[str, int]:
+    """The settings of a schedule in updates: an epoch is what lies between two evaluations.
+
+    Raises:
+        ValueError: the updates are no multiple of those between two evaluations, or not given.
+    """
+    if updates is None:
+        if every is not None:
+            raise ValueError(f"--eval-every {every}: give --updates too, or --eval-freq, which counts epochs")
+        return {}
+    every = every or max(updates // 10, 1)
+    if updates % every:
+        raise ValueError(f"--updates {updates}: give a multiple of --eval-every, which is {every}")
+    return {"eval_every": every, "epochs": updates // every, "eval_freq": 1}
 
 
 def _of(owner: str) -> list[str]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import patch
 from segm import merging, parallel
 from segm.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from segm.config import WEIGHTS, RunConfig
+from segm.config import WEIGHTS, RunConfig, Schedule
 from segm.data import SegmentationDataset, create_dataset, fingerprint
 from segm.data.dataset import ignore_label, mix_seeds
 from segm.data.loader import create_loader
@@ -212,7 +212,8 @@ class Trainer:
             parameter.requires_grad_(True)
 
     def _cached_features(self, folder: Path | None) -> CachedFeatures | None:
-        n_versions = min(self.config.schedule.cache_features, self.config.schedule.epochs)
+        schedule = self.config.schedule
+        n_versions = schedule.cache_features if schedule.updates else min(schedule.cache_features, schedule.epochs)
         if not n_versions:
             return None
         if self.train_set.skip_bad:
@@ -223,7 +224,8 @@ class Trainer:
         schedule = self.config.schedule
         size = schedule.batch_size // parallel.world_size()
         pins = self.device.type == "cuda"
-        return create_loader(self.features or self.train_set, size, schedule.seed, self.workers, pin_memory=pins)
+        dataset, every = self.features or self.train_set, schedule.eval_every
+        return create_loader(dataset, size, schedule.seed, self.workers, pin_memory=pins, n_batches=every)
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, with the factors of encoder, layers and learned parts."""
@@ -243,7 +245,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates of an epoch."""
+        """Updates of an epoch: a round through the images, or what lies between two evaluations."""
         return len(self.loader)
 
     @property
@@ -338,11 +340,12 @@ class Trainer:
                 f"warning: the training images of {self.train_set.name}, or how they are augmented, are others than in "
                 "the run so far"
             )
-        before, epochs = checkpoint.get("epochs"), self.config.schedule.epochs
-        if before not in (None, epochs):
+        before, schedule = checkpoint.get("epochs"), self.config.schedule
+        if before not in (None, schedule.epochs):
             self.say(
-                f"warning: the schedule is one of {epochs} epochs now, not of {before}, and the learning rate jumps to "
-                "it: --finetune begins a new schedule from these weights"
+                f"warning: the schedule is one of {schedule.course(schedule.epochs)} now, not of "
+                f"{schedule.course(before)}, and the learning rate jumps to it: --finetune begins a new schedule from "
+                "these weights"
             )
 
     @cached_property
@@ -382,9 +385,11 @@ class Trainer:
             if self.resume:
                 self.load(load_checkpoint(self.log_dir))
             if self.is_finished:
-                how, more = f"has finished its {self.config.schedule.epochs} epochs", "--epochs"
+                schedule = self.config.schedule
+                more = "--epochs" if schedule.updates is None else "--updates"
+                how = f"has finished its {schedule.course(schedule.epochs)}"
                 if self._has_stopped:
-                    how, more = f"has ended early, after {self.epoch} epochs", "--patience"
+                    how, more = f"has ended early, after {schedule.course(self.epoch)}", "--patience"
                 self.say(f"{self.log_dir} {how}: give more {more} to go on")
                 return self
             if self.features is not None:
@@ -400,7 +405,8 @@ class Trainer:
                     self._save_if_asked()
                 self.end_epoch()
             if self._has_stopped:
-                self.say(f"ended after epoch {self.epoch}: no better mIoU in {self.n_worse} evaluations (--patience)")
+                course = self.config.schedule.course(self.epoch)
+                self.say(f"ended after {course}: no better mIoU in {self.n_worse} evaluations (--patience)")
             if self.log is not None:
                 self.log.close()
             if self.features is not None and not self._keeps_features:
@@ -549,7 +555,7 @@ class Trainer:
         self.losses.zero_()
         if self.log is not None:
             self._save_epoch(entry, is_best)
-            self.say(summary(entry, epochs))
+            self.say(summary(entry, self.config.schedule))
 
     def _entry(self) -> dict[str, Any]:
         """The record of an epoch whose updates are done; it waits for the device."""
@@ -678,10 +684,13 @@ def class_weights(
     return [float(value) for value in found]
 
 
-def summary(entry: Mapping[str, Any], epochs: int) -> str:
+def summary(entry: Mapping[str, Any], schedule: Schedule) -> str:
     """One line about an epoch."""
     score = f"  mIoU {entry['val_mean_iou']:.2f}" if "val_mean_iou" in entry else ""
     speed = f"{entry['images_per_second']:.1f} images/s, {entry['data_wait']:.0f} % of the time waiting for data"
     speed += f", loss of the method {entry['train_method_loss']:.4f}" if "train_method_loss" in entry else ""
     speed += f", {entry['skipped_images']} images skipped" if "skipped_images" in entry else ""
-    return f"epoch {entry['epoch'] + 1}/{epochs}  loss {entry['train_loss']:.4f}  {speed}{score}"
+    place = f"epoch {entry['epoch'] + 1}/{schedule.epochs}"
+    if schedule.updates is not None:
+        place = f"update {entry['num_updates']}/{schedule.updates}"
+    return f"{place}  loss {entry['train_loss']:.4f}  {speed}{score}"

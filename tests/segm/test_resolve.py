@@ -18,7 +18,7 @@ BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
 CLASSES = [{"id": index, "name": name, "color": [0, 0, 0]} for index, name in enumerate("ab")]
 NO_FLAG = {"distilled", "decoder_layers", "decoder_drop_path", "n_cls", "image_size", "reduction", "classes"}
 NO_FLAG |= {"inventory", "eval_size", "method"}
-ABSENT = {"train_only", "decoder_blocks", "bands"}  # from the command of the first test
+ABSENT = {"train_only", "decoder_blocks", "bands", "updates", "eval_every"}  # from the command of the first test
 EVERY = {
     "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
     "learning_rate": 0.002, "minlearning_rate": 0.0001, "weight_decay": 0.03, "warmup_epochs": 1,
@@ -239,6 +239,26 @@ def test_missing_and_unknown_names_are_refused():
     ):
         with pytest.raises(ValueError, match=hint):
             resolve(given)
+
+
+def test_a_schedule_counts_epochs_or_updates():
+    config = make({"updates": 200, "eval_every": 50})
+    assert (config.schedule.epochs, config.schedule.eval_freq) == (4, 1)
+    assert make({"updates": 200}).schedule.eval_every == 20
+    again = RunConfig.from_variant(config.to_variant())
+    assert again == config == resolve({}, again, resume=True)
+    assert resolve({"updates": 300}, again, resume=True).schedule.epochs == 6
+    assert resolve({"epochs": 9}, again).schedule.updates is None
+    for given, base, hint in (
+        ({"updates": 210, "eval_every": 50}, None, "a multiple of --eval-every, which is 50"),
+        ({"updates": 25}, None, "a multiple of --eval-every, which is 2"),
+        ({"eval_every": 50}, None, "give --updates too"),
+        ({"epochs": 9}, again, "--epochs: a resumed run keeps"),
+        ({"updates": 200, "eval_every": 40}, again, "--eval-every: a resumed run keeps"),
+        ({"updates": 200, "epochs": 9}, make(), "--updates: a resumed run keeps"),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            make(given, None, base, resume=base is not None)
 
 
 def test_pixels_are_normalized_as_the_weights_were_trained():

@@ -100,6 +100,37 @@ def test_a_training_goes_on_where_it_was(create, workers):
         assert [entry | MEASURED for entry in entries][-len(rest) :] == [entry | MEASURED for entry in rest]
 
 
+def test_a_schedule_in_updates_goes_on_where_it_was(create):
+    """Of three updates between evaluations, where two make a round through the images."""
+    given = {"updates": 9, "eval_every": 3, "epochs": None, "eval_freq": None}
+    whole = create("whole", **given)
+    entries, seen = record(whole), []
+    whole.say = seen.append
+    whole.fit()
+    assert whole.step == whole.n_steps == 9 and [entry["num_updates"] for entry in entries] == [3, 6, 9]
+    assert all("mIoU" in line for line in seen) and seen[1].startswith("update 6/9")
+    for step in (2, 3, 7):
+        with pytest.raises(StoppedError):
+            stopping(create(f"cut {step}", **given), step).fit()
+        resumed = create(f"cut {step}", **given, resume=True)
+        rest = record(resumed)
+        resumed.fit()
+        assert equal_weights(whole, resumed)
+        assert [entry | MEASURED for entry in entries][-len(rest) :] == [entry | MEASURED for entry in rest]
+
+
+def test_updates_and_epochs_are_two_words_for_one_training(create):
+    """Whenever it is evaluated; what it has done is said in its own unit."""
+    epochs = create("epochs", epochs=4).fit()
+    for every in (4, 8):
+        given = {"updates": 8, "eval_every": every, "epochs": None, "eval_freq": None}
+        assert equal_weights(epochs, create(f"every {every}", **given).fit())
+    finished, said = create("every 4", **given | {"eval_every": 4}, resume=True), []
+    finished.say = said.append
+    finished.fit()
+    assert said == [f"{finished.log_dir} has finished its 8 updates: give more --updates to go on"]
+
+
 def record(trainer):
     """The entries that a trainer writes."""
     entries, real = [], trainer._entry
@@ -267,7 +298,7 @@ def test_a_training_without_progress_ends(create):
     trainer.say = said.append
     trainer.fit()
     assert (trainer.epoch, trainer.best, trainer.is_finished) == (4, 4.0, True)
-    assert said[-1] == "ended after epoch 4: no better mIoU in 2 evaluations (--patience)"
+    assert said[-1] == "ended after 4 epochs: no better mIoU in 2 evaluations (--patience)"
     again = create(resume=True, **settings)
     again.say, again.train_step = said.append, None
     again.fit()
@@ -495,6 +526,16 @@ def test_every_image_is_seen_once_per_epoch_in_another_order():
         assert {e for e, _ in pairs} == {epoch} and sorted(i for _, i in pairs) == list(range(10))
         epochs.append([i for _, i in pairs])
     assert epochs[0] != epochs[1]
+
+
+def test_the_order_is_that_of_rounds_however_long_an_epoch_is():
+    def order(n_epochs, **length):
+        sampler, pairs = EpochSampler(10, 4, **length), []
+        for sampler.epoch in range(n_epochs):
+            pairs += [*sampler]
+        return pairs
+
+    assert order(6) == order(4, n_batches=3) == order(12, n_batches=1)  # a round has two batches
 
 
 def test_processes_share_the_images_of_an_update(monkeypatch):
