@@ -18,7 +18,7 @@ import g2tm
 from g2tm.selection import falling, own_positions, rows, selection, true_positions
 from g2tm.similarity import exact_product, unit_vectors
 from patch.method import Choice, Number, Option, Step, find, register
-from patch.methods import keymatch
+from patch.methods.common import METRICS
 from segm.cli import Command, checkpoint_argument, dataset_argument, device_option, markdown
 from segm.eval.cost import count_operations
 from segm.merging import PURE
@@ -49,7 +49,7 @@ TRIED: dict[str, Mapping[str, Any]] = {
 def vectors_of(step: Step) -> Tensor:
     """The vectors that are compared: (B, N, d), float32."""
     name = step.options["vectors"]
-    if name in keymatch.METRICS:
+    if name in METRICS:
         return step.x if name == "tokens" else getattr(step, name)
     if name == "keys and queries":
         return torch.cat([step.keys, step.queries], -1)
