@@ -10,9 +10,9 @@ from segm.resolve import curriculum, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVERY = sorted((CONFIGS / "recipes").glob("*.yml"))
-# Ours, and of other heads.
-OTHERS = ("dinov2", "ade20k_512_large_setr", "ade20k_512_base_segvit", "cityscapes_1024_large_eomt")
-RECIPES = [path for path in EVERY if not path.stem.startswith(OTHERS)]  # of published rows
+# Ours, of other heads, fine-tuned, without a published figure.
+OTHERS = ("dinov2", "setr", "segvit", "eomt", "finetuned", "coco_512_large")
+RECIPES = [path for path in EVERY if not any(word in path.stem for word in OTHERS)]  # of published rows
 ALWAYS = {"dataset", "backbone", "decoder", "patch_type"}
 ALLOWED = ALWAYS | {
     *("im_size", "crop_size", "window_size", "window_stride", "batch_size", "epochs", "learning_rate"),
@@ -29,6 +29,7 @@ ALLOWED = ALWAYS | {
         "cluster_width",
         "decoder_dropout",
         "minlearning_rate",
+        "r",
     ),
 }
 CURRICULUM = {"start_thresh", "curric_warmup", "curric_period"}
@@ -51,7 +52,11 @@ def test_one_recipe_per_published_row():
     algm = "ade20k_512_tiny ade20k_512_small ade20k_512_base ade20k_640_large cityscapes_768_small cityscapes_768_large"
     algm += " coco_512_small coco_512_base pascal_480_small pascal_480_large"
     wanted |= {f"{row}_{kind}" for row in algm.split() for kind in ("pure", "algm")}
-    wanted |= {f"ade20k_{size}_clustvit" for size in ("512_tiny", "512_small", "512_base", "640_large")}
+    wanted |= {
+        f"ade20k_{size}_{kind}"
+        for size in ("512_tiny", "512_small", "512_base", "640_large")
+        for kind in ("clustvit", "tome")
+    }
     wanted |= {f"{dataset}_512_base_{kind}" for dataset in ("suim", "rumexweeds") for kind in ("pure", "clustvit")}
     assert wanted == {path.stem for path in RECIPES}
 
@@ -70,6 +75,18 @@ def test_train_accepts_every_recipe():
         assert (curriculum(config) is not None) == bool(CURRICULUM & recipe.keys()), path.stem
 
 
+def test_other_heads_have_recipes_with_and_without_algm():
+    """GBM merges in the published layer of each: SETR-B 5, SETR-L 13, SegViT-L 12."""
+    layers = {"ade20k_640_large_segvit": 12}
+    for data in ("ade20k_512", "pascal_480"):
+        layers |= {f"{data}_base_setr_pup": 5, f"{data}_large_setr_pup": 13}
+    for name, layer in layers.items():
+        plain, merged = (load(CONFIGS / f"recipes/{stem}.yml") for stem in (name, f"{name}_algm"))
+        assert (plain.pop("patch_type"), merged.pop("patch_type")) == ("pure", "algm")
+        assert merged.pop("selected_layers") == [1, layer] and merged.pop("merging_window_size") == [2, 2]
+        assert merged.pop("threshold") and merged == plain
+
+
 def test_recipes_say_only_what_differs_from_the_defaults():
     for path in RECIPES:
         recipe = load(path)
@@ -82,7 +99,7 @@ def test_recipes_say_only_what_differs_from_the_defaults():
 
 
 def test_names_say_what_the_recipes_do():
-    schedules = {"pure": "polynomial", "graph": "polynomial_epoch", "algm": "polynomial", "clustvit": "polynomial"}
+    schedules = dict.fromkeys(("pure", "algm", "tome", "clustvit"), "polynomial") | {"graph": "polynomial_epoch"}
     for path in RECIPES:
         recipe = load(path)
         dataset, size, model, kind = path.stem.split("_")
