@@ -12,6 +12,7 @@ from patch.compiled import compile, is_compiled
 from patch.curriculum import Curriculum
 from patch.exporting import onnx_options
 from patch.learned import add_modules, clamp_parts, has_modules, has_unused_parts, learned_parameters
+from patch.measure import benchmark
 from patch.method import METHODS, Choice, LossInput, Method, ModelShape, Number, Option, Step, find, register
 from patch.observe import edges, merge_ranges, reductions, similarities, tokens
 from patch.patching import (
@@ -44,6 +45,7 @@ __all__ = [
     "Step",
     "add_modules",
     "apply",
+    "benchmark",
     "check",
     "clamp_parts",
     "class_similarity_moments",

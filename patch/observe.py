@@ -84,6 +84,34 @@ def tokens(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tens
         yield found
 
 
+@contextmanager
+def features(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """While open, every forward pass of this thread notes what the blocks of a ViT give.
+
+    Args:
+        model: patched or not.
+
+    Yields:
+        layer, 1-based -> (B, N, D), all patch tokens of the last pass, each with the features of the token that
+        carries it; empty at first.
+
+    Raises:
+        ValueError: a model that cannot be patched.
+    """
+    found: dict[int, Tensor] = {}
+    unpatched = not is_patched(model)
+    if unpatched:
+        attach(model, Method("observed", _Observers(), COMMON, static=True), {})
+    thread = merging_of(model).thread
+    try:
+        thread.watch = lambda index, x: found.update({index + 1: x.detach()})
+        yield found
+    finally:
+        thread.watch = None
+        if unpatched:
+            remove(model)
+
+
 class _Observers:
     """Functions that look at the steps of some layers each; nothing merges."""
 

@@ -70,7 +70,7 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
 
     from patch.families.timm_vit import PatchedTimmBlock, check_kind
 
-    parts, method = _parts(model), entry.name
+    parts, method = parts_of(model), entry.name
     encoder, family = parts.encoder, family_of(parts.encoder)
     if is_patched(encoder):
         raise ValueError(f"the model is patched with {method_of(encoder)} already: call patch.remove first")
@@ -111,7 +111,7 @@ def attach(model: nn.Module, entry: Method, options: dict[str, Any]) -> None:
         mix_in(parts.model, PatchedSegmenter, _patch=Record(merging))
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """A model taken apart: the Segmenter, or the ViT itself; its ViT; and further blocks that see its tokens."""
 
     model: Any
@@ -119,7 +119,7 @@ class _Parts(NamedTuple):
     more_blocks: list[nn.Module]
 
 
-def _parts(model: nn.Module) -> _Parts:
+def parts_of(model: nn.Module) -> Parts:
     """The one Segmenter or ViT that a model is or holds.
 
     Raises:
@@ -129,7 +129,7 @@ def _parts(model: nn.Module) -> _Parts:
     if len(found) > 1:
         raise ValueError(f"the model holds {len(found)} ViTs: choose one of {', '.join(found)}")
     own: Any = next(iter(found.values()), model)
-    return _Parts(own, own.encoder, list(own.decoder.blocks)) if is_segmenter(own) else _Parts(own, own, [])
+    return Parts(own, own.encoder, list(own.decoder.blocks)) if is_segmenter(own) else Parts(own, own, [])
 
 
 def _slots(place: str, layers: tuple[int, ...]) -> dict[int, dict[str, int]]:
@@ -274,7 +274,7 @@ def merging_of(model: nn.Module) -> Merging:
     Raises:
         ValueError: the model is not patched.
     """
-    record = vars(_parts(model).encoder).get(RECORD)
+    record = vars(parts_of(model).encoder).get(RECORD)
     if record is None:
         raise ValueError("the model is not patched: call patch.apply first")
     return record.merging

@@ -21,7 +21,7 @@ from g2tm import Grouping, Reduction
 from g2tm.selection import cached, images_in, is_vmapped, statically_true
 from patch.attention import can_pack
 from patch.hooks import are_watched
-from patch.layout import Packed, Rows, Tokens
+from patch.layout import Around, Packed, Rows, Tokens
 from patch.look import Look
 from patch.method import Method, ModelShape, Step
 
@@ -48,8 +48,8 @@ class Ended:
 
 
 class _Thread(threading.local):
-    """The state of one thread: the passes that it is in, the last one that ended, whether it may trace, and a function
-    that takes the place of the method's own merge."""
+    """The state of one thread: the passes that it is in, the last one that ended, whether it may trace, a function that
+    takes the place of the method's own merge, and one that sees what every block gives."""
 
     def __init__(self) -> None:
         self.passes: list[Track] = []
@@ -57,6 +57,7 @@ class _Thread(threading.local):
         self.trained: list[Ended] = []  # the last one of the method's soft form
         self.may_trace = False
         self.merge: Callable[[Step], Reduction | None] | None = None
+        self.watch: Callable[[int, Tensor], None] | None = None  # gets the index of a block and what it gave
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of a model: passes stay with the original."""
@@ -416,6 +417,8 @@ class Track:
         """The output of a block: in rows where something other than a block comes next, with all patches where it is
         looked at."""
         own, before = block._patch, block._patch.n_around[0]
+        if self.merging.thread.watch is not None and own.index < self.n_blocks:
+            self.merging.thread.watch(own.index, self._all_patches(x, own.n_around))
         is_last = own.index == self.n_blocks - 1
         is_read = block.is_read(self, is_last)
         if self.undo_at == own.index + 1 or (is_last and (is_read or self.undo_at == "before_norm")):
@@ -426,6 +429,12 @@ class Track:
             return x
         self._exposed = x[:, before:]
         return torch.cat([x[:, :before], self.reduction.unmerge(self._exposed)], dim=1)
+
+    def _all_patches(self, x: Tensor, n_around: Around) -> Tensor:
+        """Tokens as they lie -> (B, N, D), every patch with the features of the token that carries it."""
+        rows = x if self._layout is None else self._layout.rows(x)
+        patches = rows[:, n_around[0] : rows.shape[1] - n_around[1]]
+        return patches if self.reduction is None or self.is_undone else self.reduction.unmerge(patches)
 
     def after_encoder(self, x: Tensor, before: int) -> Tensor:
         """The encoder's output: with all patches, unless a model around it goes on with the tokens that are left."""

@@ -1,13 +1,13 @@
-"""Options with which a method costs as much as another: what `segm.merging.options_for` leaves to the studies."""
+"""Options with which a method costs as much as another: what `patch.budget.options_for` leaves to the studies."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
 import patch
-from segm.eval.cost import count_operations
-from segm.merging import KNOBS as OPTIONS
-from segm.merging import knob_of, options_for, tokens_left
+from patch.budget import KNOBS as OPTIONS
+from patch.budget import knob_of, options_for, tokens_left
+from patch.operations import count_operations
 from segm.model.segmenter import Segmenter
 
 __all__ = ["FIXED", "FLAGS", "KNOBS", "NEEDS_TRAINING", "gflops", "options_for", "tokens_left"]

@@ -5,16 +5,14 @@ python scripts/eval_classification.py deit_small_patch16_224 imagenet/val --patc
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import timm
 import torch
 from timm.data import ImageDataset, ImageNetInfo, create_transform, resolve_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -23,11 +21,12 @@ import patch
 from g2tm.validation import check_r
 from patch.families.timm_vit import grid_of
 from patch.methods.common import scheduled_r
+from patch.operations import count_operations
+from patch.trials import interleaved_trials
 from segm.cli import POSITIVE, device_option, markdown
+from segm.compare import load_timm
 from segm.data import spread
-from segm.errors import one_line
-from segm.eval.cost import count_operations
-from segm.eval.timing import environment, interleaved_trials
+from segm.eval.timing import environment
 from segm.merging import PURE, MergingCommand, choose
 from segm.storage import write_picture, write_text
 from vis.tokens import outline_tokens
@@ -174,7 +173,7 @@ def main(
     """
     if (folder is None) == (synthetic is None):
         raise ValueError("give a FOLDER of images or --synthetic N")
-    plain = create(name, checkpoint, no_pretrained).eval().to(device)
+    plain = load_timm(name, checkpoint, no_pretrained).eval().to(device)
     config = resolve_data_config(model=plain)
     if synthetic is not None:
         dataset: Any = Synthetic(plain, synthetic, config["input_size"], device)
@@ -192,38 +191,6 @@ def main(
     if pictures is not None and method != PURE:
         draw(models[method], dataset, n_pictures, pictures, device, config)
         click.echo(f"pictures in {pictures}")
-
-
-def create(name: str, checkpoint: str | None, random: bool) -> Any:
-    """A model of timm with its weights, for as many classes as these have.
-
-    Args:
-        name: timm's, or of a hub: "hf-hub:USER/MODEL".
-        checkpoint: file of weights; None: timm's own.
-        random: without weights.
-
-    Raises:
-        ValueError: an unknown name or unfitting weights.
-        ConnectionError: timm's weights cannot be fetched.
-    """
-    if ":" not in name and not timm.is_model(name):
-        raise ValueError(f"{name}: unknown model, give a plain ViT of timm")
-    try:
-        if checkpoint is None:
-            return timm.create_model(name, pretrained=not random)
-        classes = classes_of(load_state_dict(checkpoint))
-        return timm.create_model(name, checkpoint_path=checkpoint, **classes)
-    except Exception as error:  # of many kinds: a damaged file, another model's names or shapes, no network
-        if checkpoint is not None:
-            raise ValueError(f"{checkpoint}: no weights of {name} ({one_line(error)})") from error
-        what, instead = ("settings", "a name of timm") if random else ("weights", "--checkpoint or --no-pretrained")
-        raise ConnectionError(f"cannot fetch the {what} of {name}: give {instead}") from error
-
-
-def classes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of classes of weights, as `create_model` takes it; nothing where they have no head."""
-    head = weights.get("head.weight")
-    return {} if head is None else {"num_classes": len(head)}
 
 
 def measure(models: dict[str, nn.Module], loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:

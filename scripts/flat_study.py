@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import g2tm
 from patch.method import Choice, Number, Option, Step, register
+from patch.operations import count_operations
 from segm.cli import Command, Listed, checkpoint_argument, dataset_argument, device_option, markdown
-from segm.eval.cost import count_operations
 from segm.merging import PURE
 from segm.run import Run
 

@@ -19,8 +19,8 @@ from g2tm.selection import falling, own_positions, rows, selection, true_positio
 from g2tm.similarity import exact_product, unit_vectors
 from patch.method import Choice, Number, Option, Step, find, register
 from patch.methods.common import METRICS
+from patch.operations import count_operations
 from segm.cli import Command, checkpoint_argument, dataset_argument, device_option, markdown
-from segm.eval.cost import count_operations
 from segm.merging import PURE
 from segm.run import Run
 

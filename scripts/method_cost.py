@@ -13,8 +13,9 @@ from matrix_products import products_alone
 from torch import Tensor
 
 import patch
+from patch.trials import interleaved_trials, ratio, realized_share, share_of_time, speed
 from segm.eval.cost import Cost
-from segm.eval.timing import interleaved_trials, ratio, realized_share, share_of_time, speed, warm_up_shapes
+from segm.eval.timing import warm_up_shapes
 from segm.merging import compile_network
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter

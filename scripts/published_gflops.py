@@ -5,8 +5,8 @@ import torch
 from benchmark import build_model
 from tqdm import tqdm
 
+from patch.operations import count_operations
 from segm.cli import markdown
-from segm.eval.cost import count_operations
 
 # model, side of the image in pixels, classes: published GFLOPs
 PUBLISHED = {

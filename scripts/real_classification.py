@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import patch
+from patch.trials import interleaved_trials
 from segm.data import normalize
-from segm.eval.timing import interleaved_trials
 from segm.merging import PURE
 
 SIDE, BATCH = 112, 16  # pixels, images per pass

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from patch.trials import interleaved_trials, speed
 from segm.eval.sliding import predict_labels, window_starts
-from segm.eval.timing import interleaved_trials, speed
 from segm.model.linear import restore_linear
 from segm.model.segmenter import Segmenter
 from segm.precision import has_instructions

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import patch
 from patch.exporting import OPSET
+from patch.trials import interleaved_trials, speed
 from segm.checkpoint import checkpoint_file
 from segm.cli import Images, checkpoint_argument, im_size_option, markdown, max_images_option
 from segm.errors import one_line
 from segm.eval.evaluate import Views
-from segm.eval.timing import interleaved_trials, speed
 from segm.merging import MergingCommand
 from segm.model.segmenter import Segmenter
 from segm.onnx_model import KEY, MISSING, OnnxModel, Record

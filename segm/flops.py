@@ -8,8 +8,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from patch.operations import count_operations
 from segm import cli
-from segm.eval.cost import count_operations
 from segm.merging import MergingCommand
 from segm.run import Run
 

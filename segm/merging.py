@@ -1,6 +1,5 @@
 """Options of merging methods between command line, `variant.yml` and `patch.apply`; the registry states each once."""
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,21 +17,11 @@ from torch import Tensor, nn
 
 import patch
 from patch.method import PURE, ModelShape, Number, Option
-from patch.patching import merging_of
 from segm.cli import Command, Flag, Parsed, flags_of, value_of, word
 from segm.config import RunConfig
 from segm.errors import one_line
 from segm.model.segmenter import Segmenter
 
-# Options that set what a method costs, the first that it takes, and their ranges; r is a whole number up to all tokens.
-KNOBS = {
-    "threshold": (-1.0, 1.0),
-    "merge_threshold": (0.0, 1.0),
-    "r": (0, 0),
-    "keep": (0.05, 1.0),
-    "tokens": (0.02, 1.0),
-}
-BISECTIONS = 25
 PLUGIN = "--plugin"
 TYPICAL = ModelShape(12, (32, 32))  # a default that depends on the model is shown for this one
 
@@ -435,81 +424,6 @@ def count_tokens(model: Segmenter, images: Tensor) -> Tensor:
     if reduction is not None:
         return reduction.counts.cpu()
     return torch.full((len(images),), math.prod(model.grid(images.shape[-2:])))
-
-
-def knob_of(method: str) -> str | None:
-    """The option that sets what a method costs; None: no option does."""
-    return next((name for name in KNOBS if patch.find(method).takes(name)), None)
-
-
-def tokens_left(model: Segmenter, batches: Sequence[Tensor]) -> float:
-    """Patch tokens that the encoder of a patched model leaves, mean over the images (B, 3, H, W)."""
-    counts: list[int] = []
-    for images in batches:
-        model.encode(images)  # pads them
-        reduction = patch.reduction(model)
-        assert reduction is not None  # a pass has just run
-        counts += reduction.counts.tolist()
-    return sum(counts) / len(counts)
-
-
-@torch.inference_mode()
-def options_for(
-    model: Segmenter,
-    method: str,
-    batches: Sequence[Tensor],
-    wanted: float,
-    cost_of: Callable[[Segmenter, Sequence[Tensor]], float] = tokens_left,
-    *,
-    near: float = 1e-3,
-    **fixed: Any,
-) -> dict[str, Any]:
-    """Options with which a method costs about as much as wanted; only the fixed ones where no option sets its cost.
-
-    Args:
-        model: unpatched, with the learned parts of the method.
-        batches: images (B, 3, H, W).
-        wanted: the cost, by default patch tokens per image at the end of the encoder.
-        cost_of: from a patched model and batches to a cost.
-        near: how far the cost may be off, share of it; where that cannot be reached, ten times the last step.
-        fixed: other options of the method.
-    """
-    name = knob_of(method)
-    if name is None:
-        return fixed
-    if name == "tokens" and cost_of is tokens_left:
-        return {**fixed, name: wanted / math.prod(model.grid(batches[0].shape[-2:]))}
-    low, high = KNOBS[name]
-    model, own = copy.deepcopy(model), dict(fixed)
-    if name == "r":
-        high = 2 * math.prod(model.grid(batches[0].shape[-2:])) // len(model.encoder.blocks)
-    if name == "threshold" and cost_of is tokens_left and not model.has_queries:  # no token leaves after the last merge
-        grid = model.encoder.patch_embed.grid_size
-        own["layers"] = [*patch.check(method, len(model.encoder.blocks), grid, **fixed)["layers"]]
-        del model.encoder.blocks[own["layers"][-1] :]
-    if patch.find(method).static:  # every image costs the same
-        batches = batches[:1]
-    best, value = math.inf, high
-    for _ in range(BISECTIONS):
-        middle = round((low + high) / 2) if name == "r" else (low + high) / 2
-        try:
-            patch.apply(model, method, **own, **{name: middle})
-            merging_of(model).noted = True  # a search also tries what leaves few tokens
-            cost = cost_of(model, batches)
-        except ValueError:
-            if name != "tokens":
-                raise
-            low = middle  # fewer tokens than the method can leave
-            continue
-        finally:
-            patch.remove(model)
-        if abs(cost - wanted) < best:
-            best, value = abs(cost - wanted), middle
-        removes_too_few = (cost > wanted) == (name == "r")  # r removes tokens, every other option keeps them
-        low, high = (middle, high) if removes_too_few else (low, middle)
-        if best <= near * wanted or high - low <= (1 if name == "r" else near / 10):
-            break
-    return {**fixed, name: value}
 
 
 def layer_tokens(model: Segmenter) -> dict[int, float]:

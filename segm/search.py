@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from patch.budget import options_for
+from patch.trials import interleaved_trials, speed
 from segm.config import BFLOAT16, FLOAT32, INT8
 from segm.data import spread
 from segm.data.dataset import Part
 from segm.eval.evaluate import Views, evaluate
 from segm.eval.sliding import upscale_to_window, window_starts
-from segm.eval.timing import interleaved_trials, speed
 from segm.export_onnx import export, quantize
-from segm.merging import PURE, layer_tokens, options_for
+from segm.merging import PURE, layer_tokens
 from segm.onnx_model import open_run
 from segm.precision import Precision
 from segm.run import Run

@@ -21,13 +21,14 @@ import yaml
 from tqdm import tqdm
 
 import patch
+from patch.budget import KNOBS, knob_of
 from segm import cli
 from segm.checkpoint import checkpoint_file, weights_digest
 from segm.config import BFLOAT16, FLOAT32, INT8, PRECISIONS, TUNED
 from segm.data import fingerprint, spread
 from segm.data.dataset import Part
 from segm.eval.timing import environment
-from segm.merging import KNOBS, PURE, PluginCommand, knob_of, parse
+from segm.merging import PURE, PluginCommand, parse
 from segm.precision import computes_bfloat16
 from segm.run import Run
 from segm.search import PRESETS, Bench, Memory, Row, Setting, choose, search

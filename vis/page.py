@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from vis import plots
 from vis.labels import colorize, enlarge, magnification
@@ -20,6 +20,13 @@ COLUMNS = {
     "images/s": "{images_per_second:.1f}",
     "GFLOPs": "{gflops:.3f}",
     "tokens": "{tokens:.1f}",
+    "realized share": "{realized_share:.2f}",
+}
+METHOD_COLUMNS = {
+    "method": "{name}",
+    "images/s": "{images_per_second:.1f}",
+    "GFLOPs": "{gflops:.3f}",
+    "tokens": "{tokens:.1f} of {n_patches}",
     "realized share": "{realized_share:.2f}",
 }
 SIDE = 512  # pixels of the larger side of a picture, at most
@@ -67,14 +74,7 @@ def comparison_page(
     kept = {r["name"]: [100 * n / r["n_patches"] for n in r["counts"]] for r in rows if r["method"] != "pure"}
     blocks, shown, palette = pictures
     colors = ["#{:02x}{:02x}{:02x}".format(*map(int, color)) for color in palette]
-    environment = Environment(
-        loader=PackageLoader("vis", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         asset=asset,
         record=record,
         methods={
@@ -100,6 +100,48 @@ def comparison_page(
         pictures={"rows": blocks, "classes": list(zip(shown, colors, strict=True))},
         explorer=_explorer(**explored),
     )
+
+
+def methods_page(record: Mapping[str, Any], rows: Rows, pictures: Sequence[tuple[str, Sequence[Picture]]]) -> str:
+    """Methods on one model and photographs without labels as HTML, which loads nothing.
+
+    Args:
+        record: `model`, `folder`, `n_images`, `size` (height, width), `device`, `python`, `torch`, `timm`, `date`,
+            `command`.
+        rows: one dict per method: `name`, `method`, `options`, `images_per_second`, `gflops`, `tokens`, `n_patches`,
+            `realized_share`, `cosine` (of every layer), `agreement` (share of the labels, or None).
+        pictures: name of a photograph -> its pictures, side by side.
+    """
+    settings = [{"method": row["method"], "settings": row["options"]} for row in rows]
+    return _template("methods.html").render(
+        asset=asset,
+        record=record,
+        methods={
+            "columns": [*METHOD_COLUMNS],
+            "cells": [[text.format(**row) for text in METHOD_COLUMNS.values()] for row in rows],
+            "settings": [(row["name"], _describe(own)) for row, own in zip(rows, settings, strict=True)],
+        },
+        plots={"features": plots.layer_curves({row["name"]: row["cosine"] for row in rows}, "cosine similarity")},
+        moved=[(row["name"], f"{row['cosine'][-1]:.3f}", share(row["agreement"])) for row in rows],
+        pictures=pictures,
+    )
+
+
+def share(value: float | None) -> str:
+    """A share in percent; "-" for None."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _template(name: str) -> Template:
+    """A page in vis/assets."""
+    environment = Environment(
+        loader=PackageLoader("vis", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def asset(name: str) -> str:

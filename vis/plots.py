@@ -141,6 +141,28 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequ
         return _svg(figure, "training", f"Training curves of {', '.join(logs)}")
 
 
+def layer_curves(curves: Mapping[str, Sequence[float]], ylabel: str) -> str:
+    """A quantity over the layers of a model, a line per method.
+
+    Args:
+        curves: name -> a value after every layer.
+        ylabel: of the values.
+
+    Returns:
+        SVG text.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axis = _figure(7.6, 3.4 + 0.2 * math.ceil(len(curves) / 4))
+        for index, (name, values) in enumerate(curves.items()):
+            axis.plot(range(1, len(values) + 1), values, label=name, markersize=4, **_style(index))
+        axis.set(xlabel="layer", ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid()
+        figure.legend(loc="outside upper left", ncols=4)
+        words = "; ".join(f"{name}: {values[-1]:.3f} after the last layer" for name, values in curves.items())
+        return _svg(figure, "layers", f"{ylabel} over the layers. {words}")
+
+
 def token_shares(shares: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> str:
     """Histograms of the tokens that images keep, a row per method.
 

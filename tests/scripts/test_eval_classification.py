@@ -99,7 +99,7 @@ def test_what_it_cannot_do_is_refused(script, photographs, tmp_path, refused):
         ([photographs, "--checkpoint", SCRIPT], "no weights of deit_tiny"),
     ):
         assert allowed in refused(script, *COMMON, *given), given
-    assert "unknown model" in refused(script, "nosuch", photographs)
+    assert "timm knows no such model" in refused(script, "nosuch", photographs)
 
 
 def test_totals_are_spread_over_the_layers(script):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import patch
-from segm.eval.cost import count_operations
+from patch.operations import count_operations
 from segm.model.factory import create_segmenter
 from tests.helpers import by_speed
 

@@ -4,18 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from patch.trials import interleaved_trials, ratio, realized_share, share_of_time, speed
 from segm.data import create_dataset
 from segm.data.images import resized_view
 from segm.eval.evaluate import Views
-from segm.eval.timing import (
-    environment,
-    interleaved_rates,
-    interleaved_trials,
-    ratio,
-    realized_share,
-    share_of_time,
-    speed,
-)
+from segm.eval.timing import environment, interleaved_rates
 
 CPU = torch.device("cpu")
 
@@ -31,7 +24,7 @@ def test_models_take_turns_on_every_batch():
 
 def test_a_slow_pass_does_not_count(monkeypatch):
     clock = iter(np.cumsum([0, 1, 0, 9, 0, 1]).tolist())  # passes of 1, 9 and 1 seconds
-    monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
+    monkeypatch.setattr("patch.trials._now", lambda device: next(clock))
     rates = interleaved_rates({"a": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
     assert rates["a"].tolist() == [4.0]
 
@@ -40,7 +33,7 @@ def test_ratios_over_trials_stand_a_machine_that_slows_down(monkeypatch):
     """b takes twice as long as a, and everything ten times as long from the second trial on."""
     passes = [1, 2, 20, 10, 10, 20]  # a b, b a, a b
     clock = iter(np.cumsum([0, *(t for seconds in passes for t in (seconds, 0))]).tolist())
-    monkeypatch.setattr("segm.eval.timing._now", lambda device: next(clock))
+    monkeypatch.setattr("patch.trials._now", lambda device: next(clock))
     trials = interleaved_trials({"a": len, "b": len}, [torch.zeros(4, 1)], CPU, repeats=3, warmup=0)
     assert trials["a"].shape == (1, 3)
     assert (trials["a"] / trials["b"]).tolist() == [[2.0, 2.0, 2.0]]
