@@ -6,6 +6,7 @@ python scripts/eval_classification.py deit_small_patch16_224 imagenet/val --patc
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from patch.families.timm_vit import grid_of
 from patch.methods.common import scheduled_r
 from patch.operations import count_operations
 from patch.trials import interleaved_trials
+from segm import parallel
 from segm.cli import POSITIVE, device_option, markdown
 from segm.compare import load_timm
 from segm.data import spread
 from segm.eval.timing import environment
 from segm.merging import PURE, MergingCommand, choose
+from segm.speedtest import read_methods
 from segm.storage import write_picture, write_text
 from vis.tokens import outline_tokens
 
@@ -94,16 +97,18 @@ def open_folder(folder: Path, model: nn.Module, transform: Any) -> Dataset:
 
 @torch.inference_mode()
 def score(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Percent of the images whose label is the first, or among the first five, and mean number of patch tokens."""
+    """Percent of the images whose label is the first, or among the first five, and mean number of patch tokens; over
+    the images of all processes."""
     hits, tokens, n_images = torch.zeros(2), 0, 0
-    for images, labels in tqdm(loader, "accuracy", unit="batch", leave=False):
+    for images, labels in tqdm(loader, "accuracy", unit="batch", leave=False, disable=not parallel.is_main()):
         scores = model(images.to(device))
         best = scores.topk(min(5, scores.shape[1]), dim=1).indices.cpu() == labels[:, None]
         hits += torch.tensor([best[:, 0].sum(), best.any(1).sum()])
         tokens += sum(patch.reduction(model).lengths) if patch.is_patched(model) else 0
         n_images += len(images)
-    top1, top5 = (100 * hits / n_images).tolist()
-    return {"top1": top1, "top5": top5, "tokens": tokens / n_images}
+    counted = torch.tensor([*hits.tolist(), tokens, n_images], dtype=torch.float64)
+    first, among, tokens, n_images = parallel.all_reduce_sum(counted).tolist()
+    return {"top1": 100 * first / n_images, "top5": 100 * among / n_images, "tokens": tokens / n_images}
 
 
 def draw(model: nn.Module, dataset: Any, count: int, folder: Path, device: torch.device, config: dict) -> None:
@@ -123,15 +128,15 @@ def draw(model: nn.Module, dataset: Any, count: int, folder: Path, device: torch
         write_picture(folder / f"{number:05d}_{found.lengths[0]}_tokens.png", picture)
 
 
-def merging_options(model: nn.Module, given: dict[str, Any], total: int | None, inflect: float) -> tuple[str, dict]:
-    """Method and options; a total is spread over the layers."""
+def merging_options(given: dict[str, Any], depth: int, total: int | None, inflect: float) -> tuple[str, dict]:
+    """Method and options for a model of so many blocks; a total is spread over the layers."""
     method, options = choose(given)
-    if total is not None:
+    if total is not None and given.get("patch_type") != PURE:
         if method == PURE or not patch.find(method).takes("r"):
             raise ValueError(f"--merge-num: {method} removes no given number of tokens; name a method with --r")
         if "r" in options:
             raise ValueError("--merge-num spreads a total over the layers, --r gives each its own: choose one")
-        options = options | {"r": total_schedule(total, inflect, len(model.blocks))}
+        options = options | {"r": total_schedule(total, inflect, depth)}
     return method, options
 
 
@@ -141,7 +146,10 @@ def merging_options(model: nn.Module, given: dict[str, Any], total: int | None, 
 @click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False), help="Weights of all of the model.")
 @click.option("--no-pretrained", is_flag=True, help="Random weights instead of timm's.")
 @click.option("--synthetic", type=POSITIVE, metavar="N", help="N images of noise, scored by what the plain model says.")
-@click.option("--merge-num", type=click.IntRange(min=0), help="Tokens that all layers together remove.")
+@click.option("--compare", help='Several methods in one table, as in "tome,pitome,tofu --variant paper".')
+@click.option(
+    "--merge-num", type=click.IntRange(min=0), help="Tokens that all layers together remove, with each method."
+)
 @click.option("--inflect", type=click.FloatRange(-1, 1), default=-0.5, show_default=True, help="Of --merge-num.")
 @click.option("--batch-size", type=POSITIVE, default=16, show_default=True)
 @click.option("--max-images", type=POSITIVE, help="Use so many images, spread over the data set.")
@@ -156,6 +164,7 @@ def main(
     checkpoint: str | None,
     no_pretrained: bool,
     synthetic: int | None,
+    compare: str | None,
     merge_num: int | None,
     inflect: float,
     batch_size: int,
@@ -169,42 +178,54 @@ def main(
 ) -> None:
     """Accuracy and speed of MODEL, a plain ViT of timm, on FOLDER, which holds one folder of images per class.
 
-    The plain model and the merged one are timed interleaved.
+    The plain model and the merged ones are timed interleaved. `torchrun` shares the images between processes.
     """
     if (folder is None) == (synthetic is None):
         raise ValueError("give a FOLDER of images or --synthetic N")
-    plain = load_timm(name, checkpoint, no_pretrained).eval().to(device)
-    config = resolve_data_config(model=plain)
-    if synthetic is not None:
-        dataset: Any = Synthetic(plain, synthetic, config["input_size"], device)
-    else:
-        dataset = open_folder(folder, plain, create_transform(**config, is_training=False))
-    if max_images is not None and max_images < len(dataset):
-        dataset = torch.utils.data.Subset(dataset, spread(max_images, len(dataset)))
-    loader = DataLoader(dataset, batch_size, num_workers=0 if synthetic else num_workers)
-    models = {PURE: plain}
-    method, options = merging_options(plain, merging, merge_num, inflect)
-    if method != PURE:
-        models[method] = patch.apply(copy.deepcopy(plain), method, **options)
-    rows = measure(models, loader, device)
-    write(rows, name, {"method": method, **options}, out, device)
-    if pictures is not None and method != PURE:
-        draw(models[method], dataset, n_pictures, pictures, device, config)
-        click.echo(f"pictures in {pictures}")
+    with parallel.process_group(device) as device:
+        plain = load_timm(name, checkpoint, no_pretrained).eval().to(device)
+        config = resolve_data_config(model=plain)
+        if synthetic is not None:
+            dataset: Any = Synthetic(plain, synthetic, config["input_size"], device)
+        else:
+            assert folder is not None
+            dataset = open_folder(folder, plain, create_transform(**config, is_training=False))
+        spread_out = partial(merging_options, depth=len(plain.blocks), total=merge_num, inflect=inflect)
+        methods = read_methods(compare, merging, spread_out)
+        models = {PURE: plain}
+        for label, (method, options) in methods.items():
+            if method != PURE:
+                models[label] = patch.apply(copy.deepcopy(plain), method, **options)
+        indices = spread(max_images, len(dataset))
+        if parallel.world_size() > len(indices):
+            raise ValueError(f"{parallel.world_size()} processes for {len(indices)} images: start fewer")
+        mine = torch.utils.data.Subset(dataset, indices[parallel.rank() :: parallel.world_size()])
+        loader = DataLoader(mine, batch_size, num_workers=0 if synthetic else num_workers)
+        rows = measure(models, loader, device)
+        if not parallel.is_main():
+            return
+        chosen = {label: {"method": method, **options} for label, (method, options) in methods.items()}
+        write(rows, name, chosen if compare else next(iter(chosen.values())), out, device)
+        for label, model in models.items() if pictures is not None else ():
+            if patch.is_patched(model):
+                own = pictures / label.replace(" ", "_") if compare else pictures
+                draw(model, dataset, n_pictures, own, device, config)
+                click.echo(f"pictures in {own}")
 
 
 def measure(models: dict[str, nn.Module], loader: DataLoader, device: torch.device) -> list[dict[str, Any]]:
-    """A row per model: scores, then speed of all of them on the first batch, interleaved, and operations."""
+    """A row per model: scores; then, in the main process, speed of all of them on its first batch, interleaved, and
+    operations."""
+    rows = [{"name": name, **score(model, loader, device)} for name, model in models.items()]
+    if not parallel.is_main():  # the others have ended, and leave the machine to the timing
+        return rows
     batch = next(iter(loader))[0].to(device)
     trials = interleaved_trials(models, [batch], device, repeats=5)
-    rows = []
-    for name, model in models.items():
-        row = {"name": name, **score(model, loader, device)}
+    for row, (name, model) in zip(rows, models.items(), strict=True):
         if not patch.is_patched(model):
             row["tokens"] = float(np.prod(model.patch_embed.grid_size))
         rates = trials[name].flatten()
         row |= {"images_per_second": rates.median().item(), "gflops": count_operations(model, batch[:4]).total}
-        rows.append(row)
     return rows
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def main(
         out.parent.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     how: dict[str, Any] = {"preset": merging.pop("preset", None), "im_size": im_size, "amp": False}
     run, precision = Run.load(checkpoint, device=device, patch_type=PURE, **how), cli.DTYPES[dtype]
-    methods = read_methods(compare, merging, run)
+    methods = read_methods(compare, merging, run.resolve_merging)
     model = run.model.to(precision)
     models = {name: apply(copy.deepcopy(model), *chosen) for name, chosen in methods.items()}
     views = run.views(images, max_images, batch_size=batch_size, duplicate=duplicate, dtype=precision)
@@ -105,13 +106,16 @@ def main(
         write_text(out, json.dumps(conditions | {"dataset": str(images), "rows": rows}, indent=2))
 
 
-def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
+def read_methods(
+    compare: str | None, merging: dict[str, Any], resolve: Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]
+) -> dict[str, tuple[str, dict[str, Any]]]:
     """Methods to time.
 
     Args:
         compare: value of --compare, or None.
         merging: method and options that were given; with --compare, options hold for every method that takes them.
-        run: its variant gives the options that are not given.
+        resolve: from what is given to (method, options): `Run.resolve_merging`, whose variant gives the options that
+            are not given, or `segm.merging.choose`.
 
     Returns:
         Text of a method -> (method, options) for `segm.merging.apply`.
@@ -120,7 +124,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
         ValueError: a method or option that is not allowed, or the same one twice.
     """
     if compare is None:
-        method, options = run.resolve_merging(merging)
+        method, options = resolve(merging)
         return {method: (method, options)}
     if "patch_type" in merging:
         raise ValueError("--compare and --patch-type: name all methods in --compare")
@@ -132,7 +136,7 @@ def read_methods(compare: str | None, merging: dict[str, Any], run: Run) -> dict
             name, *own = shlex.split(text) or [""]
             given = parse(["--patch-type", name, *own])
             taken = set() if name == PURE else {key for key in merging if patch.find(name).takes(key)}
-            methods[text] = run.resolve_merging({key: merging[key] for key in taken} | given)
+            methods[text] = resolve({key: merging[key] for key in taken} | given)
         except ValueError as error:
             raise ValueError(f"--compare {text!r}: {error}") from error
         used |= taken

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from vis.curves import BLUE, ORANGE, hull
@@ -156,7 +157,7 @@ def layer_curves(curves: Mapping[str, Sequence[float]], ylabel: str) -> str:
         for index, (name, values) in enumerate(curves.items()):
             axis.plot(range(1, len(values) + 1), values, label=name, markersize=4, **_style(index))
         axis.set(xlabel="layer", ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid()
         figure.legend(loc="outside upper left", ncols=4)
         words = "; ".join(f"{name}: {values[-1]:.3f} after the last layer" for name, values in curves.items())

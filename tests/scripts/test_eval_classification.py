@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -54,6 +57,39 @@ def test_a_folder_is_scored_with_and_without_merging(script, photographs, tmp_pa
     assert json.loads(out.read_text())["merging"] == {"method": "tome", "r": script.total_schedule(7, -1, 4)}
     assert sorted(file.name for file in pictures.iterdir()) == ["00000_9_tokens.png", "00001_9_tokens.png"]
     assert cv2.imread(str(pictures / "00000_9_tokens.png")).shape == (32, 32, 3)
+
+
+def test_several_methods_are_in_one_table(script, photographs, tmp_path, call, refused):
+    out, pictures = tmp_path / "found.json", tmp_path / "pictures"
+    several = ["--compare", "tome,pitome --variant paper,pure", "--merge-num", "7"]
+    written = call(script, *COMMON, photographs, *several, "--out", out, "--pictures", pictures, "--n-pictures", "1")
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["pure", "tome", "pitome --variant paper"]
+    assert [row["tokens"] for row in rows] == [16, 9, 9] and "| pitome --variant paper |" in written
+    assert {folder.name for folder in pictures.iterdir()} == {"tome", "pitome_--variant_paper"}
+    assert "no given number" in refused(script, *COMMON, photographs, "--compare", "tome,graph", "--merge-num", "7")
+
+
+@pytest.mark.slow
+def test_processes_share_the_images(script, photographs, tmp_path, call):
+    """Two processes score what one scores, and one of them prints."""
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    torch.save(timm.create_model(COMMON[0]).state_dict(), tmp_path / "tiny.pth")
+    more = f"pretrained_cfg_overlay={{'input_size': (3, 32, 32)}}, **{TINY}"
+    start = "import runpy, timm\nreal = timm.create_model\n"
+    start += f"timm.create_model = lambda name, **given: real(name, {more} | given)\n"
+    (tmp_path / "start.py").write_text(f"{start}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+    options = ["--checkpoint", tmp_path / "tiny.pth", "--patch-type", "tome", "--r", "1", "--num-workers", "0"]
+    common = [*map(str, [COMMON[0], photographs, *options]), "--device", "cpu", "--out"]
+    call(script, *common, alone)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    run = [*torchrun, str(tmp_path / "start.py"), *common, str(shared)]
+    found = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.count("| tome |") == 1, found.stderr
+    rows = [json.loads(file.read_text())["rows"] for file in (alone, shared)]
+    for key in ("top1", "top5", "tokens"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
 
 
 def test_noise_is_scored_by_what_the_plain_model_says(script, call):

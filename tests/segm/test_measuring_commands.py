@@ -49,7 +49,7 @@ class TestSpeed:
 
     def test_common_options_hold_where_they_are_known(self, shapes_run):
         run = Run.load(shapes_run, device="cpu")
-        methods = speedtest.read_methods("pure,graph,tome --r 4", {"threshold": 0.5, "layers": 2}, run)
+        methods = speedtest.read_methods("pure,graph,tome --r 4", {"threshold": 0.5, "layers": 2}, run.resolve_merging)
         assert methods["pure"] == ("pure", {})
         assert methods["graph"] == ("graph", {"threshold": 0.5, "layers": 2})
         assert methods["tome --r 4"] == ("tome", {"r": 4, "layers": 2})
@@ -59,7 +59,7 @@ class TestSpeed:
         trained = Merging("graph", {"selected_layer": 3, "threshold": 0.7})
         run = replace(run, config=replace(run.config, merging=trained))
         for compare in (None, "pure,graph"):
-            options = speedtest.read_methods(compare, {}, run)["graph"][1]
+            options = speedtest.read_methods(compare, {}, run.resolve_merging)["graph"][1]
             assert (options["layers"], options["threshold"]) == (3, 0.7)
 
     def test_bad_comparisons_are_refused(self, shapes_run, refused):
