@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patch.families.base import COMPILATION, RECORD, Patched, PatchedBlock, mix_in
+from patch.families.base import COMPILATION, RECORD, Patched, PatchedBlock, mix_in, vary
 from patch.families.segmenter import is_segmenter
 from patch.hooks import are_watched
 from patch.layout import Rows
@@ -128,13 +128,13 @@ class CompiledEncoder(Patched):
             x, ropes, look = images, None, None
             for part in own.parts:
                 layout = Rows(track.tokens, self.blocks[0]._patch.n_around)
-                _vary(track.tokens.key_bias, 3)
-                _vary(layout.bias, 3)
+                vary(track.tokens.key_bias, 3)
+                vary(layout.bias, 3)
                 x, ropes, look = part.run(x, ropes, layout)
                 if part.block is not None and len(x):
                     assert part.layer is not None
                     x = track.merge(x, part.block, part.layer, look)
-                    _vary(x, 1)
+                    vary(x, 1)
             return x
 
 
@@ -157,7 +157,7 @@ class CompiledDecoder(Patched):
                 return whole(x)
 
             own.decode = own.compiled(decode)
-        _vary(x, 1)
+        vary(x, 1)
         return own.decode(x)
 
 
@@ -227,12 +227,6 @@ def _attend(block: PatchedBlock, index: int, x: Tensor, ropes: Any, layout: Rows
 
 def _feed(block: PatchedBlock, x: Tensor, ropes: Any, layout: Rows) -> tuple[Tensor, Look | None]:
     return block.feed(x, layout), None
-
-
-def _vary(x: Tensor | None, axis: int) -> None:
-    """Tell the compiler that a size changes from pass to pass, so that it does not begin with one for this alone."""
-    if x is not None and x.shape[axis] > 1:
-        torch._dynamo.maybe_mark_dynamic(x, axis)
 
 
 def _check_inference(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ BOOL, INT32 = 9, 6  # ONNX's numbers of types
 def onnx_options(opset: int = OPSET) -> dict[str, Any]:
     """Keyword arguments with which `torch.onnx.export` takes a merged model, of whatever family.
 
-    torch.onnx.export(model, (images,), "model.onnx", **patch.onnx_options())
+    torch.onnx.export(model, (images,), "model.onnx", dynamo=True, **patch.onnx_options())
 
     A model in float16 becomes a file in float16, in which the similarities by which tokens merge stay in float32; so
     call `model.half()` before, in place of a conversion of the file.
@@ -27,7 +27,7 @@ def onnx_options(opset: int = OPSET) -> dict[str, Any]:
     }
     if opset >= HAS_ATTENTION:
         own[aten.scaled_dot_product_attention.default] = _attention
-    return {"dynamo": True, "opset_version": opset, "custom_translation_table": own, "verbose": False}
+    return {"opset_version": opset, "custom_translation_table": own, "verbose": False}
 
 
 def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:

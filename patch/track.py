@@ -199,7 +199,7 @@ class Merging:
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             raise ValueError(
                 "the exporter that traces has no words for merges: torch.onnx.export(model, ..., "
-                "**patch.onnx_options())"
+                "dynamo=True, **patch.onnx_options())"
             )
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         if traced and not self.thread.may_trace and not self.method.is_static(self.options):
@@ -227,6 +227,7 @@ class Track:
         steps: layer -> the composed reduction after it.
         soft_steps: layer -> what the soft form of the method returned there, in training.
         tokens: the current patch tokens.
+        keeps_rows: whether tokens are never concatenated.
         undo_at: where every patch gets its token back: behind so many blocks, or as in the option `restore_at`.
         is_undone: whether every patch has its token back.
         is_soft: whether the training form of the method runs.
@@ -242,6 +243,7 @@ class Track:
         self.outputs_read: Collection[int] = ()
         self.n_blocks = self.n_expected = len(blocks)
         self.bucket: int | None = None
+        self.keeps_rows = False
         self.reduction: Reduction | None = None
         self.steps: dict[int, Reduction] = {}
         self.soft_steps: dict[int, Reduction] = {}
@@ -273,11 +275,23 @@ class Track:
         return x, now
 
     def _packs(self, x: Tensor, block: Any) -> bool:
-        if self.bucket is not None or self.tokens.soft_masking is not None or self.tokens.padding is None:
+        if (
+            self.bucket is not None
+            or self.keeps_rows
+            or self.tokens.soft_masking is not None
+            or self.tokens.padding is None
+        ):
             return False
         if self._is_watched or not block.attention_is_fused:
             return False
         return can_pack(x, block.attention_dropout if block.training else 0.0)
+
+    @property
+    def breaks_graph(self) -> bool:
+        """True under `torch.compile` where the image decides how many tokens are left; `patch.compile` has parts of its
+        own."""
+        compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        return compiles and self.bucket is None and not self.merging.method.is_static(self.options)
 
     @cached
     def _is_watched(self) -> bool:

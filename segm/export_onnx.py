@@ -274,7 +274,7 @@ def _converted(graph: _Graph, size: tuple[int, int], batch_size: int | None, ops
     shapes = None if batch_size else {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
-    found = torch.onnx.export(program, **names, **patch.onnx_options(opset))
+    found = torch.onnx.export(program, dynamo=True, **names, **patch.onnx_options(opset))
     assert found is not None  # it is without a file to write
     return found
 

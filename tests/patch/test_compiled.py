@@ -4,6 +4,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from operator import attrgetter
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import patch
 from g2tm import Grouping
 from patch import layout
 from segm.model.factory import create_segmenter
-from tests.helpers import by_speed
+from tests.families import FAMILIES, MASKS, eva, hugging, segmenter, vit
+from tests.helpers import by_speed, different_images
 
 METHODS = {
     "graph": {"threshold": 0.2},
@@ -71,6 +73,52 @@ class Counting:
     def __call__(self, graph, inputs):
         self.shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 2])
         return graph.forward
+
+
+SHARED = [("vit", "graph"), ("eva", "graph"), ("ViT", "algm"), ("Dinov2", "graph"), ("mask transformer", "graph")]
+DEEP = {
+    "vit": lambda: vit(depth=12),
+    "eva": lambda: eva(depth=12),
+    "ViT": lambda: hugging("ViT", num_hidden_layers=12),
+    "Dinov2": lambda: hugging(num_hidden_layers=12),
+    "mask transformer": lambda: segmenter(**MASKS, n_layers=12),
+}
+
+
+@pytest.mark.parametrize(("kind", "method"), by_speed(SHARED, SHARED[:1], SHARED[2:3]))
+@torch.no_grad()
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_plain_compile_of_a_deep_vit_stays_within_the_recompile_limit(kind, method):
+    """Twelve blocks are more than Dynamo compiles of one function; all share what is compiled, and so do images."""
+    backend, seen = Counting(), set()
+    model = FAMILIES[kind].patched(method, model=DEEP[kind](), attention="proportional", threshold=0.85)
+    compiled, read = torch.compile(model, backend=backend), attrgetter("last_hidden_state")
+    for images in [different_images(2) * scale for scale in torch.linspace(0.2, 2, 8)]:
+        expected, lengths = model(images), patch.reduction(model).lengths
+        found = compiled(images)
+        assert patch.reduction(model).lengths == lengths
+        if not isinstance(found, torch.Tensor):
+            found, expected = read(found), read(expected)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        seen.add(tuple(lengths))
+    assert len(seen) > 2 and len(backend.shapes) <= 12
+
+
+def test_plain_compile_trains_with_a_threshold():
+    images, gradients = different_images(2), []
+    for compiles in (False, True):
+        model = FAMILIES["vit"].patched("graph", threshold=0.8).train()
+        call = torch.compile(model, backend="eager") if compiles else model
+        call(images).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_threshold_is_no_one_graph_and_says_so():
+    compiled = torch.compile(FAMILIES["vit"].patched("graph"), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="how many tokens are left: give tokens="):
+        compiled(different_images(1))
 
 
 CASES = [("graph", None), ("algm", "proportional"), ("mpm", None), ("ltmp", None), ("graph", "inverse")]

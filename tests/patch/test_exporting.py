@@ -38,20 +38,27 @@ def exported(model, images, tmp_path, opset=23):
     runtime = pytest.importorskip("onnxruntime")
     logging.disable(logging.CRITICAL)
     with torch.no_grad():
-        torch.onnx.export(model, (images,), tmp_path / "model.onnx", **patch.onnx_options(opset))
+        torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, **patch.onnx_options(opset))
     logging.disable(logging.NOTSET)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]))
 
 
-ONNX = {"vit": ("vit", 23), "vit, opset 18": ("vit", 18), "eva": ("eva", 23), "Dinov2": ("Dinov2", 23)}
+TOME = {"method": "tome", "layers": [2], "r": 3}
+ONNX = {
+    "vit": ("vit", 23, TOME),
+    "vit, opset 18": ("vit", 18, TOME),
+    "eva": ("eva", 23, TOME),
+    "Dinov2": ("Dinov2", 23, TOME),
+    "ViT": ("ViT", 23, {"method": "keymatch"}),
+}
 
 
 @torch.inference_mode(False)
-@pytest.mark.parametrize("case", by_speed(list(ONNX), slow=["vit"]))
+@pytest.mark.parametrize("case", by_speed(list(ONNX), slow=["vit", "ViT"]))
 def test_onnx_takes_merged_models(case, tmp_path):
-    name, opset = ONNX[case]
-    images, model = different_images(2), FAMILIES[name].patched("tome", layers=[2], r=3)
+    name, opset, options = ONNX[case]
+    images, model = different_images(2), FAMILIES[name].patched(**options)
     run = exported(model, images, tmp_path, opset)
     with torch.no_grad():
         own = model(images / 2)
@@ -89,7 +96,7 @@ def test_what_cannot_trace_says_what_can():
         torch.fx.symbolic_trace(model)
     with pytest.raises(ValueError, match=r"torch.jit.script has no words for merges"):
         torch.jit.script(model)
-    with pytest.raises(ValueError, match=r"\*\*patch.onnx_options\(\)"):
+    with pytest.raises(ValueError, match=r"dynamo=True, \*\*patch.onnx_options\(\)"):
         torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False, opset_version=18)
 
 
