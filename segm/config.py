@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-import segm
 from segm.checkpoint import load_checkpoint, weights_digest
 from segm.errors import brief
 from segm.sizes import pair
@@ -25,11 +24,8 @@ PRECISIONS = FLOAT32, BFLOAT16, INT8 = ("float32", "bfloat16", "int8")
 
 
 def config_dir() -> Path:
-    """Folder of the YAML files: `segm/configs` in an installed wheel, else `configs` beside `segm`."""
-    # The wheel's folder goes first: beside an installed `segm` stands site-packages, where a foreign
-    # `configs` may lie.
-    packaged = Path(segm.__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+    """Folder of the YAML files: `configs` beside `segm`."""
+    return Path(__file__).parents[1] / "configs"
 
 
 def load_config(name: str) -> Any:

@@ -40,7 +40,7 @@ Images are resized to a shorter side of {image_size} pixels and go through windo
 Merging: {merging}.
 {presets}
 ```python
-from segm.run import Run
+from {package}.run import Run
 
 run = Run.load("{place}")  # a folder, or the name of a repository on a hub
 labels = run.predict("photo.jpg")
@@ -142,6 +142,7 @@ def card(
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
         place=title,
+        package=__package__,  # g2tm.segm where it is installed from a wheel
         backbone=net.backbone,
         decoder=net.decoder,
         dataset=run.dataset,

@@ -1,9 +1,16 @@
 """What an installation without extras does, and where it refuses."""
 
+import ast
+import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -11,6 +18,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROOMS = {"patch", "segm", "vis"}  # imported by these names in the checkout, and below g2tm elsewhere
 EXTRAS = ("mmseg", "mmcv", "mmengine", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "onnxscript")
 WITHOUT_EXTRAS = f"""
 import runpy, sys
@@ -65,32 +73,190 @@ def test_what_needs_an_extra_names_it(shapes_run, tmp_path, folder_data, monkeyp
         assert "pip install 'g2tm[" in result.stderr, result.stderr
 
 
-def test_another_project_is_not_overwritten(tmp_path):
-    code = (
-        "import sys, sysconfig, runpy\n"
-        f"sysconfig.get_paths = lambda: {{'purelib': {str(tmp_path)!r}}}\n"
-        "sys.argv = ['setup.py', '--version']\n"
-        "runpy.run_path('setup.py')\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+@pytest.fixture(scope="session")
+def our_setup():
+    """The names in setup.py."""
+    pytest.importorskip("setuptools", minversion="77")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_another_project_is_not_imported_in_place_of_the_checkout(our_setup, tmp_path, monkeypatch):
+    """An editable install has the bare names. That a wheel lives beside the other project: below."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    from setuptools.dist import Distribution
+
+    project = Distribution({"packages": ["g2tm", "g2tm.patch", "g2tm.patch.methods", "g2tm.configs"]})
+    our_setup["Editable"](project).ensure_finalized()
+    assert project.packages == ["g2tm", "patch", "patch.methods"]
     (tmp_path / "patch.py").touch()
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0 and "another project with the import name of ours" in result.stderr
+    with pytest.raises(SystemExit, match="another project with the import name of ours"):
+        our_setup["Editable"](project).ensure_finalized()
 
 
-def test_the_source_archive_holds_what_is_needed_to_test_it(tmp_path):
-    pytest.importorskip("setuptools")
+def setup_py(folder, *words):
+    result = subprocess.run([sys.executable, "setup.py", "-q", *words], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def built(our_setup, tmp_path_factory):
+    """Source archive and wheel of what git tracks, made in a copy of it: their paths, and the names that git tracks."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("no git here")
-    copy = tmp_path / "copy"
+    copy, dist = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
     for name in tracked.stdout.split():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (archive,) = tmp_path.glob("g2tm-*.tar.gz")
+    setup_py(copy, "sdist", "--dist-dir", str(dist))
+    (copy / "build/lib/patch").mkdir(parents=True)  # of an earlier build
+    (copy / "build/lib/patch/old.py").touch()
+    setup_py(copy, "bdist_wheel", "--dist-dir", str(dist))
+    (archive,), (wheel,) = dist.glob("g2tm-*.tar.gz"), dist.glob("g2tm-*.whl")
+    return archive, wheel, {*tracked.stdout.split()}
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as files:
+        return {name: files.read(name) for name in files.namelist() if not name.endswith("RECORD")}
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_what_is_needed_to_test_it(built, tmp_path):
+    archive, wheel, tracked = built
     with tarfile.open(archive) as files:
-        held = {"/".join(Path(name).parts[1:]) for name in files.getnames()}
-    assert {*tracked.stdout.split()} <= held
+        assert tracked <= {"/".join(Path(name).parts[1:]) for name in files.getnames()}
+        files.extractall(tmp_path, filter="data")
+    setup_py(next(tmp_path.glob("g2tm-*")), "bdist_wheel", "--dist-dir", str(tmp_path))
+    assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_g2tm_alone(built):
+    _, wheel, tracked = built
+    held = contents(wheel)
+    rooms = {"g2tm", "patch", "segm", "vis", "configs"}
+    ours = {name for name in tracked if name.split("/")[0] in rooms or name.startswith("scripts/prepare_")}
+    ours = {name if name.startswith("g2tm/") else f"g2tm/{name}" for name in ours}
+    assert {name for name in held if ".dist-info/" not in name} == ours
+    (names,) = (text for name, text in held.items() if name.endswith("/top_level.txt"))
+    assert names == b"g2tm\n"
+    for name, text in held.items():
+        if name.endswith(".py"):
+            assert not ROOMS & {one.split(".")[0] for one in imports(ast.parse(text))}, name
+
+
+def imports(tree):
+    """Modules that are imported anywhere in a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+def test_imports_move_and_all_else_stays(our_setup):
+    text = """\"\"\"Länge: import patch\"\"\"
+import patch  # import patch
+import os, patch.methods, vis as v
+if x: import segm.run as run; from segm.run import (  # patch
+    Run,  # segm
+)
+from patch import visible, vis
+from . import patch
+import patches, g2tm
+from visible import vis
+name = "ö"; from vis import a; b = "from vis import a"
+"""
+    expected = """\"\"\"Länge: import patch\"\"\"
+import g2tm.patch as patch  # import patch
+import os, g2tm.patch.methods, g2tm.patch as patch, g2tm.vis as v
+if x: import g2tm.segm.run as run; from g2tm.segm.run import (  # patch
+    Run,  # segm
+)
+from g2tm.patch import visible, vis
+from . import patch
+import patches, g2tm
+from visible import vis
+name = "ö"; from g2tm.vis import a; b = "from vis import a"
+"""
+    assert our_setup["below_g2tm"](text.encode()).decode() == expected
+    windows = text.replace("\n", "\r\n").encode()
+    assert our_setup["below_g2tm"](windows).decode() == expected.replace("\n", "\r\n")
+
+
+@pytest.fixture(scope="session")
+def installed(built, tmp_path_factory):
+    """Starts Python in a new environment that has the wheel, the dependencies and another project named `patch`."""
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("new")
+    venv.create(folder / "venv")
+    python = venv.EnvBuilder().ensure_directories(folder / "venv").env_exe
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(built[1])], check=True)
+    where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+    # Folders that a .pth names are searched; their own .pth files, that of an editable install, are not read.
+    others = [one for one in sys.path if Path(one).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    (site / "patch.py").write_text("fromfile = None  # another project\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words, cwd=folder):
+        command = [python, *map(str, words)]
+        result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
+
+
+USE = """
+import pickle, sys, timm, torch
+from concurrent.futures import ThreadPoolExecutor
+import patch as other
+from g2tm import patch
+from g2tm.segm.config import load_config
+assert other.fromfile is None and load_config("datasets") and load_config("recipes/ade20k_512_tiny_graph")
+model = timm.create_model("vit_tiny_patch16_224", depth=3).eval()
+patch.apply(model, "graph", threshold=-1.0)
+copy = pickle.loads(pickle.dumps(model))
+image = torch.rand(1, 3, 224, 224)
+with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+    one, two = pool.map(lambda it: it.forward_features(image), (model, copy))
+    assert torch.equal(one, two)
+    copy.forward_features(image)
+assert patch.reduction(copy).lengths == (1,)
+assert not {"segm", "vis"} & {*sys.modules} and "site-packages" in patch.__file__, patch
+print("used")
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_works_beside_another_project_named_patch(installed, shapes_run, tmp_path):
+    assert installed("-c", USE) == "used\n"
+    (tmp_path / "photos").mkdir()
+    cv2.imwrite(str(tmp_path / "photos/a.png"), np.zeros((40, 50, 3), np.uint8))
+    words = ["-i", tmp_path / "photos", "-o", tmp_path / "out", "--patch-type", "graph", "--device", "cpu"]
+    installed("-m", "g2tm.segm.inference", shapes_run, *words)
+    assert (tmp_path / "out/a.png").exists()
+
+
+# Of the checkout: its documents and scripts, programs that a test writes as a text, and the folders of ours by path.
+CHECKOUT = ["test_imports", "test_commands_run_as_files", "check_dataset", "run_here"]
+
+
+@pytest.mark.nightly
+def test_the_fast_tests_pass_with_the_wheel(installed, our_setup, tmp_path):
+    """Imports of the tests move as those of the wheel do, and names of modules that are a text of their own."""
+    named = re.compile(rb"(?<=[\"'])(?=(segm|patch|vis)\.[a-z_]+(\.\w+)*[\"'])")
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "scripts", "test_*")
+    )
+    for room in ("g2tm", "patch", "segm", "vis"):
+        shutil.copytree(ROOT / "tests" / room, tmp_path / "tests" / room, dirs_exist_ok=True)
+    for file in (tmp_path / "tests").rglob("*.py"):
+        file.write_bytes(named.sub(b"g2tm.", our_setup["below_g2tm"](file.read_bytes())))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    ours = "not slow and not nightly"
+    installed("-m", "pytest", "-q", "-m", ours, "-k", " and ".join(f"not {one}" for one in CHECKOUT), cwd=tmp_path)

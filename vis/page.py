@@ -135,7 +135,7 @@ def share(value: float | None) -> str:
 def _template(name: str) -> Template:
     """A page in vis/assets."""
     environment = Environment(
-        loader=PackageLoader("vis", "assets"),
+        loader=PackageLoader(__package__, "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -146,7 +146,7 @@ def _template(name: str) -> Template:
 
 def asset(name: str) -> str:
     """Text of a file in vis/assets."""
-    return (files("vis") / "assets" / name).read_text(encoding="utf-8")
+    return (files(__package__) / "assets" / name).read_text(encoding="utf-8")
 
 
 def _describe(row: Mapping[str, Any]) -> str:
