@@ -14,6 +14,13 @@ def family_of(model: nn.Module) -> Family:
     """
     family = _family(model)
     if family is None:
+        from patch.families.own_vit import has_blocks  # here: it imports timm
+
+        if has_blocks(model):
+            raise ValueError(
+                f"cannot patch a {type(model).__name__}: its blocks are timm's, but it lacks a patch_embed, a timm "
+                "PatchEmbed that embeds its images"
+            )
         known = ", ".join(family.name for family in _families())
         raise ValueError(f"cannot patch a {type(model).__name__}: known are a Segmenter and {known}")
     return family

@@ -2,8 +2,9 @@
 
 from patch.families.base import Family
 from patch.families.mmseg_vit import MMSegViT
+from patch.families.own_vit import OwnViT
 from patch.families.timm_eva import TimmEva
 from patch.families.timm_vit import TimmViT
 from patch.families.transformers_vit import TransformersViT
 
-FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT(), MMSegViT())
+FAMILIES: tuple[Family, ...] = (TimmViT(), TimmEva(), TransformersViT(), MMSegViT(), OwnViT())
