@@ -339,11 +339,12 @@ class Run:
         return self.predict_preprocessed(self.preprocessing(image), image.shape[:2])
 
     @torch.inference_mode()
-    def predict_preprocessed(self, image: Tensor, size: tuple[int, int]) -> np.ndarray:
-        """Label map, int64 (height, width), of a photograph of this size that `preprocessing` made (3, h, w) of."""
+    def predict_preprocessed(self, image: Tensor, size: tuple[int, int], windows: Windows | None = None) -> np.ndarray:
+        """Label map, int64 (height, width), of a photograph of this size that `preprocessing` made (3, h, w) of; of
+        other windows than the run's, if given."""
         views = both_ways([image], False, self.device)
         with self.precision.autocast():
-            return predict_labels(self.model, views, self.windows, size).cpu().numpy()
+            return predict_labels(self.model, views, windows or self.windows, size).cpu().numpy()
 
     def open(self, split: str = "val", name: str | None = None) -> tuple[SegmentationDataset, Windows]:
         """A split to score the run on, and its windows.
@@ -395,6 +396,7 @@ class Run:
         multiscale: bool = False,
         n_images: int | None = None,
         boundary: bool = False,
+        with_confusion: bool = False,
         workers: int = 0,
         on_image: Callable[[Any, Tensor], None] | None = None,
         progress: bool = False,
@@ -407,6 +409,7 @@ class Run:
             multiscale: six scales, each mirrored as well.
             n_images: only so many images, spread over the data set.
             boundary: also `boundary_iou` and `per_class_boundary_iou` (`segm.metrics`).
+            with_confusion: also `confusion`, (C, C) pixels, int64 on the CPU; rows are true classes.
             workers, on_image, progress: see `segm.eval.evaluate.evaluate`.
 
         Returns:
@@ -435,7 +438,8 @@ class Run:
                 on_image=look,
                 progress=progress,
             )
-        return segmentation_scores(confusion) | (count.scores(self.device) if boundary else {})
+        scores = segmentation_scores(confusion) | ({"confusion": confusion} if with_confusion else {})
+        return scores | (count.scores(self.device) if boundary else {})
 
 
 def check_scale(scale: str, im_size: int | None) -> None:

@@ -262,10 +262,10 @@ class Part(SegmentationDataset):
 
 
 class Photographs:
-    """A folder of photographs as a data set without classes and labels; `photographs[index]` is a `Sample`.
+    """Photographs as a data set without classes and labels; `photographs[index]` is a `Sample`.
 
     Args:
-        folder: with subfolders, which become part of the names.
+        folder: with subfolders, which become part of the names; or one photograph.
         value_range: lowest and highest value of those that are not stored in 8 bits; None: judged by a few of them.
         bands: see `segm.data.images.read_image`.
 
@@ -279,9 +279,10 @@ class Photographs:
         value_range: tuple[float, float] | None = None,
         bands: Sequence[int] | None = None,
     ) -> None:
-        self.folder, self.bands = Path(folder), bands
+        path, self.bands = Path(folder), bands
+        self.folder = path.parent if path.is_file() else path
         self.name = str(folder)
-        self.files = find_images(self.folder)
+        self.files = [path] if path.is_file() else find_images(path)
         if not self.files:
             raise FileNotFoundError(f"no photograph below {folder}; {suffixes_below(self.folder)}")
         looked_at = [self.files[index] for index in spread(N_LOOKED_AT, len(self.files))]

@@ -37,6 +37,15 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"),
 LOOKS_LIKE_A_SPLIT = re.compile(r"(train|val|test|dev|eval|hold)", re.IGNORECASE)
 
 
+# Chosen one after the other, each as far from those before as sRGB allows, in CIELAB: any two of the first 12 differ by
+# ΔE*ab 47, of all 40 by 32; and all from white, and from black, which is what is ignored.
+DISTINCT = (
+    "1e698700ff00ff00000000ffff00b4ffe10000873c965a003c1e9600fff0ff8796b496ff00ff96ff005a1e3c0fffc3695a2d1e00d2ff788700"
+    "ff00ffff8700b4f0001eb400870000b4b4e10096872d4b96a50f4be1f078875a7878006996e1a51ea5ff0069ffff694bc34bd278875a962df0"
+    "d2a596e169b4"
+)
+
+
 class ClassList(NamedTuple):
     """The content of a class list.
 
@@ -70,7 +79,12 @@ class OwnFiles(BaseSegDataset):
         self.notes = list(notes)
         self._ending = _common_ending([self._stem(path, image_dir) for path in images], self._masks)
         prefix = {"img_path": str(image_dir)}
-        super().__init__(img_suffix="", data_prefix=prefix, metainfo=classes.metainfo, lazy_init=True)
+        super().__init__(
+            img_suffix="",
+            data_prefix=prefix,
+            metainfo=_distinct(len(classes.metainfo["classes"])) | classes.metainfo,
+            lazy_init=True,
+        )
 
     @staticmethod
     def _stem(path: Path, folder: Path) -> str:
@@ -144,8 +158,15 @@ def list_folder(split: str, root: Path, classes: str | Path | None) -> BaseSegDa
     return open_list(files, f"folder {split}", image_dir)
 
 
+def _distinct(n_classes: int) -> dict[str, Any]:
+    """The palette of classes without colors; empty where there are too many, for whom mmsegmentation chooses some."""
+    values = iter(bytes.fromhex(DISTINCT))
+    colors = [[*color] for color in zip(values, values, values, strict=True)]
+    return {"palette": colors[:n_classes]} if n_classes <= len(colors) else {}
+
+
 def own_classes(file: str | Path) -> dict[str, Any]:
-    """`{"classes": names, "palette": colors}` of a class list; missing colors are chosen by mmsegmentation.
+    """`{"classes": names, "palette": colors}` of a class list; missing colors are chosen.
 
     Raises:
         FileNotFoundError: it is not there.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from segm.data import IGNORE_LABEL, create_dataset, dataset_defaults, fingerprint
+from segm.data import IGNORE_LABEL, class_info, create_dataset, dataset_defaults, fingerprint
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data"
 
@@ -253,6 +253,20 @@ WRONG_CLASSES = {
     "a: b": "YAML list", "[]": "YAML list", "[a, {name: b}]": "names alone", "[{id: 0}]": "name",
     "[{id: 1, name: a}]": "ids", "[{id: 0, name: a, color: [1, 2]}]": "color", "[a": "YAML",
 }  # fmt: skip
+
+
+def test_colors_that_are_not_given_can_be_told_apart(tmp_path):
+    """ΔE*ab of 20 is as that of two hues of green; black is what is ignored."""
+    for n, least in ((12, 40), (40, 25)):
+        (tmp_path / "classes.yml").write_text(str([f"class {index}" for index in range(n)]))
+        palette = class_info("folder", tmp_path / "classes.yml")[1]
+        assert len(palette) == n
+        colors = np.vstack([palette, [(0, 0, 0)]]).astype(np.float32)[None] / 255
+        lab = cv2.cvtColor(colors, cv2.COLOR_RGB2LAB)[0]
+        distances = np.linalg.norm(lab[:, None] - lab, axis=-1) + 100 * np.eye(n + 1)
+        assert distances.min() > least
+    (tmp_path / "classes.yml").write_text(str([f"class {index}" for index in range(50)]))
+    assert len(class_info("folder", tmp_path / "classes.yml")[1]) == 50
 
 
 def test_wrong_class_list(tmp_path):
