@@ -2,6 +2,7 @@
 file."""
 
 from vis.attention import attention_map, attention_pictures, color_attention, overlay_attention, spread_weights
+from vis.confusion import confusion_picture
 from vis.curves import hull, scale_curves, search_plot, threshold_curves, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
 from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
@@ -16,6 +17,7 @@ __all__ = [
     "class_similarity_curves",
     "color_attention",
     "colorize",
+    "confusion_picture",
     "enlarge",
     "fill_tokens",
     "hull",

@@ -35,7 +35,7 @@ from segm.parallel import is_main, process_group
 from segm.run import Run
 from segm.sizes import Size, scaled
 from segm.storage import write_picture, write_text
-from vis import blend, colorize
+from vis import blend, colorize, confusion_picture
 
 PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 
@@ -61,6 +61,9 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 )
 @click.option(
     "--boundary", is_flag=True, help="Also measure the boundary IoU: that of pixels near the edges of a class."
+)
+@click.option(
+    "--confusion", is_flag=True, help="Also draw which classes are taken for which, as a picture beside the scores."
 )
 @click.option("--save-images", is_flag=True, help="Write label maps beside the checkpoint.")
 @click.option(
@@ -92,6 +95,7 @@ def main(
     window_stride: Size | None,
     window_batch_size: int,
     boundary: bool,
+    confusion: bool,
     save_images: bool,
     blended: bool,
     frac_dataset: float,
@@ -107,8 +111,8 @@ def main(
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
     scores_ms.yml beside the checkpoint, a list with one entry per conditions: checkpoint, images, windows, precision
-    and merging. Label maps (8-bit class indices) and blends go to images_ss or images_ms. Of another split or data set,
-    the names say which: scores_ss_test.yml.
+    and merging. Label maps (8-bit class indices) and blends go to images_ss or images_ms, the confusion matrix to
+    confusion_ss.png. Of another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size, scale=scale)
@@ -127,11 +131,17 @@ def main(
             multiscale=not singlescale,
             n_images=n_images,
             boundary=boundary,
+            with_confusion=confusion,
             workers=workers,
             on_image=_image_writer(run.folder / f"images_{suffix}", dataset.palette, blended) if save_images else None,
             progress=is_main(),
         )
+        matrix = scores.pop("confusion", None)
         if is_main():
+            if matrix is not None:
+                picture = file.with_name(f"confusion_{suffix}.png")
+                write_picture(picture, confusion_picture(matrix.numpy(), dataset.classes))
+                click.echo(f"written to {picture}")
             for key in filter(scores.__contains__, PER_CLASS):
                 scores[key] = dict(zip(dataset.classes, scores[key], strict=True))
             conditions = {"multiscale": not singlescale, "n_images": n_images} | conditions_of(run, dataset, windows)

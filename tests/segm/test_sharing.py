@@ -123,7 +123,8 @@ def test_commands_take_one_checkpoint_of_a_run(trained, tmp_path, call, refused)
     found = [call(test, trained, *few, *which) for which in ([], ["--checkpoint", "last"], ["--checkpoint", "best"])]
     assert found[0] == found[1] == call(test, trained / LAST, *few) and found[2] == call(test, trained / BEST, *few)
     assert found[0] != found[2]
-    call(miou, trained, "shapes", "--checkpoint", "best", *few)
+    assert "confusion_ss.png" in call(miou, trained, "shapes", "--checkpoint", "best", "--confusion", *few)
+    assert (trained / "confusion_ss.png").stat().st_size
     (entry,) = yaml.safe_load((trained / "scores_ss.yml").read_text())
     assert entry["conditions"]["checkpoint"] == BEST
     assert open_runs([f"a={trained}", f"b={trained} --checkpoint best"], None, torch.device("cpu"))[1].path.name == BEST

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vis import blend, colorize, fill_tokens, legend, outline_tokens, picture_sheet
+from vis import blend, colorize, confusion_picture, fill_tokens, legend, outline_tokens, picture_sheet
 
 GRID, PATCH = (3, 4), (8, 8)
 
@@ -17,6 +17,17 @@ def test_labels_get_their_color_and_ignored_pixels_black():
     palette = np.array([[255, 0, 0], [0, 255, 0]], dtype=np.uint8)
     picture = colorize(np.array([[0, 1, 255]]), palette)
     assert picture.tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 0]]]
+
+
+def test_a_confusion_matrix_shows_shares_of_the_true_class():
+    """Dark where all of a class is found; classes that do not occur take no place."""
+    names = ["road", "sky", "car", "tree"]
+    right, wrong = np.diag([5, 500, 0, 7]), np.roll(np.diag([5, 500, 0, 7]), 1, axis=1)
+    pictures = [confusion_picture(one, names) for one in (right, 3 * right, wrong)]
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    assert pictures[0].shape == confusion_picture(np.diag([1, 2, 3]), names[:3]).shape
+    dark = (pictures[0] == (8, 48, 107)).all(-1)  # the end of the color map: three cells on the diagonal
+    assert dark.mean() > 0.02
 
 
 def test_blend_mixes():
