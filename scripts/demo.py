@@ -1,10 +1,11 @@
 """The demo behind `make demo`: train, merge, measure and look, on the built-in `shapes` data set.
 
-Trains a small Segmenter without merging, goes on from it with graph merging, applies ALGM and ToMe to the plain one as
-it is, draws two sheets of pictures, and ends with the report of all: measured on held-out scenes, as a table
-and as a web page. Everything lies in runs/demo. A finished training is not repeated.
+Trains a small Segmenter, goes on from it without merging and, for as long, with graph merging, applies ALGM and ToMe to
+the one without as it is, draws two sheets of pictures, and ends with the report of all: measured on held-out scenes, as
+a table and as a web page. Everything lies in runs/demo. A finished training is not repeated.
 """
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ import patch
 from segm import report
 from segm.cli import Command, default_device
 from segm.data import Sample, create_dataset
+from segm.merging import assignment_of
 from segm.run import Run
 from segm.storage import write_picture
-from vis import colorize, fill_tokens, legend, picture_sheet
+from vis import colorize, fill_tokens, legend, outline_tokens, picture_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = ["--patch-size", "8", "--d-model", "64", "--n-heads", "2", "--n-layers", "4", "--no-pretrained"]
@@ -30,19 +32,29 @@ SCHEDULE = [
 ]
 COMMON = ["--dataset", "shapes", "--backbone", "vit_tiny_patch16_384", "--batch-size", "8", "--num-workers", "1"]
 THRESHOLD = 0.95
+START = "start"  # the run that the others go on from
+EPOCHS, MORE = 2, 2  # of the start, and of those that go on from it
+GO_ON = ["--finetune", "{start}", "--learning-rate", "3e-4", "--epochs", str(MORE)]
 TRAININGS = {
-    "pure": [*NETWORK, "--learning-rate", "2e-3", "--epochs", "3", "--eval-freq", "3"],
-    "graph": [
-        *["--finetune", "{pure}", "--patch-type", "graph", "--selected-layer", "2", "--threshold", str(THRESHOLD)],
-        *["--learning-rate", "3e-4", "--epochs", "1"],
-    ],
+    START: [*NETWORK, "--learning-rate", "2e-3", "--epochs", str(EPOCHS), "--eval-freq", str(EPOCHS)],
+    "pure": GO_ON,
+    "graph": [*GO_ON, "--patch-type", "graph", "--selected-layer", "2", "--threshold", str(THRESHOLD)],
 }
 APPLIED = {
     "algm": ["--patch-type", "algm", "--selected-layers", "1", "3", "--threshold", str(THRESHOLD)],
     "tome": ["--patch-type", "tome", "--r", "32"],
 }
+FRONT = {"layers": [1, 2], "tokens": 0.6}  # of keymatch on the first picture; the model has four layers
 N_PICTURES, N_COST_IMAGES = 4, 10
 N_THREADS = 1  # on the CPU threads of so small a model mostly wait for each other, above all on a busy machine
+
+
+SUMMARY = """
+All rows were trained for {epochs} epochs. With images of {tokens} tokens, merging costs about the time that it saves:
+it pays for larger images and models (RESULTS.md).
+
+open {out}/report.html
+next, faster settings of this model on your machine: python segm/tune.py {out}/pure shapes --minutes 5"""
 
 
 @click.command(cls=Command)
@@ -54,18 +66,38 @@ def main(out: Path) -> None:
     device = torch.device(default_device())
     torch.set_num_threads(N_THREADS)
     for name, options in TRAININGS.items():
-        own = [option.format(pure=out / "pure") for option in options]
+        own = [option.format(start=out / START) for option in options]
         train_unless_finished(out / name, [*COMMON, *SCHEDULE, *own], threads=N_THREADS)
-    runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS]
+    runs = [f"{name}={shlex.quote(str(out / name))}" for name in TRAININGS if name != START]
     runs += [f"{name}={shlex.quote(str(out / 'pure'))} {shlex.join(options)}" for name, options in APPLIED.items()]
     opened = report.open_runs(runs, None, device)
     dataset = create_dataset("shapes", "val")
     samples = [dataset[index] for index in range(N_PICTURES)]
+    write_picture(out / "front.png", front_sheet(opened[0], samples))
     write_picture(out / "tokens.png", token_sheet(opened, samples))
     write_picture(out / "predictions.png", prediction_sheet(opened, samples))
-    click.echo(f"\npictures: {out}/tokens.png, {out}/predictions.png\n")
+    click.echo(f"\npictures: {out}/front.png, {out}/tokens.png, {out}/predictions.png\n")
     page = ["--cost-images", str(N_COST_IMAGES), "--pictures", str(N_PICTURES), "--out", str(out / "report.html")]
     report.main([*runs, *page], standalone_mode=False)
+    tokens = math.prod(opened[0].model.grid(opened[0].crop_size))
+    shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    click.echo(SUMMARY.format(epochs=EPOCHS + MORE, tokens=tokens, out=shlex.quote(str(shown))))
+
+
+@torch.inference_mode()
+def front_sheet(plain: Run, samples: Sequence[Sample]) -> np.ndarray:
+    """A scene, its merged tokens, and the labels from all tokens and from the merged ones; the scene is the one whose
+    labels from all tokens are as right as those of half of the others: a typical one."""
+    accuracies = [np.mean(plain.predict(sample.image) == sample.label) for sample in samples]
+    sample = samples[np.argsort(accuracies)[len(samples) // 2]]
+    merged = plain.with_settings("keymatch", FRONT)
+    view = plain.preprocess(sample.image)
+    before, after = (colorize(run.model.predict(view)[0].cpu().numpy(), run.palette) for run in (plain, merged))
+    assignment, grid = assignment_of(patch.reduction(merged.model)), merged.model.grid(view.shape[-2:])
+    outlined = outline_tokens(sample.image, assignment, grid, merged.model.patch_size)
+    left = assignment.max() + 1
+    titles = ["image", f"{left} of {len(assignment)} tokens", f"labels from {len(assignment)}", f"labels from {left}"]
+    return picture_sheet([[sample.image, outlined, before, after]], titles, inches=2.4)
 
 
 @torch.inference_mode()

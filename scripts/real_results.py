@@ -16,7 +16,7 @@ import torch
 from equal_cost import FIXED, FLAGS, KNOBS, NEEDS_TRAINING, options_for
 from real_classification import classify
 from real_speed import PHOTOS, in_every_precision, measure_speed
-from real_tokens import front_sheet, kept_share, purity, region_sheet, similarities
+from real_tokens import kept_share, purity, region_sheet, similarities
 from results_file import PICTURES, append, out_option
 from tqdm import tqdm
 from tradeoff import Row, Setting, Tradeoff
@@ -105,7 +105,6 @@ STAGES = {
     "everything": "everything trained",
 }
 CLASSIFIED = (0.75, 0.5)  # shares of the tokens that are left
-FRONT = 12  # of these images, the one of the first picture
 PURE_AT, PURE_OF = 0.6, ("graph", "algm", "tome")  # share of the tokens, methods
 
 
@@ -442,7 +441,6 @@ def tokens(real: Real) -> str:
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, PURE_AT, views).apply_to(run) for name in PURE_OF}
     pure = {name: purity(one, samples) for name, one in tqdm(chosen.items(), desc="groups", leave=False)}
-    real.draw("front", front_sheet(run, chosen[PURE_OF[0]], samples[min(FRONT, len(samples) - 1)]))
     # Not among the results: these are photographs, whose license may forbid to show them.
     shown_samples = [samples[index] for index in spread(N_PICTURES, len(samples))]
     write_picture(real.work / "regions.png", region_sheet(chosen, shown_samples))

@@ -15,7 +15,7 @@ from segm.data import IGNORE_LABEL, Sample
 from segm.data.images import resize_to
 from segm.run import Run
 from segm.similarity import patches_of_pixels
-from vis import colorize, outline_tokens, picture_sheet
+from vis import outline_tokens, picture_sheet
 
 
 @torch.inference_mode()
@@ -94,18 +94,6 @@ def assignment_of(run: Run) -> np.ndarray:
 
 
 @torch.inference_mode()
-def front_sheet(plain: Run, merged: Run, sample: Sample) -> np.ndarray:
-    """Labels without merging, the tokens that are left, and labels with merging; nothing of the photograph, whose
-    license may forbid to show it."""
-    views = plain.preprocess_resized(sample.image)
-    before, after = (colorize(run.model.predict(views)[0].cpu().numpy(), run.palette) for run in (plain, merged))
-    assignment = assignment_of(merged)
-    outlined = outline_tokens(after, assignment, merged.model.grid(merged.crop_size), merged.model.patch_size)
-    left = assignment.max() + 1
-    titles = [f"labels from {len(assignment)} tokens", f"{merged.method}: {left} tokens", f"labels from {left} tokens"]
-    return picture_sheet([[before, outlined, after]], titles, inches=3.2)
-
-
 def region_sheet(runs: Mapping[str, Run], samples: Sequence[Sample]) -> np.ndarray:
     """Photographs with the borders of their merged regions, a row per photograph, a column per run."""
     rows, captions = [], []

@@ -290,6 +290,7 @@ class Schedule:
     accumulate: int = setting(SIZE, "algorithm.accumulate",
         "Parts of a batch that gradients are summed over before an update, which save memory.", 1)
     epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
+    epochs_before: int = setting(COUNT, "algorithm.epochs_before", default=0)  # of the trainings it was fine-tuned from
     eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
     updates: int | None = setting(UPDATES, "algorithm.num_updates",
         "Updates of the training, in place of epochs; what else counts epochs then counts evaluations.",
@@ -370,8 +371,12 @@ class RunConfig:
         return replace(self, **{part: replace(getattr(self, part), **given) for part, given in own.items() if given})
 
     def for_finetuning(self) -> "RunConfig":
-        """The part that a new run takes over: network, data, windows, merging; no optimizer, no schedule."""
-        return replace(self, optim=Optim(), schedule=Schedule())
+        """The part that a new run takes over: network, data, windows, merging; no optimizer, no schedule.
+
+        Epochs that were trained are counted on.
+        """
+        epochs = (self.schedule.epochs_before or 0) + (self.schedule.epochs or 0)
+        return replace(self, optim=Optim(), schedule=Schedule(epochs_before=epochs))
 
     @property
     def grid(self) -> tuple[int, int]:

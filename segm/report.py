@@ -96,6 +96,7 @@ def main(
     numbers = json.dumps(record | {"rows": rows}, indent=2, default=str)
     write_text(out.with_suffix(".json"), numbers)
     click.echo(markdown(page.COLUMNS, rows))
+    click.echo(f"mIoU over {n_images['mean_iou']} images, the rest over {n_images['cost']}")
     click.echo(f"written to {out} and {out.with_suffix('.json')}")
 
 
@@ -221,18 +222,27 @@ def explore(runs: Sequence[Run], dataset: SegmentationDataset, layer: int | None
             model.grid_logits(run.preprocess_resized(sample.image))
             found = {name: values[0].cpu().numpy() for name, values in edges.items()}
             photo = resize_to(sample.photo, run.crop_size)
-            images.append({"name": sample.name, "photo": photo, "patch_size": model.patch_size, **found})
+            image = {"name": sample.name, "photo": photo, "ratio": ratio_of(sample.photo)}
+            images.append({**image, "patch_size": model.patch_size, **found})
     threshold = run.options.get("threshold")
     threshold = float(threshold) if isinstance(threshold, int | float) else THRESHOLD
     return {"name": run.name, "layer": layer, "threshold": threshold, "images": images}
 
 
 def read_logs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """Logs of the trainings: name of a run -> entries of its `log.txt`; each run directory once."""
-    files: dict[Path, str] = {}
+    """Logs of the trainings: name of a run -> entries of its `log.txt`; each run directory once.
+
+    Epochs count from 1, and go on after those of the run that a training was fine-tuned from.
+    """
+    firsts: dict[Path, Run] = {}
     for run in runs:
-        files.setdefault(run.folder.resolve() / "log.txt", run.name)
-    return {name: read_log(file) for file, name in files.items() if file.is_file() and file.stat().st_size}
+        firsts.setdefault(run.folder.resolve() / "log.txt", run)
+    logs = {}
+    for file, run in firsts.items():
+        if file.is_file() and file.stat().st_size:
+            before = run.config.schedule.epochs_before or 0
+            logs[run.name] = [entry | {"epoch": before + entry["epoch"] + 1} for entry in read_log(file)]
+    return logs
 
 
 def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
@@ -264,9 +274,16 @@ def picture_blocks(
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.photo), predicted))
-        blocks.append((sample.name, pairs))
+        ratio = ratio_of(sample.photo)
+        blocks.append((sample.name, [(a._replace(ratio=ratio), b._replace(ratio=ratio)) for a, b in pairs]))
     classes = sorted(label for label in seen if label < dataset.n_cls)
     return blocks, [dataset.classes[i] for i in classes], np.asarray(dataset.palette)[classes]
+
+
+def ratio_of(photo: np.ndarray) -> float:
+    """Width ÷ height of a photograph, (H, W, ...)."""
+    height, width = photo.shape[:2]
+    return width / height
 
 
 def token_picture(run: Run, image: np.ndarray) -> page.Picture:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from vis import plots
 from vis.labels import colorize, enlarge, magnification
@@ -18,9 +20,9 @@ COLUMNS = {
     "method": "{name}",
     "mIoU": "{mean_iou:.2f}",
     "images/s": "{images_per_second:.1f}",
+    "speed-up": "{speedup:.2f}",
     "GFLOPs": "{gflops:.3f}",
     "tokens": "{tokens:.1f}",
-    "realized share": "{realized_share:.2f}",
 }
 METHOD_COLUMNS = {
     "method": "{name}",
@@ -30,17 +32,18 @@ METHOD_COLUMNS = {
     "realized share": "{realized_share:.2f}",
 }
 SIDE = 512  # pixels of the larger side of a picture, at most
-STEP = 0.005  # of the slider
+STEP = 0.001  # of the slider
 SHOWN_CLASSES = 8
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Picture(NamedTuple):
-    """A picture of the page. uri: data URI, PNG or JPEG."""
+    """A picture of the page. uri: data URI, PNG or JPEG; ratio: width ÷ height as shown; None: that of its pixels."""
 
     uri: str
     caption: str
+    ratio: float | None = None
 
 
 def comparison_page(
@@ -57,15 +60,16 @@ def comparison_page(
     Args:
         record: `dataset`, `n_images` (`mean_iou` and `cost`), `device`, `python`, `torch`, `timm`, `date`, `command`.
         rows: one dict per method: `name`, `path`, `method`, `settings`, `mean_iou` and `per_class_iou` (percent),
-            `images_per_second`, `gflops`, `tokens`, `n_patches`, `realized_share`, `counts` (tokens of every image).
+            `images_per_second`, `speedup`, `gflops`, `tokens`, `n_patches`, `realized_share`, `counts` (tokens of every
+            image).
         classes: names of the classes.
         logs: see `vis.plots.training_curves`.
         pictures: ((name of an image, pairs of an upper and a lower `Picture`) of every image; names and palette (C, 3)
             of the classes that occur).
         explored: `name` of a model, `layer` (1-based) and `threshold` for the explorer, and its `images`: dicts of
             `name`, `photo` (H, W, 3) uint8 RGB, `right` (gh, gw-1) and `down` (gh-1, gw) float32, the similarities of
-            neighboring patches, and `patch_size`, pixels of the photograph per patch (height, width). The grid may be
-            larger than the photograph at the right and bottom.
+            neighboring patches, `patch_size`, pixels of the photograph per patch (height, width), and `ratio`, width ÷
+            height as it is shown. The grid may be larger than the photograph at the right and bottom.
         data: name of a run -> split -> `images`, `smallest` and `largest` (width, height), `masks_counted`, `pixels` by
             class, `ignored_pixels`, `notes`.
     """
@@ -154,7 +158,8 @@ def _describe(row: Mapping[str, Any]) -> str:
     hidden = ("attention", "batch", "backend")
     settings = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
     texts = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
-    return ", ".join([row["method"], *texts])
+    share = [] if row["method"] == "pure" else [f"realized share {row['realized_share']:.2f}"]
+    return ", ".join([row["method"], *texts, *share])
 
 
 def _plain(value: Any) -> str:
@@ -180,11 +185,27 @@ def _data_cells(found: Mapping[str, Any]) -> list[str]:
 
 def _explorer(name: str, layer: int, threshold: float, images: Rows) -> dict[str, Any]:
     """The threshold explorer for the template; arguments as `explored` in `comparison_page`."""
-    similarities = [image[key].ravel() for image in images for key in ("right", "down")]
-    least = float(np.concatenate(similarities).min(initial=1)) if similarities else 1.0
-    lowest = math.floor((least - 1e-6) / STEP) * STEP  # here all patches are one region
-    shown = {"name": name, "layer": layer, "threshold": threshold, "lowest": lowest, "step": STEP}
+    ends = [threshold, *(end for image in images for end in _range(image["right"], image["down"]))]
+    lowest, highest = math.floor(min(ends) / STEP - 0.01) * STEP, math.ceil(max(ends) / STEP) * STEP
+    shown = {"name": name, "layer": layer, "threshold": threshold, "step": STEP}
+    shown |= {"lowest": max(lowest, -1.0), "highest": min(highest, 1.0)}
     return shown | {"images": [_explorer_entry(image) for image in images]}
+
+
+def _range(right: np.ndarray, down: np.ndarray) -> tuple[float, float]:
+    """The thresholds between which the regions of an image change: below the first all patches are one region, from
+    the second on each is its own. Arguments as in `comparison_page`."""
+    patches = np.arange(right.shape[0] * down.shape[1]).reshape(right.shape[0], down.shape[1])
+    starts, ends = (
+        np.concatenate([a.ravel(), b.ravel()])
+        for a, b in ((patches[:, :-1], patches[:-1]), (patches[:, 1:], patches[1:]))
+    )
+    similarities = np.concatenate([right.ravel(), down.ravel()]).astype(float)
+    if not len(similarities):
+        return 1.0, 1.0
+    # The tree that joins all patches by their most similar edges: its weakest edge is the last that matters.
+    tree = minimum_spanning_tree(coo_array((3 - similarities, (starts, ends)), shape=(patches.size,) * 2))
+    return 3 - tree.data.max(), similarities.max()
 
 
 def _explorer_entry(image: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +213,7 @@ def _explorer_entry(image: Mapping[str, Any]) -> dict[str, Any]:
     right, down = (np.ascontiguousarray(image[key], dtype="<f4") for key in ("right", "down"))
     edges = {"right": base64.b64encode(right).decode(), "down": base64.b64encode(down).decode()}
     size = {"rows": right.shape[0], "columns": down.shape[1], "patch": list(image["patch_size"])}
-    return {"name": image["name"], "photo": _uri(image["photo"]), **size, **edges}
+    return {"name": image["name"], "photo": _uri(image["photo"]), "ratio": image["ratio"], **size, **edges}
 
 
 def picture(image: np.ndarray, caption: str, *, lossless: bool = False) -> Picture:

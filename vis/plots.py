@@ -122,7 +122,9 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequ
     panels = [key for key in CURVES if any(_points(log, key) for log in logs.values())]
     if not any(len({value for _, value in _points(log, "threshold")}) > 1 for log in logs.values()):
         panels = [key for key in panels if key != "threshold"]
-    last = max((entry["epoch"] for log in logs.values() for entry in log), default=0)
+    epochs = [entry["epoch"] for log in logs.values() for entry in log] or [0]
+    first, last = min(epochs), max(epochs)
+    margin = 0.04 * (last - first) + (0.1 if last > first else 0.5)  # one epoch alone has one tick
     with matplotlib.rc_context(STYLE):
         n_rows = max(1, math.ceil(len(panels) / 2))
         figure = Figure(figsize=(7.6, 0.5 + 2.3 * n_rows), layout="constrained")
@@ -134,7 +136,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequ
                 points = np.array(_points(log, key), dtype=float).reshape(-1, 2)
                 style = _style(names.index(name))
                 axis.plot(*points.T, markersize=4, **style | {"marker": style["marker"] if len(points) < 30 else ""})
-            axis.set(xlabel="epoch", ylabel=CURVES[key], xlim=(-0.04 * last - 0.1, 1.04 * last + 0.1))
+            axis.set(xlabel="epoch", ylabel=CURVES[key], xlim=(first - margin, last + margin))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid()
         handles = [Line2D([], [], markersize=4, **_style(names.index(name))) for name in logs]

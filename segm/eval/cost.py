@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patch.operations import count_operations
-from patch.trials import interleaved_trials, realized_share, speed
+from patch.trials import interleaved_trials, ratio, realized_share, speed
 from segm.merging import PURE, count_tokens, method_of
 from segm.model.segmenter import Segmenter
 
@@ -68,14 +68,14 @@ def compare(
 
     Returns:
         name -> dict: `tokens` (mean) of `n_patches`, `counts` (of every image); `gflops`, `gflops_encoder`,
-        `gflops_decoder`; `images_per_second` of `predict`, `images_per_second_scores` of token scores;
-        `realized_share` of `reference`.
+        `gflops_decoder`; `images_per_second` of `predict`, `speedup` over that of `reference`;
+        `images_per_second_scores` of token scores, `realized_share` of `reference`.
     """
 
     def on_batch(function: Callable[[Tensor], Any], name: str) -> Callable[[list[int]], Any]:
         return lambda index: function(batches[name][index[0]])  # `interleaved_trials` passes the number of a batch
 
-    calls = {(name, "labels"): on_batch(models[name].predict, name) for name in references}
+    calls = {(name, "labels"): on_batch(model.predict, name) for name, model in models.items()}
     calls |= {(name, "scores"): on_batch(model.network, name) for name, model in models.items()}
     n_batches = min(len(batches[name]) for name in models)
     trials = interleaved_trials(calls, [[index] for index in range(n_batches)], device, warm=True, progress=True)
@@ -92,6 +92,7 @@ def compare(
             "gflops_encoder": own.encoder,
             "gflops_decoder": own.decoder,
             "images_per_second": size * speed(trials[name, "labels"]),
+            "speedup": ratio(trials[name, "labels"], trials[reference, "labels"]),
             "images_per_second_scores": size * speed(scores),
             "realized_share": realized_share(scores, pure_scores, own.network, pure.network),
             "reference": reference,

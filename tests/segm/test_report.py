@@ -14,7 +14,7 @@ from segm import report
 from segm.checkpoint import save_checkpoint
 from segm.model.factory import create_segmenter
 from segm.run import Run
-from tests.helpers import write_variant
+from tests.helpers import read_variant, write_variant
 
 SIZE = 32
 PURE = {"patch_type": "pure"}
@@ -96,7 +96,7 @@ def test_every_run_is_measured_and_shown(tmp_path, pure, graph):
         assert row["gflops"] >= row["gflops_encoder"] + row["gflops_decoder"] and row["reference"] == "pure"
         assert f'<th scope="row">{escape(name)}</th><td>{row["mean_iou"]:.2f}</td>' in text
         assert f"| {name} | {row['mean_iou']:.2f} |" in printed
-    assert rows["pure"]["realized_share"] == 1 and rows["graph"]["realized_share"] > 0
+    assert rows["pure"]["speedup"] == rows["pure"]["realized_share"] == 1 and rows["graph"]["realized_share"] > 0
     assert "tome <b>" not in text and rows["graph"]["settings"]["threshold"] == 0.6
     assert content["dataset"] == "shapes" and content["n_images"] == {"mean_iou": 2, "cost": 2}
     assert content["torch"] == torch.__version__ and "segm/report.py" in content["command"]
@@ -140,6 +140,33 @@ def test_without_an_unpatched_run_a_copy_is_timed(tmp_path, graph):
     assert [row["reference"] for row in content["rows"]] == ["graph, unpatched"] * 2
     assert [row["name"] for row in content["rows"]] == ["graph", "other"]
     assert "graph, unpatched" not in text
+
+
+def test_curves_count_epochs_from_one_and_go_on_where_fine_tuning_begins(tmp_path, pure, small_net):
+    tuned = write_run(tmp_path / "runs/tuned", small_net, **GRAPH)
+    variant = read_variant(tuned)
+    write_variant(variant | {"algorithm_kwargs": {"epochs_before": 2}}, tuned)
+    (tuned / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9}\n')
+    logs = report.read_logs(report.open_runs([str(pure), str(tuned)], None, torch.device("cpu")))
+    epochs = {name: [entry["epoch"] for entry in log] for name, log in logs.items()}
+    assert epochs == {"pure": [1, 2], "tuned": [3]}
+
+
+def test_pictures_keep_the_ratio_of_the_photograph(pure):
+    run = Run.load(pure, device="cpu")
+    dataset, _ = run.open()
+
+    class Wide:
+        classes, palette, n_cls = dataset.classes, dataset.palette, dataset.n_cls
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return type(dataset[0])("wide", np.zeros((32, 48, 3), np.uint8), None)
+
+    blocks, _, _ = report.picture_blocks([run], Wide(), 1)
+    assert {one.ratio for _, pairs in blocks for pair in pairs for one in pair} == {1.5}
 
 
 def test_a_run_counts_against_its_own_architecture(tmp_path, pure, small_net):

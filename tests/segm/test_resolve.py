@@ -17,7 +17,7 @@ from tests.helpers import read_variant
 BASE = {"dataset": "shapes", "backbone": "vit_tiny_patch16_384"}
 CLASSES = [{"id": index, "name": name, "color": [0, 0, 0]} for index, name in enumerate("ab")]
 NO_FLAG = {"distilled", "decoder_layers", "decoder_drop_path", "n_cls", "image_size", "reduction", "classes"}
-NO_FLAG |= {"inventory", "eval_size", "method"}
+NO_FLAG |= {"inventory", "eval_size", "method", "epochs_before"}
 ABSENT = {"train_only", "decoder_blocks", "bands", "updates", "eval_every"}  # from the command of the first test
 EVERY = {
     "dropout": 0.25, "decoder_dropout": 0.35, "drop_path": 0.15, "optimizer": "adamw", "scheduler": "cosine",
@@ -189,6 +189,7 @@ def test_fine_tuning_takes_over_network_data_and_merging_but_no_schedule():
     kept = {"d_model": 64, "crop_size": 32, "window_stride": 16, "decoder_dropout": 0.35}
     assert {name: values[name] for name in kept} == kept
     assert (values["optimizer"], values["weight_decay"], values["warmup_epochs"]) == ("sgd", 0.0, 0)
+    assert (values["epochs"], values["epochs_before"]) == (3, 30)
 
 
 def test_the_settings_of_a_decoder_stay_with_it():

@@ -1,5 +1,6 @@
 """The web page, and what its script computes."""
 
+import base64
 import json
 import re
 import shutil
@@ -104,6 +105,7 @@ RECORD = {
     "timm": "1",
     "date": "today",
 }
+EDGES = (("right", (5, 7)), ("down", (4, 8)))
 DATA = {"images": 5, "smallest": [40, 30], "largest": [80, 60], "masks_counted": 3, "ignored_pixels": 10}
 
 
@@ -112,11 +114,11 @@ def example(name="street", threshold=0.88, size=(40, 60), grid=(5, 8), patch_siz
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     x = tokens(grid)
     right, down = edges_of(x, grid)
-    image = {"name": name, "photo": photo, "right": right, "down": down, "patch_size": patch_size}
+    image = {"name": name, "photo": photo, "right": right, "down": down, "patch_size": patch_size, "ratio": 1.5}
     rows = [
         {"name": name, "path": name, "method": "graph", "settings": {"layers": (2,), "threshold": 0.9, "note": name}}
         | {"mean_iou": 71.25, "per_class_iou": [80.0, 62.5], "images_per_second": 12.34, "gflops": 1.5, "tokens": 20.5}
-        | {"realized_share": 0.957, "n_patches": 40, "counts": [20, 21]}
+        | {"speedup": 1.254, "realized_share": 0.957, "n_patches": 40, "counts": [20, 21]}
     ]
     picture, labels = page.picture(photo, name), page.label_picture(photo[..., 0] % 2, [[9, 9, 9]] * 2, name)
     text = page.comparison_page(
@@ -170,11 +172,29 @@ def test_the_page_is_accessible(text):
 
 
 def test_every_number_stands_in_the_table(text):
-    for number in ("71.25", "12.3", "1.500", "20.5 of 40", "0.96"):
+    for number in ("71.25", "12.3", "1.25", "1.500", "20.5 of 40"):
         assert f"<td>{number}</td>" in text
-    assert "graph, layers 2, threshold 0.9" in text
+    assert "graph, layers 2, threshold 0.9" in text and "realized share 0.96" in text
     for cell in ("40x30 to 80x60", "sky 66.7 %", "10.0%"):
         assert cell in text
+
+
+def test_the_slider_spans_the_thresholds_between_one_region_and_none(text):
+    slider = next(attributes for tag, attributes in Elements(text).found if attributes.get("type") == "range")
+    lowest, highest = float(slider["min"]), float(slider["max"])
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    image = data["images"][0]
+    edges = [np.frombuffer(base64.b64decode(image[key]), "<f4").reshape(shape) for key, shape in EDGES]
+    graph = networkx.grid_2d_graph(5, 8)
+    for (row, column), (lower, righter) in graph.edges:
+        graph.edges[(row, column), (lower, righter)]["similarity"] = edges[lower > row][row, column]
+
+    def count(threshold):
+        kept = [edge for edge in graph.edges if graph.edges[edge]["similarity"] > threshold]
+        return networkx.number_connected_components(networkx.Graph(kept)) + 40 - len({x for edge in kept for x in edge})
+
+    assert count(lowest) == 1 < count(lowest + 2 * page.STEP)
+    assert count(highest) == 40 > count(highest - 2 * page.STEP)
 
 
 def test_names_are_text(text):
@@ -199,6 +219,7 @@ def test_light_and_dark_and_small_screens(text):
 def test_sections_without_content_are_left_out(text):
     row = {"name": "a", "path": "a", "method": "pure", "settings": {}, "mean_iou": 9.0, "per_class_iou": [9.0]}
     row |= {"images_per_second": 1.0, "gflops": 1.0, "tokens": 4, "n_patches": 4, "realized_share": 1.0, "counts": [4]}
+    row |= {"speedup": 1.0}
     explored = {"name": "a", "layer": 2, "threshold": 0.9, "images": []}
     record = RECORD | {"dataset": "own", "command": "report"}
     small = page.comparison_page(record, [row], ["sky"], {}, ([], [], np.zeros((0, 3))), explored, {})

@@ -119,7 +119,7 @@ async function loadImage(entry) {
     }
   }
   const edges = { right: decodeFloats(entry.right), down: decodeFloats(entry.down) };
-  return { ...edges, rows, columns, patch, photo, sums, width: canvas.width, height: canvas.height };
+  return { ...edges, rows, columns, patch, photo, sums, width: canvas.width, height: canvas.height, ratio: entry.ratio };
 }
 
 function draw(canvas, image, regions, fill) {
@@ -128,6 +128,7 @@ function draw(canvas, image, regions, fill) {
   if (canvas.width !== width * scale || canvas.height !== height * scale) {
     [canvas.width, canvas.height] = [width * scale, height * scale];
   }
+  canvas.style.aspectRatio = image.ratio; // the model saw the photograph resized, the reader sees its own ratio
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
   context.drawImage(image.photo, 0, 0, canvas.width, canvas.height);
