@@ -9,17 +9,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
 import yaml
+from results_file import read
 
 import patch
 from segm.cli import Command, markdown
 from segm.data import create_dataset
 from segm.errors import one_line
-from segm.merging import PURE
+from segm.merging import KNOBS, PURE
 from segm.run import Run
 from segm.storage import write_picture, write_text
 from vis import fill_tokens, outline_tokens, picture_sheet
@@ -36,6 +37,7 @@ PAGES = {
 LINKS = PAGES | {"LICENSE": "licenses.md", "docs/comparison.md": "comparison.md"}
 ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
+SIDE, SHARE = 336, 0.6  # of the numbers on the pages of methods: shorter side, pixels, and tokens that are left
 # Settings with which the small model of the pictures merges about half of its tokens.
 PICTURED: dict[str, dict[str, Any]] = {
     "keymatch": {"layers": [1, 2]},
@@ -90,15 +92,73 @@ def write_methods(folder: Path, pictured: set[str]) -> None:
         raise ValueError(f"docs/methods.yml and the registry differ in {', '.join(missing)}")
     rows = []
     for name, words in known.items():
-        write_text(folder / f"{name}.md", method_page(name, words, papers.get(name), name in pictured))
-        rows.append({"name": name, "idea": words["idea"].split(". ")[0].rstrip(".") + "."})
-    table = markdown({"method": "[`{name}`]({name}.md)", "idea": "{idea}"}, rows)
-    costs = "What each method needs, costs and keeps is in [Which method?](../results/methods.md)."
-    write_text(folder / "index.md", f"# Methods\n\n{table}\n\n{costs}\n")
+        paper, cost = papers.get(name), measured(name)
+        write_text(folder / f"{name}.md", method_page(name, words, paper, cost, name in pictured))
+        shown = {"name": name, "what": patch.find(name).summary, "paper": link_of(paper)}
+        cells = {"tokens": "–", "speedup": "–", "lost": "–"} if cost is None else cost.cells
+        rows.append(shown | cells)
+    columns = {
+        "method": "[`{name}`]({name}.md)",
+        "what it does": "{what}",
+        "tokens left": "{tokens}",
+        "speed-up": "{speedup}",
+        "mIoU lost": "{lost}",
+        "paper": "{paper}",
+    }
+    table = markdown(columns, rows)
+    write_text(folder / "index.md", f"# Methods\n\n{INDEX}\n\n{table}\n")
 
 
-def method_page(name: str, words: Mapping[str, str], paper: str | None, pictured: bool) -> str:
-    """Idea, picture, options, when to take it, how to cite it."""
+INDEX = """Take [`keymatch`](keymatch.md) first: `patch.apply(model, tokens=0.6)`. Where you have a trained Segmenter,
+[`segm/tune.py`](../training.md#tune) compares it with others on your images.
+
+The numbers are those of DINOv2 ViT-S/14 on CamVid at 448 × 336, merging applied without training, at about 60 % of the
+tokens, on a CPU with two threads: label maps per second over those without merging in the same run, and the points of
+mIoU that it costs. –: not measured there, for instance because it has to be trained first. More in
+[Which method?](../results/methods.md)."""
+
+
+class Cost(NamedTuple):
+    """What a method does to a trained model, in one run: tokens left of the patches, label maps/s and mIoU without
+    merging and with it."""
+
+    tokens: float
+    n_patches: int
+    speeds: tuple[float, float]
+    scores: tuple[float, float]
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """As tables show it."""
+        speedup, lost = self.speeds[1] / self.speeds[0], self.scores[0] - self.scores[1]
+        return {"tokens": f"{self.tokens:.0f} of {self.n_patches}", "speedup": f"{speedup:.2f}", "lost": f"{lost:.1f}"}
+
+
+def measured(name: str) -> Cost | None:
+    """The cost of a method on the model of the results, at about 60 % of the tokens; None: it was not measured."""
+    for question, run, im_size in (("methods", "methods-1", None), ("size", "frontier-2", SIDE)):
+        (entry,) = (entry for entry in read(question) if entry["id"] == run)
+        rows = [row for row in entry["rows"] if row["im_size"] == im_size and not row.get("patch_size")]
+        (pure,) = (row for row in rows if row["method"] == PURE)
+        own = [row for row in rows if row["method"] == name]
+        if own:
+            row = min(own, key=lambda row: abs(row["tokens"] - SHARE * pure["tokens"]))
+            pairs = [(pure[key], row[key]) for key in ("images_per_second", "mean_iou")]
+            return Cost(row["tokens"], round(pure["tokens"]), *pairs)
+    return None
+
+
+def link_of(paper: str | None) -> str:
+    """The paper's link, or where it has none its place, from its entry in CITATIONS.bib; ours: there is none."""
+    if paper is None:
+        return "ours"
+    if found := re.search(r"eprint = \{([\d.]+)\}", paper):
+        return f"[{found[1]}](https://arxiv.org/abs/{found[1]})"
+    return " ".join(re.findall(r"(?:booktitle|journal|year) = \{(\w+)\}", paper))
+
+
+def method_page(name: str, words: Mapping[str, str], paper: str | None, cost: Cost | None, pictured: bool) -> str:
+    """Idea, picture, when to take it, its cost, options, how to use and cite it."""
     entry = patch.find(name)
     rows = [
         {
@@ -110,17 +170,34 @@ def method_page(name: str, words: Mapping[str, str], paper: str | None, pictured
         for option, one in entry.options.items()
     ]
     columns = {"option": "`{option}`", "flag": "`{flag}`", "default": "{default}", "meaning": "{meaning}"}
-    parts = [f"# {name}", words["idea"]]
+    parts = [f"# {name}", f"{words['idea']} Paper: {link_of(paper)}." if paper else words["idea"]]
     parts += [f"![tokens that {name} leaves]({name}.png)"] if pictured else []
-    parts += ["## When to take it", words["when"], "## Options", markdown(columns, rows)]
-    parts += ["## Use", USE.format(name=name)]
+    parts += ["## When to take it", words["when"]]
+    parts += [MEASURED.format(**cost.cells)] if cost is not None else []
+    parts += ["## Use", USE.format(name=name, python=python_of(entry)), "## Options", markdown(columns, rows)]
     parts += ["## Cite", f"```bibtex\n@inproceedings{{{name},\n{paper}\n}}\n```"] if paper else []
     return "\n\n".join(parts) + "\n"
 
 
-USE = """```
+MEASURED = (
+    "DINOv2 ViT-S/14 on CamVid, without training: {tokens} tokens left, {speedup} times as many label maps per second "
+    "on a CPU, {lost} points of mIoU lost ([more](../results/methods.md))."
+)
+USE = """```python
+{python}
+```
+
+```
 python segm/test.py runs/pure --patch-type {name}
 ```"""
+
+
+def python_of(entry: patch.Method) -> str:
+    """A line of Python that applies a method to a model, with the option that says how much merges."""
+    added = f'patch.add_modules(model, "{entry.name}")  # its learned parts, which have to be trained\n'
+    knob = next((name for name in KNOBS if name in entry.options and entry.options[name].default is not None), None)
+    given = "" if knob is None else f", {knob}={entry.options[knob].default}"
+    return (added if entry.uses_learned({}) else "") + f'patch.apply(model, "{entry.name}"{given})'
 
 
 def flags_of(name: str, option: patch.Option) -> str:
@@ -133,6 +210,8 @@ def default_of(option: patch.Option) -> str:
     """A default in words."""
     if callable(option.default):
         return "depends on the model"
+    if isinstance(option.default, tuple):
+        return f"`{' '.join(map(str, option.default))}`"
     return option.default_text if option.default is None else f"`{option.default}`"
 
 

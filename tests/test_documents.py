@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from textwrap import dedent
 
+import build_docs
 import click
 import cv2
 import numpy as np
@@ -184,6 +185,26 @@ def test_every_method_has_a_page_and_a_citation():
     assert all(f"methods/{name}.md" in site for name in known)
     cited = re.findall(r"^@\w+\{(\w+),", (ROOT / "CITATIONS.bib").read_text(), re.MULTILINE)
     assert {*cited} == {*patch.METHODS, "segmenter"} - {"keymatch", "random"}
+
+
+@pytest.mark.parametrize("name", patch.METHODS)
+def test_the_python_of_every_method_page_runs(name):
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
+    names = {"patch": patch, "model": timm.create_model("vit_tiny_patch16_224", **size).eval()}
+    exec(build_docs.python_of(patch.find(name)), names)
+    assert patch.method(names["model"]) == name
+    page = build_docs.method_page(name, {"idea": "", "when": ""}, None, build_docs.measured(name), False)
+    assert build_docs.python_of(patch.find(name)) in page
+
+
+def test_the_index_of_methods_compares_them(tmp_path):
+    build_docs.write_methods(tmp_path, set())
+    index = (tmp_path / "index.md").read_text()
+    for name in patch.METHODS:
+        (row,) = (line for line in index.splitlines() if line.startswith(f"| [`{name}`]({name}.md) |"))
+        _, what, tokens, speedup, lost, paper = row.strip("| ").split(" | ")
+        assert what and (tokens == speedup == lost == "–" or (float(speedup) > 0.5 and float(lost) > -1))
+        assert paper == "ours" or "arxiv.org" in paper or re.search(r"20\d\d$", paper)
 
 
 def command_lines(text):
