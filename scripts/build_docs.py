@@ -17,10 +17,11 @@ import yaml
 from results_file import read
 
 import patch
+from patch.budget import KNOBS
 from segm.cli import Command, markdown
 from segm.data import create_dataset
 from segm.errors import one_line
-from segm.merging import KNOBS, PURE
+from segm.merging import PURE
 from segm.run import Run
 from segm.storage import write_picture, write_text
 from vis import fill_tokens, outline_tokens, picture_sheet

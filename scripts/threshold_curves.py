@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 from tradeoff import Row, Setting, Tradeoff
 
+from patch.budget import knob_of
 from segm.auto_threshold import automatic_thresholds
 from segm.checkpoint import weights_digest
 from segm.cli import FOLDER, POSITIVE, Command, dataset_argument, device_option, markdown, max_images_option
 from segm.eval.timing import environment
-from segm.merging import PURE, knob_of
+from segm.merging import PURE
 from segm.report import open_runs
 from segm.run import Run
 from segm.storage import write_picture, write_text

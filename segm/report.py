@@ -29,7 +29,7 @@ from segm.run import Run
 from segm.runlog import read_log
 from segm.sharing import find
 from segm.storage import write_text
-from vis import page
+from vis import mark, page
 
 THRESHOLD, LAYER = 0.88, 2  # where the explorer starts if no run merges
 IM_SIZE = click.Option(["--im-size"], type=POSITIVE)
@@ -259,7 +259,8 @@ def read_inventories(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
 def picture_blocks(
     runs: Sequence[Run], dataset: SegmentationDataset, n_images: int
 ) -> tuple[list[tuple[str, list[tuple[page.Picture, page.Picture]]]], list[str], np.ndarray]:
-    """Input and truth, and for every run its tokens and its prediction: `pictures` of `vis.page.comparison_page`."""
+    """Input and truth; for every run its tokens and its prediction; and where runs differ from the first in their
+    labels: `pictures` of `vis.page.comparison_page`."""
     blocks: list[tuple[str, list[tuple[page.Picture, page.Picture]]]] = []
     seen: set[int] = set()
     for index in tqdm(spread(n_images, len(dataset)), desc="pictures", unit="image", leave=False):
@@ -269,11 +270,15 @@ def picture_blocks(
         truth = cv2.resize(truth, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         pairs = [(page.picture(photo, "input"), page.label_picture(truth, dataset.palette, "truth"))]
         seen.update(np.unique(truth))
+        shown: list[np.ndarray] = []
         for run in runs:
             labels = run.model.predict(run.preprocess_resized(sample.image))[0].cpu().numpy()
             seen.update(np.unique(labels))
             predicted = page.label_picture(labels, dataset.palette, f"{run.name}: prediction")
             pairs.append((token_picture(run, sample.photo), predicted))
+            shown.append(cv2.resize(labels.astype(np.uint16), photo.shape[1::-1], interpolation=cv2.INTER_NEAREST))
+        for run, labels in zip(runs[1:], shown[1:], strict=True):
+            pairs.append(difference_pictures(photo, shown[0], labels, dataset.palette, (runs[0].name, run.name)))
         ratio = ratio_of(sample.photo)
         blocks.append((sample.name, [(a._replace(ratio=ratio), b._replace(ratio=ratio)) for a, b in pairs]))
     classes = sorted(label for label in seen if label < dataset.n_cls)
@@ -284,6 +289,16 @@ def ratio_of(photo: np.ndarray) -> float:
     """Width ÷ height of a photograph, (H, W, ...)."""
     height, width = photo.shape[:2]
     return width / height
+
+
+def difference_pictures(
+    photo: np.ndarray, first: np.ndarray, second: np.ndarray, palette: np.ndarray, names: tuple[str, str]
+) -> tuple[page.Picture, page.Picture]:
+    """Two label maps, (H, W): the pixels that differ, marked on the photograph, and the labels of the second there."""
+    differs = first != second
+    caption = f"{names[1]}: other labels than {names[0]} in {100 * differs.mean():.1f} % of the pixels"
+    there = page.label_picture(np.where(differs, second, len(palette)), palette, f"{names[1]}: labels that differ")
+    return page.picture(mark(photo, differs), caption, lossless=True), there
 
 
 def token_picture(run: Run, image: np.ndarray) -> page.Picture:

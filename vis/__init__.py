@@ -5,7 +5,7 @@ from vis.attention import attention_map, attention_pictures, color_attention, ov
 from vis.confusion import confusion_picture
 from vis.curves import hull, scale_curves, search_plot, threshold_curves, tradeoff_plot
 from vis.histograms import similarity_histograms, token_histograms
-from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification
+from vis.labels import blend, colorize, enlarge, label_picture, legend, magnification, mark
 from vis.sheet import picture_sheet
 from vis.similarity import class_similarity_curves, similarity_map
 from vis.tokens import fill_tokens, outline_tokens, token_pictures
@@ -24,6 +24,7 @@ __all__ = [
     "label_picture",
     "legend",
     "magnification",
+    "mark",
     "outline_tokens",
     "overlay_attention",
     "picture_sheet",

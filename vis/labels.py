@@ -33,6 +33,12 @@ def blend(image: np.ndarray, colors: np.ndarray, opacity: float = 0.5) -> np.nda
     return cv2.addWeighted(colors, opacity, image, 1 - opacity, 0)
 
 
+def mark(image: np.ndarray, where: np.ndarray, color: tuple[int, int, int] = (214, 0, 130)) -> np.ndarray:
+    """Pixels in a color that stands out, on a pale gray picture: (H, W, 3), uint8; where: (H, W), bool."""
+    pale = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) // 2 + 127
+    return np.where(where[..., None], np.array(color, dtype=np.uint8), pale[..., None])
+
+
 def legend(names: Sequence[str], palette: np.ndarray, height: int | None = None, row: int = 24) -> np.ndarray:
     """Class names next to their colors, in columns as wide as their longest name.
 

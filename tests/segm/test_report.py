@@ -217,6 +217,18 @@ def test_images_without_labels(pure):
     assert name == sample.name and [one.caption for one in pairs[0]] == ["input", "truth"]
 
 
+def test_where_labels_differ_is_shown(pure, graph):
+    """Of each run against the first; the share is that of the pixels."""
+    runs = [Run.load(pure, device="cpu"), Run.load(pure, device="cpu", name="same"), Run.load(graph, device="cpu")]
+    dataset, _ = runs[0].open()
+    ((_, pairs),), _, _ = report.picture_blocks(runs, dataset, 1)
+    captions = [upper.caption for upper, _ in pairs[4:]]
+    assert captions[0] == "same: other labels than pure in 0.0 % of the pixels"
+    maps = [run.model.predict(run.preprocess_resized(dataset[0].image))[0] for run in runs]
+    share = 100 * (maps[0] != maps[2]).double().mean().item()
+    assert share > 0 and captions[1:] == [f"graph: other labels than pure in {share:.1f} % of the pixels"]
+
+
 class TestRefused:
     def test_runs(self, tmp_path, pure):
         assert "two runs are named pure" in refused(tmp_path, pure, f"pure={pure}")
