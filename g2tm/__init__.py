@@ -15,41 +15,34 @@ These arguments mean the same in all of them; a value that is not allowed raises
   merges least, its most similar tokens.
 """
 
-from g2tm.atc import LINKAGES, atc
-from g2tm.attention import ATTENTION_MODES, attention_bias, cls_attention, received_attention
-from g2tm.clap import clap, window_similarities
-from g2tm.clustvit import Clusters, cluster_labels, clustering_loss
-from g2tm.crossget import crossget
-from g2tm.cubist import cubist, rectangle
-from g2tm.dct import dct
-from g2tm.diffrate import diffrate, diffrate_training, gigaflops, kept_tokens, rate_mask
-from g2tm.dtem import embed, soft_merge, split
-from g2tm.expedit import cluster_grid, expedit
-from g2tm.fpet import fpet, fpet_training
-from g2tm.graph import edge_similarities, graph_merge
-from g2tm.ltmp import ltmp, ltmp_training, operations_left
-from g2tm.masked import above, masked_softmax
-from g2tm.matching import ADAPTIVE, bipartite
-from g2tm.mctf import mctf
-from g2tm.mpm import mutual_pairs
-from g2tm.pitome import energy_margin, matches_all, pitome
-from g2tm.random_merge import random_members, random_merge
-from g2tm.reduction import Chain, Grouping, Reduction
-from g2tm.soft import WEIGHTINGS, mix, nearest_weights
-from g2tm.statistics import class_similarity_moments, mean_and_std, similarity_moments
-from g2tm.tofu import prunes, tofu
-from g2tm.validation import BATCH_MODES, budget, check_threshold, check_window
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-# The record of a step, the methods, and the numbers that models and training need beside them.
-__all__ = ["Chain", "Grouping", "Reduction"]
-__all__ += ["atc", "bipartite", "clap", "crossget", "cubist", "dct", "diffrate", "expedit", "fpet", "graph_merge"]
-__all__ += ["ltmp", "mctf", "mutual_pairs", "pitome", "random_members", "random_merge", "tofu"]
-__all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES", "WEIGHTINGS"]
-__all__ += ["attention_bias", "cls_attention", "edge_similarities", "mean_and_std", "received_attention"]
-__all__ += ["budget", "check_threshold", "check_window"]
-__all__ += ["class_similarity_moments", "similarity_moments", "window_similarities"]
-__all__ += ["cluster_grid", "mix", "nearest_weights", "rectangle"]
-__all__ += ["energy_margin", "matches_all", "prunes"]
-__all__ += ["Clusters", "cluster_labels", "clustering_loss", "embed", "fpet_training", "soft_merge", "split"]
-__all__ += ["diffrate_training", "gigaflops", "kept_tokens", "ltmp_training", "operations_left", "rate_mask"]
-__all__ += ["above", "masked_softmax"]
+if TYPE_CHECKING:
+    from g2tm.api import *  # noqa: F403
+
+
+class _Package(ModuleType):
+    """Imports the methods, and torch with them, when one is first asked for: the command `g2tm` starts without."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__all__" or not name.startswith("__"):
+            api = import_module("g2tm.api")
+            vars(self).update({one: getattr(api, one) for one in ("__all__", *api.__all__)})
+            found = vars(self).get(name) or sys.modules.get(f"g2tm.{name}")
+            if found is not None:
+                return found
+        raise AttributeError(f"module 'g2tm' has no attribute {name!r}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system would put the module `g2tm.clap` where the method of this name is looked for.
+        if not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -127,7 +127,7 @@ def threshold_for(config: RunConfig, unpatched: Path | None, device: torch.devic
     left = mean_tokens(merged.model, views) / math.prod(merged.model.grid(views[0].shape[-2:]))
     say(f"threshold {threshold}, from layer {layer} of {unpatched}: {left:.0%} of the tokens are left")
     if left < SUSPICIOUS:
-        say("warning: so few tokens lose accuracy, measure a setting with segm/tune.py")
+        say("warning: so few tokens lose accuracy, measure a setting with g2tm tune")
     return threshold
 
 

@@ -530,20 +530,20 @@ class Preset:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         content = read_tuned(folder)
         if content is None:
-            raise FileNotFoundError(f"no {TUNED} in {folder}: python segm/tune.py {path} DATASET makes one")
+            raise FileNotFoundError(f"no {TUNED} in {folder}: g2tm tune {path} DATASET makes one")
         presets = content["presets"]
         if name not in presets:
-            raise ValueError(f"no preset {name!r}: {folder / TUNED}, made by segm/tune.py, has {', '.join(presets)}")
+            raise ValueError(f"no preset {name!r}: {folder / TUNED}, made by g2tm tune, has {', '.join(presets)}")
         try:
             one = dict(presets[name])
             entries, file = dict(one["merging"]), one.get("file")
             merging = Merging(entries.pop("patch_type"), entries)
             preset = cls(merging, int(one["im_size"]), str(one["precision"]), file and folder / file)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / TUNED} is damaged: make it again with segm/tune.py") from error
+            raise ValueError(f"{folder / TUNED} is damaged: make it again with g2tm tune") from error
         recorded = content.get("weights")
         if recorded is not None and recorded != weights_digest(load_checkpoint(path)["model"]):
-            stale = f"{folder / TUNED} was made for other weights than those of {path}: run segm/tune.py again"
+            stale = f"{folder / TUNED} was made for other weights than those of {path}: run g2tm tune again"
             if preset.precision == INT8:
                 raise ValueError(f"preset {name!r} is in int8, and {stale}")
             logger.warning("preset %r: %s", name, stale)
@@ -561,7 +561,7 @@ def read_tuned(folder: Path) -> Mapping[str, Any] | None:
         return None
     content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("presets"), dict):
-        raise ValueError(f"{file} is damaged: make it again with segm/tune.py")
+        raise ValueError(f"{file} is damaged: make it again with g2tm tune")
     return content
 
 

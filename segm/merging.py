@@ -117,7 +117,7 @@ class MergingCommand(PluginCommand):
         preset = click.Option(
             ["--preset"],
             metavar="NAME",
-            help="Setting that segm/tune.py found.  [default: none]",
+            help="Setting that `g2tm tune` found.  [default: none]",
         )
         flags = [flag.parameter for flag in _flags(_options())]
         taken = {text for option in (*own, preset, method) for text in (*option.opts, option.name)}

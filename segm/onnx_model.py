@@ -81,7 +81,7 @@ class OnnxModel(nn.Module):
         self.session = open_session(Path(file), torch.device(device))
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
-            raise ValueError(f"{file} was not exported by segm/export_onnx.py: it does not say how it was trained")
+            raise ValueError(f"{file} was not exported by g2tm export: it does not say how it was trained")
         self.record = Record.parse(text)
         self.patch_size = self.record.patch_size
         self.n_cls = self.record.variant["net_kwargs"]["n_cls"]
@@ -156,7 +156,7 @@ def open_session(file: Path, device: torch.device) -> Any:
     import onnxruntime
 
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: give a file that segm/export_onnx.py wrote")
+        raise FileNotFoundError(f"{file} not found: give a file that g2tm export wrote")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch wants the cores, too

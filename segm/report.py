@@ -88,7 +88,7 @@ def main(
     rows = measure(runs, dataset.name, cost_images, max_images)
     n_images = {"mean_iou": min(max_images or len(dataset), len(dataset)), "cost": len(rows[0]["counts"])}
     record = {"dataset": dataset.name, "n_images": n_images, **environment(device)}
-    record |= {"command": shlex.join(["python", "segm/report.py", *ctx.meta[WORDS]])}
+    record |= {"command": shlex.join(["g2tm", "report", *ctx.meta[WORDS]])}
     record |= {"date": datetime.now().astimezone().isoformat(timespec="minutes")}
     pictures = picture_blocks(runs, dataset, n_pictures)
     data = read_inventories(runs)

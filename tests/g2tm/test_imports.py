@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import sys, numpy, torch
 before = set(sys.modules)
-import g2tm
+import g2tm.api
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
 

@@ -99,7 +99,7 @@ def test_every_run_is_measured_and_shown(tmp_path, pure, graph):
     assert rows["pure"]["speedup"] == rows["pure"]["realized_share"] == 1 and rows["graph"]["realized_share"] > 0
     assert "tome <b>" not in text and rows["graph"]["settings"]["threshold"] == 0.6
     assert content["dataset"] == "shapes" and content["n_images"] == {"mean_iou": 2, "cost": 2}
-    assert content["torch"] == torch.__version__ and "segm/report.py" in content["command"]
+    assert content["torch"] == torch.__version__ and content["command"].startswith("g2tm report ")
     assert content["command"] in unescape(text) and "Training curves of pure" in text
     assert "val_00000" in text and "graph: prediction" in text
 

@@ -332,7 +332,7 @@ def test_the_automatic_threshold(shapes_run, tmp_path, monkeypatch, call, refuse
     call(train, *options, "--from", shapes_run)
     assert asked[0] == (shapes_run, "shapes", [1], 32) and asked[1]["threshold"] == 0.75
     for found["mean"], suspicious in ((-1.25, True), (1, False)):  # everything merges, and nothing
-        assert ("segm/tune.py" in call(train, *options, "--from", shapes_run)) == suspicious
+        assert ("g2tm tune" in call(train, *options, "--from", shapes_run)) == suspicious
 
 
 def test_a_run_is_never_overwritten(run, refused, call):

@@ -360,7 +360,7 @@ class TestPreset:
         with pytest.raises(ValueError, match="damaged"):
             Run.load(tuned, preset="equal")
         (tuned / TUNED).unlink()
-        with pytest.raises(FileNotFoundError, match=r"segm/tune\.py"):
+        with pytest.raises(FileNotFoundError, match=r"g2tm tune"):
             Run.load(tuned, preset="equal")
 
     def test_a_training_takes_its_merging(self, tuned, tmp_path, call, monkeypatch):
@@ -394,8 +394,8 @@ class TestPreset:
         assert not caplog.text
         other_weights(tuned)
         assert Run.load(tuned, device="cpu", preset="equal").method == "tome"
-        assert "made for other weights" in caplog.text and "run segm/tune.py again" in caplog.text
-        with pytest.raises(ValueError, match=r"'fast' is in int8, and .* other weights .*run segm/tune\.py again"):
+        assert "made for other weights" in caplog.text and "run g2tm tune again" in caplog.text
+        with pytest.raises(ValueError, match=r"'fast' is in int8, and .* other weights .*run g2tm tune again"):
             Run.load(tuned, device="cpu", preset="fast")
 
     def test_an_exported_model_is_not_passed_on(self, tuned, tmp_path):
