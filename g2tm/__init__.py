@@ -37,8 +37,9 @@ class _Package(ModuleType):
         raise AttributeError(f"module 'g2tm' has no attribute {name!r}", name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The import system would put the module `g2tm.clap` where the method of this name is looked for.
-        if not isinstance(value, ModuleType):
+        # The import system would put the module `g2tm.clap` where the method of this name is looked for. Packages,
+        # which are here in a wheel, have no such names.
+        if not isinstance(value, ModuleType) or hasattr(value, "__path__"):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

@@ -38,7 +38,7 @@ PREPARE = click.Group(
     [LazyCommand(name, f"scripts.prepare_{name}", f"Prepare {name}.") for name in PUBLIC],
     help="Fetch a public data set, and lay it out for training.",
 )
-COMMANDS = {
+COMMANDS: dict[str, list[click.Command]] = {
     "Train and score": [
         PREPARE,
         LazyCommand("check", "scripts.check_dataset", "Look for mistakes in a data set before a training."),

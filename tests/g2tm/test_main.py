@@ -34,7 +34,7 @@ def test_help_is_a_page_with_headings():
 
 
 def test_every_command_has_a_name():
-    """`tune_threshold` is the released name of a part of `tune`."""
+    """`tune_threshold` is the released name of a part of `tune`. Of the checkout, which has scripts."""
     named = {command.where for command in main.commands.values() if isinstance(command, LazyCommand)}
     files = [file for file in sorted((ROOT / "segm").rglob("*.py")) if "@click.command" in file.read_text()]
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
