@@ -2,6 +2,7 @@
 # make test: install, run the test suite on all cores (minutes); make quick: its fast tests alone
 # make soak: what takes long, and what the test suite has a representative of (an hour)
 # make docs: the documentation site, in build/site
+# make release: wheel and source archive of the last commit, in dist/, checked; prints how to publish them
 # make real DATASET=… WEIGHTS=…: train DINOv2 ViT-S/14 on CamVid and measure what merging costs and gains (hours)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # One process per core, at most four: each takes about 1 GB. A process that has nothing left takes over tests.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo real test quick soak lint docs system clean
+.PHONY: demo real test quick soak lint docs release system clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -50,5 +51,10 @@ docs: .venv/installed
 	test -f runs/demo/pure/checkpoint.pth || $(BIN)/python scripts/demo.py
 	$(BIN)/python scripts/build_docs.py --run runs/demo/pure
 
+release: .venv/installed
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' twine
+	$(BIN)/python scripts/release.py --out dist
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

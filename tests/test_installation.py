@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
+import click
 import cv2
 import numpy as np
 import pytest
+import release
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"patch", "segm", "vis"}  # imported by these names in the checkout, and below g2tm elsewhere
@@ -93,58 +95,48 @@ def test_another_project_is_not_imported_in_place_of_the_checkout(our_setup, tmp
         our_setup["Editable"](project).ensure_finalized()
 
 
-def setup_py(folder, *words):
-    result = subprocess.run([sys.executable, "setup.py", "-q", *words], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.fixture(scope="session")
 def built(our_setup, tmp_path_factory):
-    """Source archive and wheel of what git tracks, made in a copy of it: their paths, and the names that git tracks."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
+    """Source archive and wheel of what git tracks."""
+    try:
+        release.git("ls-files")
+    except click.ClickException:
         pytest.skip("no git here")
-    copy, dist = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
-    for name in tracked.stdout.split():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    setup_py(copy, "sdist", "--dist-dir", str(dist))
-    (copy / "build/lib/patch").mkdir(parents=True)  # of an earlier build
-    (copy / "build/lib/patch/old.py").touch()
-    setup_py(copy, "bdist_wheel", "--dist-dir", str(dist))
-    (archive,), (wheel,) = dist.glob("g2tm-*.tar.gz"), dist.glob("g2tm-*.whl")
-    return archive, wheel, {*tracked.stdout.split()}
-
-
-def contents(wheel):
-    with zipfile.ZipFile(wheel) as files:
-        return {name: files.read(name) for name in files.namelist() if not name.endswith("RECORD")}
+    return release.build(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.mark.slow
-def test_the_source_archive_holds_what_is_needed_to_test_it(built, tmp_path):
-    archive, wheel, tracked = built
-    with tarfile.open(archive) as files:
-        assert tracked <= {"/".join(Path(name).parts[1:]) for name in files.getnames()}
-        files.extractall(tmp_path, filter="data")
-    setup_py(next(tmp_path.glob("g2tm-*")), "bdist_wheel", "--dist-dir", str(tmp_path))
-    assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+def test_archive_and_wheel_hold_what_they_should(built, tmp_path):
+    archive, wheel = built
+    tracked = release.git("ls-files")
+    assert release.wrong_in_archive(archive, tracked) == release.wrong_in_wheel(wheel, tracked) == []
+    assert release.wrong_in_archive(archive, [*tracked, "new.py"]) == [f"{archive.name} lacks new.py"]
+    changed = tmp_path / wheel.name
+    shutil.copy(wheel, changed)
+    with zipfile.ZipFile(changed, "a") as files:
+        files.writestr("g2tm/tests/data.npz", "")
+    lacks, holds = release.wrong_in_wheel(changed, [*tracked, "vis/new.py", "results/new.json"])
+    assert lacks.endswith("lacks g2tm/vis/new.py") and "holds g2tm/tests/data.npz" in holds
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_g2tm_alone(built):
-    _, wheel, tracked = built
-    held = contents(wheel)
-    rooms = {"g2tm", "patch", "segm", "vis", "configs"}
-    scripts = ("scripts/prepare_", "scripts/check_dataset", "scripts/convert_checkpoint")
-    ours = {name for name in tracked if name.split("/")[0] in rooms or name.startswith(scripts)}
-    ours = {name if name.startswith("g2tm/") else f"g2tm/{name}" for name in ours}
-    assert {name for name in held if ".dist-info/" not in name} == ours
-    (names,) = (text for name, text in held.items() if name.endswith("/top_level.txt"))
-    assert names == b"g2tm\n"
-    for name, text in held.items():
-        if name.endswith(".py"):
-            assert not ROOMS & {one.split(".")[0] for one in imports(ast.parse(text))}, name
+def test_the_wheel_imports_g2tm_alone(built):
+    with zipfile.ZipFile(built[1]) as files:
+        (names,) = (files.read(name) for name in files.namelist() if name.endswith("/top_level.txt"))
+        assert names == b"g2tm\n"
+        for name in files.namelist():
+            if name.endswith(".py"):
+                assert not ROOMS & {one.split(".")[0] for one in imports(ast.parse(files.read(name)))}, name
+
+
+def test_what_is_not_committed_is_not_released(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "git", lambda *words: [" M setup.py"])
+    result = CliRunner().invoke(release.main, ["--out", str(tmp_path / "dist")])
+    assert result.exit_code == 1 and "such as  M setup.py;" in result.stderr and not (tmp_path / "dist").exists()
+    monkeypatch.setattr(release, "git", lambda *words: [])
+    (tmp_path / "old.whl").touch()
+    result = CliRunner().invoke(release.main, ["--out", str(tmp_path)])
+    assert result.exit_code == 1 and "is not empty" in result.stderr and [*tmp_path.iterdir()] == [tmp_path / "old.whl"]
 
 
 def imports(tree):
@@ -184,6 +176,22 @@ name = "ö"; from g2tm.vis import a; b = "from vis import a"
     assert our_setup["below_g2tm"](text.encode()).decode() == expected
     windows = text.replace("\n", "\r\n").encode()
     assert our_setup["below_g2tm"](windows).decode() == expected.replace("\n", "\r\n")
+
+
+def test_an_earlier_build_leaves_nothing(our_setup, tmp_path, monkeypatch):
+    from setuptools.dist import Distribution
+
+    monkeypatch.chdir(tmp_path)
+    for file, text in (("g2tm/__init__.py", ""), ("patch/__init__.py", "import vis\n"), ("lib/patch/old.py", "")):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_text(text)
+    rooms = {"packages": ["g2tm", "g2tm.patch"], "package_dir": {"g2tm.patch": "patch"}}
+    command = our_setup["Build"](Distribution(rooms | {"script_name": "setup.py"}))
+    command.build_lib = "lib"
+    command.ensure_finalized()
+    command.run()
+    assert {str(file) for file in Path("lib").rglob("*.py")} == {"lib/g2tm/__init__.py", "lib/g2tm/patch/__init__.py"}
+    assert Path("lib/g2tm/patch/__init__.py").read_text() == "import g2tm.vis as vis\n"
 
 
 @pytest.fixture(scope="session")
@@ -242,10 +250,19 @@ def test_the_wheel_works_beside_another_project_named_patch(installed, shapes_ru
     installed("g2tm", "predict", shapes_run, *words)
     assert (tmp_path / "out/a.png").exists()
     assert installed("g2tm", "prepare", "camvid", "--help").startswith("Usage: g2tm prepare camvid ")
+    lazy = "import sys; from g2tm.__main__ import main; assert main and 'torch' not in sys.modules"
+    installed("python", "-c", lazy)
 
 
 # Of the checkout: its documents and scripts, programs that a test writes as a text, and the folders of ours by path.
-CHECKOUT = ["test_imports", "test_commands_run_as_files", "check_dataset", "run_here"]
+CHECKOUT = [
+    "test_imports",
+    "commands_run_as_files",
+    "every_command_has_a_name",
+    "the_version_is",
+    "check_dataset",
+    "run_here",
+]
 
 
 @pytest.mark.nightly
