@@ -12,9 +12,8 @@ from tempfile import TemporaryDirectory
 import click
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folders that the wheel has below g2tm, and files of scripts.
-IN_WHEEL = ("patch/", "segm/", "vis/", "configs/")
-IN_WHEEL += ("scripts/prepare_", "scripts/check_dataset.py", "scripts/convert_checkpoint.py")
+ROOMS = ("patch/", "segm/", "vis/", "configs/")
+SCRIPTS = ("scripts/prepare_", "scripts/check_dataset.py", "scripts/convert_checkpoint.py")
 
 
 @click.command()
@@ -86,11 +85,11 @@ def wrong_in_archive(archive: Path, tracked: Collection[str]) -> list[str]:
 
 
 def wrong_in_wheel(wheel: Path, tracked: Collection[str]) -> list[str]:
-    """Say what a wheel lacks, and what it holds besides: it installs g2tm, without tests and results."""
+    """Say what a wheel lacks, and what it holds besides: it installs g2tm, with rooms and scripts below it."""
     with zipfile.ZipFile(wheel) as files:
         held = {name for name in files.namelist() if ".dist-info/" not in name}
     wanted = {name for name in tracked if name.startswith("g2tm/")}
-    wanted |= {f"g2tm/{name}" for name in tracked if name.startswith(IN_WHEEL)}
+    wanted |= {f"g2tm/{name}" for name in tracked if name.startswith(ROOMS + SCRIPTS)}
     return [
         *(f"{wheel.name} lacks {name}" for name in sorted(wanted - held)),
         *(f"{wheel.name} holds {name}, which does not belong there" for name in sorted(held - wanted)),
