@@ -254,15 +254,8 @@ def test_the_wheel_works_beside_another_project_named_patch(installed, shapes_ru
     installed("python", "-c", lazy)
 
 
-# Of the checkout: its documents and scripts, programs that a test writes as a text, and the folders of ours by path.
-CHECKOUT = [
-    "test_imports",
-    "commands_run_as_files",
-    "every_command_has_a_name",
-    "the_version_is",
-    "check_dataset",
-    "run_here",
-]
+# Of the checkout: they start or list its files.
+CHECKOUT = ["test_imports", "run_as_files", "every_command_has_a_name", "the_version_is", "command_looks_at_all_splits"]
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ from segm.cli import Command, Device, Listed, Numbers, repeat_option
 
 ROOT = Path(segm.__file__).parent
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if "@click.command" in file.read_text(encoding="utf-8")]
-COMMANDS = [".".join(file.relative_to(ROOT.parent).with_suffix("").parts) for file in FILES]
+COMMANDS = [".".join((segm.__name__, *file.relative_to(ROOT).with_suffix("").parts)) for file in FILES]
 SENTENCE = re.compile(r"[A-Z].*\.(  \[[^]]+])*")
 
 
