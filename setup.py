@@ -26,7 +26,9 @@ class Build(build_py):
 
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
         outfile, copied = super().build_module(module, module_file, package)
-        Path(outfile).write_bytes(below_g2tm(Path(outfile).read_bytes()))
+        moved = below_g2tm(Path(outfile).read_bytes())
+        Path(outfile).unlink()  # it may be as read-only as its source
+        Path(outfile).write_bytes(moved)
         return outfile, copied
 
 

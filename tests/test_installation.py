@@ -259,6 +259,7 @@ CHECKOUT = ["test_imports", "run_as_files", "every_command_has_a_name", "the_ver
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_the_fast_tests_pass_with_the_wheel(installed, our_setup, tmp_path):
     """Imports of the tests move as those of the wheel do, and names of modules that are a text of their own."""
     named = re.compile(rb"(?<=[\"'])(?=(segm|patch|vis)\.[a-z_]+(\.\w+)*[\"'])")
