@@ -32,7 +32,7 @@ class LazyCommand(click.Command):
         return import_module(module).main.make_context(*args, **kwargs)
 
 
-PUBLIC = ("ade20k", "camvid", "cityscapes", "coco_stuff", "pascal_context")
+PUBLIC = ("ade20k", "camvid", "cityscapes", "coco_stuff", "pascal_context", "rumexweeds", "suim")
 PREPARE = click.Group(
     "prepare",
     [LazyCommand(name, f"scripts.prepare_{name}", f"Prepare {name}.") for name in PUBLIC],
@@ -45,9 +45,10 @@ COMMANDS: dict[str, list[click.Command]] = {
         LazyCommand("train", "segm.train", "Train a Segmenter, plain or with a merging method."),
         LazyCommand("test", "segm.test", "Score a run on its validation images."),
         LazyCommand("miou", "segm.eval.miou", "Score a run per class, also at several scales; save label maps."),
-        LazyCommand("predict", "segm.inference", "Label the photographs in a folder."),
+        LazyCommand("predict", "segm.inference", "Label photographs or a video."),
     ],
     "Choose": [
+        LazyCommand("compare", "segm.compare", "Compare methods on any ViT and photographs without labels."),
         LazyCommand("tune", "segm.tune", "Find settings that are as good and faster on this machine."),
         LazyCommand("threshold", "segm.auto_threshold", "Derive a threshold from the similarities of tokens."),
     ],
@@ -55,6 +56,7 @@ COMMANDS: dict[str, list[click.Command]] = {
         LazyCommand("speed", "segm.speedtest", "Measure images/s."),
         LazyCommand("flops", "segm.flops", "Count operations: GFLOPs per image."),
         LazyCommand("tokens", "segm.token_stats", "Count the tokens that are left, and what each stands for."),
+        LazyCommand("similarity", "segm.similarity", "Compare tokens of one class and of different classes."),
         LazyCommand("profile", "segm.profile_model", "Time the operators, and the share of merging."),
     ],
     "Look": [

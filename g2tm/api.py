@@ -31,14 +31,8 @@ __all__ += ["atc", "bipartite", "clap", "crossget", "cubist", "dct", "diffrate",
 __all__ += ["ltmp", "mctf", "mutual_pairs", "pitome", "random_members", "random_merge", "tofu"]
 __all__ += ["ADAPTIVE", "ATTENTION_MODES", "BATCH_MODES", "LINKAGES", "WEIGHTINGS"]
 __all__ += ["attention_bias", "cls_attention", "edge_similarities", "mean_and_std", "received_attention"]
-__all__ += [
-    "budget",
-    "check_threshold",
-    "check_window",
-    "class_similarity_moments",
-    "similarity_moments",
-    "window_similarities",
-]
+__all__ += ["budget", "check_threshold", "check_window"]
+__all__ += ["class_similarity_moments", "similarity_moments", "window_similarities"]
 __all__ += ["cluster_grid", "mix", "nearest_weights", "rectangle"]
 __all__ += ["energy_margin", "matches_all", "prunes"]
 __all__ += ["Clusters", "cluster_labels", "clustering_loss", "embed", "fpet_training", "soft_merge", "split"]
