@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -160,6 +157,8 @@ def load(name: str, checkpoint: Path | None, random: bool, device: torch.device)
     if is_library:
         model, size, normalization = load_transformer(name, random)
     else:
+        from timm.data import resolve_data_config  # here, for timm is slow to import
+
         model = load_timm(name, checkpoint, random)
         config = resolve_data_config(model=model)
         size, normalization = config["input_size"][1:], Normalization(tuple(config["mean"]), tuple(config["std"]))
@@ -178,6 +177,9 @@ def load_timm(name: str, checkpoint: str | Path | None, random: bool) -> Any:
         ValueError: an unknown name or unfitting weights.
         ConnectionError: timm's weights cannot be fetched.
     """
+    import timm  # here, for it is slow to import
+    from timm.models import load_state_dict
+
     if ":" not in name and not timm.is_model(name):
         raise ValueError(
             f"{name}: no run or checkpoint is there, and timm knows no such model; give a plain ViT of timm"

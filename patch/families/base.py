@@ -18,7 +18,6 @@ from patch.look import Look
 from patch.track import Merging, Track
 
 INSTEAD = "give the model to torch.export or torch.compile, or call patch.remove first"
-BREAKS = "the image decides how many tokens are left: give tokens=... for one graph, or leave out fullgraph"
 RECORD = "_patch"  # the one attribute that a patch gives a module
 COMPILATION = "_compilation"  # and `patch.compile`
 # Methods of which a patch takes the place, in one module or another.
@@ -216,6 +215,8 @@ class PatchedBlock(Patched):
         track = self._patch.merging.current
         assert track is not None
         if track.breaks_graph:
+            from patch.families.parts import run_in_parts  # here, for it imports Dynamo
+
             return run_in_parts(self, track, x, rope)
         x = track.merge_at("before", track.resume(x, self), self)
         x, layout = track.arrange(x, self)
@@ -284,38 +285,6 @@ class PatchedBlock(Patched):
     def attention_dropout(self) -> float:
         """Probability with which attention weights are dropped in training."""
         return self.attn.attn_drop.p
-
-
-@torch.compiler.disable(recursive=False, reason=BREAKS)
-def run_in_parts(block: PatchedBlock, track: Track, x: Tensor, rope: Tensor | None) -> Tensor:
-    """`PatchedBlock.run` under `torch.compile` where the image decides how many tokens are left: the halves of a block
-    are compiled, the same for all blocks; what is between them is not, since it differs from block to block."""
-    x, layout, rotary = _arranged("before", block, track, x, rope)
-    x, look = block.attend(x, layout, rotary)
-    x, layout, _ = _arranged("attention", block, track, x, None, look)
-    return _left(block, track, block.feed(x, layout), look)
-
-
-@torch.compiler.disable
-def _arranged(
-    place: str, block: PatchedBlock, track: Track, x: Tensor, rope: Tensor | None, look: Look | None = None
-) -> tuple[Tensor, Rows, Tensor | None]:
-    """The tokens, their layout, and the rotary table for the next half of a block; all that it asks is known."""
-    track.keeps_rows = True  # the lengths of concatenated images would be compiled anew for every batch
-    x = track.resume(x, block) if place == "before" else x
-    x, layout = track.arrange(track.merge_at(place, x, block, look), block)
-    rotary = track.rotary_table(rope, block._patch.index)
-    layout.rotary(rotary)
-    for known, axis in ((x, 1), (track.tokens.key_bias, 3), (layout.bias, 3)):
-        vary(known, axis)
-    return x, layout, rotary
-
-
-@torch.compiler.disable
-def _left(block: PatchedBlock, track: Track, x: Tensor, look: Look | None) -> Tensor:
-    x = track.leave(track.merge_at("block", x, block, look), block)
-    vary(x, 1)
-    return x
 
 
 def vary(x: Tensor | None, axis: int) -> None:
