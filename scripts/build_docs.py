@@ -120,7 +120,7 @@ mIoU that it costs. –: not measured there, for instance because it has to be t
 
 
 class Cost(NamedTuple):
-    """What a method does to a trained model, in one run: tokens left of the patches, label maps/s and mIoU without
+    """The effect of a method on a trained model, in one run: tokens left of the patches, label maps/s and mIoU without
     merging and with it."""
 
     tokens: float

@@ -29,7 +29,7 @@ SHARES = (0.1, 0.25, 0.4)  # of the windows of every side that are flat
 
 
 def window_signal(images: Tensor, side: int, pixels: int, signal: str) -> Tensor:
-    """How much a window holds: (B, 3, H, W) -> (B, h, w), for windows of side·pixels; less is flatter.
+    """Content of every window: (B, 3, H, W) -> (B, h, w), for windows of side·pixels; less is flatter.
 
     entropy: of the histogram of its gray values, in bits. error: mean absolute difference to what remains of it when
     it is embedded as one patch, that is, of a copy `side` times smaller.

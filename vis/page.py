@@ -158,7 +158,9 @@ def _describe(row: Mapping[str, Any]) -> str:
     hidden = ("attention", "batch", "backend")
     settings = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
     texts = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
-    share = [] if row["method"] == "pure" else [f"realized share {row['realized_share']:.2f}"]
+    share = (
+        [f"realized share {row['realized_share']:.2f}"] if row["method"] != "pure" and "realized_share" in row else []
+    )
     return ", ".join([row["method"], *texts, *share])
 
 

@@ -87,5 +87,5 @@ class OwnViT(OpenFamily):
 
 def has_blocks(model: nn.Module) -> bool:
     """Return whether a module holds timm's blocks as `blocks`."""
-    blocks = getattr(model, "blocks", None)
+    blocks = dict(model.named_children()).get("blocks")  # a wrapper would lend those of the model that it holds
     return isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) > 0 and isinstance(blocks[0], Block)

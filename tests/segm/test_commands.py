@@ -147,11 +147,10 @@ def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypa
     seen, real = [], patch.apply
 
     def apply(model, method, **options):
-        patched = real(model, method, **options)
-        seen.append(
-            (method, {key: patch.options(patched)[key] for key in ("layers", "threshold", "attention", "batch")})
-        )
-        return patched
+        real(model, method, **options)
+        keys = ("layers", "threshold", "attention", "batch")
+        seen.append((method, {key: patch.options(model)[key] for key in keys} if patch.is_patched(model) else {}))
+        return model
 
     monkeypatch.setattr(patch, "apply", apply)
     call(test, run, *CPU)
@@ -163,6 +162,7 @@ def test_merging_comes_from_the_checkpoint_and_options_override_it(run, monkeypa
         ("graph", saved),
         ("graph", saved | {"threshold": 0.9, "attention": "inverse", "batch": "uniform"}),
         ("graph", saved | {"layers": (2,)}),
+        ("pure", {}),
     ]
 
 
