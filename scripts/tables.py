@@ -467,9 +467,10 @@ MODELS = {
 }
 HEADS = {
     "linear": "linear, trained with the encoder",
+    "mask": "mask transformer, 16 epochs",
     "linear_bn": "linear with batch norm, 4 epochs",
     "setr_pup": "SETR-PUP, 2 epochs",
-    "eomt": "EoMT, trained with the encoder, 5 epochs (to be measured again)",
+    "eomt": "EoMT, trained with the encoder, 5 epochs",
 }
 
 
@@ -510,9 +511,9 @@ def quality_heads_speed() -> str:
 
 
 def _heads(text: str) -> str:
-    rows = rows_of("quality", *(f"heads-{number}" for number in (1, 2, 3, 4)))
+    rows = rows_of("quality", *(f"heads-{number}" for number in (6, 7, 8, 2, 3)))
     shown = [row | {"decoder": HEADS[row["head"]]} for row in rows]
-    counts = {row["label"]: f"{titled(row['label'])}, {row['tokens']:.0f}" for row in rows[:4]}
+    counts = {row["label"]: f"{titled(row['label'])}, {row['tokens']:.0f}" for row in rows_of("quality", "heads-6")}
     return by_column(shown, "decoder", "label", counts, text, "decoder")
 
 
