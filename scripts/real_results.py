@@ -93,17 +93,7 @@ CROPS_FIRST = {
     "eomt": [*ON_CROPS, "--pretrained", f"{{work}}/{BEST}/checkpoint_best.pth", "--decoder", "eomt"],
 }
 HEADS = {
-    "mask": [
-        *NEW_HEAD,
-        "--decoder",
-        "mask_transformer",
-        "--cache-features",
-        "2",
-        "--epochs",
-        "16",
-        "--eval-freq",
-        "16",
-    ],
+    "mask": [*NEW_HEAD, "--decoder", "mask_transformer", "--epochs", "2", "--eval-freq", "2"],
     "linear_bn": [*NEW_HEAD, "--decoder", "linear_bn"],
     "setr_pup": [*NEW_HEAD, "--decoder", "setr_pup", "--epochs", "2", "--eval-freq", "2"],  # ten times as slow to train
     "clustvit": [*LONGER, "--finetune", "{work}/clustvit_crops"],

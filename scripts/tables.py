@@ -467,7 +467,7 @@ MODELS = {
 }
 HEADS = {
     "linear": "linear, trained with the encoder",
-    "mask": "mask transformer, 16 epochs",
+    "mask": "mask transformer, 2 epochs",
     "linear_bn": "linear with batch norm, 4 epochs",
     "setr_pup": "SETR-PUP, 2 epochs",
     "eomt": "EoMT, trained with the encoder, 5 epochs",
