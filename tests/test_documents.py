@@ -218,7 +218,7 @@ def command_lines(text):
         if len(words) == 1 and "=" in words[0]:
             name, _, value = words[0].partition("=")
             variables[name] = value
-        if any(PROGRAM.fullmatch(word) for word in words):
+        if words[:1] != ["git"] and any(PROGRAM.fullmatch(word) for word in words):
             yield words
 
 
