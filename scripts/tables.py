@@ -212,14 +212,6 @@ def time_fewer() -> str:
 
 
 @table
-def time_keymatch() -> str:
-    """keymatch at half of the tokens."""
-    columns = TIME | {"of the products": "{share_products:.2f}"}
-    columns.pop("GFLOPs")
-    return markdown(columns, benchmarks(31))
-
-
-@table
 def time_onednn() -> str:
     """Both libraries on one machine."""
     keys = ("scores_pure", "scores", "predict_eager", "predict")
@@ -650,24 +642,6 @@ def size_test() -> str:
     shown = [row | {"title": titled(row["label"])} for row in rows]
     text = "{test[mean_iou]:.1f} ({test[small_iou]:.1f})"
     return by_column(shown, "title", "im_size", {side: str(side) for side in SIDES}, text, "mIoU (small classes), test")
-
-
-@table
-def size_flat() -> str:
-    """Flat windows embedded as one patch, before the first block."""
-    return markdown(
-        {
-            "shorter side": "{im_size}",
-            "windows that are one patch": "{label}",
-            "GFLOPs": "{gflops:.1f}",
-            "mIoU": "{mean_iou:.2f}",
-            "small classes": "{small_iou:.1f}",
-        },
-        [
-            row | {"label": titled(row["label"]).replace(" of the windows, by", ", by")}
-            for row in rows_of("size", "flat-1")
-        ],
-    )
 
 
 @table
