@@ -92,7 +92,7 @@ def test_every_step_writes_its_table_once(script, tmp_path, call, monkeypatch):
     assert [row["method"] for row in rows_in(out, "quality", "purity")] == ["graph", "tome"]
     for name in ("models", "tokens", "methods", "heads", "frontier"):
         assert (tmp_path / "work" / f"{name}.md").stat().st_size > 50
-    for name in ("front", "similarities", "methods_time", "frontier_boundary_iou"):
+    for name in ("similarities", "methods_time", "frontier_boundary_iou"):
         assert (out / "pictures" / f"{name}.png").stat().st_size > 50
     assert "| tome | " in text and "| smaller image | " in text
 
