@@ -212,6 +212,14 @@ def time_fewer() -> str:
 
 
 @table
+def time_keymatch() -> str:
+    """keymatch at half of the tokens."""
+    columns = TIME | {"of the products": "{share_products:.2f}"}
+    columns.pop("GFLOPs")
+    return markdown(columns, benchmarks(31, 32))
+
+
+@table
 def time_onednn() -> str:
     """Both libraries on one machine."""
     keys = ("scores_pure", "scores", "predict_eager", "predict")
