@@ -653,6 +653,24 @@ def size_test() -> str:
 
 
 @table
+def size_flat() -> str:
+    """Flat windows embedded as one patch, before the first block."""
+    return markdown(
+        {
+            "shorter side": "{im_size}",
+            "windows that are one patch": "{label}",
+            "GFLOPs": "{gflops:.1f}",
+            "mIoU": "{mean_iou:.2f}",
+            "small classes": "{small_iou:.1f}",
+        },
+        [
+            row | {"label": titled(row["label"]).replace(" of the windows, by", ", by")}
+            for row in rows_of("size", "flat-1")
+        ],
+    )
+
+
+@table
 def size_hull() -> str:
     """The settings that no others beat, and between them the plain model."""
     rows = sizes()
