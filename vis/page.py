@@ -155,8 +155,9 @@ def asset(name: str) -> str:
 
 def _describe(row: Mapping[str, Any]) -> str:
     """A method with the settings that tell it from others."""
-    hidden = ("attention", "batch", "backend")
-    settings = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
+    hidden, usual = ("attention", "batch", "backend"), {"after": "attention", "representative": "mean"}
+    given = {name: value for name, value in row["settings"].items() if name not in hidden and value is not None}
+    settings = {name: value for name, value in given.items() if usual.get(name) != value}
     texts = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
     share = (
         [f"realized share {row['realized_share']:.2f}"] if row["method"] != "pure" and "realized_share" in row else []
