@@ -235,7 +235,7 @@ def time_onednn() -> str:
 OPERATORS = {
     "linear layers": ("addmm",),
     "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
-    "outside of operators": ("outside",),
+    "outside PyTorch's operators": ("outside",),
     "GELU": ("gelu",),
     "copies (`addmm` starts from its bias)": ("copy_",),
     "patch embedding": ("mkldnn_convolution",),
@@ -252,7 +252,7 @@ def time_operators() -> str:
         pure, merged = (sum(passes[name][key] for name in names) for key in ("ms_pure", "ms"))
         rows.append({"operator": title, "pure": pure, "merged": merged, "less": pure / merged})
     columns = {"operator": "{operator}", "not merged, ms": "{pure:.1f}", "merged, ms": "{merged:.1f}"}
-    return markdown(columns | {"times less": "{less:.1f}"}, rows)
+    return markdown(columns | {"ratio": "{less:.1f}"}, rows)
 
 
 @table
@@ -332,10 +332,22 @@ def every_method() -> list[Row]:
     return rows_of("methods", "methods-1")
 
 
+KEYMATCH = {
+    "vectors: keys of all heads": "vectors: keys of all heads, concatenated",
+    "vectors: unit keys": "vectors: mean of the heads' normalized keys",
+    "the mean not taken off": "mean not subtracted",
+    "less 0.1 per 10 patches squared": "penalty of 0.1 · (distance / 10 patches)²",
+    "less 0.3 per 10 patches squared": "penalty of 0.3 · (distance / 10 patches)²",
+    "falls fast, then slowly": "budgets fall fast, then slowly",
+    "falls slowly, then fast": "budgets fall slowly, then fast",
+}
+
+
 @table
 def keymatch() -> str:
     """The choices in keymatch, one by one."""
-    rows = [row | {"title": titled(row["label"])} for row in rows_of("methods", "keymatch-1")]
+    found = rows_of("methods", "keymatch-1")
+    rows = [row | {"title": titled(KEYMATCH.get(row["label"], row["label"]))} for row in found]
     columns = {"variant": "{title}", "GFLOPs": "{gflops:.1f}", "mIoU": "{mean_iou:.2f}"}
     return markdown(columns | {"small classes": "{small_iou:.1f}", "boundary IoU": "{boundary_iou:.1f}"}, rows)
 
@@ -469,14 +481,14 @@ MODELS = {
     "frozen_0": "decoder alone, on features of the frozen encoder, seed 0",
     "frozen_1": "the same, seed 1",
     "frozen_2": "the same, seed 2",
-    "mask_transformer": "mask transformer in its place, seed 0",
-    "crops": "seed 0, then everything, on crops of 252×252 pixels",
-    "tuned": "then everything, on whole images",
+    "mask_transformer": "the same with a mask transformer, seed 0",
+    "crops": "seed 0, then the whole model on crops of 252×252 pixels",
+    "tuned": "then the whole model on whole images",
 }
 HEADS = {
     "linear": "linear, trained with the encoder",
     "mask": "mask transformer, 2 epochs",
-    "linear_bn": "linear with batch norm, 4 epochs",
+    "linear_bn": "linear with BatchNorm, 4 epochs",
     "setr_pup": "SETR-PUP, 2 epochs",
     "eomt": "EoMT, trained with the encoder, 5 epochs",
 }
@@ -495,7 +507,7 @@ def quality_models() -> str:
 @table
 def quality_trained() -> str:
     """Quality that training with merging recovers."""
-    stages = {"applied": "applied", "decoder": "decoder trained", "everything": "everything trained"}
+    stages = {"applied": "applied", "decoder": "decoder trained", "everything": "whole model trained"}
     rows = [
         row
         | {key: f"{row[key]['mean_iou']:.2f} ({row[key]['small_iou']:.2f})" if key in row else "" for key in stages}
