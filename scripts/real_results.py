@@ -23,10 +23,13 @@ from tradeoff import Row, Setting, Tradeoff
 from trainings import train_unless_finished
 
 import patch
+from patch.exporting import OPSET
 from segm.auto_threshold import automatic_thresholds
 from segm.cli import Command, Listed, device_option, markdown
 from segm.data import spread
 from segm.eval.timing import environment
+from segm.export_onnx import COLUMNS, Export, compare, in_pytorch
+from segm.exported import RUNTIMES
 from segm.merging import PURE, mean_tokens
 from segm.run import Run
 from segm.storage import write_picture, write_text
@@ -81,6 +84,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
 }
 AUTO_LAYERS = [1, 2, 3, 4]
 TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5, "keymatch": 0.5}  # method -> share of the tokens
+SEEDED = (PURE, "graph", "keymatch")  # everything trained with all seeds, of others with the first
 LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
 ON_TUNED = ["--config", "dinov2_camvid_tuned", *WHOLE, "--epochs", "4", "--eval-freq", "4"]
@@ -371,27 +375,39 @@ def trained(real: Real) -> str:
     run = real.run(BEST)
     views = [*run.views(DATASET, VIEWS)]
     chosen = {name: at_share(run, name, share, views) for name, share in TRAINED.items()}
-    train(real, "pure_longer", [*LONGER, "--finetune", f"{{work}}/{BEST}"])
     rows = []
     for name, one in {PURE: Setting(), **chosen}.items():
-        flags = ["--patch-type", name, *(w for key, value in one.options.items() for w in (FLAGS[key], str(value)))]
-        runs = {"applied": one.apply_to(run)}
+        flags = ["--finetune", f"{{work}}/{BEST}", "--patch-type", name]
+        flags += [word for key, value in one.options.items() for word in (FLAGS[key], str(value))]
+        stages = {"applied": [one.apply_to(run)]}
         if name != PURE:
-            train(real, f"{name}_decoder", [*DECODER_ALONE, "--finetune", f"{{work}}/{BEST}", *flags])
-            train(real, f"{name}_longer", [*LONGER, "--finetune", f"{{work}}/{BEST}", *flags])
-            runs["decoder"] = real.run(f"{name}_decoder")
-        runs["everything"] = real.run(f"{name}_longer")
-        scores = {key: small_and_all(own, own.evaluate(n_images=real.max_images)) for key, own in runs.items()}
-        rows.append({"method": name, "tokens": mean_tokens(runs["applied"].model, views), **scores})
-    real.append("quality", "trained", rows)
-    shown = [
-        {"method": row["method"], "tokens": row["tokens"]}
-        | {key: f"{row[key]['mean_iou']:.2f} ({row[key]['small_iou']:.2f})" if key in row else "" for key in STAGES}
-        for row in rows
-    ]
+            train(real, f"{name}_decoder", [*DECODER_ALONE, *flags])
+            stages["decoder"] = [real.run(f"{name}_decoder")]
+        seeds = SEEDS if name in SEEDED else SEEDS[:1]
+        names = {seed: f"{name}_longer" + f"_{seed}" * (seed > 0) for seed in seeds}
+        for seed, longer in names.items():
+            train(real, longer, [*LONGER, *flags, "--seed", str(seed)])
+        stages["everything"] = [real.run(longer) for longer in names.values()]
+        scores = {
+            key: [small_and_all(own, own.evaluate(n_images=real.max_images)) for own in runs]
+            for key, runs in stages.items()
+        }
+        rows.append({"method": name, "tokens": mean_tokens(stages["applied"][0].model, views), **scores})
+    real.append("quality", "trained", rows, **real.conditions(run))
+    shown = [{key: row[key] for key in ("method", "tokens")} | over_seeds(row) for row in rows]
     return markdown(
         {"method": "{method}", "tokens": "{tokens:.0f}"} | {v: f"{{{k}}}" for k, v in STAGES.items()}, shown
     )
+
+
+def over_seeds(row: Row) -> dict[str, str]:
+    """The cells of stages: mIoU, of several seeds its mean and standard deviation, and that of small classes."""
+    cells = dict.fromkeys(STAGES, "")
+    for key in {*STAGES} & {*row}:
+        ious, small = ([scores[name] for scores in row[key]] for name in ("mean_iou", "small_iou"))
+        spread = f" ± {np.std(ious, ddof=1):.2f}" if len(ious) > 1 else ""
+        cells[key] = f"{np.mean(ious):.2f}{spread} ({np.mean(small):.2f})"
+    return cells
 
 
 def heads(real: Real) -> str:
@@ -482,6 +498,22 @@ def speed(real: Real) -> str:
     return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
 
 
+def runtimes(real: Real) -> str:
+    """The model without and with merging in PyTorch and in the runtimes that people deploy on, in every precision."""
+    pure, folder = real.run(BEST), real.work / "exported"
+    folder.mkdir(exist_ok=True)
+    how = Export("scores", RUNTIMES, batch_size=1, opset=OPSET, float16=False, int8=True, images=None)
+    candidates = []
+    for method, share in (PURE, 1.0), *FASTER.items():
+        run = pure if method == PURE else pure.with_settings(method, {"tokens": share})
+        candidates += in_pytorch(run) + how.made(run, folder / f"{method}.onnx")
+    rows = compare(candidates, pure.views(DATASET), how.output)
+    for row, one in zip(rows, tqdm(candidates, desc="scores", unit="model", leave=False), strict=True):
+        row |= {"method": one.method, "mean_iou": one.run.evaluate(n_images=real.max_images)["mean_iou"]}
+    real.append("deployed", "runtimes", rows, **real.conditions(pure))
+    return markdown(COLUMNS | {"mIoU": "{mean_iou:.2f}"}, rows)
+
+
 # ---------------------------------------------------------------------------------------------- classification
 
 
@@ -505,6 +537,7 @@ STEPS: dict[str, Callable[[Real], str]] = {
     "heads": heads,
     "tokens": tokens,
     "speed": speed,
+    "runtimes": runtimes,
     "classification": classification,
 }
 

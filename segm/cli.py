@@ -454,6 +454,11 @@ window_option = click.option(
     "--window-size", cls=Sides, metavar="SIDE(S)", help="Window, pixels.  [default: the run's]"
 )
 amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.  [default: as in training]")
+runtime_option = click.option(
+    "--runtime",
+    type=click.Choice(("onnxruntime", "openvino")),
+    help="Runtime of an .onnx.  [default: onnxruntime]",
+)
 device_option = click.option(
     "--device",
     type=Device(),

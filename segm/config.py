@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VARIANT, TUNED = "variant.yml", "tuned.yml"
-PRECISIONS = FLOAT32, BFLOAT16, INT8 = ("float32", "bfloat16", "int8")
+IN_PYTORCH = FLOAT32, BFLOAT16 = ("float32", "bfloat16")
+EXPORTED = INT8, OPENVINO_BFLOAT16, OPENVINO_INT8 = ("int8", "openvino-bfloat16", "openvino-int8")
+PRECISIONS = (*IN_PYTORCH, *EXPORTED)  # of presets
 
 
 def config_dir() -> Path:
@@ -509,7 +511,7 @@ class Preset:
         merging: method and options as `dataset_kwargs` hold them.
         im_size: shorter side of the images, pixels.
         precision: of `PRECISIONS`.
-        file: exported model in the run directory, of int8 alone.
+        file: exported model in the run directory, of those in `EXPORTED` alone.
     """
 
     merging: Merging
@@ -525,7 +527,7 @@ class Preset:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or holds no setting of this name; or one in int8 was exported from other weights.
+            ValueError: it is damaged, or has no setting of this name; or that is a file exported from other weights.
         """
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         content = read_tuned(folder)
@@ -544,8 +546,8 @@ class Preset:
         recorded = content.get("weights")
         if recorded is not None and recorded != weights_digest(load_checkpoint(path)["model"]):
             stale = f"{folder / TUNED} was made for other weights than those of {path}: run g2tm tune again"
-            if preset.precision == INT8:
-                raise ValueError(f"preset {name!r} is in int8, and {stale}")
+            if preset.precision in EXPORTED:
+                raise ValueError(f"preset {name!r} is an exported file ({preset.precision}), and {stale}")
             logger.warning("preset %r: %s", name, stale)
         return preset
 

@@ -24,6 +24,7 @@ from segm.cli import (
     checkpoint_argument,
     device_option,
     im_size_option,
+    runtime_option,
     scale_option,
     window_option,
     workers_option,
@@ -33,8 +34,8 @@ from segm.data.dataset import label_type
 from segm.data.images import SUFFIXES, count_suffixes, files_below
 from segm.eval.evaluate import Item, read_ahead
 from segm.eval.sliding import Windows
+from segm.exported import open_run
 from segm.merging import MergingCommand
-from segm.onnx_model import open_run
 from segm.run import Run
 from segm.storage import atomic, write_picture, write_text
 from vis import blend, colorize, label_picture
@@ -63,6 +64,7 @@ LEGEND_ROW = 24  # pixels, at least
 @im_size_option
 @scale_option
 @window_option
+@runtime_option
 @device_option
 @workers_option
 def main(
@@ -76,7 +78,7 @@ def main(
     workers: int,
     **how: Any,
 ) -> None:
-    """Segment photographs, or a video, with CHECKPOINT, a file, a run directory or an exported .onnx.
+    """Segment photographs, or a video, with CHECKPOINT, a file, a run directory or an exported one.
 
     Writes NAME.png (class indices, 8 bits; 16 for more than 255 classes), NAME_colors.png (in colors, with the names of
     the classes) and NAME_blend.jpg for every photograph NAME; of a video NAME.mp4, its frames with their labels.

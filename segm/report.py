@@ -19,7 +19,7 @@ from tqdm import tqdm
 import patch
 from segm.checkpoint import CHOICES
 from segm.cli import COUNT, FILE, POSITIVE, WORDS, device_option, markdown
-from segm.config import INT8, Preset
+from segm.config import EXPORTED, Preset
 from segm.data import DATASETS, IGNORE_LABEL, SegmentationDataset, spread
 from segm.data.images import resize_to
 from segm.eval.cost import compare
@@ -147,8 +147,8 @@ def open_runs(texts: Sequence[str], dataset_name: str | None, device: torch.devi
         name, path, given = read_run(text)
         try:
             size, path = given.pop("im_size", None), find(path, given.pop("checkpoint", None))
-            in_int8 = "preset" in given and Preset.read(path, given["preset"]).precision == INT8
-            amp = False if in_int8 else None  # the report looks into models: merging and size of the preset alone
+            is_file = "preset" in given and Preset.read(path, given["preset"]).precision in EXPORTED
+            amp = False if is_file else None  # the report looks into models: merging and size of the preset alone
             run = Run.load(path, name=name, device=device, merging=given, im_size=size, amp=amp)
         except ValueError as error:
             raise ValueError(f"{name or path}: {error}") from error

@@ -19,7 +19,7 @@ import patch
 from segm import merging as merges
 from segm import sharing
 from segm.checkpoint import checkpoint_file
-from segm.config import BFLOAT16, INT8, SCALES, Preset, RunConfig, variant_file
+from segm.config import BFLOAT16, EXPORTED, SCALES, Preset, RunConfig, variant_file
 from segm.data import DATASETS, SegmentationDataset, class_info, create_dataset, dataset_defaults, normalize
 from segm.data.dataset import Photographs
 from segm.data.images import Normalization, read_image, resize_keep_ratio, resized_view
@@ -89,7 +89,7 @@ class Run:
             im_size: shorter side that images are resized to, pixels, in place of the training's.
             scale: "original" for images that are not resized.
             window_size: of the sliding windows, pixels, in place of the training's.
-            preset: name of a setting that `segm/tune.py` found; one in int8 gives a `segm.onnx_model.ExportedRun`,
+            preset: name of a setting that `segm/tune.py` found; an exported one gives a `segm.exported.ExportedRun`,
                 unless `amp` is given.
             checkpoint: of a run directory, "last" or "best"; None: the last, see `segm.checkpoint.checkpoint_file`.
             options: the same as `merging`, by keyword: `patch_type="graph", threshold=0.9, layers=[2]`.
@@ -104,15 +104,16 @@ class Run:
         path, given = sharing.find(path, checkpoint), {**(merging or {}), **options}
         name_of_preset = given.pop("preset", preset)
         tuned = None if name_of_preset is None else Preset.read(path, name_of_preset)
-        if tuned is not None and tuned.precision == INT8 and amp is None:
-            from segm.onnx_model import open_run  # which is built on this module
+        if tuned is not None and tuned.precision in EXPORTED and amp is None:
+            from segm.exported import open_run, runtime_of  # which is built on this module
 
             if given or im_size or window_size:
                 raise ValueError(
-                    f"preset {name_of_preset!r} is an exported file in int8, its merging and sizes are fixed: leave "
-                    "out other options for them, or choose another preset"
+                    f"preset {name_of_preset!r} is an exported file ({tuned.precision}), its merging and sizes are "
+                    "fixed: leave out other options for them, or choose another preset"
                 )
-            exported = open_run(tuned.file or checkpoint_file(path), device=device, merging={}, scale=scale)
+            how: dict[str, Any] = {"merging": {}, "scale": scale, **runtime_of(tuned.precision)}
+            exported = open_run(tuned.file or checkpoint_file(path), device=device, **how)
             name = name or checkpoint_file(path).resolve().parent.name
             return replace(exported, name=name, path=Path(path))
         model, config = load_model(path, merges.add_parts)

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from patch.budget import options_for
 from patch.trials import interleaved_trials, speed
-from segm.config import BFLOAT16, FLOAT32, INT8
+from segm.config import BFLOAT16, EXPORTED, FLOAT32, OPENVINO_BFLOAT16, OPENVINO_INT8
 from segm.data import spread
 from segm.data.dataset import Part
 from segm.eval.evaluate import Views, evaluate
 from segm.eval.sliding import upscale_to_window, window_starts
-from segm.export_onnx import export, quantize
+from segm.exported import open_run, runtime_of
+from segm.exporting import N_CALIBRATION, export, quantize
 from segm.merging import PURE, layer_tokens
-from segm.onnx_model import open_run
 from segm.precision import Precision
 from segm.run import Run
 from segm.storage import write_text
@@ -189,23 +189,27 @@ class Bench:
         return rounds_of(len(self.calibration))
 
     def at(self, setting: Setting) -> Run:
-        """The run in a setting; raises a ValueError if that is in int8 and cannot be exported."""
+        """The run in a setting; raises a ValueError if that is an exported file and cannot be made."""
         run = self.run.with_settings(setting.method, setting.options, setting.im_size)
-        if setting.precision == INT8:
-            return open_run(self._exported(run, setting), device=self.run.device, merging={})
+        if setting.precision in EXPORTED:
+            how = runtime_of(setting.precision)
+            return open_run(self._exported(run, setting), device=self.run.device, merging={}, **how)
         return replace(run, precision=Precision.choose(self.run.device, setting.precision == BFLOAT16))
 
     def file_of(self, setting: Setting) -> Path:
-        """The place of a setting in int8; as the file of measurements, it goes by the weights and conditions."""
-        digest = hashlib.sha256(setting.key.encode()).hexdigest()[:8]
-        return self.memory.file.with_name(f"{self.memory.file.stem}_{digest}_int8.onnx")
+        """The place of an exported setting; as that of measurements, it goes by weights and conditions."""
+        in_file = FLOAT32 if setting.precision == OPENVINO_BFLOAT16 else setting.precision  # a choice of the runtime
+        digest = hashlib.sha256(replace(setting, precision=in_file).key.encode()).hexdigest()[:8]
+        return self.memory.file.with_name(f"{self.memory.file.stem}_{digest}_{in_file}.onnx")
 
     def _exported(self, run: Run, setting: Setting) -> Path:
-        file, whole = self.file_of(setting), self.memory.file.with_suffix(".onnx")
-        if not file.exists():
+        file, whole = (self.file_of(replace(setting, precision=one)) for one in (setting.precision, FLOAT32))
+        if not whole.exists():
             export(run, whole)
-            quantize(whole, file)
-            whole.unlink()
+        if not file.exists():
+            views = Views(self.calibration, run.windows.size, run.normalization, N_CALIBRATION)
+            # OpenVINO computes in int8 where the ranges of activations are known beforehand alone.
+            quantize(whole, file, views if setting.precision == OPENVINO_INT8 else None)
         return file
 
     def grid(self, size: int) -> tuple[int, int]:
@@ -229,7 +233,7 @@ class Bench:
         def measure() -> Row:
             run, tokens = self.at(setting), list[dict[int, float]]()
             how: Row = {"ratios": [run.ratio], "device": run.device}
-            if setting.precision != INT8:
+            if setting.precision not in EXPORTED:
                 how["on_image"] = lambda *_: tokens.append(layer_tokens(run.model))
             with run.precision.autocast():
                 confusion = evaluate(run.model, Part(self.calibration, self.rounds[number]), run.windows, **how)

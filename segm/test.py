@@ -7,8 +7,8 @@ import click
 import torch
 
 from segm import cli
+from segm.exported import open_run
 from segm.merging import MergingCommand
-from segm.onnx_model import open_run
 from segm.parallel import is_main, process_group
 
 
@@ -18,11 +18,12 @@ from segm.parallel import is_main, process_group
 @cli.im_size_option
 @cli.scale_option
 @cli.window_option
+@cli.runtime_option
 @cli.device_option
 @cli.max_images_option
 @cli.workers_option
 def main(checkpoint: Path, device: torch.device, max_images: int | None, workers: int, **how: Any) -> None:
-    """Print accuracies and mIoU (percent) of CHECKPOINT: run, file or .onnx."""
+    """Print accuracies and mIoU (percent) of CHECKPOINT: run, file, .onnx or .pt2."""
     with process_group(device) as device:
         run = open_run(checkpoint, device=device, **how)
         scores = run.evaluate(n_images=max_images, workers=workers, progress=is_main())

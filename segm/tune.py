@@ -24,7 +24,7 @@ import patch
 from patch.budget import KNOBS, knob_of
 from segm import cli
 from segm.checkpoint import checkpoint_file, weights_digest
-from segm.config import BFLOAT16, FLOAT32, INT8, PRECISIONS, TUNED
+from segm.config import BFLOAT16, EXPORTED, FLOAT32, INT8, OPENVINO_BFLOAT16, OPENVINO_INT8, PRECISIONS, TUNED
 from segm.data import fingerprint, spread
 from segm.data.dataset import Part
 from segm.eval.timing import environment
@@ -294,22 +294,26 @@ def set_up(run: Run, dataset_name: str, split: str, max_images: int | None) -> t
 
 
 def usable_precisions(device: torch.device) -> list[str]:
-    """Precisions that may be fast: bfloat16 where the device computes in it, int8 where ONNX Runtime is installed."""
+    """Precisions that may be fast: bfloat16 where the device computes in it, int8 where a runtime is installed."""
     exports = device.type == "cpu" and all(map(find_spec, ("onnx", "onnxruntime", "onnxscript")))
-    return [FLOAT32, *[BFLOAT16] * computes_bfloat16(device), *[INT8] * exports]
+    in_bfloat16, openvino = computes_bfloat16(device), exports and find_spec("openvino") is not None
+    quantized = [INT8] * exports + [OPENVINO_BFLOAT16] * (openvino and in_bfloat16) + [OPENVINO_INT8] * openvino
+    return [FLOAT32, *[BFLOAT16] * in_bfloat16, *quantized]
 
 
 def measure_last(bench: Bench, last: Sequence[Setting], precisions: Sequence[str], within: float) -> list[Row]:
-    """Rows of the last settings in all precisions, the plain model first; in int8, which takes minutes, of the best."""
-    others = [replace(one, precision=other) for other in precisions if other != INT8 for one in last]
+    """Rows of the last settings in all precisions, the plain model first; of the best as exported files, which take
+    minutes."""
+    others = [replace(one, precision=other) for other in precisions if other not in EXPORTED for one in last]
     rows = bench.rows([*dict.fromkeys([*last, *others])])
-    if INT8 not in precisions:
+    if not {*precisions} & {*EXPORTED}:
         return rows
     best = [rows[0], *choose(rows, within, None).values()]
     best += [rows[index] for index in hull([row["ms"] for row in rows], [-row["loss"] for row in rows])]
     kept = [*dict.fromkeys(row["setting"] for row in best)]
-    quantized = [*dict.fromkeys(replace(one, precision=INT8) for one in kept[: len(PRESETS) + 1])]
-    for one in tqdm(quantized, desc="int8", unit="model", leave=False):
+    own = [other for other in precisions if other in EXPORTED]
+    files = [*dict.fromkeys(replace(one, precision=other) for one in kept[: len(PRESETS) + 1] for other in own)]
+    for one in tqdm(files, desc="exporting", unit="model", leave=False):
         try:
             bench.at(one)
             kept.append(one)
@@ -363,7 +367,7 @@ def write_tuned(bench: Bench, about: Mapping[str, str], reported: Mapping[str, R
         setting = row["setting"]
         merging = bench.at(replace(setting, precision=FLOAT32)).merging
         presets[name] = {"merging": merging, "im_size": setting.im_size, "precision": setting.precision}
-        if setting.precision == INT8:
+        if setting.precision in EXPORTED:
             presets[name]["file"] = bench.file_of(setting).relative_to(folder).as_posix()
         presets[name] |= {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
     content: dict[str, Any] = {**about, "checkpoint": checkpoint_file(bench.run.path).name}
@@ -372,7 +376,7 @@ def write_tuned(bench: Bench, about: Mapping[str, str], reported: Mapping[str, R
     content = json.loads(json.dumps(content | {"plain": presets.pop(PURE), "presets": presets}))  # plain types alone
     write_text(folder / TUNED, yaml.safe_dump(content, sort_keys=False))
     used = {one.get("file") for one in (content["plain"], *content["presets"].values())}
-    for file in bench.memory.file.parent.glob("*_int8.onnx"):
+    for file in bench.memory.file.parent.glob("*.onnx"):
         if file.relative_to(folder).as_posix() not in used:
             file.unlink()
 

@@ -19,6 +19,7 @@ from segm.cli import (
     device_option,
     im_size_option,
     max_images_option,
+    runtime_option,
     scale_option,
     show_scores,
     window_option,
@@ -29,8 +30,8 @@ from segm.data import Sample, SegmentationDataset
 from segm.data.dataset import label_type
 from segm.errors import one_line
 from segm.eval.sliding import Windows
+from segm.exported import open_run
 from segm.merging import MergingCommand
-from segm.onnx_model import open_run
 from segm.parallel import is_main, process_group
 from segm.run import Run
 from segm.sizes import Size, scaled
@@ -83,6 +84,7 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 @amp_option
 @im_size_option
 @scale_option
+@runtime_option
 @device_option
 @max_images_option
 @workers_option
@@ -102,12 +104,13 @@ def main(
     amp: bool | None,
     im_size: int | None,
     scale: str,
+    runtime: str | None,
     device: torch.device,
     max_images: int | None,
     workers: int,
     merging: dict[str, Any],
 ) -> None:
-    """Score CHECKPOINT, a file, a run directory or an .onnx, on DATASET.
+    """Score CHECKPOINT, a file, a run directory or an exported one, on DATASET.
 
     Prints pixel accuracy, mean accuracy, mIoU and the IoU of every class (percent) and writes them to scores_ss.yml or
     scores_ms.yml beside the checkpoint, a list with one entry per conditions: checkpoint, images, windows, precision
@@ -115,7 +118,8 @@ def main(
     confusion_ss.png. Of another split or data set, the names say which: scores_ss_test.yml.
     """
     with process_group(device) as device:
-        run = open_run(checkpoint, device=device, merging=merging, amp=amp, im_size=im_size, scale=scale)
+        how: dict[str, Any] = {"amp": amp, "im_size": im_size, "scale": scale, "runtime": runtime}
+        run = open_run(checkpoint, device=device, merging=merging, **how)
         dataset, _ = run.open(split, dataset_name)
         suffix = "ss" if singlescale else "ms"
         if (dataset_name, split) != (run.dataset, "val"):  # files with other results stay as they are

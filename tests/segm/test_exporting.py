@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import patch
-from segm.export_onnx import convert
+from segm.exporting import convert
 from segm.merging import build_model
 from tests.helpers import METHOD_OPTIONS, by_speed, different_images, options_for, with_parts
 

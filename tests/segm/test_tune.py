@@ -395,11 +395,15 @@ class TestPreset:
         other_weights(tuned)
         assert Run.load(tuned, device="cpu", preset="equal").method == "tome"
         assert "made for other weights" in caplog.text and "run g2tm tune again" in caplog.text
-        with pytest.raises(ValueError, match=r"'fast' is in int8, and .* other weights .*run g2tm tune again"):
+        with pytest.raises(
+            ValueError, match=r"'fast' is an exported file \(int8\), and .* other weights .*run g2tm tune again"
+        ):
             Run.load(tuned, device="cpu", preset="fast")
 
     def test_an_exported_model_is_not_passed_on(self, tuned, tmp_path):
-        exported = replace(Run.load(tuned, device="cpu"), model=torch.nn.Identity())  # as `OnnxModel`, without weights
+        exported = replace(
+            Run.load(tuned, device="cpu"), model=torch.nn.Identity()
+        )  # as `ExportedModel`, without weights
         with pytest.raises(ValueError, match="no weights to write"):
             exported.save_pretrained(tmp_path / "shared")
         assert not (tmp_path / "shared").exists()
@@ -410,24 +414,30 @@ class TestPreset:
         assert Run.load(tmp_path / "shared", device="cpu", preset="fast").options["r"] == 3
 
 
-@pytest.mark.slow
-def test_a_setting_in_int8_is_an_exported_run(run, call, refused, tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("openvino-bfloat16", marks=pytest.mark.nightly),
+        pytest.param("openvino-int8", marks=pytest.mark.slow),
+    ],
+)
+def test_an_exported_setting_is_an_exported_run(run, call, refused, tmp_path, precision):
     bench, _ = tune.set_up(Run.load(run, device="cpu"), "shapes", "val", None)
-    int8 = replace(bench.plain, precision="int8")
+    other = replace(bench.plain, precision=precision)
     unused = bench.memory.file.with_name("0_int8.onnx")
     unused.parent.mkdir()
     unused.touch()
-    reported = {name: {"setting": one} | bench.report(one) for name, one in (("pure", bench.plain), ("equal", int8))}
+    reported = {name: {"setting": one} | bench.report(one) for name, one in (("pure", bench.plain), ("equal", other))}
     tune.write_tuned(bench, {"dataset": "shapes"}, {name: row | {"ms": 1.0} for name, row in reported.items()})
-    assert [*(run / "tune").glob("*.onnx")] == [bench.file_of(int8)]  # the other one is gone
+    assert [*(run / "tune").glob("*.onnx")] == [bench.file_of(other)]  # the other one is gone
     exported = Run.load(run, device="cpu", preset="equal")
     assert exported.evaluate(dataset=bench.held)["mean_iou"] == reported["equal"]["mean_iou"]
     assert "are fixed" in refused(test, run, "--preset", "equal", "--im-size", 16, *CPU)
     assert isinstance(report.open_runs([f"fast={run} --preset equal"], None, exported.device)[0].model, Segmenter)
     call(miou, run, "shapes", "--preset", "equal", "--max-images", 1, *CPU)
     (entry,) = miou.read_entries(run / "scores_ss.yml")
-    assert (entry["conditions"]["checkpoint"], entry["conditions"]["precision"]) == ("checkpoint.pth", "int8")
+    assert (entry["conditions"]["checkpoint"], entry["conditions"]["precision"]) == ("checkpoint.pth", precision)
     named = Run.load(run, device="cpu", preset="equal", name="mine")
     assert (exported.name, named.name, exported.folder) == (run.name, "mine", run)
     with pytest.raises(ValueError, match="no weights to write"):
