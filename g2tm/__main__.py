@@ -36,7 +36,7 @@ PUBLIC = ("ade20k", "camvid", "cityscapes", "coco_stuff", "pascal_context", "rum
 PREPARE = click.Group(
     "prepare",
     [LazyCommand(name, f"scripts.prepare_{name}", f"Prepare {name}.") for name in PUBLIC],
-    help="Fetch a public data set, and lay it out for training.",
+    help="Download a public data set and lay it out for training.",
 )
 COMMANDS: dict[str, list[click.Command]] = {
     "Train and score": [
@@ -49,7 +49,7 @@ COMMANDS: dict[str, list[click.Command]] = {
     ],
     "Choose": [
         LazyCommand("compare", "segm.compare", "Compare methods on any ViT and photographs without labels."),
-        LazyCommand("tune", "segm.tune", "Find settings that are as good and faster on this machine."),
+        LazyCommand("tune", "segm.tune", "Find settings that are as good but faster on this machine."),
         LazyCommand("threshold", "segm.auto_threshold", "Derive a threshold from the similarities of tokens."),
     ],
     "Measure": [
@@ -65,7 +65,7 @@ COMMANDS: dict[str, list[click.Command]] = {
     ],
     "Ship": [
         LazyCommand("export", "segm.export_onnx", "Write a run as an ONNX file."),
-        LazyCommand("convert", "scripts.convert_checkpoint", "Convert checkpoints of mmsegmentation, and to it."),
+        LazyCommand("convert", "scripts.convert_checkpoint", "Convert checkpoints from and to mmsegmentation."),
     ],
 }
 
@@ -88,7 +88,7 @@ main = Sections(
     "g2tm",
     [one for commands in COMMANDS.values() for one in commands],
     help="Token reduction in plain-ViT semantic segmentation. COMMAND --help explains a command.",
-    epilog='\b\nCompletion of words, here in bash:\n  eval "$(_G2TM_COMPLETE=bash_source g2tm)"',
+    epilog='\b\nShell completion, here for bash:\n  eval "$(_G2TM_COMPLETE=bash_source g2tm)"',
 )
 click.version_option(package_name="g2tm", prog_name="g2tm")(main)
 

@@ -1,4 +1,4 @@
-"""The one place where speed is measured: models with and without merging, interleaved in one process.
+"""Speed and cost of models with random weights, with and without merging, interleaved in one process.
 
 python scripts/benchmark.py --models T,S,B --batch-sizes 1,8 --check
 """
@@ -109,11 +109,11 @@ def main(
     """Time models with random weights on images, without merging and with it, and print one row per combination.
 
     Speeds are those over all batches, each at the median of its trials, all calls interleaved; ratios are medians over
-    the trials of a batch. The realized share is the gain in speed over the gain in GFLOPs of encoder and decoder, image
-    in, token scores out; 1: every saved operation became saved time. The brackets after it hold 95 % of the shares of
+    the trials of a batch. The realized share is the gain in speed over the gain in GFLOPs of encoder and decoder, up to
+    the logits per patch; 1: every saved operation became saved time. The brackets after it hold 95 % of the shares of
     trials drawn anew from this run; another run may differ by more. The share of the products alone is that of the
-    matrix products of the same passes, repeated without the rest: about the bound that the libraries set. The
-    merge is timed by itself, and as the difference to a pass that is given the same reductions.
+    matrix products of the same passes, repeated without the rest: about the bound that the libraries set. The merge is
+    timed by itself, and as the difference to a pass that is given the same reductions.
     """
     cases = list(product(models, sides, batch_sizes, dtypes, methods))
     rows: list[dict[str, Any]] = []

@@ -474,7 +474,7 @@ workers_option = click.option(
     metavar="N",
     default=parallel.default_workers,
     show_default=False,
-    help=f"Readers of images.  [default: cores, at most {parallel.MOST_WORKERS}]",
+    help=f"Processes that read images.  [default: cores, at most {parallel.MOST_WORKERS}]",
 )
 batch_size_option = click.option(
     "--batch-size", type=POSITIVE, metavar="N", default=1, help="Number of images per forward pass."

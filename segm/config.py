@@ -197,13 +197,13 @@ class Net:
         frozen_on_resume=True)
     distilled: bool = setting(FLAG, "net.distilled", default_from=BACKBONE)
     normalization: str = setting(_name("vit", "deit", "clip", "unit"), "net.normalization dataset.normalization",
-        "Mean and std that pixels are normalized by: of AugReg, ImageNet, CLIP, or 0 and 1.", default_from=BACKBONE)
+        "Mean and std that normalize pixels: those of AugReg, ImageNet or CLIP, or 0 and 1.", default_from=BACKBONE)
     mean: tuple[float, float, float] | None = setting(MEAN, "net.mean",
-        "Mean of red, green and blue, pixels from 0 to 1, in place of that of --normalization.", default_from=BACKBONE)
+        "Mean of red, green and blue, pixels from 0 to 1, instead of that of --normalization.", default_from=BACKBONE)
     std: tuple[float, float, float] | None = setting(STD, "net.std",
         "Standard deviation of red, green and blue, likewise.", default_from=BACKBONE)
     bands: tuple[int, ...] | None = setting(BANDS, "net.bands dataset.bands",
-        "Bands of the pictures of folder, counted from 1, that are the channels of the network.", frozen_on_resume=True,
+        "Bands of the images of folder, counted from 1, that are the channels of the network.", frozen_on_resume=True,
         default_text="red, green and blue")
     dropout: float = setting(SHARE, "net.dropout", "Dropout in the encoder, share of the values.", 0.0)
     drop_path: float = setting(SHARE, "net.drop_path_rate", "Stochastic depth in the encoder, share of the residuals.",
@@ -233,9 +233,9 @@ class Data:
         "Training images are resized by a random factor in this range.", (0.5, 2.0), default_text="0.5 2.0")
     value_range: tuple[float, float] | None = setting(VALUES, "dataset.value_range",
         "Lowest and highest value of images that are not stored in 8 bits.", frozen_on_resume=True,
-        default_text="judged by a few of the training images")
+        default_text="judged by a few training images")
     flip: bool = setting(FLAG, "dataset.flip",
-        "Mirror half of the training images; not for classes that know left from right.", True, flag="--flip/--no-flip")
+        "Mirror half of the training images; not if classes depend on left and right.", True, flag="--flip/--no-flip")
     num_workers: int | None = setting(COUNT, "dataset.num_workers",
         "Processes that read images, per training process.", default_text="cores / processes, at most 8")
     classes: Sequence[Mapping[str, Any]] | None = setting(CLASS_LIST, "dataset.classes")
@@ -257,20 +257,20 @@ class Optim:
     layer_decay: float = setting(_number(0, 1, above=True), "optimizer.layer_decay",
         "Learning rate of each layer of the encoder, × that of the next.", 1.0, frozen_on_resume=True)
     loss: str = setting(_name(), "algorithm.loss",
-        f"Loss of all pixels: one or several of {', '.join(LOSSES)}, with commas between them, which add up.",
+        f"Loss of all pixels: one of {', '.join(LOSSES)}, or several separated by commas, which are added.",
         "cross_entropy")
     class_weights: str | Sequence[float] | None = setting(WEIGHTS, "algorithm.class_weights",
         "Weights of the classes in cross-entropy and focal loss: auto, from the counts of their pixels, or a YAML file "
         "with a list or with name: number.", default_text="1 each")
     clip_grad: float | None = setting(_number(0, above=True), "optimizer.clip_grad",
-        "Gradients are scaled down to this norm.", default_text="none")
+        "Clip gradients to this norm.", default_text="none")
     ema: float = setting(_number(0, 0.999999), "optimizer.ema",
-        "Average weights, which are evaluated and saved: the old average's share in each update, such as 0.9999.", 0.0,
+        "Evaluate and save averaged weights: the share of the old average in each update, such as 0.9999.", 0.0,
         frozen_on_resume=True, default_text="0, no average")
-    freeze_encoder: bool = setting(FLAG, "optimizer.freeze_encoder", "Train the decoder alone.", False,
+    freeze_encoder: bool = setting(FLAG, "optimizer.freeze_encoder", "Train only the decoder.", False,
         flag="--freeze-encoder/--no-freeze-encoder", frozen_on_resume=True)
     train_only: str | None = setting(_name(METHOD), "optimizer.train_only",
-        "Train the learned parts of the merging method alone.", frozen_on_resume=True, default_text="all is trained")
+        "Train only the learned parts of the merging method.", frozen_on_resume=True, default_text="train everything")
     amp: bool = setting(FLAG, "amp", "Train in mixed precision: bfloat16, or float16 where that is missing.", False,
         flag="--amp/--no-amp")
 
@@ -280,7 +280,7 @@ class Schedule:
     """The course of a training: learning rate, epochs, evaluations, curriculum."""
 
     scheduler: str = setting(_name(*SCHEDULERS), "optimizer.sched",
-        "How the learning rate falls: per iteration, polynomial_epoch per epoch.", "polynomial")
+        "Decay of the learning rate: per iteration, polynomial_epoch per epoch.", "polynomial")
     minlearning_rate: float = setting(RATE, "optimizer.min_lr", "Learning rate at the end of the schedule.", 1e-5,
         default_text="1e-05, or the learning rate where that is lower")
     warmup_epochs: int = setting(COUNT, "optimizer.warmup_epochs", "Epochs in which the learning rate rises linearly.",
@@ -290,21 +290,21 @@ class Schedule:
     batch_size: int = setting(SIZE, "world_batch_size dataset.batch_size algorithm.batch_size",
         "Images per update, over all processes.", default_from=DATA, frozen_on_resume=True)
     accumulate: int = setting(SIZE, "algorithm.accumulate",
-        "Parts of a batch that gradients are summed over before an update, which save memory.", 1)
+        "Parts of a batch that go through the network one by one before an update, to save memory.", 1)
     epochs: int = setting(SIZE, "algorithm.num_epochs optimizer.epochs", "Epochs of the training.", default_from=DATA)
     epochs_before: int = setting(COUNT, "algorithm.epochs_before", default=0)  # of the trainings it was fine-tuned from
     eval_freq: int = setting(SIZE, "algorithm.eval_freq", "Epochs between two evaluations.", default_from=DATA)
     updates: int | None = setting(UPDATES, "algorithm.num_updates",
-        "Updates of the training, in place of epochs; what else counts epochs then counts evaluations.",
+        "Updates of the training, instead of epochs; other options in epochs then count evaluations.",
         default_text="--epochs")
     eval_every: int | None = setting(UPDATES, "algorithm.eval_every",
         "Updates between two evaluations, of which --updates is a multiple.", default_text="a tenth of --updates",
         frozen_on_resume=True)
     patience: int | None = setting(SIZE, "algorithm.patience",
-        "Evaluations without a better mIoU that end the training.", default_text="it goes on for all epochs")
+        "Stop after so many evaluations without a better mIoU.", default_text="never")
     seed: int = setting(COUNT, "seed", "Seed of weights, order and augmentation.", 0)
     cache_features: int = setting(COUNT, "algorithm.cache_features",
-        "With --freeze-encoder, versions of each image whose features are computed once; 0 computes them always.", 0,
+        "With --freeze-encoder, augmented versions of each image whose features are computed once; 0: no cache.", 0,
         frozen_on_resume=True)
     start_thresh: float | None = setting(THRESHOLD, "dataset.start_threshold",
         "Threshold that a curriculum starts at.", default_text="no curriculum")

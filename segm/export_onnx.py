@@ -1,4 +1,4 @@
-"""A trained Segmenter as a file for runtimes, with the merge inside of the graph, compared with PyTorch."""
+"""A trained Segmenter as a file for runtimes, with the merge in the graph, compared with PyTorch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +103,7 @@ def main(
     max_images: int | None,
     merging: dict[str, Any],
 ) -> None:
-    """Write CHECKPOINT as an ONNX file, with the merge inside of the graph, and compare it with PyTorch.
+    """Write CHECKPOINT as an ONNX file, with the merge in the graph, and compare it with PyTorch.
 
     The file takes normalized images (B, 3, H, W) of the size of the run's windows. inference.py, test.py and miou.py
     read it. Methods that go by a number of tokens (--tokens, --r) have fixed shapes throughout; with a threshold, the

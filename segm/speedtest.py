@@ -42,7 +42,7 @@ COLUMNS = {
     "--output",
     type=click.Choice(OUTPUTS),
     default="logits",
-    help="Output that is timed: logits per pixel (the published protocol), scores per patch, or the label map.",
+    help="Output that is timed: logits per pixel (the published protocol), logits per patch, or the label map.",
 )
 @click.option("--warmup", type=cli.COUNT, default=50, help="Number of untimed passes at first.")
 @click.option("--repeats", type=cli.POSITIVE, default=3, help="Number of timed passes per batch.")
@@ -74,9 +74,9 @@ def main(
 ) -> None:
     """Print images/s of CHECKPOINT on DATASET, at the crop size.
 
-    Every validation image is timed --repeats times, its median counts; printed are median and quartiles over the
-    images, without the reading of files. With --compare the methods are interleaved, image by image, and the ratio
-    to the first one is the median over the images. Published protocols: G2TM --batch-size 1; ALGM --batch-size 32
+    Every validation image is timed --repeats times, and its median counts; reading files is not timed. Prints median
+    and quartiles over the images. With --compare the methods are interleaved, image by image, and the ratio to the
+    first one is the median over the images. Published protocols: G2TM --batch-size 1; ALGM --batch-size 32
     --duplicate.
     """
     if out is not None:

@@ -34,11 +34,11 @@ EXISTING = click.Path(exists=True, path_type=Path)
 @click.option(
     "--pretrained",
     type=click.Path(exists=True, dir_okay=False),
-    help="File with the first weights of the encoder.  [default: timm's]",
+    help="File with the initial weights of the encoder.  [default: timm's]",
 )
-@click.option("--no-pretrained", is_flag=True, help="Start from random weights in place of timm's.")
+@click.option("--no-pretrained", is_flag=True, help="Start from random weights instead of timm's.")
 @click.option(
-    "--resume/--no-resume", default=False, help="Continue the run in --log-dir, or start it where there is none yet."
+    "--resume/--no-resume", default=False, help="Continue the run in --log-dir, or start it if there is none yet."
 )
 @click.option(
     "--save-every",
@@ -47,14 +47,12 @@ EXISTING = click.Path(exists=True, path_type=Path)
     default=15,
     help="Minutes between checkpoints inside an epoch; 0 saves after epochs only.",
 )
-@click.option("--finetune", type=EXISTING, help="Checkpoint or run whose weights are the first.  [default: none]")
-@click.option(
-    "--skip-bad-images", is_flag=True, help="Leave out images that cannot be read, and count them, instead of ending."
-)
+@click.option("--finetune", type=EXISTING, help="Checkpoint or run to start from.  [default: none]")
+@click.option("--skip-bad-images", is_flag=True, help="Skip and count images that cannot be read, instead of stopping.")
 @click.option(
     "--feature-folder",
     type=FOLDER,
-    help="Folder for --cache-features, which other trainings share.  [default: the run directory, until the end]",
+    help="Folder for --cache-features that trainings share.  [default: the run directory, deleted at the end]",
 )
 @click.option("--compile", is_flag=True, help="Compile attention and MLPs: slow at first, then faster.")
 @device_option
@@ -62,7 +60,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
     "--from",
     "unpatched",
     type=EXISTING,
-    help="Unpatched checkpoint or run whose similarities give --threshold auto, their mean + std.  [default: none]",
+    help="Checkpoint or run without merging: --threshold auto is mean + std of its similarities.  [default: none]",
 )
 @click.pass_context
 def main(

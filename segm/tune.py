@@ -45,11 +45,16 @@ FOUND = {"setting": "{setting}", "mIoU lost": "{loss:.2f}", "ms": "{ms:.1f}", "t
 REPORT = {
     "preset": "{name}: {setting}",
     "mIoU": "{mean_iou:.2f}",
-    "small classes": "{small_iou:.2f}",
+    "small classes": "{small}",
     "boundary IoU": "{boundary_iou:.2f}",
     "ms (images/s)": "{ms:.1f} ({images_per_second:.2f})",
     "times as fast": "{ratio:.2f}",
 }
+
+
+def or_none(score: float) -> str:
+    """A score as text; "-" where no class is small, so that there is none."""
+    return "-" if math.isnan(score) else f"{score:.2f}"
 
 
 def read_methods(text: str) -> list[dict[str, Any]]:
@@ -69,13 +74,11 @@ baseline_option = click.option(
 @click.command(cls=PluginCommand)
 @cli.checkpoint_argument
 @cli.dataset_argument
-@click.option(
-    "--within", type=cli.ABOVE_ZERO, default=0.3, help='Loss of mIoU that "equal" may have, percentage points.'
-)
+@click.option("--within", type=cli.ABOVE_ZERO, default=0.3, help='Largest loss of mIoU of "equal", percentage points.')
 @click.option(
     "--images-per-second",
     type=cli.ABOVE_ZERO,
-    help='Speed at which "fast" loses least.  [default: it is the fastest that loses 10 × --within at most]',
+    help='Speed at which "fast" loses least.  [default: it is the fastest that loses at most 10 × --within]',
 )
 @click.option(
     "--minutes", type=cli.ABOVE_ZERO, default=20, help="Time to search; the last settings are scored after it."
@@ -112,7 +115,7 @@ baseline_option = click.option(
     "--calibrate",
     metavar="SPLIT",
     default="val",
-    help="Split to choose by: of val every second image, and the others are reported on; else all of val are.",
+    help="Split to choose by. With val, every second image is for choosing, the others for the report.",
 )
 @click.option(
     "--max-images", type=cli.POSITIVE, metavar="N", help="Images to choose by, and to report.  [default: all]"
@@ -135,8 +138,8 @@ def main(
 ) -> None:
     """Find settings of CHECKPOINT that are as good on DATASET and faster: image size, merging and precision together.
 
-    Three are written to tuned.yml in the run, from where --preset NAME takes them: "equal"; "balanced", the fastest
-    that loses 3 × --within at most; and "fast". Interrupted or called again, it goes on where it stopped.
+    Writes three presets to tuned.yml in the run, for --preset NAME: "equal"; "balanced", the fastest that loses at most
+    3 × --within; and "fast". Interrupted or called again, it continues where it stopped.
     """
     deadline, run = time.monotonic() + 60 * minutes, Run.load(checkpoint, device=device, patch_type=PURE)
     if baseline is not None and thresholds is None:
@@ -170,7 +173,7 @@ def main(
     click.echo(cli.markdown(FOUND, best if thresholds is None else rows))
     reported = {PURE: rows[0]} | chosen
     reported = {name: row | {"name": name} | bench.report(row["setting"]) for name, row in reported.items()}
-    click.echo(cli.markdown(REPORT, reported.values()))
+    click.echo(cli.markdown(REPORT, [row | {"small": or_none(row["small_iou"])} for row in reported.values()]))
     for line in remarks(reported, within, images_per_second):
         click.echo(line)
     if thresholds is not None:

@@ -18,7 +18,7 @@ def _layers(shape: ModelShape) -> tuple[int, ...]:
 register(
     "atc",
     _merge,
-    summary="Agglomerative clusters, down to a share of the tokens.",
+    summary="Agglomerative clusters merge, to a share of the tokens.",
     layers=_layers,
     attention="proportional",
     keep=KEEP,

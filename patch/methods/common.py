@@ -15,12 +15,12 @@ MEAN, RANDOM = "mean", "random"
 COUNT, POSITIVE, SHARE = Number(0, integer=True), Number(1, integer=True), Number(0, 1)
 THRESHOLD = Option(
     0.88,
-    "Cosine similarity (-1 to 1) above which tokens may merge; auto: taken from an unpatched model, in training alone.",
+    "Cosine similarity (-1 to 1) above which tokens may merge; auto: from a model without merging, only in training.",
     type=Number(-1, 1, read=("auto",)),
 )
 TOKENS = Option(
     None,
-    "Patch tokens that are left after each merging layer, in place of a threshold: a number or a share (0 to 1); or "
+    "Patch tokens that are left after each merging layer, instead of a threshold: a number or a share (0 to 1); or "
     "one for each of these layers.",
     type=Number(0, integer=None),
     many=True,
@@ -37,7 +37,7 @@ RESTORE_AT = Option(
 METRICS = ("keys", "queries", "values", "tokens")
 REPRESENTATIVE = Option(
     MEAN,
-    "What stands for a group of tokens: their mean by sizes, or any one of them, the same in every call.",
+    "Token of a group: the mean weighted by sizes, or a random one of them, the same in every call.",
     type=Choice((MEAN, RANDOM)),
 )
 # Of methods that compare tokens within a block, and merge groups of them; ALGM, tables 6 and 10.
@@ -183,7 +183,7 @@ LEARNING: dict[str, Any] = {
     "enabled_by": "learned",
     "learned": Option(
         False,
-        "Use, or in training learn, values in place of those of the other options.",
+        "Use, or in training learn, values instead of those of the other options.",
         flag={"--learned": True, "--not-learned": False},
     ),
     "flops_target": Option(

@@ -39,7 +39,7 @@ def _check(options: Options, shape: ModelShape) -> None:
 register(
     "cubist",
     _merge,
-    summary="Rows and columns lose tokens, a rectangle is left.",
+    summary="Rows and columns lose tokens; a rectangle is left.",
     check=_check,
     place="before",
     static=True,

@@ -55,7 +55,7 @@ register(
     ),
     cluster_grid=Option(
         None,
-        "Rows and columns of clusters, in place of tokens.",
+        "Rows and columns of clusters, instead of tokens.",
         type=POSITIVE,
         many=2,
         default_text="as tokens says, of about the shape of the image",

@@ -73,7 +73,7 @@ register(
     ),
     center=Option(
         True,
-        "Take the mean over the image off these vectors before they are compared.",
+        "Subtract the mean over the image from these vectors before they are compared.",
         flag={"--center": True, "--no-center": False},
     ),
     **GROUPING,

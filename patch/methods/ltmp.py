@@ -68,7 +68,7 @@ register(
     attention="proportional",
     merge_threshold=Option(
         None,
-        "Cosine similarity (0 to 1) above which tokens merge; 1: none does.",
+        "Cosine similarity (0 to 1) above which tokens merge; 1: none merge.",
         type=SHARE,
         default_text=str(MERGE_THRESHOLD),
     ),
@@ -76,7 +76,7 @@ register(
         None,
         "Share of all attention (0 to 1) up to which a token is pruned, at the image size that the model was made for.",
         type=SHARE,
-        default_text="0, none is",
+        default_text="0: none",
     ),
     tokens=TOKENS,
     **LEARNING,

@@ -19,7 +19,7 @@ register(
     attention="proportional",
     tau=Option(
         (1, 0, 0),
-        "Temperatures of similarity, information and size; 0 leaves a criterion out; 1 20 40 in the paper.",
+        "Temperatures of similarity, information and size; 0 ignores a criterion; the paper has 1 20 40.",
         type=Number(0),
         many=3,
         flag="--temperatures",

@@ -13,7 +13,7 @@ def _merge(step: Step) -> g2tm.Grouping:
 register(
     "mpm",
     _merge,
-    summary="Tokens merge that are each other's most similar one.",
+    summary="Tokens that are each other's most similar one merge.",
     place="before",
     layers=(2, 5),
     representative=REPRESENTATIVE,

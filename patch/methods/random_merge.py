@@ -18,7 +18,7 @@ def _merge(step: Step) -> g2tm.Grouping:
 register(
     "random",
     _merge,
-    summary="Baseline: any tokens merge, down to a budget.",
+    summary="Baseline: random tokens merge, down to a budget.",
     check=check_tokens,
     layers=(2,),
     tokens=replace(TOKENS, default=0.5),

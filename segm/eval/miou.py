@@ -63,9 +63,7 @@ PER_CLASS = ("per_class_iou", "per_class_boundary_iou")
 @click.option(
     "--boundary", is_flag=True, help="Also measure the boundary IoU: that of pixels near the edges of a class."
 )
-@click.option(
-    "--confusion", is_flag=True, help="Also draw which classes are taken for which, as a picture beside the scores."
-)
+@click.option("--confusion", is_flag=True, help="Also draw the confusion matrix, beside the scores.")
 @click.option("--save-images", is_flag=True, help="Write label maps beside the checkpoint.")
 @click.option(
     "--blend/--no-blend",
