@@ -70,7 +70,8 @@ def test_words_are_completed():
 
 
 def test_the_version_is_that_of_the_project():
-    """Stated in pyproject.toml; a citation names the one that is described."""
+    """Stated in pyproject.toml alone; the changes begin with it."""
     version = invoke("--version").output.split()[-1]
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (ROOT / "CHANGELOG.md").read_text().startswith(f"# Changes\n\n## {version}\n")
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text()
