@@ -35,7 +35,9 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
 }
-LINKS = PAGES | {"LICENSE": "licenses.md", "docs/comparison.md": "comparison.md"}
+CITATIONS = "CITATIONS.bib"
+OWN = [file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.*")]
+LINKS = PAGES | {"LICENSE": "licenses.md"} | {f"docs/{name}": name for name in OWN}
 ENTRY = re.compile(r"@\w+\{(\w+),\n(.*?)\n\}", re.DOTALL)
 N_SCENES = 3
 SIDE, SHARE = 336, 0.6  # of the numbers on the pages of methods: shorter side, pixels, and tokens that are left
@@ -63,18 +65,24 @@ def main(run_path: Path | None, out: Path) -> None:
     Without --run, the pages of methods have no pictures of merged tokens.
     """
     shutil.rmtree(out, ignore_errors=True)
+    write_documents(out)
+    pictured = draw_methods(Run.load(run_path, patch_type=PURE), out / "methods") if run_path is not None else set()
+    write_methods(out / "methods", pictured)
+    command = [sys.executable, "-m", "mkdocs", "build"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError("mkdocs found faults, see above")
+
+
+def write_documents(out: Path) -> None:
+    """The documents of the repository, with their pictures and notebooks."""
     shutil.copytree(ROOT / "docs", out, ignore=shutil.ignore_patterns("*.yml"))
+    shutil.copy(ROOT / CITATIONS, out)
     for name, page in PAGES.items():
         write_text(out / page, linked((ROOT / name).read_text(encoding="utf-8")))
     for picture in (ROOT / "results").rglob("*.png"):
         target = out / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
-    pictured = draw_methods(Run.load(run_path, patch_type=PURE), out / "methods") if run_path is not None else set()
-    write_methods(out / "methods", pictured)
-    command = [sys.executable, "-m", "mkdocs", "build"]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise ValueError("mkdocs found faults, see above")
 
 
 def linked(text: str) -> str:
@@ -87,7 +95,7 @@ def linked(text: str) -> str:
 def write_methods(folder: Path, pictured: set[str]) -> None:
     """A page per method, and one that lists them."""
     known = yaml.safe_load((ROOT / "docs/methods.yml").read_text(encoding="utf-8"))
-    papers = dict(ENTRY.findall((ROOT / "CITATIONS.bib").read_text(encoding="utf-8")))
+    papers = dict(ENTRY.findall((ROOT / CITATIONS).read_text(encoding="utf-8")))
     missing = sorted({*patch.METHODS} ^ {*known})
     if missing:
         raise ValueError(f"docs/methods.yml and the registry differ in {', '.join(missing)}")

@@ -83,7 +83,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "tome": [{"attention": mode} for mode in ("proportional", "none", "inverse")],
 }
 AUTO_LAYERS = [1, 2, 3, 4]
-TRAINED = {"graph": 0.6, "algm": 0.6, "tome": 0.5, "keymatch": 0.5}  # method -> share of the tokens
+TRAINED = {"graph": 0.6, "keymatch": 0.5, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
 SEEDED = (PURE, "graph", "keymatch")  # everything trained with all seeds, of others with the first
 LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]

@@ -188,6 +188,18 @@ def test_every_method_has_a_page_and_a_citation():
     assert {*cited} == {*patch.METHODS, "segmenter"} - {"keymatch", "random"}
 
 
+def test_links_of_the_site_lead_to_its_files(tmp_path):
+    """`make docs` checks the same, but also executes the notebooks, which takes minutes."""
+    build_docs.write_documents(tmp_path / "site")
+    build_docs.write_methods(tmp_path / "site/methods", set())
+    broken = []
+    for file in (tmp_path / "site").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", file.read_text()):
+            if not (re.match(r"\w+:", target) or (file.parent / target).exists()):
+                broken.append(f"{file.relative_to(tmp_path)}: {target}")
+    assert not broken
+
+
 @pytest.mark.parametrize("name", patch.METHODS)
 def test_the_python_of_every_method_page_runs(name):
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 12, "num_heads": 2}
