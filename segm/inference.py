@@ -157,7 +157,8 @@ def label_photographs(job: Job, source: Path, workers: int) -> None:
         colors = label_picture(labels, run.classes, run.palette, max(LEGEND_ROW, len(labels) // 30))
         for ending, picture in zip(ENDINGS, (labels, colors, job.blend(photograph.photo, labels)), strict=True):
             write_picture(job.target / f"{photograph.name}{ending}", picture)
-    click.echo(f"{job.n_inputs - len(job.damaged)} photographs segmented, written to {job.target}")
+    done = job.n_inputs - len(job.damaged)
+    click.echo(f"{done} photograph{'s' * (done != 1)} segmented, written to {job.target}")
     if source.is_dir() and (others := count_suffixes({*files_below(source)} - {*photographs.files})):
         click.echo(f"not read: {others}; photographs are {', '.join(SUFFIXES)}")
 

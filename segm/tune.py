@@ -166,7 +166,7 @@ def main(
     scored = search(settings, bench.loss, ms, rounds, count, deepest, is_late)
     last = [*dict.fromkeys([bench.plain, *[*scored][:count]])]
     if not all(bench.knows(one, len(rounds) - 1) for one in last):
-        click.echo(f"the search ended after {minutes:g} minutes; the same call goes on with it")
+        click.echo(f"the search ended after {minutes:g} minutes; run the same command again to continue")
     rows = measure_last(bench, last, usable_precisions(device) if precisions is None else precisions, within)
     chosen = choose(rows, within, images_per_second)
     best = [rows[index] for index in hull([row["ms"] for row in rows], [-row["loss"] for row in rows])]

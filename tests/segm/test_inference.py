@@ -37,7 +37,7 @@ def write_video(file, n_frames):
 
 def test_one_photograph_is_segmented(shapes_run, photo, tmp_path, call):
     out = call(inference, shapes_run, "-i", photo, "-o", tmp_path / "out", "--json", "--batch-size", 1, "--amp", *CPU)
-    assert "1 photographs segmented" in out
+    assert "1 photograph segmented" in out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "a.png",
         "a_colors.png",
