@@ -232,7 +232,8 @@ class Export:
         return Views(samples, run.windows.size, run.normalization, n_images, batch_size=self.batch_size or 1)
 
     def _opened(self, run: Run, runtime: str, precision: str, file: Path) -> Candidate:
-        model: Any = ExportedModel(file, CPU, runtime, bfloat16=precision == BFLOAT16)
+        in_bfloat16 = runtime == OPENVINO and precision != FLOAT32 and computes_bfloat16(CPU)  # beside int8, too
+        model: Any = ExportedModel(file, CPU, runtime, in_bfloat16)
         name = f"{NAMES[runtime]}, {precision}, {run.method}"
         return Candidate(name, replace(run, model=model), run.method, file, precision)
 

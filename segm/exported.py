@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segm.config import BFLOAT16, INT8, OPENVINO_BFLOAT16, SCALES, RunConfig
+from segm.config import BFLOAT16, FLOAT32, OPENVINO_BFLOAT16, SCALES, RunConfig
 from segm.errors import one_line
 from segm.merging import read_variant
 from segm.model.upsample import to_pixels
-from segm.precision import Precision
+from segm.precision import Precision, computes_bfloat16
 from segm.run import Run
 from segm.sizes import Size
 
@@ -44,6 +44,7 @@ class Record:
             multiple; (1, 1): they cover the image as it is.
         checkpoint: name of the file that the weights come from; None: an older export, which does not say.
         batch_size: images that it takes; None: any number, or an older export, of which the graph says so.
+        precision: "float32", "float16" or "int8", that of linear layers; None: an older export, which does not say.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Record:
     patch_size: tuple[int, int] = (1, 1)
     checkpoint: str | None = None
     batch_size: int | None = None
+    precision: str | None = None
 
     def dump(self) -> str:
         """As text."""
@@ -156,9 +158,10 @@ class ExportedRun(Run):
 
     @property
     def precision_name(self) -> str:
-        """Of a preset its own, as its path is that of the checkpoint; of a file that of images and output."""
-        model, is_file = cast(ExportedModel, self.model), self.path.suffix in SUFFIXES
-        own = BFLOAT16 if model.in_bfloat16 else super().precision_name if is_file else INT8
+        """That of the file, or bfloat16 if the runtime computes so what the file has in float32."""
+        model = cast(ExportedModel, self.model)
+        own = model.record.precision or super().precision_name
+        own = BFLOAT16 if model.in_bfloat16 and own == FLOAT32 else own
         return f"{OPENVINO}-{own}" if model.runtime == OPENVINO else own
 
     @property
@@ -190,8 +193,9 @@ def _in_pytorch(file: Path) -> Session:
 
 def runtime_of(precision: str) -> dict[str, Any]:
     """Arguments of `open_run` for an exported file of one of the precisions in `segm.config.EXPORTED`."""
-    runtime = OPENVINO if precision.startswith(OPENVINO) else ONNX_RUNTIME
-    return {"runtime": runtime, "amp": precision == OPENVINO_BFLOAT16}
+    if not precision.startswith(OPENVINO):
+        return {"runtime": ONNX_RUNTIME}
+    return {"runtime": OPENVINO, "amp": precision == OPENVINO_BFLOAT16 or computes_bfloat16(torch.device("cpu"))}
 
 
 def check_installed(runtime: str) -> None:

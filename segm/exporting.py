@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import patch
 from patch.exporting import OPSET
 from segm.checkpoint import checkpoint_file
+from segm.config import FLOAT32, INT8
 from segm.errors import one_line
 from segm.exported import KEY, MISSING, PACKAGE, Record
 from segm.model.segmenter import Segmenter
@@ -74,7 +76,8 @@ def export(
     """
     model = copy.deepcopy(run.model).half() if float16 else run.model
     program = convert(model, run.windows.size, output, batch_size, opset)
-    program.model.metadata_props[KEY] = _record(run, output, batch_size).dump()
+    precision = "float16" if float16 else FLOAT32
+    program.model.metadata_props[KEY] = _record(run, output, batch_size, precision).dump()
     with atomic(file) as part:
         program.save(part)
 
@@ -92,7 +95,7 @@ def package(run: Run, file: Path, output: str = "scores", batch_size: int | None
     """
     with _exporting(run.model, nullcontext()), TemporaryDirectory() as folder, atomic(file) as part:
         program = _program(run.model, run.windows.size, output, batch_size)
-        metadata = {"aot_inductor.metadata": {KEY: _record(run, output, batch_size).dump()}}
+        metadata = {"aot_inductor.metadata": {KEY: _record(run, output, batch_size, FLOAT32).dump()}}
         made = Path(folder) / f"made{PACKAGE}"  # the compiler wants this ending
         torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=metadata)
         part.write_bytes(made.read_bytes())
@@ -157,10 +160,11 @@ def _program(
     return torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
 
 
-def _record(run: Run, output: str, batch_size: int | None) -> Record:
+def _record(run: Run, output: str, batch_size: int | None, precision: str) -> Record:
     patch_size = run.model.patch_size if output == "scores" else (1, 1)
-    source, variant = checkpoint_file(run.path).name, run.config.to_variant()
-    return Record(run.name, variant, run.im_size, run.windows.size, output, run.merging, patch_size, source, batch_size)
+    trained = run.name, run.config.to_variant(), run.im_size, run.windows.size
+    source = checkpoint_file(run.path).name
+    return Record(*trained, output, run.merging, patch_size, source, batch_size, precision)
 
 
 # ---------------------------------------------------------------------------------------------- int8
@@ -186,7 +190,7 @@ def quantize(file: Path, out: Path, calibration: Iterable[Tensor] | None = None)
         # Of a fixed batch, products with a bias would become Gemm, which dynamic quantization leaves as it is.
         how: dict[str, Any] = {"skip_optimization": calibration is None, "auto_merge": True}
         quant_pre_process(file, prepared, skip_symbolic_shape=True, **how)
-        own: dict[str, Any] = {"nodes_to_quantize": _linear_layers(prepared), "per_channel": True}
+        own: dict[str, Any] = {"nodes_to_quantize": _prepare(prepared), "per_channel": True}
         if calibration is None:
             quantize_dynamic(prepared, part, weight_type=QuantType.QInt8, **own)
             return
@@ -196,10 +200,16 @@ def quantize(file: Path, out: Path, calibration: Iterable[Tensor] | None = None)
         quantize_static(prepared, part, reader, **types, **own)
 
 
-def _linear_layers(file: Path) -> list[str]:
-    """Names of the products with weights: those of activations alone, in attention and similarities, stay float32."""
+def _prepare(file: Path) -> list[str]:
+    """Note the precision in the record of a file. Return the names of products with weights: those of activations
+    alone, in attention and similarities, stay float32."""
     import onnx
 
-    graph = onnx.load(file, load_external_data=False).graph
+    model = onnx.load(file)
+    graph = model.graph
+    for entry in model.metadata_props:
+        if entry.key == KEY:
+            entry.value = replace(Record.parse(entry.value), precision=INT8).dump()
+    onnx.save(model, file)
     weights = {one.name for one in graph.initializer}
     return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
