@@ -498,18 +498,23 @@ def speed(real: Real) -> str:
     return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
 
 
+def _merged(run: Run) -> dict[str, Run]:
+    """Runs with budgets, which fix all shapes, by their label."""
+    settings = {f"{name}, {100 * share:g} %": (name, share) for name, shares in EQUAL.items() for share in shares}
+    return {label: run.with_settings(name, {"tokens": share}) for label, (name, share) in settings.items()}
+
+
 def runtimes(real: Real) -> str:
     """The model without and with merging in PyTorch and in the runtimes that people deploy on, in every precision."""
     pure, folder = real.run(BEST), real.work / "exported"
     folder.mkdir(exist_ok=True)
     how = Export("scores", RUNTIMES, batch_size=1, opset=OPSET, float16=False, int8=True, images=None)
     candidates = []
-    for method, share in (PURE, 1.0), *FASTER.items():
-        run = pure if method == PURE else pure.with_settings(method, {"tokens": share})
-        candidates += in_pytorch(run) + how.made(run, folder / f"{method}.onnx")
+    for number, (label, run) in enumerate({PURE: pure, **_merged(pure)}.items()):
+        candidates += in_pytorch(run, label) + how.made(run, folder / f"{number}.onnx", label)
     rows = compare(candidates, pure.views(DATASET), how.output)
     for row, one in zip(rows, tqdm(candidates, desc="scores", unit="model", leave=False), strict=True):
-        row |= {"method": one.method, "mean_iou": one.run.evaluate(n_images=real.max_images)["mean_iou"]}
+        row |= {"label": one.merging, "mean_iou": one.run.evaluate(n_images=real.max_images)["mean_iou"]}
     real.append("deployed", "runtimes", rows, **real.conditions(pure))
     return markdown(COLUMNS | {"mIoU": "{mean_iou:.2f}"}, rows)
 

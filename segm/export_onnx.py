@@ -152,14 +152,14 @@ class Candidate:
     Attributes:
         name: in the table.
         run: to predict with.
-        method: that merges its tokens.
+        merging: in words; models with the same are compared.
         file: exported; None: it runs in PyTorch.
         precision: in which it computes.
     """
 
     name: str
     run: Run
-    method: str
+    merging: str
     file: Path | None = None
     precision: str = FLOAT32
 
@@ -177,11 +177,12 @@ class Candidate:
         return (in_float32 if self.file is None else self.file.stat().st_size) / 2**20
 
 
-def in_pytorch(run: Run) -> list[Candidate]:
-    """A run in PyTorch: in float32, and in bfloat16 where the processor computes in it."""
+def in_pytorch(run: Run, merging: str | None = None) -> list[Candidate]:
+    """A run in PyTorch: in float32, and in bfloat16 where the processor computes in it; merging: None: its method."""
+    merging = merging or run.method
     precisions = {FLOAT32: False} | ({BFLOAT16: True} if computes_bfloat16(CPU) else {})
     return [
-        Candidate(f"PyTorch, {name}, {run.method}", own, run.method, precision=name)
+        Candidate(f"PyTorch, {name}, {merging}", own, merging, precision=name)
         for name, amp in precisions.items()
         for own in [replace(run, precision=Precision.choose(CPU, amp))]
     ]
@@ -199,7 +200,7 @@ class Export:
     int8: bool
     images: str | Path | None
 
-    def made(self, run: Run, out: Path) -> list[Candidate]:
+    def made(self, run: Run, out: Path, merging: str | None = None) -> list[Candidate]:
         """Write the files of a run and open them: ONNX in every precision that is asked for, and the package."""
         files, compiled = self._written(run, out), out.with_suffix(PACKAGE)
         if INDUCTOR in self.runtimes:
@@ -211,7 +212,8 @@ class Export:
             OPENVINO: {FLOAT32: out, **in_bfloat16, **with_ranges},
             INDUCTOR: {FLOAT32: compiled},
         }
-        return [self._opened(run, one, *entry) for one in self.runtimes for entry in by_runtime[one].items()]
+        chosen = [(one, *entry) for one in self.runtimes for entry in by_runtime[one].items()]
+        return [self._opened(run, merging or run.method, *entry) for entry in chosen]
 
     def _written(self, run: Run, out: Path) -> dict[str, Path]:
         """precision -> file, ONNX."""
@@ -231,11 +233,11 @@ class Export:
         samples, n_images = run.views(self.images, split="train").samples, N_CALIBRATION
         return Views(samples, run.windows.size, run.normalization, n_images, batch_size=self.batch_size or 1)
 
-    def _opened(self, run: Run, runtime: str, precision: str, file: Path) -> Candidate:
+    def _opened(self, run: Run, merging: str, runtime: str, precision: str, file: Path) -> Candidate:
         in_bfloat16 = runtime == OPENVINO and precision != FLOAT32 and computes_bfloat16(CPU)  # beside int8, too
         model: Any = ExportedModel(file, CPU, runtime, in_bfloat16)
-        name = f"{NAMES[runtime]}, {precision}, {run.method}"
-        return Candidate(name, replace(run, model=model), run.method, file, precision)
+        name = f"{NAMES[runtime]}, {precision}, {merging}"
+        return Candidate(name, replace(run, model=model), merging, file, precision)
 
 
 def compare(candidates: Sequence[Candidate], views: Views, output: str) -> list[dict[str, Any]]:
@@ -245,11 +247,11 @@ def compare(candidates: Sequence[Candidate], views: Views, output: str) -> list[
     calls = {one.name: lambda images, one=one: one.call(images, output) for one in candidates}
     trials = interleaved_trials(calls, compared[:N_TIMED], CPU, warm=True, progress=True)
     plain = [one for one in candidates if (one.file, one.precision) == (None, FLOAT32)]
-    references = {one.method: calls[one.name] for one in plain}
+    references = {one.merging: calls[one.name] for one in plain}
     first = speed(trials[candidates[0].name])
     rows = []
     for one in tqdm(candidates, desc="differences", unit="model", leave=False):
-        largest, agreement = differences(calls[one.name], references[one.method], compared, output)
+        largest, agreement = differences(calls[one.name], references[one.merging], compared, output)
         own_speed = speed(trials[one.name])
         rows.append({"name": one.name, "size": one.size, "images_per_second": own_speed, "ratio": own_speed / first})
         rows[-1] |= {"difference": "" if largest is None else f"{largest:.1e}", "agreement": agreement}
