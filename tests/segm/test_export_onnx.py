@@ -157,6 +157,14 @@ def test_a_compiled_package_gives_what_pytorch_gives(shapes_run, tmp_path, batch
 
 
 @pytest.mark.slow
+def test_a_package_of_a_threshold_is_refused_with_what_to_do(shapes_run, tmp_path):
+    run = Run.load(shapes_run, device="cpu", patch_type="graph", threshold=0.9)
+    with pytest.raises(ValueError, match="choose a method with a fixed number of tokens"):
+        exporting.package(run, tmp_path / "a.pt2")
+    assert not [*tmp_path.glob("*.pt2*")]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "budget"), [("keymatch", {"tokens": 0.5}), pytest.param("tome", {"r": 2}, marks=pytest.mark.nightly)]
 )
