@@ -37,7 +37,8 @@ def _budgets(tokens: float | Sequence[float], n_layers: int, grid: tuple[int, in
         last = g2tm.budget(tokens, n_patches)
         given = [1.0] * (n_layers - 1) + [tokens]
         wanted = [round(n_patches * (last / n_patches) ** (index / n_layers)) for index in range(1, n_layers + 1)]
-    before, found = n_patches, list[int]()
+    before = n_patches
+    found: list[int] = []  # torch.compile cannot trace list[int]()
     for one, left in zip(given, wanted, strict=True):
         # Of an odd number of tokens a layer removes the smaller half; a count that was typed is not changed.
         before = (before + 1) // 2 if left == before // 2 and not isinstance(one, Integral) else left

@@ -13,7 +13,7 @@ SETTINGS = STATIC_OPTIONS
 PAIRS = [(kind, setting) for kind in KINDS for setting in SETTINGS if setting in FAMILIES[kind].methods]
 # A pair takes seconds: some methods, on models of every library, stand for the rest.
 COMPILED = {("vit", "random"), ("mask transformer", "graph")}
-COMPILED_SLOWLY = {("vit", "ltmp"), ("Dinov2", "tome"), ("segmenter", "algm")}
+COMPILED_SLOWLY = {("vit", "keymatch"), ("vit", "ltmp"), ("Dinov2", "tome"), ("segmenter", "algm")}
 EXPORTED, EXPORTED_SLOWLY = {("vit", "graph")}, {("Dinov2", "graph"), ("mask transformer", "tome")}
 TRAINED, TRAINED_SLOWLY = {("vit", "graph")}, {("Dinov2", "tome")}
 
