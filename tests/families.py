@@ -130,6 +130,7 @@ FAMILIES = {
     "eva": timm_family(eva, 5),
     "Dinov2": hugging_family("Dinov2", 1, lambda m: m.encoder.layer),
     "ViT": hugging_family("ViT", 1, lambda m: m.layers if hasattr(m, "layers") else m.encoder.layer),
+    "DPT": hugging_family("DPT", 1, lambda m: m.encoder.layer),
     "DINOv3ViT": hugging_family(
         "DINOv3ViT", 5, lambda m: m.model.layer if hasattr(m, "model") else m.layer, options={"num_register_tokens": 4}
     ),

@@ -44,10 +44,12 @@ class Names(NamedTuple):
 
 SCALED = Names("attention", "norm1", "norm2", "layer_scale1", "layer_scale2", "drop_path")
 PLAIN = Names("attention", "layernorm_before", "layernorm_after", drop="dropout")
+OLDER = Names("attention", "layernorm_before", "layernorm_after")
 TOWER = Names("self_attn", "layer_norm1", "layer_norm2")
 BLOCKS = {
     "ViTLayer": PLAIN,
     "DeiTLayer": PLAIN,
+    "DPTViTLayer": OLDER,
     "ViTMAELayer": PLAIN,
     "ViTMSNLayer": PLAIN,
     "IJepaLayer": PLAIN,
@@ -78,8 +80,9 @@ class PatchedLayer(OpenBlock):
         """(B, L, D) -> (B, L', D); outside of a pass, as unpatched."""
         if self._patch.merging.current is None:
             note_outside(self)
+            masks = () if attention_mask is None else (attention_mask,)
             rope = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
-            return super().forward(hidden_states, attention_mask, **rope, **kwargs)
+            return super().forward(hidden_states, *masks, **rope, **kwargs)
         if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # then the library makes one
             check_plain(attention_mask, False)
         if self.training and getattr(self, "gradient_checkpointing", False):

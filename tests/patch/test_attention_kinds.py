@@ -149,7 +149,7 @@ def test_an_attention_that_is_taken_is_right(kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["Dinov2", "ViT", "DINOv3ViT", "SiglipVision", "Eomt"])
+@pytest.mark.parametrize("name", ["Dinov2", "ViT", "DPT", "DINOv3ViT", "SiglipVision", "Eomt"])
 def test_so_does_the_attention_of_transformers(name):
     family, images = FAMILIES[name], different_images(3)
     for method in family.methods:

@@ -11,7 +11,7 @@ import patch
 from tests.families import FAMILIES
 from tests.helpers import METHOD_OPTIONS, by_speed, different_images, right_or_refused
 
-NAMES = ["vit", "eva", "Dinov2", "ViT", "DINOv3ViT", "SiglipVision", "mmseg", "segmenter"]
+NAMES = ["vit", "eva", "Dinov2", "ViT", "DPT", "DINOv3ViT", "SiglipVision", "mmseg", "segmenter"]
 QUICK = ("graph", "tome")
 
 
@@ -163,7 +163,7 @@ def test_layers_that_timm_prunes_after_patching(name):
         assert not patch.is_patched(patch.remove(model)) and type(model) is type(family.build())
 
 
-HUGGING = ["Dinov2", "ViT", "DINOv3ViT", "SiglipVision", "Eomt"]
+HUGGING = ["Dinov2", "ViT", "DPT", "DINOv3ViT", "SiglipVision", "Eomt"]
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ SIZES |= {"image_size": SIDE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
 KINDS = {  # of transformers -> of timm
     "ViT": ("vit_tiny_patch16_224", {}),
     "DeiT": ("deit_tiny_distilled_patch16_224", {}),
+    "DPT": ("vit_tiny_patch16_224", {}),
     "Dinov2": ("vit_small_patch14_dinov2", {}),
     "Dinov2WithRegisters": ("vit_small_patch14_reg4_dinov2", {"num_register_tokens": 4}),
     "DINOv3ViT": ("vit_small_patch16_dinov3_qkvb", {"num_register_tokens": 4, "layer_norm_eps": 1e-5}),
@@ -83,26 +84,34 @@ def pairs(hf, model):
             model.cls_token.add_(position[:, :1])
     for block, own in zip(blocks, model.blocks, strict=True):
         names = BLOCKS[type(block).__name__]
-        attn = getattr(block, names.attention)
-        projections = attn.q_proj, attn.k_proj, attn.v_proj
+        *projections, out, first, second = linears(block, getattr(block, names.attention))
         yield [one.weight for one in projections], own.attn.qkv.weight
         if own.attn.qkv.bias is not None:
             yield [one.bias for one in projections], own.attn.qkv.bias
         elif getattr(own.attn, "q_bias", None) is not None:
-            yield [attn.q_proj.bias], own.attn.q_bias
-            yield [attn.v_proj.bias], own.attn.v_bias
-        yield from both(attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj, own.attn.proj)
+            yield [projections[0].bias], own.attn.q_bias
+            yield [projections[2].bias], own.attn.v_bias
+        yield from both(out, own.attn.proj)
         for norm, other in ((names.norm1, own.norm1), (names.norm2, own.norm2)):
             yield from both(getattr(block, norm), other)
-        up, down = ("up_proj", "down_proj") if hasattr(block.mlp, "up_proj") else ("fc1", "fc2")
-        yield from both(getattr(block.mlp, up), own.mlp.fc1)
-        yield from both(getattr(block.mlp, down), own.mlp.fc2)
+        yield from both(first, own.mlp.fc1)
+        yield from both(second, own.mlp.fc2)
         if names.scale1 is not None:
-            first, second = (own.gamma_1, own.gamma_2) if hasattr(own, "gamma_1") else (own.ls1.gamma, own.ls2.gamma)
-            yield [block.layer_scale1.lambda1], first
-            yield [block.layer_scale2.lambda1], second
+            scales = (own.gamma_1, own.gamma_2) if hasattr(own, "gamma_1") else (own.ls1.gamma, own.ls2.gamma)
+            yield [block.layer_scale1.lambda1], scales[0]
+            yield [block.layer_scale2.lambda1], scales[1]
     last = next(getattr(hf, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(hf, name))
     yield from both(last, model.norm)
+
+
+def linears(block, attn):
+    """Queries, keys, values and output of the attention, and both layers of the MLP."""
+    if hasattr(attn, "attention"):  # DPT's
+        inner = attn.attention
+        return inner.query, inner.key, inner.value, attn.output.dense, block.intermediate.dense, block.output.dense
+    out = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
+    up, down = ("up_proj", "down_proj") if hasattr(block.mlp, "up_proj") else ("fc1", "fc2")
+    return attn.q_proj, attn.k_proj, attn.v_proj, out, getattr(block.mlp, up), getattr(block.mlp, down)
 
 
 def both(one, other):
