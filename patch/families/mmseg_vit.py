@@ -64,6 +64,11 @@ class PatchedEncoderLayer(OpenBlock):
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn.attn
+        if not isinstance(attn, nn.MultiheadAttention):  # peft's, for one, adds to the weights while it runs
+            raise ValueError(
+                f"a {type(attn).__name__} of another library hides the keys that tokens merge by: call "
+                "merge_and_unload first, or take a method that goes by tokens alone, such as graph"
+            )
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
         query, key, value = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value
