@@ -32,7 +32,7 @@ from segm import merging, train
 from tests.helpers import read_variant, write_variant
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs", "results")
+PAGES = ("docs", "docs/integrations", "results")
 DOCUMENTS = {name: (ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "RESULTS", "CONTRIBUTING")}
 DOCUMENTS |= {f"{room}/{file.stem}": file.read_text() for room in PAGES for file in sorted((ROOT / room).glob("*.md"))}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -50,10 +50,14 @@ def restored(monkeypatch):
 
 
 def run_python(document):
-    """Run all Python of a document, top down; returns its names."""
+    """Run all Python of a document, top down; returns its names. A block that begins with a file's name is written
+    there instead."""
     names = {}
     for _, language, code in FENCE.findall(DOCUMENTS[document]):
-        if language == "python":
+        file = re.match(r"# (\w+\.py)\n", code)
+        if language == "python" and file:
+            Path(file[1]).write_text(code)
+        elif language == "python":
             exec(compile(dedent(code), f"{document}.md", "exec"), names)
     return names
 
@@ -168,6 +172,79 @@ def test_python_of_the_site():
     assert names["reduction"].assignment.shape == (1, 196)
     with torch.inference_mode(False):
         assert run_python("docs/hooks")["maps"].shape == (2, 192, 14, 14)
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """A folder of its own, from which Python imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+
+
+def halves(model):
+    """Whether its last pass left half of 64 tokens of every image."""
+    return {*patch.reduction(model).lengths} == {32}
+
+
+@torch.inference_mode()
+def test_python_of_the_page_on_smp(in_folder):
+    pytest.importorskip("segmentation_models_pytorch")
+    names = run_python("docs/integrations/smp")
+    model, images, merged = (names[name] for name in ("model", "images", "logits"))
+    assert patch.reduction(model).lengths == (98, 98)
+    patch.remove(model)
+    model.load_state_dict(names["weights"])
+    plain = model(images)
+    assert merged.shape == plain.shape and 0 < (merged - plain).std() < plain.std()
+    patch.apply(model, "graph", layers=[2], threshold=1.0)
+    torch.testing.assert_close(model(images), plain, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_python_of_the_page_on_transformers(in_folder):
+    pytest.importorskip("transformers")
+    with torch.inference_mode(False):
+        names = run_python("docs/integrations/transformers")
+    assert names["depth"].shape == (48, 64) and all(part["mask"].size == (64, 48) for part in names["masks"])
+    assert sum(np.array(part["mask"]) > 0 for part in names["segments"]).min() == 1  # every pixel has a class
+    model, images = names["model"], torch.rand(2, 3, 64, 64)
+    merged = model(images).masks_queries_logits
+    assert halves(model)
+    plain = patch.remove(model)(images).masks_queries_logits
+    assert merged.shape == plain.shape and not torch.allclose(merged, plain, atol=1e-3)
+
+
+def test_python_of_the_page_on_mmsegmentation(in_folder):
+    from segm.data import openmmlab  # noqa: F401 -- keeps the import quiet
+
+    names = run_python("docs/integrations/mmsegmentation")
+    model, labels = names["model"], names["labels"]
+    assert type(model).__name__ == "MergedEncoderDecoder" and halves(model) and labels.shape == (1, 48, 64)
+    plain = patch.remove(model)
+    photo = names["np"].random.default_rng(0).integers(0, 255, (48, 64, 3), dtype="uint8")
+    before = names["inference_model"](plain, photo).seg_logits.data
+    patch.apply(plain, "keymatch", tokens=0.5)
+    merged = names["inference_model"](plain, photo).seg_logits.data
+    assert merged.shape == before.shape and not torch.equal(merged, before)
+
+
+@pytest.mark.slow  # Lightning takes seconds to import
+def test_python_of_the_page_on_training(in_folder):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("lightning")
+    names = run_python("docs/integrations/training")
+    assert all(p.grad is not None for p in names["objective"].parameters())
+    task, vit = names["task"], names["prepared"]
+    assert halves(task) and halves(vit) and all(p.grad is not None for p in vit.parameters())
+    state = names["accelerator"].unwrap_model(vit).state_dict()
+    timm.create_model("vit_tiny_patch16_224", **names["small"]).load_state_dict(state)
+
+
+def test_python_of_the_page_on_lora(in_folder):
+    pytest.importorskip("peft")
+    names = run_python("docs/integrations/lora")
+    assert names["same"] and names["close"] and halves(names["merged"]) and patch.is_patched(names["merged"])
 
 
 def test_cells_of_the_notebook_that_trains_nothing():
