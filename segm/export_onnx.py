@@ -1,6 +1,6 @@
 """A trained Segmenter as a file for runtimes, with the merge in the graph, compared with PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -228,10 +228,11 @@ class Export:
             quantize(out, files[kind], self._calibration(run) if kind == STATIC else None)
         return files
 
-    def _calibration(self, run: Run) -> Views:
+    def _calibration(self, run: Run) -> Iterator[Tensor]:
         """Images that the ranges of activations are taken from: of the training split, or photographs."""
-        samples, n_images = run.views(self.images, split="train").samples, N_CALIBRATION
-        return Views(samples, run.windows.size, run.normalization, n_images, batch_size=self.batch_size or 1)
+        samples, count = run.views(self.images, split="train").samples, self.batch_size or 1
+        for images in Views(samples, run.windows.size, run.normalization, N_CALIBRATION, batch_size=count):
+            yield images.repeat(-(-count // len(images)), 1, 1, 1)[:count]  # the last batch, too, is a full one
 
     def _opened(self, run: Run, merging: str, runtime: str, precision: str, file: Path) -> Candidate:
         in_bfloat16 = runtime == OPENVINO and precision != FLOAT32 and computes_bfloat16(CPU)  # beside int8, too

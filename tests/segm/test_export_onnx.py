@@ -215,8 +215,8 @@ def test_a_graph_of_labels_is_no_model_for_windows(shapes_run, photographs, tmp_
 
 @pytest.mark.nightly
 def test_a_fixed_number_of_images_is_filled_up(shapes_run, tmp_path, call):
-    out = call(export_onnx, shapes_run, "--batch-size", 2, "--out", tmp_path / "a.onnx", "--max-images", 4)
-    assert "mIoU" in out and "images 2 × 3 × 32 × 32" in out
+    out = call(export_onnx, shapes_run, "--batch-size", 3, "--int8", "--out", tmp_path / "a.onnx", "--max-images", 4)
+    assert "int8, static" in out and "mIoU" in out and "images 3 × 3 × 32 × 32" in out
     model = ExportedModel(tmp_path / "a.onnx")
     images = torch.randn(3, 3, 32, 32)
     found = model(images)
