@@ -14,6 +14,8 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("patch/", "segm/", "vis/", "configs/")
 SCRIPTS = ("scripts/prepare_", "scripts/check_dataset.py", "scripts/convert_checkpoint.py")
+TEXTS = (".md", ".bib", ".cff")
+BUILT_WITH = ("LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py")
 
 
 @click.command()
@@ -78,10 +80,13 @@ def setup_py(folder: Path, command: str, out: Path) -> None:
 
 
 def wrong_in_archive(archive: Path, tracked: Collection[str]) -> list[str]:
-    """Say which tracked files an archive lacks; all of them are needed to test it."""
+    """Say what an archive lacks, and what it holds besides: what the wheel is built of, without tests and results."""
     with tarfile.open(archive) as files:
-        held = {name.partition("/")[2] for name in files.getnames()}
-    return [f"{archive.name} lacks {name}" for name in sorted({*tracked} - held)]
+        held = {one.name.partition("/")[2] for one in files.getmembers() if one.isfile()}
+    wanted = {name for name in tracked if name.startswith(("g2tm/", *ROOMS, *SCRIPTS))}
+    wanted |= {name for name in tracked if "/" not in name and name.endswith(TEXTS)} | {*BUILT_WITH}
+    made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or name.startswith("g2tm.egg-info/")}
+    return different(archive.name, wanted, held - made)
 
 
 def wrong_in_wheel(wheel: Path, tracked: Collection[str]) -> list[str]:
@@ -90,9 +95,14 @@ def wrong_in_wheel(wheel: Path, tracked: Collection[str]) -> list[str]:
         held = {name for name in files.namelist() if ".dist-info/" not in name}
     wanted = {name for name in tracked if name.startswith("g2tm/")}
     wanted |= {f"g2tm/{name}" for name in tracked if name.startswith(ROOMS + SCRIPTS)}
+    return different(wheel.name, wanted, held)
+
+
+def different(name: str, wanted: Collection[str], held: Collection[str]) -> list[str]:
+    """Say what a file lacks, and what it holds besides."""
     return [
-        *(f"{wheel.name} lacks {name}" for name in sorted(wanted - held)),
-        *(f"{wheel.name} holds {name}, which does not belong there" for name in sorted(held - wanted)),
+        *(f"{name} lacks {one}" for one in sorted({*wanted} - {*held})),
+        *(f"{name} holds {one}, which does not belong there" for one in sorted({*held} - {*wanted})),
     ]
 
 

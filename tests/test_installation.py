@@ -110,7 +110,7 @@ def test_archive_and_wheel_hold_what_they_should(built, tmp_path):
     archive, wheel = built
     tracked = release.git("ls-files")
     assert release.wrong_in_archive(archive, tracked) == release.wrong_in_wheel(wheel, tracked) == []
-    assert release.wrong_in_archive(archive, [*tracked, "new.py"]) == [f"{archive.name} lacks new.py"]
+    assert release.wrong_in_archive(archive, [*tracked, "segm/new.py"]) == [f"{archive.name} lacks segm/new.py"]
     changed = tmp_path / wheel.name
     shutil.copy(wheel, changed)
     with zipfile.ZipFile(changed, "a") as files:
