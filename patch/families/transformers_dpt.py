@@ -90,4 +90,7 @@ class TransformersDPT(TransformersViT):
             attn = getattr(block.attention, "attention", None)
             missing = [name for name in PARTS if not hasattr(attn, name)]
             if missing:
-                raise ValueError(f"cannot patch a {own_class(block).__name__} that lacks {', '.join(missing)}")
+                raise ValueError(
+                    f"cannot patch a {own_class(block).__name__} that lacks {', '.join(missing)}: install transformers "
+                    "5.24, whose DPT is known"
+                )

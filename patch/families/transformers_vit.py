@@ -49,7 +49,7 @@ TOWER = Names("self_attn", "layer_norm1", "layer_norm2")
 BLOCKS = {
     "ViTLayer": PLAIN,
     "DeiTLayer": PLAIN,
-    "DPTViTLayer": OLDER,
+    "DPTViTLayer": OLDER,  # patched as transformers_dpt says
     "ViTMAELayer": PLAIN,
     "ViTMSNLayer": PLAIN,
     "IJepaLayer": PLAIN,

@@ -8,7 +8,7 @@ from tests.families import FAMILIES
 from tests.helpers import STATIC_OPTIONS, by_speed, different_images
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-KINDS = ("vit", "eva", "Dinov2", "DINOv3ViT", "ViT", "SiglipVision", "segmenter", "mask transformer")
+KINDS = ("vit", "eva", "Dinov2", "DINOv3ViT", "ViT", "DPT", "SiglipVision", "segmenter", "mask transformer")
 SETTINGS = STATIC_OPTIONS
 PAIRS = [(kind, setting) for kind in KINDS for setting in SETTINGS if setting in FAMILIES[kind].methods]
 # A pair takes seconds: some methods, on models of every library, stand for the rest.

@@ -354,3 +354,32 @@ def test_eomt_with_masked_attention_is_refused():
     model.attn_mask_probs.zero_()
     with pytest.raises(ValueError, match="which this model lacks"):
         patch.apply(model, "diffrate", r=4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cls", ["ForSemanticSegmentation", "ForDepthEstimation"])
+def test_dpt_with_a_vit_of_its_own(cls):
+    """Its neck reads hidden states of patched blocks; `merged` is near `plain`, and equal where nothing merges."""
+    sizes = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "backbone_out_indices": [0, 1, 2, 3]}
+    model = getattr(transformers, f"DPT{cls}")(transformers.DPTConfig(**SIZES, **sizes, num_labels=3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.3)
+    images, answer = blocky(2), {"ForSemanticSegmentation": "logits"}.get(cls, "predicted_depth")
+    plain = model(images)[answer]
+    patch.apply(model, "graph", layers=[2], threshold=1.0)
+    torch.testing.assert_close(model(images)[answer], plain, atol=1e-4, rtol=1e-4)
+    patch.remove(model)
+    patch.apply(model, "keymatch", layers=[1, 2], tokens=0.5)
+    merged = model(images)[answer]
+    assert merged.shape == plain.shape and 0 < (merged - plain).std() < plain.std()
+    assert patch.reduction(model).lengths == (18, 18)
+    assert torch.equal(patch.remove(model)(images)[answer], plain)
+
+
+def test_another_form_of_dpts_attention_is_refused():
+    model = build("DPT")
+    del model.encoder.layer[1].attention.attention.query
+    with pytest.raises(ValueError, match="lacks query: install transformers"):
+        patch.apply(model, "tome")
+    assert not patch.is_patched(model)
