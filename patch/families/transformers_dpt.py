@@ -50,6 +50,7 @@ class PatchedDPTLayer(PatchedLayer):
     attention: Any
     intermediate: Any
     output: Any
+    takes_mask = False
 
     @property
     def _attn(self) -> Any:

@@ -69,6 +69,7 @@ class PatchedLayer(OpenBlock):
     """A block of transformers, which looks at outputs of blocks through hooks, for `output_hidden_states`."""
 
     mlp: Any
+    takes_mask = True  # the library's own block, in second place
 
     def forward(
         self,
@@ -80,7 +81,7 @@ class PatchedLayer(OpenBlock):
         """(B, L, D) -> (B, L', D); outside of a pass, as unpatched."""
         if self._patch.merging.current is None:
             note_outside(self)
-            masks = () if attention_mask is None else (attention_mask,)
+            masks = (attention_mask,) if self.takes_mask else ()
             rope = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
             return super().forward(hidden_states, *masks, **rope, **kwargs)
         if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # then the library makes one
