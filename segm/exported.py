@@ -180,17 +180,6 @@ class ExportedRun(Run):
         return read_variant(self.merging)[1]
 
 
-def _in_pytorch(file: Path) -> Session:
-    """A package of AOTInductor, which was compiled for the processor that it was made on."""
-    package = torch._inductor.aoti_load_package(str(file))
-
-    def run(images: np.ndarray) -> np.ndarray:
-        return package(torch.from_numpy(images)).numpy()
-
-    record = package.get_metadata().get(KEY)
-    return Session(run, record, None if record is None else json.loads(record).get("batch_size"))
-
-
 def runtime_of(precision: str) -> dict[str, Any]:
     """Arguments of `open_run` for an exported file of one of the precisions in `segm.config.EXPORTED`."""
     if not precision.startswith(OPENVINO):
@@ -249,6 +238,17 @@ def _in_openvino(file: Path, bfloat16: bool) -> Session:
     size = graph.input(0).partial_shape[0]
     record = graph.get_rt_info(["framework", KEY]).astype(str) if graph.has_rt_info(["framework", KEY]) else None
     return Session(lambda images: compiled({0: images})[0], record, size.get_length() if size.is_static else None)
+
+
+def _in_pytorch(file: Path) -> Session:
+    """A package of AOTInductor, which was compiled for the processor that it was made on."""
+    package = torch._inductor.aoti_load_package(str(file))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return package(torch.from_numpy(images)).numpy()
+
+    record = package.get_metadata().get(KEY)
+    return Session(run, record, None if record is None else json.loads(record).get("batch_size"))
 
 
 def open_run(
