@@ -166,12 +166,14 @@ class Bench:
         run: without merging.
         calibration, held: images to choose by, and to report on.
         memory: what was measured.
+        opened: exported settings by their key; a runtime takes seconds to open a file.
     """
 
     run: Run
     calibration: Part
     held: Part
     memory: Memory
+    opened: dict[str, Run] = field(default_factory=dict)
 
     @property
     def plain(self) -> Setting:
@@ -190,10 +192,13 @@ class Bench:
 
     def at(self, setting: Setting) -> Run:
         """The run in a setting; raises a ValueError if that is an exported file and cannot be made."""
+        if setting.key in self.opened:
+            return self.opened[setting.key]
         run = self.run.with_settings(setting.method, setting.options, setting.im_size)
         if setting.precision in EXPORTED:
             how = runtime_of(setting.precision)
-            return open_run(self._exported(run, setting), device=self.run.device, merging={}, **how)
+            exported = open_run(self._exported(run, setting), device=self.run.device, merging={}, **how)
+            return self.opened.setdefault(setting.key, exported)
         return replace(run, precision=Precision.choose(self.run.device, setting.precision == BFLOAT16))
 
     def file_of(self, setting: Setting) -> Path:
