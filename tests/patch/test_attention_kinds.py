@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models._registry import model_entrypoint
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ATTN_LAYERS
 
 import patch
@@ -79,6 +80,13 @@ KINDS = {
     },
     "pe": {"name": "vit_pe_core_base_patch16_224"},
 }
+YOUNG = ("eva, norms", "rope, shared keys")  # timm builds them since 1.0.31
+
+
+def build(kind):
+    if kind in YOUNG and "num_kv_heads" not in inspect.signature(Eva).parameters:
+        pytest.skip(f"timm {timm.__version__} has no such model")
+    return vit(**KINDS[kind])
 
 
 def outcome(model, images):
@@ -94,7 +102,7 @@ def check_kind(kind, methods):
     images = different_images(3)
     for method in methods:
         try:
-            model = vit(**KINDS[kind])
+            model = build(kind)
             with_parts(model, method)
             patch.apply(model, method, **options_for(method))
         except ValueError as error:
@@ -136,7 +144,7 @@ def test_the_same_tokens_merge_in_every_method(kind):
 def test_an_attention_that_is_taken_is_right(kind):
     """Where nothing merges, a patched model is the unpatched one."""
     images = different_images(2)
-    model = vit(**KINDS[kind])
+    model = build(kind)
     expected = model.forward_features(images)
     for method, options in (("graph", {"threshold": 1.0}), ("tome", {"r": 0}), ("mctf", {"r": 0}), ("dct", {"r": 0})):
         try:
