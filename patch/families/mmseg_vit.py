@@ -92,10 +92,9 @@ class PatchedMMSegViT(PatchedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As unpatched, from blocks whose outputs have all patches."""
-        own: Any = super()
         with self._patch.merging.start_pass(self, self.layers) as track:
             track.outputs_read = self.out_indices
-            return track.release_with(own.forward(*args, **kwargs))
+            return track.release_with(super().forward(*args, **kwargs))
 
 
 class MMSegViT(OpenFamily):

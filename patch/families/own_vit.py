@@ -30,9 +30,8 @@ class PatchedPatchEmbed(PatchedEmbedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D)"""
-        own: Any = super()
-        self.tell_grid(own.dynamic_feat_size(tuple(x.shape[-2:])))
-        return own.forward(x)
+        self.tell_grid(super().dynamic_feat_size(tuple(x.shape[-2:])))  # type: ignore[misc]
+        return super().forward(x)
 
 
 class PatchedOwnViT(PatchedModel):
@@ -43,9 +42,8 @@ class PatchedOwnViT(PatchedModel):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As unpatched; behind the last block all patches come back."""
         check_traced(x)
-        own: Any = super()
         with self._patch.merging.start_pass(self, [*self.blocks]) as track:
-            return track.release_with(own.forward(x, *args, **kwargs))
+            return track.release_with(super().forward(x, *args, **kwargs))
 
 
 class OwnViT(OpenFamily):

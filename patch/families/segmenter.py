@@ -22,16 +22,14 @@ class PatchedSegmenter(PatchedModel):
 
     def network(self, images: Tensor) -> Any:
         """images (B, 3, H, W) -> (B, C, gh, gw), or masks and classes of queries"""
-        own: Any = super()
         if RECORD not in vars(self.encoder):  # it was taken out by itself
-            return own.network(images)
+            return super().network(images)  # type: ignore[misc]
         with self._patch.merging.start_pass(self.encoder, self.encoder.blocks, self.decoder.blocks):
-            return own.network(images)
+            return super().network(images)  # type: ignore[misc]
 
     def to_grid(self, scores: Tensor, grid: tuple[int, int]) -> Tensor:
         """Undo the merge, then put patches on the grid: (B, M, C) -> (B, C, gh, gw); or enlarge a smaller grid."""
-        own: Any = super()
         track = self._patch.merging.current
         if track is None or track.grid_left is None:
-            return own.to_grid(scores if track is None else track.unmerge(scores), grid)
-        return F.interpolate(own.to_grid(scores, track.grid_left), grid, mode="bilinear")
+            return super().to_grid(scores if track is None else track.unmerge(scores), grid)  # type: ignore[misc]
+        return F.interpolate(super().to_grid(scores, track.grid_left), grid, mode="bilinear")  # type: ignore[misc]

@@ -65,9 +65,8 @@ class PatchedTimmEncoder(PatchedModel):
         check_traced(x)
         check_plain(attn_mask, is_causal)
         check_checkpointing(self)
-        own: Any = super()
         with self._patch.merging.encoder_pass(self, self.blocks, grid_of(self, x.shape[-2:])) as track:
-            x = track.release_with(own.forward_features(x, **arguments))
+            x = track.release_with(super().forward_features(x, **arguments))  # type: ignore[misc]
             track.check_blocks()
             return track.after_encoder(x, self._patch.n_around[0])
 
@@ -84,13 +83,12 @@ class PatchedTimmEncoder(PatchedModel):
         check_traced(x)
         check_plain(attn_mask, is_causal)
         check_checkpointing(self)
-        own: Any = super()
         n_blocks = len(self.blocks)
         with self._patch.merging.encoder_pass(self, self.blocks, grid_of(self, x.shape[-2:])) as track:
             chosen = [*indices] if isinstance(indices, Sequence) else indices
             read, highest = feature_take_indices(n_blocks, chosen)
             track.outputs_read, track.n_expected = {*read, n_blocks - 1}, highest + 1
-            return track.release_with(own.forward_intermediates(x, indices, *args, **arguments))
+            return track.release_with(super().forward_intermediates(x, indices, *args, **arguments))  # type: ignore[misc]
 
 
 class TimmFamily(Family):

@@ -200,9 +200,8 @@ class PatchedTransformer(PatchedModel):
         check_attention(self.config)
         check_plain(kwargs.get("attention_mask"), False)
         check_masking(self)
-        own: Any = super()
         with self._patch.merging.start_pass(self, [*(stack_of(self) or ())]) as track:
-            return track.release_with(own.forward(*args, **kwargs))
+            return track.release_with(super().forward(*args, **kwargs))
 
 
 class TransformersViT(OpenFamily):
