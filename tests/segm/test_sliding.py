@@ -206,8 +206,12 @@ class Observed:
         return Sample(" ".join(map(str, counts)), np.zeros((4, 4, 3), np.uint8), None)
 
 
+def view_of_process(image, ratio):
+    return torch.full((3, 4, 4), float(os.getpid() % 2**20))
+
+
 def test_workers_read_and_resize_with_one_thread_each():
-    view = lambda image, ratio: torch.full((3, 4, 4), float(os.getpid() % 2**20))  # noqa: E731
+    view = view_of_process  # with a name: Python 3.14 pickles what workers get
     items = list(read_ahead(Items(Observed(), view), [2, 0, 3], 2, "cpu"))
     pids, opencv, torch_threads, indices = zip(*(map(int, item.sample.name.split()) for item in items), strict=True)
     assert indices == (2, 0, 3) and os.getpid() not in pids
