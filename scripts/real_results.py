@@ -18,6 +18,7 @@ from real_classification import classify
 from real_speed import PHOTOS, in_every_precision, measure_speed
 from real_tokens import kept_share, purity, region_sheet, similarities
 from results_file import PICTURES, append, out_option
+from tables import over_seeds
 from tqdm import tqdm
 from tradeoff import Row, Setting, Tradeoff
 from trainings import train_unless_finished
@@ -83,7 +84,7 @@ ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "tome": [{"attention": mode} for mode in ("proportional", "none", "inverse")],
 }
 AUTO_LAYERS = [1, 2, 3, 4]
-TRAINED = {"graph": 0.6, "keymatch": 0.5, "algm": 0.6, "tome": 0.5}  # method -> share of the tokens
+TRAINED = {"graph": 0.6, "keymatch": 0.5}  # method -> share of the tokens
 SEEDED = (PURE, "graph", "keymatch")  # everything trained with all seeds, of others with the first
 LONGER = ["--config", "dinov2_camvid_tuned", *WHOLE]
 DECODER_ALONE = [*LONGER, "--freeze-encoder", "--encoder-lr-mult", "1", "--layer-decay", "1"]
@@ -394,20 +395,10 @@ def trained(real: Real) -> str:
         }
         rows.append({"method": name, "tokens": mean_tokens(stages["applied"][0].model, views), **scores})
     real.append("quality", "trained", rows, **real.conditions(run))
-    shown = [{key: row[key] for key in ("method", "tokens")} | over_seeds(row) for row in rows]
+    shown = [{key: row[key] for key in ("method", "tokens")} | over_seeds(row, STAGES) for row in rows]
     return markdown(
         {"method": "{method}", "tokens": "{tokens:.0f}"} | {v: f"{{{k}}}" for k, v in STAGES.items()}, shown
     )
-
-
-def over_seeds(row: Row) -> dict[str, str]:
-    """The cells of stages: mIoU, of several seeds its mean and standard deviation, and that of small classes."""
-    cells = dict.fromkeys(STAGES, "")
-    for key in {*STAGES} & {*row}:
-        ious, small = ([scores[name] for scores in row[key]] for name in ("mean_iou", "small_iou"))
-        spread = f" ± {np.std(ious, ddof=1):.2f}" if len(ious) > 1 else ""
-        cells[key] = f"{np.mean(ious):.2f}{spread} ({np.mean(small):.2f})"
-    return cells
 
 
 def heads(real: Real) -> str:

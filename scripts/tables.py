@@ -509,13 +509,22 @@ def quality_trained() -> str:
     """Quality that training with merging recovers."""
     stages = {"applied": "applied", "decoder": "decoder trained", "everything": "whole model trained"}
     rows = [
-        row
-        | {key: f"{row[key]['mean_iou']:.2f} ({row[key]['small_iou']:.2f})" if key in row else "" for key in stages}
-        | {"method": titled(row["method"])}
-        for row in rows_of("quality", "trained-1")
+        {"method": titled(row["method"]), "tokens": row["tokens"]} | over_seeds(row, stages)
+        for row in rows_of("quality", "trained-2")
     ]
     columns = {"method": "{method}", "tokens of 768": "{tokens:.0f}"}
     return markdown(columns | {title: f"{{{key}}}" for key, title in stages.items()}, rows)
+
+
+def over_seeds(row: Row, stages: Iterable[str]) -> dict[str, str]:
+    """A cell per stage of a training, from its scores by seed: mIoU, of several its mean and standard deviation, and in
+    brackets that of the small classes."""
+    cells = dict.fromkeys(stages, "")
+    for key in {*cells} & {*row}:
+        ious, small = ([scores[name] for scores in row[key]] for name in ("mean_iou", "small_iou"))
+        spread = f" ± {np.std(ious, ddof=1):.2f}" if len(ious) > 1 else ""
+        cells[key] = f"{np.mean(ious):.2f}{spread} ({np.mean(small):.2f})"
+    return cells
 
 
 @table
