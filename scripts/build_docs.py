@@ -145,7 +145,7 @@ class Cost(NamedTuple):
 
 def measured(name: str) -> Cost | None:
     """The cost of a method on the model of the results, at about 60 % of the tokens; None: it was not measured."""
-    for question, run, im_size in (("methods", "methods-1", None), ("size", "frontier-2", SIDE)):
+    for question, run, im_size in (("methods", "methods-2", None), ("size", "frontier-2", SIDE)):
         (entry,) = (entry for entry in read(question) if entry["id"] == run)
         rows = [row for row in entry["rows"] if row["im_size"] == im_size and not row.get("patch_size")]
         (pure,) = (row for row in rows if row["method"] == PURE)

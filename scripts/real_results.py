@@ -70,6 +70,7 @@ COST_IMAGES = 4
 N_SIMILAR, N_PICTURES = 20, 6  # images for similarities and groups; drawn
 THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7)
 FASTER = {"graph": 0.6, "keymatch": 0.5}  # method -> share of the tokens, for the whole way
+DEPLOYED = {"keymatch": 0.5}  # method -> budget, which fixes all shapes
 ABLATED_AT = 0.6  # share of the tokens
 ABLATIONS: dict[str, list[dict[str, Any]]] = {
     "graph": [
@@ -489,20 +490,16 @@ def speed(real: Real) -> str:
     return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
 
 
-def _merged(run: Run) -> dict[str, Run]:
-    """Runs with budgets, which fix all shapes, by their label."""
-    settings = {f"{name}, {100 * share:g} %": (name, share) for name, shares in EQUAL.items() for share in shares}
-    return {label: run.with_settings(name, {"tokens": share}) for label, (name, share) in settings.items()}
-
-
 def runtimes(real: Real) -> str:
     """The model without and with merging in PyTorch and in the runtimes that people deploy on, in every precision."""
     pure, folder = real.run(BEST), real.work / "exported"
     folder.mkdir(exist_ok=True)
     how = Export("scores", RUNTIMES, batch_size=1, opset=OPSET, float16=False, int8=True, images=None)
     candidates = []
-    for number, (label, run) in enumerate({PURE: pure, **_merged(pure)}.items()):
-        candidates += in_pytorch(run, label) + how.made(run, folder / f"{number}.onnx", label)
+    for method, share in (PURE, 1.0), *DEPLOYED.items():
+        run = pure if method == PURE else pure.with_settings(method, {"tokens": share})
+        label = method if method == PURE else f"{method}, {100 * share:g} %"
+        candidates += in_pytorch(run, label) + how.made(run, folder / f"{method}.onnx", label)
     rows = compare(candidates, pure.views(DATASET), how.output)
     for row, one in zip(rows, tqdm(candidates, desc="scores", unit="model", leave=False), strict=True):
         row |= {"label": one.merging, "mean_iou": one.run.evaluate(n_images=real.max_images)["mean_iou"]}
