@@ -770,6 +770,18 @@ TRAININGS = {
 
 
 @table
+def deployed_runtimes() -> str:
+    """The model in the runtimes that people deploy on."""
+    rows = rows_of("deployed", "runtimes-1")
+    shown = [
+        row | {"own": row["name"].removesuffix(f", {row['label']}"), "title": titled(row["label"])} for row in rows
+    ]
+    columns = {"runtime, precision": "{own}", "merging": "{title}", "MiB": "{size:.0f}"}
+    columns |= {"images/s (ratio)": "{images_per_second:.2f} ({ratio:.2f})", "same labels, %": "{agreement:.2f}"}
+    return markdown(columns | {"mIoU": "{mean_iou:.2f}"}, shown)
+
+
+@table
 def training() -> str:
     """Speed of training in float32."""
     return _training(1, 2)
