@@ -431,7 +431,7 @@ def checkpoint_argument(command: Callable[..., Any]) -> Callable[..., Any]:
             "--checkpoint",
             "which",
             type=click.Choice([*CHOICES]),
-            help="The last, or the best by mIoU.  [default: last]",
+            help="Last, or best by mIoU.  [default: last]",
         )(chosen)
     )
 
@@ -442,7 +442,7 @@ im_size_option = click.option(
     "--im-size",
     type=POSITIVE,
     metavar="PIXELS",
-    help="Shorter side of images.  [default: the run's]",
+    help="Shorter side.  [default: the run's]",
 )
 scale_option = click.option(
     "--scale",
@@ -457,7 +457,8 @@ amp_option = click.option("--amp/--no-amp", default=None, help="Mixed precision.
 runtime_option = click.option(
     "--runtime",
     type=click.Choice(("onnxruntime", "openvino")),
-    help="Runtime of an .onnx.  [default: onnxruntime]",
+    metavar="NAME",
+    help="For an .onnx: onnxruntime, or openvino.",
 )
 device_option = click.option(
     "--device",
