@@ -1,7 +1,6 @@
 """Two processes train a patched model together: they share the gradients of every parameter, learned parts included."""
 
-import os
-import sys
+import multiprocessing
 
 import pytest
 import timm
@@ -39,6 +38,7 @@ def gradients(objective, rank):
 
 def work(rank, folder):
     """What one process does."""
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {
         (method, unused): gradients(DistributedDataParallel(Objective(method), find_unused_parameters=unused), rank)
@@ -51,20 +51,13 @@ def work(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_share_all_gradients(tmp_path):
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                work(rank, tmp_path)
-                status = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    context = multiprocessing.get_context("forkserver")  # no process may be forked after its autograd has run
+    children = [context.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (method, unused), shared in first.items():
         assert all(
