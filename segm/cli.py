@@ -458,7 +458,7 @@ runtime_option = click.option(
     "--runtime",
     type=click.Choice(("onnxruntime", "openvino")),
     metavar="NAME",
-    help="For an .onnx: onnxruntime, or openvino.",
+    help="For .onnx; or openvino.  [default: onnxruntime]",
 )
 device_option = click.option(
     "--device",
