@@ -419,7 +419,7 @@ class TestPreset:
     [
         pytest.param("int8", marks=pytest.mark.slow),
         pytest.param("openvino-bfloat16", marks=pytest.mark.nightly),
-        pytest.param("openvino-int8", marks=pytest.mark.slow),
+        pytest.param("openvino-int8", marks=pytest.mark.nightly),
     ],
 )
 def test_an_exported_setting_is_an_exported_run(run, call, refused, tmp_path, precision):
