@@ -67,7 +67,7 @@ def save(run: "Run", folder: Path, scores: Mapping[str, Any] | None = None) -> N
     """Write a run so that others can load it; see `Run.save_pretrained`."""
     if not run.model.state_dict():
         raise ValueError(
-            f"{run.name} is an exported model, which has no weights to write: load the run without its preset in int8"
+            f"{run.name} is an exported model, which has no weights to write: load the run without its preset"
         )
     as_shared = replace(run, im_size=None, window_size=None, scale=SCALES[0])
     if scores is not None and as_shared != run:
